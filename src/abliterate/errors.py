@@ -1,0 +1,60 @@
+"""Every error the package raises on purpose.
+
+::
+
+    AbliterateError                exit code 1   something failed; the message says what to do next
+    ├── UsageError                 exit code 2   what was asked for makes no sense or is not allowed
+    │   └── PromptError                          a prompt source cannot be read or gives nothing
+    ├── ModelError                               a model cannot be loaded or is of a kind not supported
+    │   ├── ChatTemplateError                    the tokenizer has no chat template
+    │   └── AnatomyError                         not every writer to the residual stream is known
+    ├── CheckpointError                          files of a checkpoint are damaged, missing or unwritable
+    ├── NumericalError                           NaN or infinity where a number was needed
+    └── GateNotMet                 exit code 3   the measurement does not support going on
+
+A message is one line: what, what was expected, what was found, what to do.
+"""
+
+from __future__ import annotations
+
+
+class AbliterateError(Exception):
+    """Root of the tree; `exit_code` is what the command line returns."""
+
+    exit_code: int = 1
+
+
+class UsageError(AbliterateError):
+    """What was asked for makes no sense or is not allowed."""
+
+    exit_code = 2
+
+
+class PromptError(UsageError):
+    """A prompt source cannot be read, has not the column asked for, or gives no prompts."""
+
+
+class ModelError(AbliterateError):
+    """A model cannot be loaded, or is of a kind that is not supported."""
+
+
+class ChatTemplateError(ModelError):
+    """The tokenizer has no chat template, or the one given cannot be used."""
+
+
+class AnatomyError(ModelError):
+    """Not every writer to the residual stream is known, so an edit would be incomplete."""
+
+
+class CheckpointError(AbliterateError):
+    """Files of a checkpoint are damaged, missing, contradictory or cannot be written."""
+
+
+class NumericalError(AbliterateError):
+    """NaN or infinity was found where a finite number is needed."""
+
+
+class GateNotMet(AbliterateError):  # noqa: N818 - a verdict about the model, not a fault of the program
+    """The measurement does not support going on: the model does not refuse, or no direction passed."""
+
+    exit_code = 3
