@@ -1,0 +1,140 @@
+"""Activations at sites of the residual stream, captured by hooks and reduced as they come.
+
+Never `output_hidden_states`: its last entry is after the final norm, it keeps every token of every layer, and it has
+been seen to give zeros beyond the first device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from abliterate.anatomy import stream_out
+from abliterate.errors import NumericalError
+from abliterate.inference import BatchSize, Encoded, SharedPrefix, forward, hooked, in_batches
+
+#: Takes layer, the rows' indices, and their activations [b, k, d] at positions -1, -2 … -k.
+Consumer = Callable[[int, list[int], Float[Tensor, "b k d"]], None]
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Mean and variance of activations over prompts; axes: position (-1 first), layer 0..L, d_model."""
+
+    count: int
+    mean: Float[Tensor, "k sites d"]
+    variance: Float[Tensor, "k sites d"]
+
+
+@dataclass(slots=True)
+class MomentsFitter:
+    """Gathers float64 moments batch by batch (Chan, Golub & LeVeque 1979: merging means and sums of squares)."""
+
+    positions: int
+    sites: int
+    d_model: int
+    _count: list[int] = field(init=False)
+    _mean: Tensor = field(init=False)
+    _squares: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start from nothing."""
+        shape = (self.positions, self.sites, self.d_model)
+        self._count = [0] * self.sites
+        self._mean = torch.zeros(shape, dtype=torch.float64)
+        self._squares = torch.zeros(shape, dtype=torch.float64)
+
+    def update(self, layer: int, rows: list[int], values: Float[Tensor, "b k d"]) -> None:
+        """Take in one batch of one layer."""
+        batch = values.double()
+        new, old = len(rows), self._count[layer]
+        mean = batch.mean(0)
+        delta = mean - self._mean[:, layer]
+        self._mean[:, layer] += delta * (new / (old + new))
+        self._squares[:, layer] += ((batch - mean) ** 2).sum(0) + delta**2 * (old * new / (old + new))
+        self._count[layer] = old + new
+
+    def result(self) -> Moments:
+        """Means and unbiased variances of everything taken in."""
+        count = self._count[0]
+        return Moments(count, self._mean, self._squares / max(count - 1, 1))
+
+
+@dataclass(slots=True)
+class ProjectionFitter:
+    """Keeps one number per prompt and site: the activation's coordinate along that site's own unit direction."""
+
+    units: Float[Tensor, "k sites d"]
+    prompts: int
+    values: Float[Tensor, "n k sites"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Start from nothing."""
+        self.values = torch.zeros(self.prompts, *self.units.shape[:2], dtype=torch.float64)
+
+    def update(self, layer: int, rows: list[int], values: Float[Tensor, "b k d"]) -> None:
+        """Take in one batch of one layer."""
+        self.values[rows, :, layer] = torch.einsum("bkd,kd->bk", values.double(), self.units[:, layer].double())
+
+
+def stream_sites(
+    model: Any,
+    blocks: list[nn.Module],
+    prompts: Encoded,
+    positions: int,
+    consume: Consumer,
+    size: BatchSize,
+    progress: Progress | None = None,
+) -> None:
+    """Feed the activations of every layer 0..L at the last `positions` tokens of each prompt to `consume`.
+
+    Each suffix must have at least `positions` tokens.
+
+    Raises `NumericalError` at the first NaN or infinity, naming layer and prompt.
+    """
+    shared = SharedPrefix(model, prompts.prefix)
+    lengths = [len(s) for s in prompts.suffixes]
+
+    def work(rows: list[int]) -> None:
+        # The batch is handed on only when it is whole: running out of memory half-way must leave no trace.
+        for layer, values in enumerate(_capture(model, blocks, shared, prompts.take(rows), positions)):
+            if not bool(torch.isfinite(values).all()):
+                bad = rows[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])]
+                raise NumericalError(
+                    f"activations: expected finite numbers, found NaN or infinity at layer {layer} of prompt {bad}; "
+                    "try --dtype float32"
+                )
+            consume(layer, rows, values)
+
+    in_batches(lengths, size, work, done=progress)
+
+
+def _capture(
+    model: Any, blocks: list[nn.Module], shared: SharedPrefix, batch: Encoded, positions: int
+) -> list[Float[Tensor, "b k d"]]:
+    lengths = torch.tensor([len(s) for s in batch.suffixes])
+    index = lengths[:, None] - 1 - torch.arange(positions)[None]
+    rows = torch.arange(len(batch))[:, None]
+    captured: list[Tensor] = []
+
+    def pick(hidden: Tensor) -> None:
+        chosen = hidden[rows.to(hidden.device), index.to(hidden.device)]
+        captured.append(chosen.float().cpu())
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        pick(args[0] if args else kwargs["hidden_states"])
+
+    def after(_: nn.Module, __: Any, output: Any) -> None:
+        pick(stream_out(output))
+
+    handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+    handles.append(blocks[-1].register_forward_hook(after))
+    with hooked(handles):
+        forward(model, shared, batch.suffixes)
+    return captured

@@ -1,0 +1,252 @@
+"""Forward passes that compute each token once: shared prefixes, right padding, batches that fit memory.
+
+All prompts rendered with one chat template start with the same tokens. Their keys and values are computed once and
+reused. What differs is padded on the *right*: under a causal mask no real token can attend to what follows it, so
+padding cannot change a result and no attention mask is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from abliterate.prompts.rendering import common_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids of prompts, the part that all share taken out in front."""
+
+    prefix: tuple[int, ...]
+    suffixes: tuple[tuple[int, ...], ...]
+
+    def __len__(self) -> int:
+        """Number of prompts."""
+        return len(self.suffixes)
+
+    def take(self, rows: Sequence[int]) -> Encoded:
+        """The prompts at `rows`, with the same prefix."""
+        return Encoded(self.prefix, tuple(self.suffixes[row] for row in rows))
+
+    def __add__(self, other: Encoded) -> Encoded:
+        """Both sets of prompts one after the other; they must share the prefix."""
+        if self.prefix != other.prefix:
+            raise ValueError("cannot join prompts with different prefixes")
+        return Encoded(self.prefix, self.suffixes + other.suffixes)
+
+
+def share_prefix(sequences: Sequence[Sequence[int]], *, keep: int = 1, share: bool = True) -> Encoded:
+    """Split off the prefix that all `sequences` share, leaving each at least its last `keep` tokens."""
+    length = min(common_prefix(sequences), min(map(len, sequences)) - keep) if share else 0
+    length = max(length, 0)
+    return Encoded(tuple(sequences[0][:length]), tuple(tuple(s[length:]) for s in sequences))
+
+
+class SharedPrefix:
+    """Keys and values of the shared prefix, computed under the hooks that are active *now*.
+
+    An intervention changes them like any other activation: make a new one inside each intervention.
+    """
+
+    def __init__(self, model: Any, prefix: Sequence[int]) -> None:
+        """Run `prefix` through `model` once (nothing is run for an empty prefix)."""
+        self.length = len(prefix)
+        self._model = model
+        self._cache: Any = None
+        if prefix:
+            self._cache = new_cache(model)
+            ids = torch.tensor([list(prefix)], device=input_device(model))
+            with torch.inference_mode():
+                body(model)(input_ids=ids, past_key_values=self._cache, use_cache=True)
+
+    def cache(self, rows: int) -> Any:
+        """A fresh cache of the prefix for a batch of `rows` prompts."""
+        if self._cache is None:
+            return new_cache(self._model)
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+
+def new_cache(model: Any) -> Any:
+    """An empty key/value cache of the kind the model's layers want (full or sliding attention)."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=model.config)
+
+
+def body(model: Any) -> Any:
+    """The model without its language-model head."""
+    return model.base_model
+
+
+def input_device(model: Any) -> torch.device:
+    """Where token ids go, also when the model is spread over devices."""
+    device: torch.device = next(model.get_input_embeddings().parameters()).device
+    return device
+
+
+def right_padded(
+    suffixes: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, "b s"], Int[Tensor, " b"]]:
+    """Token ids [b, longest] and the number of real tokens of each row [b]."""
+    lengths = torch.tensor([len(s) for s in suffixes], device=device)
+    width = int(lengths.max())
+    rows = [[*s, *([s[-1]] * (width - len(s)))] for s in suffixes]  # any token will do: nothing looks at it
+    return torch.tensor(rows, device=device), lengths
+
+
+def forward(model: Any, shared: SharedPrefix, suffixes: Sequence[Sequence[int]]) -> Int[Tensor, " b"]:
+    """Run the body of the model over one batch, for hooks to look at; returns the rows' lengths."""
+    ids, lengths = right_padded(suffixes, input_device(model))
+    with torch.inference_mode():
+        body(model)(input_ids=ids, past_key_values=shared.cache(len(suffixes)), use_cache=True)
+    return lengths
+
+
+def logits_at(
+    model: Any,
+    shared: SharedPrefix,
+    suffixes: Sequence[Sequence[int]],
+    positions: Callable[[Int[Tensor, " b"]], Int[Tensor, "b p"]],
+) -> Float[Tensor, "b p vocab"]:
+    """Logits in float32 at `positions(lengths)` (indices into the suffixes), and nowhere else."""
+    ids, lengths = right_padded(suffixes, input_device(model))
+    with cut_head(model, positions(lengths)), torch.inference_mode():
+        out = model(input_ids=ids, past_key_values=shared.cache(len(suffixes)), use_cache=True)
+    logits: Tensor = out.logits.float()
+    return logits
+
+
+@contextlib.contextmanager
+def cut_head(model: Any, index: Int[Tensor, "b p"]) -> Iterator[None]:
+    """Let the head see only the tokens at `index`.
+
+    Its input is cut down before it runs, so the model's own scaling and soft-capping still apply, but the vocabulary
+    is multiplied only where it is asked for.
+    """
+
+    def pick(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
+        return (hidden[rows, index.to(hidden.device)].contiguous(), *args[1:])
+
+    with hooked([model.get_output_embeddings().register_forward_pre_hook(pick)]):
+        yield
+
+
+def last_logits(model: Any, shared: SharedPrefix, suffixes: Sequence[Sequence[int]]) -> Float[Tensor, "b vocab"]:
+    """Logits in float32 of the token after each prompt."""
+    return logits_at(model, shared, suffixes, lambda lengths: lengths[:, None] - 1)[:, 0]
+
+
+@dataclass(slots=True)
+class BatchSize:
+    """How many prompts at once: found from free memory, halved for good whenever memory runs out."""
+
+    rows: int
+    tokens: int = 1024
+    halvings: int = field(default=0, init=False)
+
+    def halve(self) -> bool:
+        """Half as many from now on; False when there is nothing left to halve."""
+        if self.rows <= 1:
+            return False
+        self.rows = max(1, self.rows // 2)
+        self.tokens = max(1, self.tokens // 2)
+        self.halvings += 1
+        return True
+
+
+def auto_batch_size(model: Any, requested: int | None = None) -> BatchSize:
+    """Rows and tokens per batch that use at most a quarter of the memory that is free now.
+
+    A row is taken to need 512 tokens' keys, values and activations and three float32 rows of the vocabulary.
+    On a CPU more than about a thousand tokens at once gain nothing; a GPU takes sixteen times as many.
+    """
+    device = input_device(model)
+    tokens = 1024 if device.type == "cpu" else 16384
+    if requested is not None:
+        return BatchSize(requested, max(tokens, requested * 64))
+    config = model.config.get_text_config()
+    per_token = 4 * config.hidden_size * (config.num_hidden_layers + 16)
+    per_row = 512 * per_token + 12 * config.vocab_size
+    rows = 128 if device.type == "cpu" else 256
+    while rows > 1 and rows * per_row > _free_memory(device) / 4:
+        rows //= 2
+    return BatchSize(rows, tokens)
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):  # not every system says
+        return 4 << 30
+
+
+def in_batches(
+    lengths: Sequence[int],
+    size: BatchSize,
+    work: Callable[[list[int]], None],
+    *,
+    done: Callable[[int], None] | None = None,
+    equal_lengths: bool = False,
+) -> None:
+    """Call `work(rows)` on batches of prompts of similar length until all are done, halving when memory runs out.
+
+    `work` must have no effect when it fails for lack of memory: it is called again with fewer rows. With
+    `equal_lengths` no batch needs padding.
+    """
+    waiting = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    while waiting:
+        rows = waiting[: _fitting(lengths, waiting, size, equal_lengths)]
+        try:
+            work(rows)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) or len(rows) == 1 or not size.halve():
+                raise
+            error.__traceback__ = None  # its frames hold the tensors that did not fit
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        del waiting[: len(rows)]
+        if done is not None:
+            done(len(rows))
+
+
+def _fitting(lengths: Sequence[int], waiting: Sequence[int], size: BatchSize, equal_lengths: bool) -> int:
+    count = min(size.rows, len(waiting))
+    if equal_lengths:
+        shortest = lengths[waiting[0]]
+        count = sum(lengths[row] == shortest for row in waiting[:count])
+    while count > 1 and count * lengths[waiting[count - 1]] > size.tokens:
+        count -= 1
+    return count
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch (CUDA or CPU allocator) or Python means that memory ran out."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error)
+    return "out of memory" in text or "can't allocate memory" in text or "not enough memory" in text
+
+
+@contextlib.contextmanager
+def hooked(handles: list[Any]) -> Iterator[None]:
+    """Remove `handles` (already registered hooks) at the end, whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,250 @@
+"""Where a model comes from (hub id, folder, .gguf file) and how it is loaded for measuring.
+
+Whatever the source, the rest of the package sees a folder of safetensors: a hub repository is its snapshot in the
+hub's own cache, a GGUF file is dequantised once into this package's cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from abliterate.checkpoint import open_checkpoint, staged
+from abliterate.errors import AbliterateError, ModelError, UsageError
+
+Kind = Literal["hub", "folder", "gguf"]
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+#: What a snapshot of the hub needs to hold: never pickles, never other frameworks' weights.
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model on disk: `name` as the user gave it, `folder` with safetensors and tokenizer."""
+
+    name: str
+    kind: Kind
+    folder: Path
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A live model with its tokenizer and the files both came from."""
+
+    model: Any  # transformers.PreTrainedModel; its class is imported only when a model is loaded
+    tokenizer: Any
+    files: ModelFiles
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the input embedding."""
+        embedding: nn.Module = self.model.get_input_embeddings()
+        return next(embedding.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the weights are measured in."""
+        return next(iter(self.model.parameters())).dtype
+
+
+def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelFiles:
+    """Find MODEL on disk, fetching (hub) or dequantising (GGUF) it when needed.
+
+    Raises `ModelError` when it cannot be had, `CheckpointError` when its files are damaged.
+    """
+    path = Path(spec).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model '{spec}': expected a GGUF file, found no such file")
+        files = ModelFiles(spec, "gguf", _dequantised(path, dtype))
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model '{spec}': expected a folder with config.json, found none in it")
+        files = ModelFiles(spec, "folder", path)
+    elif path.exists():
+        raise ModelError(f"model '{spec}': expected a hub id, a folder or a .gguf file, found another file")
+    elif spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
+        files = ModelFiles(spec, "hub", _snapshot(spec, trust_remote_code))
+    else:
+        raise ModelError(f"model '{spec}': no such folder or file, and not a hub id (owner/name)")
+    open_checkpoint(files.folder)
+    return files
+
+
+def load(
+    files: ModelFiles, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load model and tokenizer for inference, in eval mode, from safetensors only.
+
+    `dtype` auto is the stored one, except float16 on a CPU, which is slow there: bfloat16. `device` auto is CUDA
+    (all GPUs, through accelerate, when there are several), else MPS, else the CPU.
+    """
+    import transformers
+
+    place = _device(device)
+    with _quiet_transformers():
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                files.folder, trust_remote_code=trust_remote_code
+            )
+            _refuse_quantised(files, config)
+            wanted = _dtype(dtype, config, place)
+            options: dict[str, Any] = {"device_map": place} if place == "auto" else {}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                files.folder, trust_remote_code=trust_remote_code
+            )
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                files.folder,
+                config=config,
+                dtype=wanted,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                **options,
+            )
+        except AbliterateError:
+            raise
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
+            raise ModelError(f"model '{files.name}': cannot be loaded ({_one_line(error)})") from error
+    if place != "auto":
+        model = model.to(place)
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
+
+
+def _device(device: str) -> str:
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UsageError(f"--device {device}: not usable on this machine ({_one_line(error)})") from error
+        return device
+    if torch.cuda.is_available():
+        return "auto" if torch.cuda.device_count() > 1 else "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _dtype(dtype: str, config: Any, place: str) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
+        return DTYPES[dtype]
+    stored = getattr(config, "dtype", None) or torch.float32
+    if isinstance(stored, str):
+        stored = DTYPES.get(stored, torch.float32)
+    return torch.bfloat16 if stored == torch.float16 and place == "cpu" else stored
+
+
+def _refuse_quantised(files: ModelFiles, config: Any) -> None:
+    if (quantised := getattr(config, "quantization_config", None)) is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
+        raise ModelError(
+            f"model '{files.name}': its weights are stored quantised ({method}), which cannot be edited exactly; "
+            "give the full-precision checkpoint or a .gguf file"
+        )
+
+
+def _snapshot(identifier: str, trust_remote_code: bool) -> Path:
+    import huggingface_hub
+
+    patterns = [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS
+    try:
+        return Path(huggingface_hub.snapshot_download(identifier, allow_patterns=patterns))
+    except Exception as error:  # network, authentication and cache errors of several libraries
+        raise ModelError(
+            f"model '{identifier}': not a folder here and cannot be fetched from the hub ({_one_line(error)})"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where dequantised GGUF files are kept: $ABLITERATE_CACHE or ~/.cache/abliterate."""
+    return Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
+
+
+def _dequantised(path: Path, dtype: str) -> Path:
+    """The safetensors folder a GGUF file is dequantised into, once per file and dtype."""
+    stored = "bfloat16" if dtype == "auto" else dtype
+    if stored not in DTYPES:
+        raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
+    stat = path.resolve().stat()
+    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stored}"
+    folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    if (folder / "config.json").is_file():
+        return folder
+    with staged(folder, overwrite=True) as partial:
+        _dequantise(path, partial, DTYPES[stored])
+    return folder
+
+
+def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
+    import transformers
+
+    try:
+        with _quiet_transformers(), _one_gguf_parse():
+            options = {"gguf_file": path.name}
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                path.parent,
+                dtype=dtype,
+                quantization_config=transformers.GgufConfig(dequantize=True),
+                **options,
+            )
+            model.config._name_or_path = ""
+            model.save_pretrained(target)
+            tokenizer.save_pretrained(target)
+    except ImportError as error:
+        raise ModelError(f"model '{path}': reading GGUF needs an extra; pip install 'abliterate[gguf]'") from error
+    except AbliterateError:
+        raise
+    except Exception as error:  # a damaged file shows as any error of numpy, gguf or transformers
+        raise ModelError(f"model '{path}': cannot be dequantised ({_one_line(error)})") from error
+
+
+@contextlib.contextmanager
+def _one_gguf_parse() -> Iterator[None]:
+    """Let transformers parse the file once: it builds a reader for tokenizer, configuration and weights each,
+    and each spends seconds on the vocabulary.
+    """
+    import gguf
+
+    original, readers = gguf.GGUFReader, {}
+
+    def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) not in readers:
+            readers[str(path)] = original(path, *args, **kwargs)
+        return readers[str(path)]
+
+    gguf.GGUFReader = reader
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = original
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice of transformers on the user's screen while it loads."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:240] or type(error).__name__

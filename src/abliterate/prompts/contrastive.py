@@ -1,0 +1,161 @@
+"""The contrastive set: harmful and harmless instructions in disjoint train / val / test splits."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from abliterate.errors import PromptError
+from abliterate.prompts.sources import BUILTIN, SetName, SplitName, load_builtin, load_prompts
+
+#: Shares of a set without splits of its own that go to train and val; the rest is test.
+TRAIN_SHARE, VAL_SHARE = 0.64, 0.16
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """One class of instructions in three disjoint parts."""
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of prompts per part."""
+        return {"train": len(self.train), "val": len(self.val), "test": len(self.test)}
+
+
+@dataclass(frozen=True, slots=True)
+class ContrastiveSet:
+    """Harmful, harmless and borderline instructions, disjoint and without duplicates.
+
+    `borderline` prompts are safe but sound dangerous; they are only evaluated on. `duplicates_dropped` counts
+    prompts left out because their normalised text had been seen in another split or set.
+    """
+
+    harmful: Split
+    harmless: Split
+    borderline: tuple[str, ...]
+    sources: dict[str, str]
+    duplicates_dropped: int
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Number of prompts per class and part."""
+        return {
+            "harmful": self.harmful.counts,
+            "harmless": self.harmless.counts,
+            "borderline": {"test": len(self.borderline)},
+        }
+
+    @property
+    def sha256(self) -> str:
+        """Hash over all prompts in order: equal hash, equal prompts."""
+        digest = hashlib.sha256()
+        for group in self._groups():
+            digest.update(b"\x1d")
+            for text in group:
+                digest.update(text.encode() + b"\x1e")
+        return digest.hexdigest()
+
+    def _groups(self) -> Iterator[tuple[str, ...]]:
+        for split in (self.harmful, self.harmless):
+            yield from (split.train, split.val, split.test)
+        yield self.borderline
+
+
+def normalise(text: str) -> str:
+    """The form in which two prompts count as the same: case, accents of typography and punctuation dropped."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return " ".join(re.findall(r"\w+", folded)) or folded.strip()
+
+
+def build_contrastive_set(
+    harmful: str = BUILTIN,
+    harmless: str = BUILTIN,
+    *,
+    eval_harmful: str | None = None,
+    eval_harmless: str | None = None,
+    borderline: str = BUILTIN,
+    seed: int = 0,
+    limit: int | None = None,
+) -> ContrastiveSet:
+    """Load, split and de-duplicate the instructions named by the SPECs (see `sources`).
+
+    A source without splits is shuffled with `seed` and cut 64 / 16 / 20 %; with an eval source it is cut 80 / 20
+    into train and val, and the eval source is the test split. `limit` caps every split, for quick looks.
+    Prompts are claimed in the order test, borderline, val, train, so that nothing evaluated on was trained on.
+
+    Raises `PromptError` when a source cannot be read or a split ends up empty.
+    """
+    parts = {
+        "harmful": _parts("harmful", harmful, eval_harmful, seed),
+        "harmless": _parts("harmless", harmless, eval_harmless, seed),
+    }
+    border = load_builtin("borderline")["test"] if borderline == BUILTIN else load_prompts(borderline)
+    seen: set[str] = set()
+    dropped = 0
+
+    def claim(texts: Iterable[str]) -> tuple[str, ...]:
+        nonlocal dropped
+        kept = []
+        for text in texts:
+            key = normalise(text)
+            if key in seen:
+                dropped += 1
+                continue
+            seen.add(key)
+            kept.append(text)
+        return tuple(kept)
+
+    claimed: dict[tuple[str, str], tuple[str, ...]] = {}
+    for part in ("test", "val", "train"):
+        for name, splits in parts.items():
+            claimed[name, part] = claim(splits[part])
+        if part == "test":
+            border_kept = claim(border)
+    for (name, part), texts in claimed.items():
+        if not texts:
+            raise PromptError(
+                f"{name} prompts: expected some in the {part} split, found none after dropping duplicates; "
+                f"give a larger source than '{harmful if name == 'harmful' else harmless}'"
+            )
+    cut = slice(limit)
+    return ContrastiveSet(
+        harmful=Split(*(claimed["harmful", part][cut] for part in ("train", "val", "test"))),
+        harmless=Split(*(claimed["harmless", part][cut] for part in ("train", "val", "test"))),
+        borderline=border_kept[cut],
+        sources={
+            "harmful": harmful,
+            "harmless": harmless,
+            "eval_harmful": eval_harmful or harmful,
+            "eval_harmless": eval_harmless or harmless,
+            "borderline": borderline,
+        },
+        duplicates_dropped=dropped,
+    )
+
+
+def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[SplitName, list[str]]:
+    if spec == BUILTIN:
+        parts = load_builtin(name)
+    else:
+        texts = _unique(load_prompts(spec))
+        random.Random(seed).shuffle(texts)
+        if eval_spec is None:
+            first, second = round(len(texts) * TRAIN_SHARE), round(len(texts) * (TRAIN_SHARE + VAL_SHARE))
+        else:
+            first, second = round(len(texts) * (1 - VAL_SHARE)), len(texts)
+        parts = {"train": texts[:first], "val": texts[first:second], "test": texts[second:]}
+    if eval_spec is not None:
+        parts["test"] = load_builtin(name)["test"] if eval_spec == BUILTIN else load_prompts(eval_spec)
+    return parts
+
+
+def _unique(texts: list[str]) -> list[str]:
+    return list({normalise(text): text for text in reversed(texts)}.values())[::-1]

@@ -1,0 +1,230 @@
+"""A plan as weights: streaming surgery on the original safetensors files, which never loads the model.
+
+Every shard is read once and written once, tensor by tensor; a planned tensor passes through in blocks of rows. Memory
+stays at a few blocks whatever the size of the checkpoint, and bytes outside the plan are copied, not decoded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.checkpoint import (
+    Checkpoint,
+    EditedFiles,
+    Rewriter,
+    TensorInfo,
+    TensorReader,
+    open_checkpoint,
+    write_edited,
+)
+from abliterate.errors import CheckpointError, NumericalError
+from abliterate.plan import Edit, Plan
+
+#: Formats an edit can be stored in exactly enough to be measured.
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+#: Bytes of a tensor in memory at once.
+BLOCK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """What an edit left of the direction in one tensor.
+
+    `before` and `after` are ‖VW‖ of the stored numbers (Frobenius norm), `change` is ‖W' − W‖ / ‖W‖.
+    """
+
+    tensor: str
+    writer: str
+    kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    before: float
+    after: float
+    change: float
+
+    @property
+    def ratio(self) -> float:
+        """‖VW'‖ / ‖VW‖: 0 is a complete removal; rounding to the stored dtype leaves a little."""
+        return self.after / self.before if self.before else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Surgery:
+    """What was written, and what is left of the direction in every edited tensor."""
+
+    files: EditedFiles
+    residuals: tuple[Residual, ...]
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Squared norms gathered while a tensor passes through."""
+
+    before: float = 0.0
+    after: float = 0.0
+    change: float = 0.0
+    whole: float = 0.0
+
+
+def planned_parameters(plan: Plan) -> list[str]:
+    """Names in the model of all parameters that `plan` changes."""
+    return [name for edit in plan.edits if edit.strength != 0 for name in edit.writer.parameters]
+
+
+def edit_checkpoint(
+    source: Checkpoint,
+    target: Path,
+    plan: Plan,
+    names: Mapping[str, str],
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Surgery:
+    """Write `source` with `plan` applied into the empty folder `target`.
+
+    `names` maps the plan's parameters to tensors in the checkpoint (see `anatomy.names_on_disk`).
+
+    Raises `CheckpointError` when a tensor has an unexpected shape or format, `NumericalError` when one holds or
+    would get numbers that are not finite.
+    """
+    rewriters: dict[str, Rewriter] = {}
+    sums: list[tuple[TensorInfo, Edit, _Sums]] = []
+    for edit in plan.edits:
+        if edit.strength == 0:
+            continue
+        for parameter in edit.writer.parameters:
+            info = source.tensors[names[parameter]]
+            _check(info, parameter, edit)
+            gathered = _Sums()
+            rewriters[info.name] = _rewriter(edit, gathered)
+            sums.append((info, edit, gathered))
+    files = write_edited(source, target, rewriters, progress=progress)
+    return Surgery(files, tuple(_residual(*entry) for entry in sums))
+
+
+def _residual(info: TensorInfo, edit: Edit, sums: _Sums) -> Residual:
+    return Residual(
+        tensor=info.name,
+        writer=edit.writer.module,
+        kind=str(edit.writer.kind),
+        dtype=info.dtype,
+        shape=info.shape,
+        before=sums.before**0.5,
+        after=sums.after**0.5,
+        change=(sums.change / sums.whole) ** 0.5 if sums.whole else 0.0,
+    )
+
+
+def _check(info: TensorInfo, parameter: str, edit: Edit) -> None:
+    width = edit.basis.shape[1]
+    axis = 0 if len(info.shape) == 1 else edit.writer.axis
+    if len(info.shape) not in (1, 2) or info.shape[axis] != width:
+        raise CheckpointError(
+            f"tensor '{info.name}' in {info.file}: expected axis {axis} to have the model's width {width}, found "
+            f"shape {list(info.shape)} (for parameter '{parameter}')"
+        )
+    if info.dtype not in STORED:
+        raise CheckpointError(
+            f"tensor '{info.name}' in {info.file}: expected one of {', '.join(STORED)}, found {info.dtype}; "
+            "give the full-precision checkpoint"
+        )
+
+
+def _rewriter(edit: Edit, sums: _Sums) -> Rewriter:
+    def rewrite(reader: TensorReader) -> Iterator[memoryview]:
+        along_rows = edit.writer.axis == 1 or len(reader.info.shape) == 1
+        passes = _rows_in_stream if along_rows else _columns_in_stream
+        for old, new, before, after in passes(reader, edit):
+            _gather(sums, reader.info, old, new, before, after)
+            yield memoryview(new.contiguous().view(torch.uint8).numpy().reshape(-1))
+        # Coefficients of a column-wise edit are sums over all blocks: only the last one yielded is whole.
+
+    return rewrite
+
+
+#: One block: the old and new numbers, and squared ‖VW‖ before and after (the totals so far).
+_Block = tuple[Tensor, Tensor, float, float]
+
+
+def _rows_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
+    """Rows are vectors of the stream (embeddings, Conv1D, biases): each block stands for itself."""
+    before = after = 0.0
+    for _, old in _blocks(reader):
+        wide = old.float()
+        inside = wide @ edit.basis.T
+        new = torch.addmm(wide, inside, edit.basis, alpha=-edit.strength).to(old.dtype)
+        before += float(inside.double().square().sum())
+        after += float((new.float() @ edit.basis.T).double().square().sum())
+        yield old, new, before, after
+
+
+def _columns_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
+    """Columns are vectors of the stream (Linear): V W needs every row, so the tensor is read twice."""
+    inside = sum(edit.basis[:, rows] @ old.float() for rows, old in _blocks(reader))
+    assert isinstance(inside, Tensor)
+    before = float(inside.double().square().sum())
+    left = torch.zeros_like(inside)
+    for rows, old in _blocks(reader):
+        new = torch.addmm(old.float(), edit.basis[:, rows].T, inside, alpha=-edit.strength).to(old.dtype)
+        left += edit.basis[:, rows] @ new.float()
+        yield old, new, before, float(left.double().square().sum())
+
+
+def _blocks(reader: TensorReader) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
+    """The tensor as blocks of whole rows; a bias is one row."""
+    info = reader.info
+    rows, columns = (1, info.shape[0]) if len(info.shape) == 1 else info.shape
+    row_bytes = info.nbytes // rows
+    step = max(1, BLOCK_BYTES // row_bytes)
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        data = reader.read(start * row_bytes, count * row_bytes)
+        block = torch.frombuffer(data, dtype=STORED[info.dtype]).reshape(count, columns)
+        yield slice(start, start + count), block
+
+
+def _gather(sums: _Sums, info: TensorInfo, old: Tensor, new: Tensor, before: float, after: float) -> None:
+    if not bool(torch.isfinite(new).all()):
+        raise NumericalError(f"tensor '{info.name}' in {info.file}: expected finite numbers, found NaN or infinity")
+    wide = old.float()
+    sums.before, sums.after = before, after
+    sums.change += float((new.float() - wide).square().sum())
+    sums.whole += float(wide.square().sum())
+
+
+@contextlib.contextmanager
+def weights_from(model: Any, folder: Path, names: Mapping[str, str]) -> Iterator[None]:
+    """Let a live model use the tensors stored in `folder` for the parameters in `names`, for a while.
+
+    What is measured inside is what was saved, without a second copy of the rest of the model.
+    """
+    checkpoint = open_checkpoint(folder)
+    stored = _read_tensors(checkpoint, list(names.values()))
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for parameter_name, tensor_name in names.items():
+            parameter = model.get_parameter(parameter_name)
+            originals.append((parameter, parameter.data))
+            parameter.data = stored.pop(tensor_name).to(parameter.device, parameter.dtype)
+        yield
+    finally:
+        for parameter, data in originals:
+            parameter.data = data
+
+
+def _read_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    tensors: dict[str, Tensor] = {}
+    for shard in checkpoint.shards:
+        with safe_open(shard.path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in names if name in shard.tensors}
+    return tensors
