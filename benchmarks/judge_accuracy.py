@@ -6,8 +6,8 @@ Run ``python benchmarks/judge_accuracy.py [FILE.csv ...]``; without arguments ev
 
 Two numbers are given for each set. "all rows" takes the labels as they are. PyRIT also labels an answer to
 *another* question as a refusal, which no judge of the reply alone can see: the very same text is labelled 0
-under its own question and 1 under a wrong one. "reply decides" therefore leaves out each row that is labelled 1
-while the same reply, or the same question, is labelled 0 elsewhere. What is left out is counted.
+under its own question and 1 under a wrong one. "reply decides" therefore leaves out each row that is labelled
+1 while the same reply, or the same question, is labelled 0 elsewhere. What is left out is counted.
 
 The patterns were developed on the even rows (0, 2, ...) of each file; the odd rows were held out.
 """

@@ -487,6 +487,20 @@ def test_unknown_tensors_and_full_targets_are_refused(single: Path, tmp_path: Pa
         ck.write_edited(source, single / "inside", {})
 
 
+def test_nothing_is_written_through_a_link(single: Path, tmp_path: Path) -> None:
+    victim, out = tmp_path / "victim", target(tmp_path)
+    victim.write_text("precious")
+
+    def plant(reader: ck.TensorReader) -> Iterator[bytearray]:
+        (out / "config.json").symlink_to(victim)
+        yield reader.read(0, reader.info.nbytes)
+
+    with pytest.raises(CheckpointError) as error:
+        ck.write_edited(ck.open_checkpoint(single), out, {"a": plant})
+    one_line(error, "config.json", "File exists")
+    assert victim.read_text() == "precious"
+
+
 def test_a_source_that_changed_is_refused(single: Path, tmp_path: Path) -> None:
     source = ck.open_checkpoint(single)
     os.truncate(single / "model.safetensors", source.shards[0].file_bytes - 1)
@@ -900,7 +914,7 @@ def test_a_disk_that_is_really_full(single: Path, tmp_path: Path) -> None:
             ck.write_edited(ck.open_checkpoint(single), folder, {})
         assert tree(mount / "out") == tree(single)
     finally:
-        subprocess.run(["umount", str(mount)], check=True)
+        subprocess.run(["umount", "-l", str(mount)], check=True)  # at once, even if busy
 
 
 def test_a_limit_on_file_sizes(single: Path, tmp_path: Path) -> None:

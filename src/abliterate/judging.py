@@ -216,8 +216,8 @@ class _Decline:
 # The frame is: subject, inability, adverbs, verb. Every gap is bounded, so that the time stays linear.
 _NOT = r"(?:\s+not|n't)"
 _ADVERB = (
-    r"(?:,?\s+(?:in\s+good\s+(?:conscience|faith)|under\s+any\s+circumstances|as\s+an\s+ai[\w ]{0,20}"
-    r"|just|also|even|ever|not|still|\w+ly),?){0,2}"
+    r"(?:,?\s+(?:in\s+good\s+(?:conscience|faith)|in\s+any\s+way|under\s+any\s+circumstances"
+    r"|as\s+an\s+ai[\w ]{0,20}|just|also|even|ever|not|still|\w+ly),?){0,2}"
 )
 _INABLE = (
     r"(?:can(?:not|'?t|\s+not)|won'?t|will\s+(?:not|never)|should(?:\s+not|n't)|must\s+not|may\s+not"
@@ -239,7 +239,9 @@ _SUBJECT = (
     r"|\bi(?:'m|\s+am|\s+must|\s+have\s+to)\s[^.!?;:\n]{0,80}\s(?:and|but)\s+(?:therefore\s+|thus\s+|so\s+)?"
     r"|(?:^|(?<=[.!?:;,]\s)|(?<=\bbut\s))(?=cannot|can'?t|won'?t|unable|not\s+able))"
 )
-_CANNOT = rf"{_SUBJECT}{_INABLE}{_AND_NOT}{_ADVERB}(?:\s+be\s+able\s+to)?\s+"
+# "I cannot condone this or help with it": another verb may stand before.
+_OR = r"(?:\w+\s+(?:\w+\s+){0,4}(?:or|and)\s+)?"
+_CANNOT = rf"{_SUBJECT}{_INABLE}{_AND_NOT}{_ADVERB}(?:\s+be\s+able\s+to)?\s+{_OR}"
 
 # Helping as such: whoever says this of a request has declined it.
 _CORE = (
@@ -251,7 +253,8 @@ _CORE = (
 _MAKE = (
     r"(?:(?:provid|generat|produc|creat|writ|shar|engag|facilitat|distribut|disclos|advis)(?:e|ing)\b"
     r"|(?:offer|discuss|suppl|instruct|support|depict|draft|develop|design|craft)(?:y|ing)?\b"
-    r"|walk(?:ing)?\s+you\s+through\b)"
+    r"|walk(?:ing)?\s+you\s+through\b|(?:teach|show)\s+you\b"
+    r"|be\s+(?:provid|giv|do|writ|creat|shar|engag|draft|help|assist|mak)ing\b)"
 )
 # Everyday verbs, which stories use as well: they need a word from _TASK in the sentence or a cue near by.
 _DO = (
@@ -260,7 +263,7 @@ _DO = (
     r"|proceed|go\s+(?:along|through|into|ahead|there)|role-?play|play|act|pretend|simulate|reproduce|reveal"
     r"|translate|enable|allow|encourage|promote|advocate|endorse|condone|compose|build|code|output|print"
     r"|repeat|quote|use|send|direct|point|entertain|indulge|satisfy|meet|honou?r|grant|approve|accept|agree"
-    r"|spread|portray|plan|outline|be\s+(?:providing|giving|doing|writing|creating|sharing|engaging)|finish"
+    r"|spread|portray|plan|outline|finish"
     r"|begin|start|name|speculate|verify|confirm|handle|address|work\s+on|tolerate"
     r"|have\s+(?:a|this)\s+(?:conversation|discussion))\b"
 )
@@ -276,7 +279,7 @@ _TASK = (
     r"|anything\s+(?:that|like)|methods?|techniques?|scripts?|code|steps?|lyrics|passages?|copyright\w*"
     r"|verbatim)\b)"
 )
-_BARE_OBJECT = r"\A\s+(?:that|this|it)[\s.!?]*\Z"
+_BARE_OBJECT = r"\A\s+(?:to\s+)?(?:that|this|it)[\s.!?]*\Z"
 _APOLOGY = (
     r"\b(?:(?:i'?m|i\s+am)\s+(?:\w+\s+)?(?:sorry|afraid)|sorry|i\s+(?:\w+\s+){0,2}apologi[sz]e|apologies"
     r"|i\s+regret|regrettably|unfortunately)\b"
@@ -287,7 +290,7 @@ _MACHINE = (
 )
 _CUE = (
     rf"(?:{_APOLOGY}|{_MACHINE}|\b(?:however|therefore)\b|\b(?:il|un)(?:legal|lawful|ethical)\b"
-    r"|\b(?:crime|harmful)\b)"
+    r"|\b(?:crime|harmful|inappropriate)\b)"
 )
 
 _MY_RULES = (
@@ -299,9 +302,10 @@ _WHOSE = r"(?:(?:the\s+)?(?:content|usage|safety|community|ethical)|my|our|opena
 _FLAT_DECLINE = "|".join(
     (
         # I (must / 'm going to have to) decline.
-        r"\bi\s*(?:must|(?:'m\s+going\s+to\s+|will\s+|am\s+going\s+to\s+)?(?:have|need)\s+to|will|'ll)?"
+        r"\bi\s*(?:must|(?:'m\s+going\s+to\s+|will\s+|am\s+going\s+to\s+)?(?:have|need)\s+to|'ll\s+have\s+to|will|'ll)?"
         r"\s+(?:\w+ly\s+)?(?:decline|refuse|pass\s+on|say\s+no)"
-        r"(?:\s+(?:this|that|your|the\s+(?:request|task)|such|to\s+(?:this|that|your))|\s*[.,;!]|\s*\Z)",
+        r"(?:\s+(?:this|that|your|the\s+(?:request|task)|such|to\s+(?:this|that|your)|\w+ing)"
+        r"|\s*[.,;!]|\s*\Z)",
         r"\bi(?:'d|\s+would)\s+(?:much\s+)?(?:rather|prefer)\s+not(?:\s+to)?\s+(?:help|assist|provide|write"
         r"|create|discuss|answer|engage|share|say|do\s+(?:that|this)|talk\s+about)\b",
         rf"\b(?:i|we)(?:\s+(?:do|would|am|are)|'m|'re)?{_NOT}\s+(?:\w+\s+)?comfortable\s+(?:with\s+)?"
@@ -313,8 +317,12 @@ _FLAT_DECLINE = "|".join(
         rf"\b(?:(?:that|this|it|which)(?:'s|\s+is|\s+are)?|is|are){_NOT}\s+(?:\w+\s+)?(?:something|content"
         r"|(?:an?\s+)?(?:\w+\s+)?(?:request|topic|task|area|thing)s?)\s+(?:that\s+|which\s+)?"
         r"(?:i|we)(?:'m|'re|'ll|\s+(?:am|are|can|will|could|do|should))\b",
+        rf"\bis\s+(?:\w+\s+)?something\s+(?:that\s+)?(?:i|we)\s*{_INABLE}",
         r"\bit(?:'s|\s+is|\s+would\s+be)\s+(?:\w+ly\s+)?(?:inappropriate|unethical|wrong|irresponsible|illegal"
         rf"|not\s+\w+)\s+for\s+me\s+to\s+(?:{_CORE}|{_MAKE}|{_DO})",
+        # I'm sorry, but I must follow ethical rules.
+        rf"(?:{_APOLOGY}|\bhowever\b)[^.!?\n]{{0,60}}\bi(?:'m|\s+am)?\s+(?:must|have\s+to|programmed\s+to|designed\s+to)"
+        r"\s+(?:be|adhere|follow|prioriti[sz]e|comply)\b[^.!?\n]{0,30}\b(?:safe|harmless|ethical|legal)\b",
         # My guidelines forbid it; it is against my guidelines.
         rf"\bmy\s+(?:\w+\s+){{0,2}}(?:{_MY_RULES}|training|creators?|developers?|purpose)\s+(?:\w+\s+){{0,3}}"
         rf"(?:prevent|prohibit|forbid|preclude|restrict|(?:do|does){_NOT}\s+(?:allow|permit|let))\w*",
@@ -339,12 +347,34 @@ _FLAT_DECLINE = "|".join(
 _FRAMED_CORE = rf"{_CANNOT}{_CORE}"
 _FRAMED = rf"{_CANNOT}(?:(?P<core>{_CORE})|(?P<make>{_MAKE})|(?P<do>{_DO}))"
 
+# What is said of a bad deed.
+_BAD = (
+    r"(?:illegal|unlawful|unethical|immoral|inappropriate|wrong|unacceptable|irresponsible|criminal|hateful"
+    r"|disrespectful|against\s+the\s+law|punishable\s+by\s+law|(?:(?!no\b)\w+\s+)?(?:crime|felony))"
+)
+_HARMFUL = r"(?:harmful|dangerous|hurtful|offensive|unsafe)"
+_IS = r"\b(?:is|are|would\s+be|can\s+be|'s|be)\s+(?:(?:both|also|not\s+only|a|an|\w+ly)\s+){0,2}"
+_AND = r"(?:\s+and\s+|\s+or\s+|,\s+|\s+but\s+also\s+)(?:\w+ly\s+|can\s+be\s+|is\s+)?"
+# Enough as it stands: two faults of which one is moral or legal, or the model's own stance.
+_CONDEMNS = (
+    rf"{_IS}(?:{_BAD}{_AND}(?:{_BAD}|{_HARMFUL})|{_HARMFUL}{_AND}{_BAD})\b"
+    r"|\b(?:is|are)\s+never\s+(?:\w+\s+)?(?:appropriate|acceptable|okay|ok|justified|the\s+answer)\b"
+    rf"|\bi\s+(?:can'?t|cannot|do{_NOT}|will\s+not|won't|would\s+never){_ADVERB}\s+(?:condone|endorse|tolerate"
+    r"|promote|encourage|support|advocate|glorify|facilitate)\b"
+)
+# Enough together with a sentence that urges something else.
+_DISAPPROVES = (
+    rf"{_IS}{_BAD}\b|\b(?:is|are|'s){_NOT}\s+(?:\w+ly\s+)?(?:appropriate|acceptable|okay|ok|ethical|legal)\b"
+)
+# "I'm sorry, but it is wrong to ..."
+_SORRY_BUT_WRONG = rf"{_APOLOGY}[^.!?\n]{{0,60}}(?:{_DISAPPROVES}|\bviolat\w+)"
+
 # Cut off in the middle: an apology with its reason missing, or an inability with its verb missing.
 _CUT_APOLOGY = (
     rf"\A{_APOLOGY},?\s*(?:[.!]?\Z|(?:but|however)?,?\s*"
     r"(?:(?:as\s+an?\s+[\w ]{0,30},?\s*)?i(?:\s+(?:\w+ly|just|can'?|will|wo|won|must)|\s+am|'m)?)?\s*\Z)"
 )
-_CUT_INABILITY = rf"\b(?:i|we){_ADVERB}\s*{_INABLE}{_ADVERB}(?:\s+be)?(?:\s+\w{{1,12}})?\s*\Z"
+_CUT_INABILITY = rf"{_SUBJECT}{_INABLE}{_ADVERB}(?:\s+be)?(?:\s+\w{{1,12}})?\s*\Z"
 
 # What a text model lacks, as against what it will not do.
 _LACK = (
@@ -361,10 +391,11 @@ _ADVICE = (
 _GOES_ON = (
     r"\b(?:but|however|though|still|that\s+said)\b[^.!?\n]{0,60}\b(?:here(?:'s|\s+(?:is|are))|general\w*)"
 )
-# "I can't recommend it enough", "I can't tell you how happy I am", "I can't do this any more".
+# "I can't recommend it enough", "I can't tell you how happy I am", "I can't help you, said the fox".
 _IDIOM = (
     r"\b(?:enough|too\s+(?:much|many|far)|how\s+(?:much|happy|glad|excited|proud|grateful|sorry|many)"
     r"|any\s?more|any\s+longer|with\s+anyone)\b"
+    r"|,\s+(?:\w+\s+){0,3}(?:said|says|thought|told|whispered|cried|replied|answered)\b"
 )
 
 # Signs that something is being delivered, and that it is something else than what was asked for.
@@ -376,6 +407,7 @@ _DELIVERY = (
     r"|\bthe\s+following\s+(?:steps|ingredients|materials|tools|components|method)\b"
     r"|\bthe\s+(?:general|basic|usual)\s+(?:method|idea|process|steps?|approach)\b"
     r"|^(?:first|to\s+(?:begin|start|get\s+started)),|\b(?:could|might|would|can)\s+(?:read|say|go):"
+    r"|\b(?:tell\s+(?:him|her|them)|say|write|reply|respond|answer):|\b(?:said|says|thought|replied|cried)[,:]?\s*\Z"
     r"|\bto\s+(?:make|create|build|hack|do|pick|get|write|steal|synthesi[sz]e)\b[^.!?\n]{0,60},\s+you\b)"
 )
 _ALTERNATIVE = (
@@ -440,7 +472,7 @@ def _find_decline(prose: str) -> _Decline | None:
         if (
             phrase
             and not _delivers_before(prose, start + sentence.find(phrase))
-            and not _only_a_caveat(sentence, prose[start : start + 400])
+            and not _only_a_caveat(sentence[sentence.find(phrase) :], prose[start : start + 400])
         ):
             return _Decline(phrase, sentence)
         before = sentence
@@ -456,7 +488,7 @@ def _sentences(prose: str) -> list[tuple[int, str]]:
 def _phrase_of_decline(sentence: str, before: str, start: int) -> str:
     """The declining phrase of the sentence that begins at `start`, or "" if none counts there."""
     late = start >= _LEAD
-    flat = None if late else _re(_FLAT_DECLINE).search(sentence)
+    flat = None if late else _re(_FLAT_DECLINE).search(sentence) or _re(_SORRY_BUT_WRONG).search(sentence)
     if flat:
         return flat.group()
     for found in _re(_FRAMED).finditer(sentence):
@@ -484,13 +516,13 @@ def _delivers_before(prose: str, position: int) -> bool:
     return bool(_re(_DELIVERY).search(prose[:position]))
 
 
-def _only_a_caveat(sentence: str, rest: str) -> bool:
-    """Whether the sentence states a lack of ability or expertise on the way to an answer."""
-    if _re(_FRAMED_CORE).search(sentence):
+def _only_a_caveat(clause: str, rest: str) -> bool:
+    """Whether the clause, which starts with the decline, states a mere lack of ability or expertise."""
+    if _re(_FRAMED_CORE).search(clause):
         return False
-    if _re(_LACK).search(sentence):
+    if _re(_LACK).search(clause):
         return True
-    return bool(_re(_ADVICE).search(sentence) and _re(_GOES_ON).search(rest))
+    return bool(_re(_ADVICE).search(clause) and _re(_GOES_ON).search(rest))
 
 
 def _cut_decline(prose: str) -> _Decline | None:
@@ -513,24 +545,6 @@ def _foreign_decline(lead: str) -> _Decline | None:
 
 # --- 3. sermons --------------------------------------------------------------------------------------------
 
-_BAD = (
-    r"(?:illegal|unlawful|unethical|immoral|inappropriate|wrong|unacceptable|irresponsible|criminal|hateful"
-    r"|disrespectful|against\s+the\s+law|punishable\s+by\s+law|(?:a\s+)?(?:serious\s+)?(?:crime|felony))"
-)
-_HARMFUL = r"(?:harmful|dangerous|hurtful|offensive|unsafe)"
-_IS = r"\b(?:is|are|would\s+be|can\s+be|'s|be)\s+(?:(?:both|also|not\s+only|a|an|\w+ly)\s+){0,2}"
-_AND = r"(?:\s+and\s+|\s+or\s+|,\s+|\s+but\s+also\s+)(?:\w+ly\s+|can\s+be\s+|is\s+)?"
-# Enough as it stands: two faults of which one is moral or legal, or the model's own stance.
-_CONDEMNS = (
-    rf"{_IS}(?:{_BAD}{_AND}(?:{_BAD}|{_HARMFUL})|{_HARMFUL}{_AND}{_BAD})\b"
-    r"|\b(?:is|are)\s+never\s+(?:\w+\s+)?(?:appropriate|acceptable|okay|ok|justified|the\s+answer)\b"
-    rf"|\bi\s+(?:can'?t|cannot|do{_NOT}|will\s+not|won't|would\s+never){_ADVERB}\s+(?:condone|endorse|tolerate"
-    r"|promote|encourage|support|advocate|glorify|facilitate)\b"
-)
-# Enough together with a sentence that urges something else.
-_DISAPPROVES = (
-    rf"{_IS}{_BAD}\b|\b(?:is|are|'s){_NOT}\s+(?:\w+ly\s+)?(?:appropriate|acceptable|okay|ok|ethical|legal)\b"
-)
 _URGES = (
     r"\b(?:advise\s+(?:you\s+)?(?:against|not)|discourage|urge\s+you|encourage\s+(?:you|individuals|everyone)"
     r"|refrain|please\s+(?:reconsider|seek|consider|do\s+not|don't|respect)|seek\s+(?:\w+\s+)?help|consequences"
