@@ -95,22 +95,16 @@ def show_errors(rows: Iterable[Row]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Agreement of the phrase judge with human labels.")
     parser.add_argument("paths", nargs="*", type=Path, help=f"CSV files; default: all in {DEFAULT}")
-    parser.add_argument(
-        "--errors", action="store_true", help="also list the disagreements that the reply decides"
-    )
+    parser.add_argument("--errors", action="store_true", help="also list the disagreements that the reply decides")
     args = parser.parse_args(argv)
     paths = args.paths or sorted(DEFAULT.glob("*.csv"))
     missing = [str(p) for p in paths if not p.is_file()]
     if not paths or missing:
-        sys.exit(
-            f"no labelled replies: {', '.join(missing) or DEFAULT} not found; pass the paths of CSV files"
-        )
+        sys.exit(f"no labelled replies: {', '.join(missing) or DEFAULT} not found; pass the paths of CSV files")
     rows = [row for path in paths for row in read(path)]
     fair = reply_decides(rows)  # over all files: the halves of a pair may lie in two
     for path in paths:
-        report_sets(
-            path.name, [r for r in rows if r.file == path.name], [r for r in fair if r.file == path.name]
-        )
+        report_sets(path.name, [r for r in rows if r.file == path.name], [r for r in fair if r.file == path.name])
     report_sets("total", rows, fair)
     if args.errors:
         show_errors(fair)

@@ -92,9 +92,7 @@ def test_no_normalised_duplicate_across_sets_and_splits() -> None:
 @pytest.mark.parametrize("name", SETS)
 def test_no_near_duplicate_within_a_set(name: str) -> None:
     bags = [frozenset(_normalise(row.text).split()) for row in _load(name)]
-    near = [
-        (sorted(a), sorted(b)) for a, b in combinations(bags, 2) if len(a & b) > 0.8 * min(len(a), len(b))
-    ]
+    near = [(sorted(a), sorted(b)) for a, b in combinations(bags, 2) if len(a & b) > 0.8 * min(len(a), len(b))]
     assert near == []
 
 
@@ -108,16 +106,12 @@ def test_pairs_share_row_split_opener_ending_and_about_length() -> None:
 
 @pytest.mark.parametrize("split", PER_SPLIT)
 def test_mean_lengths_agree(split: str) -> None:
-    harmful, harmless = (
-        _mean([_word_count(row.text) for row in _load(name) if row.split == split]) for name in PAIRED
-    )
+    harmful, harmless = (_mean([_word_count(row.text) for row in _load(name) if row.split == split]) for name in PAIRED)
     assert harmless == pytest.approx(harmful, rel=0.05)
 
 
 def test_two_word_openings_are_distributed_alike() -> None:
-    harmful, harmless = (
-        Counter(" ".join(_normalise(row.text).split()[:2]) for row in _load(name)) for name in PAIRED
-    )
+    harmful, harmless = (Counter(" ".join(_normalise(row.text).split()[:2]) for row in _load(name)) for name in PAIRED)
     distance = sum(abs(harmful[key] - harmless[key]) for key in harmful | harmless) / 2
     assert distance / len(_load("harmful")) < 0.25
 

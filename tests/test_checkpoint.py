@@ -299,9 +299,7 @@ def test_shards_with_an_index(sharded: Path) -> None:
     assert found.tensors["layer.2.x"].file == sharded / "model-00002-of-00003.safetensors"
 
 
-def test_the_single_file_comes_before_an_index_of_others_as_in_transformers(
-    sharded: Path, tmp_path: Path
-) -> None:
+def test_the_single_file_comes_before_an_index_of_others_as_in_transformers(sharded: Path, tmp_path: Path) -> None:
     save_file({"w": np.zeros(3, np.float32)}, sharded / "model.safetensors")
     found = ck.open_checkpoint(sharded)
     assert (list(found.tensors), found.index) == (["w"], None)
@@ -359,9 +357,7 @@ def test_an_index_must_fit_its_files(sharded: Path) -> None:
     with pytest.raises(CheckpointError) as error:
         ck.open_checkpoint(sharded)
     one_line(error, "layer.1.x", second.name)
-    edit_index(
-        sharded, lambda index: index["weight_map"].update({"layer.1.x": first.name, "gone": first.name})
-    )
+    edit_index(sharded, lambda index: index["weight_map"].update({"layer.1.x": first.name, "gone": first.name}))
     with pytest.raises(CheckpointError) as error:
         ck.open_checkpoint(sharded)
     one_line(error, "gone", first.name)
@@ -627,9 +623,7 @@ def test_offsets_over_four_gigabytes(tmp_path: Path) -> None:
 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
-    assert ck.sha256(tmp_path / "x").startswith(
-        "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert ck.sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
 
 
 # ---------------------------------------------------------------------------------------------------- staged
@@ -689,9 +683,7 @@ def test_what_may_be_overwritten(single: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["out", "single"]
 
 
-def test_out_must_be_a_place_of_its_own(
-    single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_must_be_a_place_of_its_own(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(single)
     (tmp_path / "broken").symlink_to("nowhere")

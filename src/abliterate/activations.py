@@ -6,17 +6,18 @@ been seen to give zeros beyond the first device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from abliterate.anatomy import stream_out
 from abliterate.errors import NumericalError
-from abliterate.inference import BatchSize, Encoded, SharedPrefix, forward, hooked, in_batches
+from abliterate.inference import BatchSize, Encoded, SharedPrefix, forward, hooked, in_batches, last_logits
 
 #: Takes layer, the rows' indices, and their activations [b, k, d] at positions -1, -2 … -k.
 Consumer = Callable[[int, list[int], Float[Tensor, "b k d"]], None]
@@ -90,34 +91,54 @@ def stream_sites(
     positions: int,
     consume: Consumer,
     size: BatchSize,
+    *,
+    keep: Callable[[Float[Tensor, "b vocab"]], Bool[Tensor, " b"]] | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> int:
     """Feed the activations of every layer 0..L at the last `positions` tokens of each prompt to `consume`.
 
-    Each suffix must have at least `positions` tokens.
+    Each suffix must have at least `positions` tokens. With `keep`, only prompts whose next-token logits it approves
+    are fed; without it the head is not computed. Returns the number of prompts fed.
 
     Raises `NumericalError` at the first NaN or infinity, naming layer and prompt.
     """
     shared = SharedPrefix(model, prompts.prefix)
-    lengths = [len(s) for s in prompts.suffixes]
+    fed = 0
 
     def work(rows: list[int]) -> None:
         # The batch is handed on only when it is whole: running out of memory half-way must leave no trace.
-        for layer, values in enumerate(_capture(model, blocks, shared, prompts.take(rows), positions)):
-            if not bool(torch.isfinite(values).all()):
-                bad = rows[int((~torch.isfinite(values)).flatten(1).any(1).nonzero()[0])]
-                raise NumericalError(
-                    f"activations: expected finite numbers, found NaN or infinity at layer {layer} of prompt {bad}; "
-                    "try --dtype float32"
-                )
-            consume(layer, rows, values)
+        nonlocal fed
+        batch = prompts.take(rows)
+        with _captured(blocks, batch, positions) as sites:
+            if keep is None:
+                forward(model, shared, batch.suffixes)
+                chosen = torch.ones(len(rows), dtype=torch.bool)
+            else:
+                chosen = keep(last_logits(model, shared, batch.suffixes)).cpu()
+        kept = [row for row, wanted in zip(rows, chosen.tolist(), strict=True) if wanted]
+        for layer, values in enumerate(sites):
+            _check_finite(values, layer, rows)
+            if kept:
+                consume(layer, kept, values[chosen])
+        fed += len(kept)
 
-    in_batches(lengths, size, work, done=progress)
+    in_batches([len(s) for s in prompts.suffixes], size, work, done=progress)
+    return fed
 
 
-def _capture(
-    model: Any, blocks: list[nn.Module], shared: SharedPrefix, batch: Encoded, positions: int
-) -> list[Float[Tensor, "b k d"]]:
+def _check_finite(values: Float[Tensor, "b k d"], layer: int, rows: list[int]) -> None:
+    finite = torch.isfinite(values).flatten(1).all(1)
+    if not bool(finite.all()):
+        bad = rows[int((~finite).nonzero()[0])]
+        raise NumericalError(
+            f"activations: expected finite numbers, found NaN or infinity at layer {layer} of prompt {bad}; "
+            "try --dtype float32"
+        )
+
+
+@contextlib.contextmanager
+def _captured(blocks: list[nn.Module], batch: Encoded, positions: int) -> Iterator[list[Float[Tensor, "b k d"]]]:
+    """Fill the list, layer by layer, while the batch is run right-padded inside."""
     lengths = torch.tensor([len(s) for s in batch.suffixes])
     index = lengths[:, None] - 1 - torch.arange(positions)[None]
     rows = torch.arange(len(batch))[:, None]
@@ -136,5 +157,4 @@ def _capture(
     handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     handles.append(blocks[-1].register_forward_hook(after))
     with hooked(handles):
-        forward(model, shared, batch.suffixes)
-    return captured
+        yield captured

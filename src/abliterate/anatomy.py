@@ -50,7 +50,17 @@ WRITER_NAMES: dict[str, Kind | None] = {
 }
 
 #: Parts of class names of blocks that keep a state other than keys and values.
-_STATEFUL_HINTS = ("mamba", "ssm", "recurrent", "rwkv", "deltanet", "linearattention", "xlstm", "mlstm", "hybrid")
+_STATEFUL_HINTS = (
+    "mamba",
+    "ssm",
+    "recurrent",
+    "rwkv",
+    "deltanet",
+    "linearattention",
+    "xlstm",
+    "mlstm",
+    "hybrid",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +276,7 @@ def _expand(output: Tensor, stream: Tensor) -> Tensor:
     return output.to(stream.device).expand_as(stream)
 
 
-def _block_writers(
-    block: nn.Module, index: int, name: str, call: _Call, d_model: int
-) -> tuple[list[Writer], float]:
+def _block_writers(block: nn.Module, index: int, name: str, call: _Call, d_model: int) -> tuple[list[Writer], float]:
     """Writers of one block, from a float32 copy of it run on the arguments it was called with."""
     twin = copy.deepcopy(block).float()
     candidates = list(_candidates(twin, d_model))
@@ -381,9 +389,7 @@ def _suspects(block: nn.Module) -> list[str]:
     return [name for name, weight in block.named_parameters() if weight.dim() == 3 and weight.shape[1] > 1]
 
 
-def _not_closed(
-    name: str, block: nn.Module, error: float, known: Sequence[str], suspects: Sequence[str]
-) -> str:
+def _not_closed(name: str, block: nn.Module, error: float, known: Sequence[str], suspects: Sequence[str]) -> str:
     what = f"block {name} ({type(block).__name__})"
     hint = f"; mixture-of-experts weights are not supported yet: {', '.join(suspects)}" if suspects else ""
     return (
@@ -443,4 +449,3 @@ def _saved_name(model: Any, name: str) -> str:
 
     saved = list(revert_weight_conversion(model, {name: torch.empty(0)}))
     return str(saved[0]) if len(saved) == 1 else name
-

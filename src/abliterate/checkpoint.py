@@ -283,9 +283,7 @@ def _check_layout(tensors: Iterable[TensorInfo], path: Path, data_start: int, si
     for info in tensors:
         if info.start != position:
             kind = "overlaps the one before it" if info.start < position else "comes after a hole"
-            raise _damaged(
-                path, f"tensor {_short(info.name)} {kind}: expected at {position}, is at {info.start}"
-            )
+            raise _damaged(path, f"tensor {_short(info.name)} {kind}: expected at {position}, is at {info.start}")
         position = info.end
     if position != size:
         raise _damaged(path, f"its tensors end at byte {position}, the file has {size} bytes")
@@ -336,9 +334,7 @@ def _read_index(path: Path) -> dict[str, str]:
     for tensor, name in listed.items():
         if not isinstance(name, str) or not _is_inside(name):
             where = f"lists tensor {_short(tensor)} in {_short(name)}"
-            raise _error(
-                f"{path} {where}, expected a .safetensors file inside the folder; correct or remove it"
-            )
+            raise _error(f"{path} {where}, expected a .safetensors file inside the folder; correct or remove it")
     return {tensor: str(PurePosixPath(name)) for tensor, name in listed.items()}
 
 
@@ -506,9 +502,7 @@ def _rewrite(reader: TensorReader, dst: int, rewriter: Rewriter, step: Callable[
         _write_all(dst, view, position - len(view))
         step(len(view))
     if position != info.end:
-        wrong = (
-            f"{info.nbytes} bytes expected, {'more' if position > info.end else position - info.start} given"
-        )
+        wrong = f"{info.nbytes} bytes expected, {'more' if position > info.end else position - info.start} given"
         raise _error(f"{info.file}: tensor {_short(info.name)} rewritten wrongly: {wrong}; {_OUR_FAULT}")
 
 
@@ -674,17 +668,13 @@ def _check_out(out: Path, *, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         raise UsageError(_line(f"{out} exists and is not a folder; give another -o"))
     if os.path.ismount(out):
-        raise UsageError(
-            _line(f"{out} is a mount point and cannot be replaced; give a folder inside it as -o")
-        )
+        raise UsageError(_line(f"{out} is a mount point and cannot be replaced; give a folder inside it as -o"))
     if not any(out.iterdir()):
         return
     if not overwrite:
         raise UsageError(_line(f"{out} exists; give another -o or --overwrite"))
     if not (out / "config.json").exists() and not (out / "abliteration.json").exists():
-        raise UsageError(
-            _line(f"{out} exists and holds no model, so --overwrite is refused; give another -o")
-        )
+        raise UsageError(_line(f"{out} exists and holds no model, so --overwrite is refused; give another -o"))
 
 
 def _install(partial: Path, out: Path, *, overwrite: bool) -> None:

@@ -39,7 +39,8 @@ class Candidates:
     @property
     def norms(self) -> Float[Tensor, "k sites"]:
         """‖r‖ per site, in units of the residual stream."""
-        return self.raw.norm(dim=-1)
+        norms: Tensor = self.raw.norm(dim=-1)
+        return norms
 
     @property
     def units(self) -> Float[Tensor, "k sites d"]:
@@ -94,10 +95,11 @@ def separation(harmful: Float[Tensor, "n k sites"], harmless: Float[Tensor, "m k
     return Separation(dprime, auroc(harmful, harmless))
 
 
-def auroc(positive: Float[Tensor, "n *rest"], negative: Float[Tensor, "m *rest"]) -> Float[Tensor, "*rest"]:
+def auroc(positive: Float[Tensor, n * rest], negative: Float[Tensor, m * rest]) -> Float[Tensor, "*rest"]:
     """P(positive > negative) + ½ P(equal): the Mann-Whitney statistic over all pairs."""
     pairs = positive[:, None] - negative[None]
-    return ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean((0, 1))
+    wins: Tensor = ((pairs > 0).double() + 0.5 * (pairs == 0).double()).mean((0, 1))
+    return wins
 
 
 def orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:

@@ -18,7 +18,14 @@ from torch import Tensor
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, cut_head, in_batches, input_device
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
-_END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>", "<|END_OF_TURN_TOKEN|>")
+_END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|endoftext|>",
+    "<|END_OF_TURN_TOKEN|>",
+)
 
 #: Finished rows are taken out of the batch when they are this share of it (moving the cache is not free).
 _COMPACT_SHARE = 0.1

@@ -53,26 +53,28 @@ def share_prefix(sequences: Sequence[Sequence[int]], *, keep: int = 1, share: bo
 class SharedPrefix:
     """Keys and values of the shared prefix, computed under the hooks that are active *now*.
 
-    An intervention changes them like any other activation: make a new one inside each intervention.
+    An intervention changes them like any other activation: make a new one inside each intervention. `copies` rows
+    are run, for interventions that do something else in each; a batch must then come copy by copy.
     """
 
-    def __init__(self, model: Any, prefix: Sequence[int]) -> None:
+    def __init__(self, model: Any, prefix: Sequence[int], copies: int = 1) -> None:
         """Run `prefix` through `model` once (nothing is run for an empty prefix)."""
         self.length = len(prefix)
+        self.copies = copies
         self._model = model
         self._cache: Any = None
         if prefix:
             self._cache = new_cache(model)
-            ids = torch.tensor([list(prefix)], device=input_device(model))
+            ids = torch.tensor([list(prefix)] * copies, device=input_device(model))
             with torch.inference_mode():
                 body(model)(input_ids=ids, past_key_values=self._cache, use_cache=True)
 
     def cache(self, rows: int) -> Any:
-        """A fresh cache of the prefix for a batch of `rows` prompts."""
+        """A fresh cache of the prefix for a batch of `rows` rows (a multiple of `copies`)."""
         if self._cache is None:
             return new_cache(self._model)
         cache = copy.deepcopy(self._cache)
-        cache.batch_repeat_interleave(rows)
+        cache.batch_repeat_interleave(rows // self.copies)
         return cache
 
 
@@ -169,7 +171,7 @@ class BatchSize:
 def auto_batch_size(model: Any, requested: int | None = None) -> BatchSize:
     """Rows and tokens per batch that use at most a quarter of the memory that is free now.
 
-    A row is taken to need 512 tokens' keys, values and activations and three float32 rows of the vocabulary.
+    A row is taken to need 256 tokens' keys, values and activations and three float32 rows of the vocabulary.
     On a CPU more than about a thousand tokens at once gain nothing; a GPU takes sixteen times as many.
     """
     device = input_device(model)
@@ -178,7 +180,7 @@ def auto_batch_size(model: Any, requested: int | None = None) -> BatchSize:
         return BatchSize(requested, max(tokens, requested * 64))
     config = model.config.get_text_config()
     per_token = 4 * config.hidden_size * (config.num_hidden_layers + 16)
-    per_row = 512 * per_token + 12 * config.vocab_size
+    per_row = 256 * per_token + 12 * config.vocab_size
     rows = 128 if device.type == "cpu" else 256
     while rows > 1 and rows * per_row > _free_memory(device) / 4:
         rows //= 2
@@ -201,15 +203,16 @@ def in_batches(
     *,
     done: Callable[[int], None] | None = None,
     equal_lengths: bool = False,
+    copies: int = 1,
 ) -> None:
     """Call `work(rows)` on batches of prompts of similar length until all are done, halving when memory runs out.
 
     `work` must have no effect when it fails for lack of memory: it is called again with fewer rows. With
-    `equal_lengths` no batch needs padding.
+    `equal_lengths` no batch needs padding. `copies` says how often `work` runs each prompt at once.
     """
     waiting = sorted(range(len(lengths)), key=lambda row: lengths[row])
     while waiting:
-        rows = waiting[: _fitting(lengths, waiting, size, equal_lengths)]
+        rows = waiting[: _fitting(lengths, waiting, size, equal_lengths, copies)]
         try:
             work(rows)
         except (RuntimeError, MemoryError) as error:
@@ -224,12 +227,12 @@ def in_batches(
             done(len(rows))
 
 
-def _fitting(lengths: Sequence[int], waiting: Sequence[int], size: BatchSize, equal_lengths: bool) -> int:
-    count = min(size.rows, len(waiting))
+def _fitting(lengths: Sequence[int], waiting: Sequence[int], size: BatchSize, equal_lengths: bool, copies: int) -> int:
+    count = max(1, min(size.rows // copies, len(waiting)))
     if equal_lengths:
         shortest = lengths[waiting[0]]
         count = sum(lengths[row] == shortest for row in waiting[:count])
-    while count > 1 and count * lengths[waiting[count - 1]] > size.tokens:
+    while count > 1 and count * copies * lengths[waiting[count - 1]] > size.tokens:
         count -= 1
     return count
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,39 +15,49 @@ from abliterate.plan import Edit, Plan, remove_from_outputs
 
 
 @contextlib.contextmanager
-def ablation(model: Any, plan: Plan) -> Iterator[None]:
-    """Realise `plan` as hooks on every writer's output (before its post-norm); nothing in the model is changed."""
+def ablation(model: Any, *plans: Plan) -> Iterator[None]:
+    """Realise a plan as hooks on every writer's output (before its post-norm); nothing in the model is changed.
+
+    With several plans for the same writers at the same strength, the rows of a batch are cut into equal parts, one
+    for each plan in order: many directions are tried in one forward pass.
+    """
     handles: list[Any] = []
     with hooked(handles):
-        for edit in plan.edits:
-            if edit.strength != 0:
-                module = model.get_submodule(edit.writer.module)
-                handles.append(module.register_forward_hook(_remover(module, edit)))
+        for edits in zip(*(plan.edits for plan in plans), strict=True):
+            if edits[0].strength != 0:
+                module = model.get_submodule(edits[0].writer.module)
+                handles.append(module.register_forward_hook(_remover(module, edits)))
         yield
 
 
-def _remover(module: nn.Module, edit: Edit) -> Any:
+def _remover(module: nn.Module, edits: Sequence[Edit]) -> Any:
     device = next(module.parameters()).device
-    basis = edit.basis.to(device)
+    basis = torch.stack([edit.basis for edit in edits]).to(device)
+    strength = edits[0].strength
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        return remove_from_outputs(output, basis.to(output.device), edit.strength)
+        return remove_from_outputs(output, basis.to(output.device), strength)
 
     return hook
 
 
 @contextlib.contextmanager
-def addition(block: nn.Module, vector: Float[Tensor, " d"]) -> Iterator[None]:
-    """Add `vector` to the residual stream where it enters `block`, at every token (Arditi et al. 2024, eq. 3)."""
+def addition(block: nn.Module, vectors: Float[Tensor, "g d"]) -> Iterator[None]:
+    """Add to the residual stream where it enters `block`, at every token (Arditi et al. 2024, eq. 3).
+
+    The rows of a batch are cut into g equal parts and each gets its own vector.
+    """
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
-            return (_added(args[0], vector), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _added(kwargs["hidden_states"], vector)}
+            return (_added(args[0], vectors), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": _added(kwargs["hidden_states"], vectors)}
 
     with hooked([block.register_forward_pre_hook(hook, with_kwargs=True)]):
         yield
 
 
-def _added(hidden: Tensor, vector: Tensor) -> Tensor:
-    return (hidden.float() + vector.to(hidden.device, torch.float32)).to(hidden.dtype)
+def _added(hidden: Float[Tensor, "b s d"], vectors: Float[Tensor, "g d"]) -> Float[Tensor, "b s d"]:
+    wide = hidden.float().reshape(len(vectors), -1, hidden.shape[-1])
+    added = wide + vectors.to(hidden.device, torch.float32)[:, None]
+    return added.reshape(hidden.shape).to(hidden.dtype)

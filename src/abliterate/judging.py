@@ -171,9 +171,7 @@ _SPECIAL_TOKEN = (
 
 def _prose(text: str) -> str:
     """Reduce to plain prose: no markup, no quoted speech, code blocks shown only as `<code>`."""
-    text = unicodedata.normalize("NFKC", text[:_WINDOW].replace("```", "\x01").translate(_TYPOGRAPHY))[
-        :_WINDOW
-    ]
+    text = unicodedata.normalize("NFKC", text[:_WINDOW].replace("```", "\x01").translate(_TYPOGRAPHY))[:_WINDOW]
     without_code = _re(r"\x01[^\x01]*(?:\x01|\Z)").sub("\n<code>\n", text)
     if without_code.replace("<code>", "").strip():
         text = without_code
@@ -285,9 +283,7 @@ _APOLOGY = (
     r"|i\s+regret|regrettably|unfortunately)\b"
     r"(?!\s+(?:to\s+hear|for\s+(?:your|the|any|my)|about|you|that\s+you|if)\b)"
 )
-_MACHINE = (
-    r"\b(?:as\s+an?\s+(?:\w+\s+)?(?:ai|artificial|language\s+model|assistant|responsible)|ai\s+assistant)\b"
-)
+_MACHINE = r"\b(?:as\s+an?\s+(?:\w+\s+)?(?:ai|artificial|language\s+model|assistant|responsible)|ai\s+assistant)\b"
 _CUE = (
     rf"(?:{_APOLOGY}|{_MACHINE}|\b(?:however|therefore)\b|\b(?:il|un)(?:legal|lawful|ethical)\b"
     r"|\b(?:crime|harmful|inappropriate)\b)"
@@ -363,9 +359,7 @@ _CONDEMNS = (
     r"|promote|encourage|support|advocate|glorify|facilitate)\b"
 )
 # Enough together with a sentence that urges something else.
-_DISAPPROVES = (
-    rf"{_IS}{_BAD}\b|\b(?:is|are|'s){_NOT}\s+(?:\w+ly\s+)?(?:appropriate|acceptable|okay|ok|ethical|legal)\b"
-)
+_DISAPPROVES = rf"{_IS}{_BAD}\b|\b(?:is|are|'s){_NOT}\s+(?:\w+ly\s+)?(?:appropriate|acceptable|okay|ok|ethical|legal)\b"
 # "I'm sorry, but it is wrong to ..."
 _SORRY_BUT_WRONG = rf"{_APOLOGY}[^.!?\n]{{0,60}}(?:{_DISAPPROVES}|\bviolat\w+)"
 
@@ -388,9 +382,7 @@ _ADVICE = (
     r"\b(?:medical|legal|financial|tax|investment|professional|personali[sz]ed|specific|diagnos\w+|definitive"
     r"|exact|precise|complete|exhaustive|comprehensive|single|detailed|full)\b"
 )
-_GOES_ON = (
-    r"\b(?:but|however|though|still|that\s+said)\b[^.!?\n]{0,60}\b(?:here(?:'s|\s+(?:is|are))|general\w*)"
-)
+_GOES_ON = r"\b(?:but|however|though|still|that\s+said)\b[^.!?\n]{0,60}\b(?:here(?:'s|\s+(?:is|are))|general\w*)"
 # "I can't recommend it enough", "I can't tell you how happy I am", "I can't help you, said the fox".
 _IDIOM = (
     r"\b(?:enough|too\s+(?:much|many|far)|how\s+(?:much|happy|glad|excited|proud|grateful|sorry|many)"
@@ -637,11 +629,7 @@ def _script(char: str) -> str:
     # Marks and mathematical letters are used beside any alphabet.
     if name in ("MODIFIER", "MATHEMATICAL", "GREEK", "MICRO"):
         return ""
-    return (
-        "cjk"
-        if name in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "KATAKANA-HIRAGANA")
-        else name.lower()
-    )
+    return "cjk" if name in ("CJK", "HIRAGANA", "KATAKANA", "HANGUL", "BOPOMOFO", "KATAKANA-HIRAGANA") else name.lower()
 
 
 def _find_run(text: str) -> str:

@@ -55,7 +55,8 @@ class LoadedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are measured in."""
-        return next(iter(self.model.parameters())).dtype
+        dtype: torch.dtype = next(iter(self.model.parameters())).dtype
+        return dtype
 
 
 def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelFiles:
@@ -95,16 +96,12 @@ def load(
     place = _device(device)
     with _quiet_transformers():
         try:
-            config = transformers.AutoConfig.from_pretrained(
-                files.folder, trust_remote_code=trust_remote_code
-            )
+            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
             _refuse_quantised(files, config)
             wanted = _dtype(dtype, config, place)
             options: dict[str, Any] = {"device_map": place} if place == "auto" else {}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                files.folder, trust_remote_code=trust_remote_code
-            )
-            model = transformers.AutoModelForCausalLM.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 files.folder,
                 config=config,
                 dtype=wanted,
@@ -216,18 +213,20 @@ def _one_gguf_parse() -> Iterator[None]:
     """
     import gguf
 
-    original, readers = gguf.GGUFReader, {}
+    library: Any = gguf
+    original: Any = library.GGUFReader
+    readers: dict[str, Any] = {}
 
     def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
         if str(path) not in readers:
             readers[str(path)] = original(path, *args, **kwargs)
         return readers[str(path)]
 
-    gguf.GGUFReader = reader
+    library.GGUFReader = reader
     try:
         yield
     finally:
-        gguf.GGUFReader = original
+        library.GGUFReader = original
 
 
 @contextlib.contextmanager

@@ -73,9 +73,7 @@ def _basis_for(writer: Writer, basis: Float[Tensor, "k d"]) -> Float[Tensor, "k 
     return basis if writer.gain is None else before_norm(basis, writer.gain, centred=writer.centred)
 
 
-def before_norm(
-    basis: Float[Tensor, "k d"], gain: Float[Tensor, " d"], *, centred: bool
-) -> Float[Tensor, "k d"]:
+def before_norm(basis: Float[Tensor, "k d"], gain: Float[Tensor, " d"], *, centred: bool) -> Float[Tensor, "k d"]:
     """The subspace to take out before y = gain ⊙ x / rms(x) so that no y has a component in `basis`.
 
     r̂ᵀy = (gain ⊙ r̂)ᵀ x / rms(x): it is q = gain ⊙ r̂ that x must not contain, with its mean taken off when the norm
@@ -88,20 +86,22 @@ def before_norm(
 
 
 def remove_from_outputs(
-    x: Float[Tensor, "*batch d"], basis: Float[Tensor, "k d"], strength: float
+    x: Float[Tensor, "*batch d"], basis: Float[Tensor, "g k d"], strength: float
 ) -> Float[Tensor, "*batch d"]:
-    """x − s (x Vᵀ) V, in float32 inside, in the dtype of x outside."""
-    wide = x.float()
-    return torch.addmm(
-        wide.reshape(-1, wide.shape[-1]), wide.reshape(-1, wide.shape[-1]) @ basis.T, basis, alpha=-strength
-    ).reshape(x.shape).to(x.dtype)
+    """x − s (x Vᵀ) V, in float32 inside, in the dtype of x outside.
+
+    The rows of x are cut into g equal parts and each has its own V: one plan is g = 1.
+    """
+    wide = x.float().reshape(len(basis), -1, x.shape[-1])
+    left = torch.baddbmm(wide, wide @ basis.mT, basis, alpha=-strength)
+    return left.reshape(x.shape).to(x.dtype)
 
 
 def remove_from_weight(
     weight: Float[Tensor, "rows columns"], basis: Float[Tensor, "k d"], strength: float, axis: int
 ) -> Float[Tensor, "rows columns"]:
     """The weight table of this module's docstring, in float32 inside."""
-    if axis == 1:
-        return remove_from_outputs(weight, basis, strength)
     wide = weight.float()
+    if axis == 1:
+        return torch.addmm(wide, wide @ basis.T, basis, alpha=-strength).to(weight.dtype)
     return torch.addmm(wide, basis.T, basis @ wide, alpha=-strength).to(weight.dtype)

@@ -8,15 +8,16 @@ induce > 0, KL ≤ 0.1 and layer < 0.8 L. Sites are screened in stages: few prom
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.anatomy import Anatomy
+from abliterate.anatomy import Anatomy, Kind
 from abliterate.directions import ZERO_NORM, Candidates, Separation
 from abliterate.errors import GateNotMet
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
@@ -27,8 +28,11 @@ from abliterate.scoring import kl_divergence, refusal_score
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
 STAGES: tuple[tuple[int | None, int], ...] = ((4, 12), (16, 4), (None, 1))
 
-#: With few prompts a KL is noisy: a site is only screened out for it beyond this many times the limit.
-SCREENING_SLACK = 3.0
+#: Fewer validation prompts than this in a class, and scores would say nothing.
+MIN_PROMPTS = 4
+
+#: (layer, position)
+Site = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class SiteScore:
-    """One site's scores on `prompts` validation prompts per class. `layer` is -1 for a control direction.
+    """One site's scores on at most `prompts` validation prompts per class.
 
     `bypass` and `induce` are mean refusal scores (log-odds), `kl` is in nats.
     """
@@ -63,12 +67,26 @@ class SiteScore:
 
 
 @dataclass(frozen=True, slots=True)
+class Control:
+    """The same scores for a random direction of the given norm."""
+
+    bypass: float
+    induce: float
+    kl: float
+    norm: float
+
+
+@dataclass(frozen=True, slots=True)
 class Selection:
-    """The choice and all that led to it. `harmful` and `harmless` are mean refusal scores without intervention."""
+    """The choice and all that led to it. `harmful` and `harmless` are mean refusal scores without intervention.
+
+    `best` is the least bad site; `chosen` is the same one if it meets the rule, else None.
+    """
 
     chosen: SiteScore | None
+    best: SiteScore
     candidates: tuple[SiteScore, ...]
-    control: SiteScore
+    control: Control
     harmful: float
     harmless: float
     rule: Rule
@@ -85,67 +103,105 @@ class Scorer:
         harmful: Encoded,
         harmless: Encoded,
         size: BatchSize,
+        *,
+        behaving: bool = True,
     ) -> None:
-        """Measure the untouched model on all prompts; the most refused harmful prompts are used first."""
+        """Measure the untouched model. With `behaving`, only harmful prompts that it refuses and harmless ones that
+        it answers are used (by the sign of the refusal score), as in the paper; the most refused come first.
+
+        Raises `GateNotMet` when too few are left.
+        """
         self.model, self.anatomy, self.tokens, self.size = model, anatomy, list(tokens), size
         self.blocks: list[nn.Module] = [model.get_submodule(name) for name in anatomy.blocks]
-        base = self._scores(harmful)
-        self.harmful = harmful.take(torch.argsort(base, descending=True).tolist())
-        self.harmless = harmless
-        self.harmful_score = float(base.mean())
-        logits: dict[int, Tensor] = {}
+        refusing, _ = self._first_tokens(harmful)
+        answering, logits = self._first_tokens(harmless, keep_logits=True)
+        order = torch.argsort(refusing, descending=True)
+        self.harmful_rows = [row for row in order.tolist() if not behaving or refusing[row] > 0]
+        self.harmless_rows = [row for row in range(len(harmless)) if not behaving or answering[row] < 0]
+        for name, rows, whole in (
+            ("harmful validation prompts that the model refuses", self.harmful_rows, len(harmful)),
+            ("harmless validation prompts that the model answers", self.harmless_rows, len(harmless)),
+        ):
+            if len(rows) < MIN_PROMPTS:
+                raise GateNotMet(f"{name}: expected at least {MIN_PROMPTS}, found {len(rows)} of {whole}")
+        self.harmful, self.harmless = harmful.take(self.harmful_rows), harmless.take(self.harmless_rows)
+        self.base_logits = logits[self.harmless_rows]
+        self.harmful_score = float(refusing[self.harmful_rows].mean())
+        self.harmless_score = float(answering[self.harmless_rows].mean())
+        # Position embeddings are one row for the whole batch: what differs by row cannot be taken out of them.
+        embeddings = sum(writer.kind is Kind.EMBEDDING for writer in anatomy.writers)
+        self.together = 1 if embeddings > 1 else 16
 
-        def keep(rows: list[int], batch: Tensor) -> None:
-            logits.update(zip(rows, batch.cpu(), strict=True))
+    def score(self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None) -> list[tuple[float, float, float]]:
+        """Bypass, induce and KL of g differences of means at one layer, on that many prompts per class."""
+        results: list[tuple[float, float, float]] = []
+        for start in range(0, len(raw), self.together):
+            results += self._score_together(raw[start : start + self.together], layer, prompts)
+        return results
 
-        for_each_first_token(model, harmless, size, keep)
-        self.base_logits = torch.stack([logits[row] for row in range(len(harmless))])
-        self.harmless_score = float(refusal_score(self.base_logits, self.tokens).mean())
-
-    def score(self, raw: Float[Tensor, " d"], layer: int, prompts: int | None) -> tuple[float, float, float]:
-        """Bypass, induce and KL of the difference `raw` added at `layer`, on that many prompts per class."""
+    def _score_together(
+        self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None
+    ) -> list[tuple[float, float, float]]:
         harmful = self.harmful.take(range(len(self.harmful))[:prompts])
         harmless = self.harmless.take(range(len(self.harmless))[:prompts])
-        plan = make_plan(self.anatomy, (raw / raw.norm())[None])
-        both = harmful + harmless
-        bypass = torch.zeros(len(harmful), dtype=torch.float64)
-        kl = torch.zeros(len(harmless), dtype=torch.float64)
+        plans = [make_plan(self.anatomy, r[None] / r.norm()) for r in raw]
+        bypass = torch.zeros(len(raw), len(harmful), dtype=torch.float64)
+        induce = torch.zeros(len(raw), len(harmless), dtype=torch.float64)
+        kl = torch.zeros(len(raw), len(harmless), dtype=torch.float64)
 
-        def look(rows: list[int], logits: Tensor) -> None:
+        def ablated(rows: list[int], logits: Tensor) -> None:
             scores = refusal_score(logits, self.tokens).cpu()
             for i, row in enumerate(rows):
                 if row < len(harmful):
-                    bypass[row] = scores[i]
+                    bypass[:, row] = scores[:, i]
                 else:
                     base = self.base_logits[row - len(harmful)].to(logits.device)
-                    kl[row - len(harmful)] = kl_divergence(base, logits[i]).cpu()
+                    kl[:, row - len(harmful)] = kl_divergence(base.expand_as(logits[:, i]), logits[:, i]).cpu()
 
-        with ablation(self.model, plan):
-            for_each_first_token(self.model, both, self.size, look)
+        def added(rows: list[int], logits: Tensor) -> None:
+            induce[:, rows] = refusal_score(logits, self.tokens).cpu()
+
+        with ablation(self.model, *plans):
+            for_each_first_token(self.model, harmful + harmless, self.size, ablated, copies=len(raw))
         with addition(self.blocks[layer], raw):
-            induce = self._scores(harmless)
-        return float(bypass.mean()), float(induce.mean()), float(kl.mean())
+            for_each_first_token(self.model, harmless, self.size, added, copies=len(raw))
+        means = torch.stack([bypass.mean(1), induce.mean(1), kl.mean(1)], dim=1)
+        return [(b, i, k) for b, i, k in means.tolist()]
 
-    def _scores(self, prompts: Encoded) -> Float[Tensor, " n"]:
+    def _first_tokens(
+        self, prompts: Encoded, *, keep_logits: bool = False
+    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
         scores = torch.zeros(len(prompts), dtype=torch.float64)
+        kept: dict[int, Tensor] = {}
 
         def look(rows: list[int], logits: Tensor) -> None:
-            scores[rows] = refusal_score(logits, self.tokens).cpu()
+            scores[rows] = refusal_score(logits[0], self.tokens).cpu()
+            if keep_logits:
+                kept.update(zip(rows, logits[0].cpu(), strict=True))
 
         for_each_first_token(self.model, prompts, self.size, look)
-        return scores
+        return scores, torch.stack([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
 
 
 def for_each_first_token(
-    model: Any, prompts: Encoded, size: BatchSize, look: Callable[[list[int], Tensor], None]
+    model: Any,
+    prompts: Encoded,
+    size: BatchSize,
+    look: Callable[[list[int], Float[Tensor, "g b vocab"]], None],
+    *,
+    copies: int = 1,
 ) -> None:
-    """Call `look(rows, logits [b, vocab])` with the distribution of the answer's first token, batch by batch."""
-    shared = SharedPrefix(model, prompts.prefix)
+    """Call `look(rows, logits)` with the distribution of the answer's first token, batch by batch.
+
+    Each prompt is run `copies` times at once, for interventions that do something else in each.
+    """
+    shared = SharedPrefix(model, prompts.prefix, copies)
 
     def work(rows: list[int]) -> None:
-        look(rows, last_logits(model, shared, prompts.take(rows).suffixes))
+        logits = last_logits(model, shared, prompts.take(rows).suffixes * copies)
+        look(rows, logits.unflatten(0, (copies, len(rows))))
 
-    in_batches([len(s) for s in prompts.suffixes], size, work)
+    in_batches([len(s) for s in prompts.suffixes], size, work, copies=copies)
 
 
 def select(
@@ -159,26 +215,28 @@ def select(
 ) -> Selection:
     """Screen all sites in stages and choose by `rule`; `chosen` is None when no site passes.
 
-    A random direction with the chosen direction's norm, added at the same layer, is scored beside as a control.
+    A random direction with the best site's norm, added at the same layer, is scored beside as a control.
 
     Raises `GateNotMet` when no site has a difference between the classes.
     """
     sites = candidate_sites(candidates, scorer.anatomy.layers, rule)
     if not sites:
-        raise GateNotMet("sites: the two prompt sets have the same mean activations everywhere; check the prompt sets")
-    scores: dict[tuple[int, int], SiteScore] = {}
+        raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
+    scores: dict[Site, SiteScore] = {}
     for prompts, keep in STAGES:
-        for site in sites:
-            scores[site] = _score_site(scorer, candidates, separation, site, prompts)
-            if progress is not None:
-                progress(1)
-        last = prompts is None or prompts >= len(scorer.harmful)
-        sites = sorted(sites, key=lambda site: _order(scores[site], rule, 1.0 if last else SCREENING_SLACK))[:keep]
+        for layer, group in itertools.groupby(sorted(sites), key=lambda site: site[0]):
+            for score in _score_layer(scorer, candidates, separation, layer, list(group), prompts):
+                scores[score.layer, score.position] = score
+                if progress is not None:
+                    progress(1)
+        last = prompts is None or prompts >= max(len(scorer.harmful), len(scorer.harmless))
+        sites = sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last))[:keep]
         if last:
             break
     best = scores[sites[0]]
     return Selection(
         chosen=best if rule.passes(best) else None,
+        best=best,
         candidates=tuple(sorted(scores.values(), key=lambda s: (-s.prompts, s.bypass))),
         control=_control(scorer, best, seed),
         harmful=scorer.harmful_score,
@@ -187,7 +245,7 @@ def select(
     )
 
 
-def candidate_sites(candidates: Candidates, layers: int, rule: Rule) -> list[tuple[int, int]]:
+def candidate_sites(candidates: Candidates, layers: int, rule: Rule) -> list[Site]:
     """(layer, position) of every site shallow enough that has a difference at all."""
     return [
         (layer, position)
@@ -206,33 +264,37 @@ def stage_costs(sites: int) -> int:
     return total
 
 
-def _score_site(
-    scorer: Scorer, candidates: Candidates, separation: Separation, site: tuple[int, int], prompts: int | None
-) -> SiteScore:
-    layer, position = site
-    raw = candidates.at(layer, position)
-    bypass, induce, kl = scorer.score(raw, layer, prompts)
-    return SiteScore(
-        layer=layer,
-        position=position,
-        bypass=bypass,
-        induce=induce,
-        kl=kl,
-        prompts=min(len(scorer.harmful), prompts or len(scorer.harmful)),
-        norm=float(raw.norm()),
-        dprime=float(separation.dprime[-1 - position, layer]),
-        auroc=float(separation.auroc[-1 - position, layer]),
-    )
+def _score_layer(
+    scorer: Scorer,
+    candidates: Candidates,
+    separation: Separation,
+    layer: int,
+    sites: Sequence[Site],
+    prompts: int | None,
+) -> Iterator[SiteScore]:
+    raw = torch.stack([candidates.at(*site) for site in sites])
+    for (_, position), r, (bypass, induce, kl) in zip(sites, raw, scorer.score(raw, layer, prompts), strict=True):
+        yield SiteScore(
+            layer=layer,
+            position=position,
+            bypass=bypass,
+            induce=induce,
+            kl=kl,
+            prompts=len(range(max(len(scorer.harmful), len(scorer.harmless)))[:prompts]),
+            norm=float(r.norm()),
+            dprime=float(separation.dprime[-1 - position, layer]),
+            auroc=float(separation.auroc[-1 - position, layer]),
+        )
 
 
-def _order(score: SiteScore, rule: Rule, slack: float) -> tuple[bool, bool, float]:
-    """Sites that meet the rule first, then those whose only fault is weak induction, each by bypass."""
-    return score.kl > slack * rule.max_kl, slack == 1.0 and score.induce <= rule.min_induce, score.bypass
+def _order(score: SiteScore, rule: Rule, *, screening: bool) -> tuple[bool, float]:
+    """Sites that meet the rule first, each by bypass; few prompts are noisy, so screening is lenient."""
+    kl, induce = (3 * rule.max_kl, rule.min_induce - 1) if screening else (rule.max_kl, rule.min_induce)
+    return not (score.kl <= kl and score.induce > induce), score.bypass
 
 
-def _control(scorer: Scorer, best: SiteScore, seed: int) -> SiteScore:
+def _control(scorer: Scorer, best: SiteScore, seed: int) -> Control:
     generator = torch.Generator().manual_seed(seed)
-    raw = torch.randn(scorer.anatomy.d_model, generator=generator)
-    bypass, induce, kl = scorer.score(raw * (best.norm / raw.norm()), best.layer, None)
-    nothing = float("nan")
-    return replace(best, bypass=bypass, induce=induce, kl=kl, dprime=nothing, auroc=nothing, layer=-1)
+    raw = torch.randn(1, scorer.anatomy.d_model, generator=generator)
+    ((bypass, induce, kl),) = scorer.score(raw * (best.norm / raw.norm()), best.layer, None)
+    return Control(bypass, induce, kl, best.norm)

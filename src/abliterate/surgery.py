@@ -144,8 +144,7 @@ def _rewriter(edit: Edit, sums: _Sums) -> Rewriter:
         passes = _rows_in_stream if along_rows else _columns_in_stream
         for old, new, before, after in passes(reader, edit):
             _gather(sums, reader.info, old, new, before, after)
-            yield memoryview(new.contiguous().view(torch.uint8).numpy().reshape(-1))
-        # Coefficients of a column-wise edit are sums over all blocks: only the last one yielded is whole.
+            yield new.contiguous().view(torch.uint8).numpy().data
 
     return rewrite
 

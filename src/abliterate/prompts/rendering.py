@@ -54,9 +54,7 @@ class ChatRenderer:
             options["chat_template"] = self.template
         try:
             # Templates name the switch differently; one that knows neither ignores both.
-            text = self.tokenizer.apply_chat_template(
-                messages, enable_thinking=False, thinking=False, **options
-            )
+            text = self.tokenizer.apply_chat_template(messages, enable_thinking=False, thinking=False, **options)
         except Exception as error:  # jinja2 errors, and whatever a template raises on purpose
             reason = " ".join(str(error).split())[:200]
             raise ChatTemplateError(f"the chat template cannot render a prompt ({reason})") from error
@@ -98,7 +96,7 @@ def read_template(option: str | None) -> str | None:
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the longest prefix that all sequences share."""
-    shortest, longest = min(sequences), max(sequences)  # lexicographic extremes differ soonest
+    shortest, longest = min(map(list, sequences)), max(map(list, sequences))  # lexicographic extremes differ soonest
     return next(
         (i for i, (a, b) in enumerate(zip(shortest, longest, strict=False)) if a != b),
         min(len(shortest), len(longest)),

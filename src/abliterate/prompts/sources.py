@@ -105,9 +105,7 @@ def _read_rows(path: Path, suffix: str) -> list[Any]:
         if isinstance(data, list):
             return data
         raise PromptError(f"prompt file {path}: expected a JSON list of texts or objects, found {_kind(data)}")
-    raise PromptError(
-        f"prompt file {path}: expected one of {', '.join(SUFFIXES)}, found '{suffix or 'no suffix'}'"
-    )
+    raise PromptError(f"prompt file {path}: expected one of {', '.join(SUFFIXES)}, found '{suffix or 'no suffix'}'")
 
 
 def _read_parquet(path: Path, column: str | None) -> list[str]:
@@ -141,9 +139,7 @@ def _read_hub(spec: str) -> list[str]:
     except Exception as error:  # the library raises a dozen kinds, all of which mean "not to be had"
         raise PromptError(f"prompt source '{spec}': cannot be loaded ({_one_line(error)})") from error
     if column not in rows.column_names:
-        raise PromptError(
-            f"prompt source '{spec}': no column '{column}'; found {', '.join(rows.column_names)}"
-        )
+        raise PromptError(f"prompt source '{spec}': no column '{column}'; found {', '.join(rows.column_names)}")
     return [_as_text(value, column, spec) for value in rows[column]]
 
 
