@@ -52,7 +52,6 @@ WRITER_NAMES: dict[str, Kind | None] = {
 #: Parts of class names of blocks that keep a state other than keys and values.
 _STATEFUL_HINTS = (
     "mamba",
-    "ssm",
     "recurrent",
     "rwkv",
     "deltanet",
@@ -281,6 +280,7 @@ def _block_writers(block: nn.Module, index: int, name: str, call: _Call, d_model
     twin = copy.deepcopy(block).float()
     candidates = list(_candidates(twin, d_model))
     observed, before, after = _observe(twin, candidates, call)
+    observed = _writing(after - before, observed)
     multipliers, error = _close_books(after - before, [seen.written for seen in observed], TOLERANCE)
     suspects = _suspects(twin)
     if not error <= TOLERANCE or suspects:
@@ -297,6 +297,14 @@ def _block_writers(block: nn.Module, index: int, name: str, call: _Call, d_model
         )
         writers.append(_with_post_norm(writer, seen, name))
     return writers, error
+
+
+def _writing(written: Float[Tensor, "b s d"], observed: list[_Observed]) -> list[_Observed]:
+    """Leave out maps with a writer's name that only feed another map: the books close without them."""
+    multipliers, error = _close_books(written, [seen.written for seen in observed], TOLERANCE)
+    if error > TOLERANCE:
+        return observed
+    return [seen for seen, multiplier in zip(observed, multipliers, strict=True) if abs(multiplier) > TOLERANCE]
 
 
 def _candidates(block: nn.Module, d_model: int) -> Iterator[tuple[str, nn.Module]]:
@@ -405,18 +413,28 @@ def _with_post_norm(writer: Writer, seen: _Observed, block: str) -> Writer:
     where = f"block {block}: norm '{seen.norm_name}' ({type(seen.norm).__name__}) after '{seen.name}'"
     if getattr(seen.norm, "bias", None) is not None:
         raise AnatomyError(f"{where}: a post-norm with a bias is not supported yet; expected a norm without one")
-    d_model = seen.output.shape[-1]
-    with torch.inference_mode():
-        basis_sign = torch.ones(2, d_model)
-        basis_sign[1, ::2] = -1  # mean zero (up to an odd width), so that a centring norm shows its gain too
-        plain, alternating = seen.norm(basis_sign.to(seen.output))
-    centred = bool(plain.abs().max() < 1e-3 * alternating.abs().max())
-    gain = (alternating * basis_sign[1].to(alternating)) if centred else plain
+    gain, centred = norm_gain(seen.norm, seen.output.shape[-1])
+    gain = gain.to(seen.output)
     x = seen.output - seen.output.mean(-1, keepdim=True) if centred else seen.output
     cosine = torch.cosine_similarity(gain * x, seen.normed, dim=-1)
     if float(cosine.min()) < 1 - 1e-5:
         raise AnatomyError(f"{where}: expected gain * x / rms(x), found another function (cosine {cosine.min():.4f})")
     return replace(writer, post_norm=f"{block}.{seen.norm_name}", gain=gain.float().cpu(), centred=centred)
+
+
+def norm_gain(norm: nn.Module, d_model: int) -> tuple[Float[Tensor, " d"], bool]:
+    """The gain of a norm, up to a constant, and whether it takes the mean off first.
+
+    Learnt from what the norm does to ±1, not from its class: some multiply by `weight`, some by 1 + `weight`.
+    """
+    device = next((parameter.device for parameter in norm.parameters()), None)  # some norms have no gain
+    signs = torch.ones(2, d_model, device=device)
+    signs[1, ::2] = -1  # (nearly) without a mean, so that a centring norm shows its gain too
+    with torch.inference_mode():
+        plain, alternating = norm(signs)
+    centred = bool(plain.abs().max() < 1e-3 * alternating.abs().max())
+    gain = alternating * signs[1] if centred else plain
+    return gain.float().cpu(), centred
 
 
 def names_on_disk(model: Any, parameters: Sequence[str], stored: Sequence[str]) -> dict[str, str]:

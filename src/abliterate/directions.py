@@ -114,7 +114,8 @@ def orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
     diagonal = r.diagonal()
     if bool((diagonal.abs() < 1e-9 * wide.norm(dim=1)).any()):
         raise NumericalError("direction: expected independent vectors, found one in the span of the others")
-    return (q * diagonal.sign()).T.to(rows.dtype).contiguous()
+    basis: Tensor = (q * diagonal.sign()).T.to(rows.dtype).contiguous()
+    return basis
 
 
 def save_direction(

@@ -94,7 +94,7 @@ def load(
     import transformers
 
     place = _device(device)
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
             _refuse_quantised(files, config)
@@ -186,7 +186,7 @@ def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
     import transformers
 
     try:
-        with _quiet_transformers(), _one_gguf_parse():
+        with quiet_transformers(), _one_gguf_parse():
             options = {"gguf_file": path.name}
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -230,7 +230,7 @@ def _one_gguf_parse() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and advice of transformers on the user's screen while it loads."""
     from transformers.utils import logging as hf_logging
 

@@ -22,7 +22,7 @@ from abliterate.directions import ZERO_NORM, Candidates, Separation
 from abliterate.errors import GateNotMet
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
 from abliterate.interventions import ablation, addition
-from abliterate.plan import make_plan
+from abliterate.plan import Plan, make_plan
 from abliterate.scoring import kl_divergence, refusal_score
 
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
@@ -136,20 +136,27 @@ class Scorer:
         """Bypass, induce and KL of g differences of means at one layer, on that many prompts per class."""
         results: list[tuple[float, float, float]] = []
         for start in range(0, len(raw), self.together):
-            results += self._score_together(raw[start : start + self.together], layer, prompts)
+            part = raw[start : start + self.together]
+            plans = [make_plan(self.anatomy, r[None] / r.norm()) for r in part]
+            bypass, kl = self._ablate(plans, prompts)
+            results += zip(bypass, self._induce(part, layer, prompts), kl, strict=True)
         return results
 
-    def _score_together(
-        self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None
-    ) -> list[tuple[float, float, float]]:
-        harmful = self.harmful.take(range(len(self.harmful))[:prompts])
-        harmless = self.harmless.take(range(len(self.harmless))[:prompts])
-        plans = [make_plan(self.anatomy, r[None] / r.norm()) for r in raw]
-        bypass = torch.zeros(len(raw), len(harmful), dtype=torch.float64)
-        induce = torch.zeros(len(raw), len(harmless), dtype=torch.float64)
-        kl = torch.zeros(len(raw), len(harmless), dtype=torch.float64)
+    def ablate(self, plan: Plan) -> tuple[float, float]:
+        """Bypass and KL of one plan on all prompts."""
+        (bypass,), (kl,) = self._ablate([plan], None)
+        return bypass, kl
 
-        def ablated(rows: list[int], logits: Tensor) -> None:
+    def induce(self, raw: Float[Tensor, " d"], layer: int) -> float:
+        """Induce score of one difference of means on all prompts."""
+        return self._induce(raw[None], layer, None)[0]
+
+    def _ablate(self, plans: Sequence[Plan], prompts: int | None) -> tuple[list[float], list[float]]:
+        harmful, harmless = _first(self.harmful, prompts), _first(self.harmless, prompts)
+        bypass = torch.zeros(len(plans), len(harmful), dtype=torch.float64)
+        kl = torch.zeros(len(plans), len(harmless), dtype=torch.float64)
+
+        def look(rows: list[int], logits: Tensor) -> None:
             scores = refusal_score(logits, self.tokens).cpu()
             for i, row in enumerate(rows):
                 if row < len(harmful):
@@ -158,15 +165,21 @@ class Scorer:
                     base = self.base_logits[row - len(harmful)].to(logits.device)
                     kl[:, row - len(harmful)] = kl_divergence(base.expand_as(logits[:, i]), logits[:, i]).cpu()
 
-        def added(rows: list[int], logits: Tensor) -> None:
-            induce[:, rows] = refusal_score(logits, self.tokens).cpu()
-
         with ablation(self.model, *plans):
-            for_each_first_token(self.model, harmful + harmless, self.size, ablated, copies=len(raw))
+            for_each_first_token(self.model, harmful + harmless, self.size, look, copies=len(plans))
+        return bypass.mean(1).tolist(), kl.mean(1).tolist()
+
+    def _induce(self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None) -> list[float]:
+        harmless = _first(self.harmless, prompts)
+        scores = torch.zeros(len(raw), len(harmless), dtype=torch.float64)
+
+        def look(rows: list[int], logits: Tensor) -> None:
+            scores[:, rows] = refusal_score(logits, self.tokens).cpu()
+
         with addition(self.blocks[layer], raw):
-            for_each_first_token(self.model, harmless, self.size, added, copies=len(raw))
-        means = torch.stack([bypass.mean(1), induce.mean(1), kl.mean(1)], dim=1)
-        return [(b, i, k) for b, i, k in means.tolist()]
+            for_each_first_token(self.model, harmless, self.size, look, copies=len(raw))
+        means: list[float] = scores.mean(1).tolist()
+        return means
 
     def _first_tokens(
         self, prompts: Encoded, *, keep_logits: bool = False
@@ -181,6 +194,10 @@ class Scorer:
 
         for_each_first_token(self.model, prompts, self.size, look)
         return scores, torch.stack([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
+
+
+def _first(prompts: Encoded, count: int | None) -> Encoded:
+    return prompts.take(range(len(prompts))[:count])
 
 
 def for_each_first_token(

@@ -199,24 +199,43 @@ def _gather(sums: _Sums, info: TensorInfo, old: Tensor, new: Tensor, before: flo
     sums.whole += float(wide.square().sum())
 
 
+class SwappedWeights:
+    """Parameters of a live model that hold stored tensors for a while; `original()` puts them back inside."""
+
+    def __init__(self, model: Any, stored: Mapping[str, Tensor]) -> None:
+        """Hold the stored tensors (by parameter name) in each parameter's own dtype and place; swap nothing yet."""
+        self._parameters = [model.get_parameter(name) for name in stored]
+        self._other = [
+            tensor.to(parameter.device, parameter.dtype)
+            for parameter, tensor in zip(self._parameters, stored.values(), strict=True)
+        ]
+
+    def swap(self) -> None:
+        """Exchange what the parameters hold with what is kept here."""
+        for i, parameter in enumerate(self._parameters):
+            parameter.data, self._other[i] = self._other[i], parameter.data
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[None]:
+        """The model as it was, inside."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
 @contextlib.contextmanager
-def weights_from(model: Any, folder: Path, names: Mapping[str, str]) -> Iterator[None]:
+def weights_from(model: Any, folder: Path, names: Mapping[str, str]) -> Iterator[SwappedWeights]:
     """Let a live model use the tensors stored in `folder` for the parameters in `names`, for a while.
 
     What is measured inside is what was saved, without a second copy of the rest of the model.
     """
-    checkpoint = open_checkpoint(folder)
-    stored = _read_tensors(checkpoint, list(names.values()))
-    originals: list[tuple[Tensor, Tensor]] = []
-    try:
-        for parameter_name, tensor_name in names.items():
-            parameter = model.get_parameter(parameter_name)
-            originals.append((parameter, parameter.data))
-            parameter.data = stored.pop(tensor_name).to(parameter.device, parameter.dtype)
-        yield
-    finally:
-        for parameter, data in originals:
-            parameter.data = data
+    tensors = _read_tensors(open_checkpoint(folder), list(names.values()))
+    swapped = SwappedWeights(model, {parameter: tensors[tensor] for parameter, tensor in names.items()})
+    del tensors
+    with swapped.original():  # the same exchange, read the other way round
+        yield swapped
 
 
 def _read_tensors(checkpoint: Checkpoint, names: Sequence[str]) -> dict[str, Tensor]:

@@ -1,0 +1,67 @@
+"""Find, prove and edit behavioural directions in open-weight language models.
+
+Names are loaded when first used: importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from abliterate.anatomy import Anatomy as Anatomy
+    from abliterate.anatomy import study as study
+    from abliterate.config import EvalSettings as EvalSettings
+    from abliterate.config import FindSettings as FindSettings
+    from abliterate.config import ModelSettings as ModelSettings
+    from abliterate.config import OutputSettings as OutputSettings
+    from abliterate.config import PromptSettings as PromptSettings
+    from abliterate.config import RunSettings as RunSettings
+    from abliterate.directions import load_direction as load_direction
+    from abliterate.directions import save_direction as save_direction
+    from abliterate.errors import AbliterateError as AbliterateError
+    from abliterate.errors import GateNotMet as GateNotMet
+    from abliterate.interventions import ablation as ablation
+    from abliterate.interventions import addition as addition
+    from abliterate.judging import judge as judge
+    from abliterate.pipeline import Session as Session
+    from abliterate.pipeline import apply as apply
+    from abliterate.pipeline import choose as choose
+    from abliterate.pipeline import evaluate as evaluate
+    from abliterate.pipeline import find as find
+    from abliterate.pipeline import open_session as open_session
+    from abliterate.pipeline import run as run
+    from abliterate.pipeline import verify as verify
+    from abliterate.plan import Plan as Plan
+    from abliterate.plan import make_plan as make_plan
+    from abliterate.record import Record as Record
+    from abliterate.record import read_record as read_record
+
+_HOMES = {
+    "anatomy": ("Anatomy", "study"),
+    "config": ("EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings", "RunSettings"),
+    "directions": ("load_direction", "save_direction"),
+    "errors": ("AbliterateError", "GateNotMet"),
+    "interventions": ("ablation", "addition"),
+    "judging": ("judge",),
+    "pipeline": ("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "verify"),
+    "plan": ("Plan", "make_plan"),
+    "record": ("Record", "read_record"),
+}
+
+__all__ = sorted(name for names in _HOMES.values() for name in names)
+__version__ = _version("abliterate")
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module on first use."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"abliterate.{module}"), name)
+    raise AttributeError(f"module 'abliterate' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

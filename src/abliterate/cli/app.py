@@ -1,0 +1,357 @@
+"""The commands. Each parses its options into settings, calls the pipeline, and prints what came back."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from abliterate.cli.options import with_settings
+from abliterate.config import (
+    DEFAULT_STRENGTH,
+    EvalSettings,
+    FindSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    RunSettings,
+)
+from abliterate.errors import AbliterateError, GateNotMet, UsageError
+
+if TYPE_CHECKING:
+    from abliterate.monitor import Monitor
+
+app = typer.Typer(
+    name="abliterate",
+    help="Find, prove and edit behavioural directions in open-weight language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or .gguf file.", show_default=False)]
+DirectionFile = Annotated[
+    Path, typer.Option("--direction", help="A direction file (.safetensors).", show_default=False)
+]
+OptionalDirection = Annotated[
+    Path | None, typer.Option("--direction", help="A direction file to ablate with hooks.", show_default=False)
+]
+SiteOption = Annotated[
+    str | None,
+    typer.Option("--site", help="LAYER:POSITION of a candidate in the file, e.g. 14:-1.", show_default=False),
+]
+Strength = Annotated[float, typer.Option(help="1 removes, 0 changes nothing, below 0 strengthens.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def _version(show: bool) -> None:
+    if show:
+        from abliterate import __version__
+
+        typer.echo(f"abliterate {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Find, prove and edit behavioural directions in open-weight language models."""
+
+
+@app.command()
+@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, EvalSettings)
+def run(
+    output: OutputSettings,
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    strength: Strength = DEFAULT_STRENGTH,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole job: find the direction, verify it, edit the weights, evaluate before and after."""
+    from abliterate import pipeline
+    from abliterate.cli.screen import show_run
+
+    settings = RunSettings(
+        model=model,
+        loading=loading,
+        prompts=prompts,
+        finding=finding,
+        evaluating=evaluating,
+        strength=strength,
+        output=output,
+    )
+    record = pipeline.run(settings, _monitor(quiet))
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+    else:
+        show_run(record, Console())
+
+
+@app.command()
+@with_settings(ModelSettings, PromptSettings, FindSettings)
+def find(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    /,
+    *,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="File to write (.safetensors).", show_default=False)],
+    overwrite: Annotated[bool, typer.Option(help="Replace the file when it exists.")] = False,
+    force: Annotated[bool, typer.Option(help="Save the best direction even when none passes.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Directions at every site, scored by intervention, into one file."""
+    from abliterate import pipeline
+    from abliterate.cli.screen import show_selection
+    from abliterate.directions import save_direction
+
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; give another -o or --overwrite")
+    if out.suffix != ".safetensors":
+        raise UsageError(f"-o {out}: expected a file name ending in .safetensors")
+    session = pipeline.open_session(
+        model, loading=loading, prompts=prompts, positions=finding.positions, monitor=_monitor(quiet)
+    )
+    findings = pipeline.find(session, finding)
+    found = pipeline.choose(session, findings, finding, seed=prompts.seed, force=force)
+    save_direction(
+        out, found.basis, candidates=findings.candidates, metadata=pipeline.direction_metadata(session, found)
+    )
+    part = pipeline.selection_part(found)
+    if as_json:
+        typer.echo(json.dumps({"file": str(out), "selection": part.model_dump(mode="json")}, indent=1))
+    else:
+        console = Console()
+        show_selection(part, session.anatomy.layers, console)
+        console.print(f"Direction: [bold]{out}[/]", soft_wrap=True)
+
+
+@app.command()
+@with_settings(ModelSettings, PromptSettings, FindSettings, EvalSettings)
+def verify(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    direction: DirectionFile,
+    site: SiteOption = None,
+    strength: Strength = DEFAULT_STRENGTH,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Ablate a direction at inference time and see whether the model stops refusing; nothing is changed."""
+    from abliterate import pipeline
+    from abliterate.cli.verification import as_dict, show
+    from abliterate.directions import load_direction
+
+    loaded = load_direction(direction)
+    chosen = _site(site)
+    session = pipeline.open_session(
+        model, loading=loading, prompts=prompts, positions=finding.positions, monitor=_monitor(quiet)
+    )
+    result = pipeline.verify(
+        session,
+        loaded,
+        site=chosen,
+        strength=strength,
+        finding=finding,
+        evaluating=evaluating,
+        seed=prompts.seed,
+    )
+    if as_json:
+        typer.echo(json.dumps(as_dict(result), indent=1))
+    else:
+        show(result, Console())
+    if not result.verified:
+        raise GateNotMet(
+            f"not verified: {result.after.refusals} of {result.before.refusals} refusals are left "
+            f"(at most half expected), {result.control.refusals} with a random direction, KL {result.kl:.3f} "
+            f"(at most {finding.max_kl:g}); try another --site or direction"
+        )
+
+
+@app.command()
+@with_settings(OutputSettings, ModelSettings)
+def apply(
+    output: OutputSettings,
+    loading: ModelSettings,
+    /,
+    *,
+    model: Model,
+    direction: DirectionFile,
+    site: SiteOption = None,
+    strength: Strength = DEFAULT_STRENGTH,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take a direction out of a model's weights, streaming over its files; the model is not loaded."""
+    from abliterate import pipeline
+    from abliterate.cli.screen import show_run
+
+    record = pipeline.apply(
+        model,
+        direction,
+        output,
+        site=_site(site),
+        strength=strength,
+        loading=loading,
+        monitor=_monitor(quiet),
+    )
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+    else:
+        show_run(record, Console())
+
+
+@app.command(name="eval")
+@with_settings(ModelSettings, PromptSettings, EvalSettings)
+def evaluate(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    base: Annotated[
+        str | None, typer.Option(help="A model to compare with (loaded beside it).", show_default=False)
+    ] = None,
+    direction: OptionalDirection = None,
+    site: SiteOption = None,
+    strength: Strength = DEFAULT_STRENGTH,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Refusals on held-out prompts; with --base or --direction also what changed."""
+    from abliterate import pipeline
+    from abliterate.cli.screen import show_evaluation, show_single
+    from abliterate.directions import load_direction
+
+    if base is not None and direction is not None:
+        raise UsageError("--base and --direction: expected one of them, found both")
+    loaded = None if direction is None else load_direction(direction)
+    chosen = _site(site)
+    monitor = _monitor(quiet)
+    session = pipeline.open_session(model, loading=loading, prompts=prompts, monitor=monitor)
+    other = None if base is None else pipeline.open_session(base, loading=loading, prompts=prompts, monitor=monitor)
+    plan = None if loaded is None else session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), strength)
+    before, after, shift = pipeline.evaluate(session, evaluating, base=other, plan=plan)
+    if after is None or shift is None:
+        parts = {name: pipeline.rate_part(group.tally) for name, group in before.items()}
+        if as_json:
+            rates = {name: part.model_dump(mode="json") for name, part in parts.items()}
+            answers = pipeline.answer_parts(before, keep=evaluating.keep_completions)
+            listed = {name: [part.model_dump(mode="json") for part in group] for name, group in answers.items()}
+            typer.echo(json.dumps({"evaluation": {"before": rates, "answers": {"before": listed}}}, indent=1))
+        else:
+            show_single(parts, Console())
+        return
+    part = pipeline.evaluation_part(before, after, shift, evaluating)
+    if as_json:
+        typer.echo(json.dumps({"evaluation": part.model_dump(mode="json")}, indent=1))
+    else:
+        show_evaluation(part, Console())
+
+
+@app.command()
+@with_settings(ModelSettings)
+def chat(
+    loading: ModelSettings,
+    /,
+    *,
+    model: Model,
+    direction: DirectionFile,
+    site: SiteOption = None,
+    strength: Strength = DEFAULT_STRENGTH,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Answer this and end; may be given several times.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The original's and the ablated model's answer to the same prompt, side by side."""
+    from abliterate import pipeline
+    from abliterate.cli.chat import converse
+    from abliterate.directions import load_direction
+    from abliterate.plan import make_plan
+
+    loaded = load_direction(direction)
+    chosen = _site(site)
+    live, renderer, anatomy = pipeline.open_model(model, loading, _monitor(quiet))
+    plan = make_plan(anatomy, pipeline.at_site(loaded, chosen, anatomy.d_model), strength=strength)
+    converse(live, renderer, plan, prompt, max_new_tokens, as_json=as_json)
+
+
+def _site(option: str | None) -> tuple[int, int] | None:
+    if option is None:
+        return None
+    layer, colon, position = option.partition(":")
+    if not colon or not layer.isdecimal() or not position.removeprefix("-").isdecimal() or int(position) >= 0:
+        raise UsageError(f"--site {option}: expected LAYER:POSITION with a negative position, e.g. 14:-1")
+    return int(layer), int(position)
+
+
+def _monitor(quiet: bool) -> Monitor:
+    if quiet:
+        from abliterate.monitor import Monitor
+
+        return Monitor()
+    from abliterate.cli.screen import Screen
+
+    return Screen(Console(stderr=True))
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 usage, 3 a gate was not met, 130 interrupted."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        code = app(standalone_mode=False)
+    except AbliterateError as error:
+        _say(str(error), error.exit_code)
+    except typer.Abort:
+        _say("interrupted", 130)
+    except KeyboardInterrupt:
+        _say("interrupted", 130)
+    except Exception as error:
+        _unexpected(error)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _unexpected(error: Exception) -> NoReturn:
+    """Usage errors of the parser are shown its way; anything else is a fault of ours and shows where."""
+    if isinstance(error, typer._click.exceptions.ClickException):
+        error.show()
+        sys.exit(error.exit_code)
+    raise error
+
+
+def _say(text: str, code: int) -> NoReturn:
+    label = "not done" if code == GateNotMet.exit_code else "error"
+    print(f"{label}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201 - rich would wrap the one line
+    sys.exit(code)

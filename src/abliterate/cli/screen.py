@@ -1,0 +1,131 @@
+"""What a person sees: progress on stderr, tables on stdout."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from abliterate.card import rate
+from abliterate.monitor import Monitor
+from abliterate.record import EvaluationPart, RatePart, Record, SelectionPart
+
+#: Phases counted in bytes: a bar without the numbers.
+_BYTES = {"edit weights"}
+
+
+class Screen(Monitor):
+    """Draws phases on stderr: a live bar on a terminal, one line per finished phase elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        """Draw on `console`."""
+        super().__init__()
+        self.console = console
+        self._progress: Progress | None = None
+        self._started = 0.0
+
+    def begin(self, name: str, total: int | None) -> None:
+        """Show a bar."""
+        self._started = time.perf_counter()
+        if not self.console.is_terminal:
+            return
+        counts = [] if name in _BYTES or total is None else [MofNCompleteColumn()]
+        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn()]
+        self._progress = Progress(*columns, console=self.console, transient=True)
+        self._progress.add_task(name, total=total)
+        self._progress.start()
+
+    def advance(self, steps: int) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            self._progress.advance(self._progress.task_ids[0], steps)
+
+    def end(self, name: str) -> None:
+        """Leave one line with the time it took."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        took = time.perf_counter() - self._started
+        self.console.print(f"[green]✓[/] {name} [dim]{took:.1f} s[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """One line, set in."""
+        style = "yellow" if text.startswith("warning:") else "dim"
+        self.console.print(f"  [{style}]{escape(text)}[/]", highlight=False, soft_wrap=True)
+
+
+def show_run(record: Record, console: Console) -> None:
+    """The end of a run: what changed, what was chosen, what it took, where the model lies."""
+    if record.evaluation is not None:
+        show_evaluation(record.evaluation, console)
+    if record.selection is not None:
+        show_selection(record.selection, record.model.layers, console)
+    if record.plan is not None:
+        worst = max((edit.ratio for edit in record.plan.edits), default=0.0)
+        console.print(
+            f"Edited {len(record.plan.edits)} tensors with strength {record.plan.strength:g}; "
+            f"at most {worst:.2%} of the direction is left in any (rounding to the stored format)."
+        )
+        for name, why in record.plan.left_alone.items():
+            console.print(f"Left alone: {name} ({why}).")
+    show_timings(record, console)
+    if record.output is not None:
+        console.print(f"Model: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
+
+
+def show_evaluation(part: EvaluationPart, console: Console) -> None:
+    """Refusals before and after, and the shift on harmless prompts."""
+    table = Table(title="Refusals on held-out prompts (95 % Wilson interval)", title_justify="left")
+    for column in ("prompts", "before", "after"):
+        table.add_column(column)
+    for name in ("harmful", "harmless", "borderline"):
+        table.add_row(name, rate(getattr(part.before, name)), rate(getattr(part.after, name)))
+    console.print(table)
+    shift = part.shift
+    console.print(
+        f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f} "
+        f"± {shift.kl_first_token_se:.3f}, over the reply {shift.kl_reply:.3f} ± {shift.kl_reply_se:.3f} nats per "
+        f"token; the original's own replies: {shift.nll_before:.3f} → {shift.nll_after:.3f} nats per token."
+    )
+
+
+def show_single(parts: dict[str, RatePart], console: Console) -> None:
+    """Refusals of one model."""
+    table = Table(title="Refusals on held-out prompts (95 % Wilson interval)", title_justify="left")
+    table.add_column("prompts")
+    table.add_column("refused")
+    for name, part in parts.items():
+        table.add_row(name, rate(part))
+    console.print(table)
+
+
+def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
+    """The chosen site beside no intervention and a random direction."""
+    site, control = part.chosen, part.control
+    table = Table(title="Chosen direction (refusal scores are log-odds)", title_justify="left")
+    for column in ("", "bypass ↓", "induce ↑", "KL"):
+        table.add_column(column, justify="left" if not column else "right")
+    table.add_row("no intervention", f"{part.harmful:.2f}", f"{part.harmless:.2f}", "0")
+    if site is not None:
+        name = f"layer {site.layer} of {layers}, position {site.position}"
+        table.add_row(name, f"{site.bypass:.2f}", f"{site.induce:.2f}", f"{site.kl:.3f}")
+    table.add_row("random direction", f"{control.bypass:.2f}", f"{control.induce:.2f}", f"{control.kl:.3f}")
+    console.print(table)
+
+
+def show_timings(record: Record, console: Console) -> None:
+    """Seconds per phase and the highest peak of memory."""
+    if not record.timings_s:
+        return
+    table = Table(title="Seconds per phase", title_justify="left", show_header=False)
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    for name, seconds in record.timings_s.items():
+        table.add_row(name, f"{seconds:.1f}")
+    table.add_row("[bold]together[/]", f"[bold]{sum(record.timings_s.values()):.1f}[/]")
+    console.print(table)
+    console.print(f"Peak memory {max(record.peak_memory_bytes.values(), default=0) / 1e9:.2f} GB.")

@@ -1,0 +1,101 @@
+"""Settings, one frozen object per concern. The fields' descriptions are the command line's help."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+DEFAULT_STRENGTH = 1.0
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(_Settings):
+    """How a model is loaded and run."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps …")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="What to measure in; auto is the stored one (bfloat16 for float16 on a CPU)."
+    )
+    batch_size: str = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    chat_template: str | None = Field(
+        None, description="A Jinja file instead of the tokenizer's template, or 'none' for bare prompts."
+    )
+    system: str | None = Field(None, description="System prompt.")
+
+    @field_validator("batch_size")
+    @classmethod
+    def _auto_or_positive(cls, value: str) -> str:
+        if value != "auto" and not (value.isdecimal() and int(value) > 0):
+            raise ValueError(f"expected auto or a positive whole number, found '{value}'")
+        return value
+
+    @property
+    def rows(self) -> int | None:
+        """Prompts at once, or None to find out."""
+        return None if self.batch_size == "auto" else int(self.batch_size)
+
+
+class PromptSettings(_Settings):
+    """Which prompts are used."""
+
+    harmful: str = Field("builtin", description="Harmful prompts: builtin, FILE[:column] or id[:config]:split:column.")
+    harmless: str = Field("builtin", description="Harmless prompts, named the same way.")
+    eval_harmful: str | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
+    eval_harmless: str | None = Field(None, description="Harmless prompts to evaluate on, instead of a held-out part.")
+    borderline: str = Field("builtin", description="Safe prompts that sound dangerous, to evaluate on.")
+    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many prompts per split.")
+    seed: int = Field(0, description="Seed of everything random (shuffling prompts, the control direction).")
+
+
+class FindSettings(_Settings):
+    """How directions are made and chosen."""
+
+    positions: Annotated[int, Field(gt=0, le=32)] | None = Field(
+        None, description="Positions from the end to look at; default: the template's tokens after the instruction."
+    )
+    projected: bool = Field(False, description="Take each direction's component along the harmless mean out.")
+    all_prompts: bool = Field(
+        False, description="Use all prompts, not only harmful ones that are refused and harmless ones that are not."
+    )
+    refusal_tokens: str | None = Field(
+        None, description="First tokens of a refusal, comma-separated (e.g. 'I,As'), instead of finding them."
+    )
+    max_kl: Annotated[float, Field(ge=0)] = Field(0.1, description="Most KL a chosen direction may cost (nats).")
+    min_induce: float = Field(0.0, description="A chosen direction's induce score must be above this.")
+    max_depth: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="Sites are below this share of the depth.")
+    min_refusal_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="A model that refuses fewer harmful prompts than this has nothing to find."
+    )
+
+
+class EvalSettings(_Settings):
+    """How behaviour is measured."""
+
+    max_new_tokens: Annotated[int, Field(gt=0)] = Field(32, description="Longest answer, in tokens.")
+    keep_completions: bool = Field(False, description="Keep full answers to harmful prompts in the record.")
+
+
+class OutputSettings(_Settings):
+    """Where results go."""
+
+    out: Path = Field(description="Folder to write the edited model to.")
+    overwrite: bool = Field(False, description="Replace OUT when it holds a model.")
+    force: bool = Field(False, description="Save even when a gate is not met.")
+
+
+class RunSettings(_Settings):
+    """Everything one run needs."""
+
+    model: str = Field(description="Hub id, folder, or .gguf file.")
+    loading: ModelSettings = ModelSettings()
+    prompts: PromptSettings = PromptSettings()
+    finding: FindSettings = FindSettings()
+    evaluating: EvalSettings = EvalSettings()
+    strength: float = Field(DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens.")
+    output: OutputSettings | None = None

@@ -1,0 +1,66 @@
+"""Progress, and what each phase cost. The command line draws it; the library is silent."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class Monitor:
+    """Measures phases. Override `begin`, `advance`, `end` and `note` to show them."""
+
+    def __init__(self) -> None:
+        """Nothing measured yet."""
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+        self.warnings: list[str] = []
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+        """Time a phase and its peak memory; yields a function to call with the number of steps done."""
+        _reset_peak()
+        started = time.perf_counter()
+        self.begin(name, total)
+        try:
+            yield self.advance
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+            self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory())
+            self.end(name)
+
+    def warn(self, text: str) -> None:
+        """Say something the user must know, and keep it for the record."""
+        self.warnings.append(text)
+        self.note(f"warning: {text}")
+
+    def begin(self, name: str, total: int | None) -> None:
+        """A phase starts."""
+
+    def advance(self, steps: int) -> None:
+        """Some steps of the current phase are done."""
+
+    def end(self, name: str) -> None:
+        """A phase is over."""
+
+    def note(self, text: str) -> None:
+        """One line worth reading."""
+
+
+def _reset_peak() -> None:
+    """Let the kernel's high-water mark start anew, where it can be reset."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """Most memory resident since the last reset (Linux) or since the start, in bytes."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
