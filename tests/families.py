@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 BLOCKS = 3
@@ -46,6 +47,10 @@ COMMON: dict[str, Any] = {
 }
 
 
+#: Families whose attention (soft-capping, or old code) exists only as plain matrix products.
+_EAGER = ("gemma2", "gpt_neo", "gptj", "mpt")
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One configuration, and what its anatomy must turn out to be.
@@ -71,7 +76,7 @@ class Family:
 
     def config(self, **changes: Any) -> Any:
         """The configuration, with `changes`."""
-        attention = "eager" if self.model_type == "gemma2" else "sdpa"  # soft-capping of attention is eager only
+        attention = "eager" if self.model_type in _EAGER else "sdpa"
         options = {**COMMON, **self.options, **changes}
         options = {key: value for key, value in options.items() if value is not None}
         return AutoConfig.for_model(self.model_type, attn_implementation=attention, **options)
@@ -203,6 +208,22 @@ FAMILIES: tuple[Family, ...] = (
         bias=(False, True),
     ),
     Family(
+        "gpt_neo",
+        "gpt_neo",
+        {
+            "num_layers": BLOCKS,
+            "num_heads": 4,
+            "window_size": WINDOW,
+            "attention_types": [[["local", "global", "local"], 1]],
+        },
+        blocks="transformer.h",
+        embeddings=("transformer.wte", "transformer.wpe"),
+        attention="attn.attention.out_proj",
+        mlp="mlp.c_proj",
+        bias=(True, True),
+        window=WINDOW,
+    ),
+    Family(
         "mpt",
         "mpt",
         {"d_model": D_MODEL, "n_layers": BLOCKS, "n_heads": 4, "max_seq_len": 128},
@@ -218,21 +239,26 @@ BY_NAME: Mapping[str, Family] = {family.name: family for family in FAMILIES}
 
 
 def random_model(config: Any, seed: int = 0) -> Any:
-    """A model of `config` in float32 and eval mode; matrices N(0, 0.15²), vectors 0.2 around their initial value."""
+    """A model of `config` in float32 and eval mode; see `randomise`."""
     model = AutoModelForCausalLM.from_config(config)
     return randomise(model, seed).eval().requires_grad_(False)
 
 
 def randomise(model: Any, seed: int = 0) -> Any:
-    """Draw all parameters anew: nothing stays at zero or one. Returns the model."""
+    """Draw all parameters anew, so that nothing stays at zero or one; returns the model.
+
+    Matrices are N(0, 0.15²), vectors lie 0.2 around their initial value, and embeddings are N(0, 0.5²): next to what
+    the blocks write they are large enough for replies to depend on the prompt.
+    """
     generator = torch.Generator().manual_seed(seed)
+    embeddings = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() == 1:
                 parameter.add_(0.2 * noise)
             else:
-                parameter.copy_(0.15 * noise)
+                parameter.copy_(noise * (0.5 if any(parameter is weight for weight in embeddings) else 0.15))
     return model
 
 

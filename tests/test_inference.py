@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from abliterate.activations import MomentsFitter, ProjectionFitter, stream_sites
 from abliterate.anatomy import find_blocks, stream_out
 from abliterate.errors import NumericalError
-from abliterate.generation import Reply, complete, end_tokens
+from abliterate.generation import complete, end_tokens
 from abliterate.inference import (
     BatchSize,
     Encoded,
@@ -298,10 +298,13 @@ def test_ends_of_turn_are_those_of_the_model_and_the_tokenizer() -> None:
 
 
 def test_one_token_at_most_is_one_token() -> None:
-    model, tokenizer = with_ends(BY_NAME["llama"].model(), [VOCAB - 1]), byte_tokenizer()
-    replies = complete(model, tokenizer, share_prefix(ragged()), 1, BatchSize(4))
     logits, _ = plain("llama")
-    assert replies == [Reply((token,), tokenizer.decode([token]), False) for token in logits.argmax(-1).tolist()]
+    tokens = logits.argmax(-1).tolist()
+    never = next(token for token in range(VOCAB) if token not in tokens)
+    model, tokenizer = with_ends(BY_NAME["llama"].model(), [never]), byte_tokenizer()
+    assert not set(tokens) & end_tokens(model, tokenizer)
+    replies = complete(model, tokenizer, share_prefix(ragged()), 1, BatchSize(4))
+    assert [(*reply.tokens, reply.ended) for reply in replies] == [(token, False) for token in tokens]
 
 
 # --- batches
@@ -331,7 +334,9 @@ def test_batches_are_halved_when_memory_runs_out_and_every_row_is_done_once(
     make: Callable[[], BaseException],
 ) -> None:
     lengths = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    size, done, steps = BatchSize(8), [], []
+    size = BatchSize(8)
+    done: list[list[int]] = []
+    steps: list[int] = []
     in_batches(lengths, size, failing(2, done, make), done=steps.append)
     assert sorted(row for rows in done for row in rows) == list(range(len(lengths)))
     assert max(map(len, done)) == 2
@@ -379,7 +384,7 @@ def test_equal_lengths_and_copies() -> None:
 
 
 def test_memory_running_out_in_the_middle_leaves_no_trace_in_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("llama")
+    model = BY_NAME["llama"].model()
     prompts = share_prefix(ragged(), keep=POSITIONS)
     _, blocks = find_blocks(model)
     _, expected = plain("llama")

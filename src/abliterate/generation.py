@@ -27,6 +27,9 @@ _END_OF_TURN = (
     "<|END_OF_TURN_TOKEN|>",
 )
 
+#: What configurations call the number of tokens that (some) layers look back at.
+_WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+
 #: Finished rows are taken out of the batch when they are this share of it (moving the cache is not free).
 _COMPACT_SHARE = 0.1
 
@@ -63,7 +66,7 @@ def complete(
 
     # A decoding step costs little per row, so the batch is bounded by rows and not by prompt tokens.
     rows = BatchSize(size.rows, size.rows * max(lengths))
-    in_batches(lengths, rows, work, done=progress, equal_lengths=_window_matters(model, prompts, max_new_tokens))
+    in_batches(lengths, rows, work, done=progress, equal_lengths=_padding_matters(model, prompts, max_new_tokens))
     return [reply for reply in replies if reply is not None]
 
 
@@ -75,11 +78,20 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(int(end) for end in ends if end is not None)
 
 
-def _window_matters(model: Any, prompts: Encoded, max_new_tokens: int) -> bool:
-    """Whether a sliding window is short enough for padding inside it to change what is attended to."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
+def _padding_matters(model: Any, prompts: Encoded, max_new_tokens: int) -> bool:
+    """Whether padding in front of a prompt changes its reply although it is masked.
+
+    It does where distances are counted in the cache and not by `position_ids`: in a sliding or local window that is
+    shorter than prompt and reply, and in ALiBi of models that take no positions.
+    """
+    config = model.config.get_text_config()
+    windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
     longest = len(prompts.prefix) + max(len(s) for s in prompts.suffixes) + max_new_tokens
-    return window is not None and longest > window
+    return not _takes_positions(model) or any(longest > window for window in windows)
+
+
+def _takes_positions(model: Any) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
 
 
 class _Batch:
@@ -93,7 +105,7 @@ class _Batch:
         real = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in suffixes], device=device)
         self.mask = torch.cat([real.new_ones(len(suffixes), shared.length), real], dim=1)
         self.cache = shared.cache(len(suffixes))
-        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.takes_positions = _takes_positions(model)
 
     def run(self, max_new_tokens: int, ends: frozenset[int]) -> list[list[int]]:
         """Tokens of every row, the end of turn included where it came."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import logging
 import os
 from collections.abc import Iterator
@@ -186,7 +187,8 @@ def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
     import transformers
 
     try:
-        with quiet_transformers(), _one_gguf_parse():
+        # The bar of the GGUF reader knows no switch.
+        with quiet_transformers(), _one_gguf_parse(), contextlib.redirect_stderr(io.StringIO()):
             options = {"gguf_file": path.name}
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -29,14 +29,13 @@ class RefusalToken:
     in_compliances: int
 
 
-def refusal_score(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
+def refusal_score(logits: Float[Tensor, "*n vocab"], tokens: Sequence[int]) -> Float[Tensor, "*n"]:
     """log p_R − log(1 − p_R), p_R the probability summed over the refusal tokens (Arditi et al. 2024, §2.4)."""
-    wide = logits.double()
     inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     inside[list(tokens)] = True
-    refusing = wide[:, inside].logsumexp(-1)
-    other = wide.masked_fill(inside, -torch.inf).logsumexp(-1)
-    return refusing - other
+    refusing = logits[..., inside].logsumexp(-1)
+    other = logits.masked_fill(inside, -torch.inf).logsumexp(-1)
+    return (refusing - other).double()
 
 
 def kl_divergence(base: Float[Tensor, "*n vocab"], edited: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
