@@ -56,6 +56,7 @@ _STATEFUL_HINTS = (
     "rwkv",
     "deltanet",
     "linearattention",
+    "shortconv",
     "xlstm",
     "mlstm",
     "hybrid",
@@ -238,7 +239,7 @@ def _stream_in(call: _Call) -> Tensor:
 
 def stream_out(output: Any) -> Tensor:
     """The residual stream among what a block returns."""
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    hidden: Tensor = output[0] if isinstance(output, tuple | list) else output
     return hidden
 
 

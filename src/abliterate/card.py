@@ -107,9 +107,9 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
 
 
 def rate(part: RatePart) -> str:
-    """'41/100 = 41 % [32, 51]', with degenerate replies when there are any."""
+    """'41/100 = 41 % [32, 51]', with the number of degenerate replies when there are any."""
     if not part.n:
         return "no prompts"
     low, high = part.ci95
-    text = f"{part.refusals}/{part.n} = {part.refusals / part.n:.0%} [{low:.0%}, {high:.0%}]".replace("%]", " %]")
-    return text + (f", {part.degenerate} degenerate" if part.degenerate else "")
+    text = f"{part.refusals}/{part.n} = {100 * part.refusals / part.n:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+    return text + (f" +{part.degenerate} degenerate" if part.degenerate else "")

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from abliterate.anatomy import Kind
 from abliterate.inference import hooked
 from abliterate.plan import Edit, Plan, remove_from_outputs
 
@@ -22,20 +23,35 @@ def ablation(model: Any, *plans: Plan) -> Iterator[None]:
     for each plan in order: many directions are tried in one forward pass.
     """
     handles: list[Any] = []
+    rows = _Rows()
     with hooked(handles):
+        if len(plans) > 1:
+            handles.append(model.get_input_embeddings().register_forward_pre_hook(rows.count))
         for edits in zip(*(plan.edits for plan in plans), strict=True):
             if edits[0].strength != 0:
                 module = model.get_submodule(edits[0].writer.module)
-                handles.append(module.register_forward_hook(_remover(module, edits)))
+                handles.append(module.register_forward_hook(_remover(module, edits, rows)))
         yield
 
 
-def _remover(module: nn.Module, edits: Sequence[Edit]) -> Any:
+class _Rows:
+    """How many rows the batch that is being run has."""
+
+    number = 1
+
+    def count(self, _: nn.Module, args: tuple[Any, ...]) -> None:
+        self.number = len(args[0])
+
+
+def _remover(module: nn.Module, edits: Sequence[Edit], rows: _Rows) -> Any:
     device = next(module.parameters()).device
     basis = torch.stack([edit.basis for edit in edits]).to(device)
     strength = edits[0].strength
+    embedding = edits[0].writer.kind is Kind.EMBEDDING
 
     def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        if embedding and len(edits) > 1:  # positions are often embedded once for all rows: [s, d] or [1, s, d]
+            output = output.expand(rows.number, *output.shape[-2:])
         return remove_from_outputs(output, basis.to(output.device), strength)
 
     return hook

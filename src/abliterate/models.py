@@ -200,6 +200,8 @@ def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
             model.config._name_or_path = ""
             model.save_pretrained(target)
             tokenizer.save_pretrained(target)
+            for file in target.glob("*.safetensors"):  # safetensors makes them unreadable to others
+                file.chmod((target / "config.json").stat().st_mode)
     except ImportError as error:
         raise ModelError(f"model '{path}': reading GGUF needs an extra; pip install 'abliterate[gguf]'") from error
     except AbliterateError:

@@ -26,7 +26,7 @@ from abliterate.plan import Plan, make_plan
 from abliterate.scoring import kl_divergence, refusal_score
 
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
-STAGES: tuple[tuple[int | None, int], ...] = ((4, 12), (16, 4), (None, 1))
+STAGES: tuple[tuple[int | None, int], ...] = ((4, 8), (16, 3), (None, 1))
 
 #: Fewer validation prompts than this in a class, and scores would say nothing.
 MIN_PROMPTS = 4
