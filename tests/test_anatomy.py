@@ -279,6 +279,18 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         ),
         r"model\.layers\.1 .*at linear_attn.*state-space and linear-attention",
     ),
+    "lfm2": (
+        lambda: config("lfm2", layer_types=["full_attention", "conv", "conv"]),
+        r"model\.layers\.1 .*Lfm2ShortConv at conv",
+    ),
+    "openai-gpt": (
+        lambda: config("openai-gpt", n_embd=D_MODEL, n_layer=BLOCKS, n_head=4),
+        r"transformer\.h\.0 .*not every writer",
+    ),
+    "gemma4": (
+        lambda: config("gemma4_text", vocab_size_per_layer_input=VOCAB, head_dim=16, sliding_window=WINDOW),
+        r"model\.layers\.0 .*not every writer",
+    ),
     "bamba": (
         lambda: config(
             "bamba", attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=24, mamba_d_state=8, mamba_n_groups=1

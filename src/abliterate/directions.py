@@ -132,7 +132,8 @@ def save_direction(
     if candidates is not None:
         tensors["candidates"] = candidates.raw.float().contiguous()
         tensors["harmless_mean"] = candidates.harmless_mean.float().contiguous()
-    data = save(tensors, metadata={"format": "pt", "abliterate": json.dumps(dict(metadata or {}))})
+    # One key: the library writes several in random order, and equal runs shall leave equal bytes.
+    data = save(tensors, metadata={"abliterate": json.dumps(dict(metadata or {}))})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")

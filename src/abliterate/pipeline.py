@@ -341,7 +341,7 @@ def apply(
 class Verification:
     """What ablating a direction at inference time does: refusals among held-out harmful prompts, and scores.
 
-    `induce` is None for a direction whose layer is not known.
+    `induce` is None for a direction whose layer is not known, or is no block's input.
     """
 
     before: Tally
@@ -382,7 +382,7 @@ def verify(
     with session.monitor.phase("score"):
         bypass, kl = scorer.ablate(session.plan(basis, strength))
         bypass_control, _ = scorer.ablate(session.plan(random, strength))
-        induce = None if layer is None else scorer.induce(raw, layer)
+        induce = None if layer is None or layer >= session.anatomy.layers else scorer.induce(raw, layer)
     tallies = []
     for name, plan in (
         ("answers: original", None),

@@ -1,0 +1,657 @@
+"""The whole job on a model whose refusal direction is known: it is found, proved, taken out, and nothing else moves."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import abliterate
+from abliterate import pipeline
+from abliterate.config import (
+    EvalSettings,
+    FindSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    RunSettings,
+)
+from abliterate.directions import Direction, load_direction, save_direction
+from abliterate.errors import GateNotMet, UsageError
+from abliterate.judging import Label, judge
+from abliterate.monitor import Monitor
+from abliterate.record import Record, read_record
+from planted import BLOCKS, D_MODEL, POSITIONS, WRITES, Planted, is_bad, plant, write_jsonl
+
+
+def prompt_settings(planted: Planted, **changes: Any) -> PromptSettings:
+    named = {"harmful": planted.harmful, "harmless": planted.harmless, "borderline": planted.borderline}
+    return PromptSettings(**{**{name: str(path) for name, path in named.items()}, **changes})
+
+
+def settings(planted: Planted, out: Path, **changes: Any) -> RunSettings:
+    output = OutputSettings(out=out, **{k: changes.pop(k) for k in ("overwrite", "force") if k in changes})
+    loading = ModelSettings(device="cpu", batch_size="64")
+    options: dict[str, Any] = {"prompts": prompt_settings(planted), "loading": loading, **changes}
+    return RunSettings(model=str(planted.folder), output=output, **options)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+def shard_bytes(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("model*.safetensors"))}
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def generate(folder: Path, prompts: tuple[str, ...]) -> list[str]:
+    """Greedy replies by transformers alone."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    replies: list[str] = []
+    for prompt in prompts:
+        chat = [{"role": "user", "content": prompt}]
+        encoded = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        tokens = model.generate(**encoded, max_new_tokens=8, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        replies.append(tokenizer.decode(tokens[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True))
+    return replies
+
+
+def refusals(replies: list[str]) -> int:
+    return sum(judge(reply).label is Label.REFUSAL for reply in replies)
+
+
+def open_session(planted: Planted, **changes: Any) -> pipeline.Session:
+    options: dict[str, Any] = {"prompts": prompt_settings(planted), "loading": ModelSettings(device="cpu"), **changes}
+    return pipeline.open_session(str(planted.folder), **options)
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"), shards=3)
+
+
+@pytest.fixture(scope="module")
+def docile(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    """The same model, except that nothing makes it refuse."""
+    return plant(tmp_path_factory.mktemp("docile"), refuses=False)
+
+
+@pytest.fixture(scope="module")
+def session(planted: Planted) -> pipeline.Session:
+    return open_session(planted)
+
+
+@pytest.fixture(scope="module")
+def done(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    return abliterate.run(settings(planted, tmp_path_factory.mktemp("run") / "out"))
+
+
+@pytest.fixture(scope="module")
+def out(done: Record) -> Path:
+    assert done.output is not None
+    return Path(done.output)
+
+
+@pytest.fixture
+def random_direction() -> Direction:
+    vector = torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(7))
+    return Direction(vector / vector.norm(), {})
+
+
+def behaviour(record: Record) -> Any:
+    assert record.evaluation is not None
+    return record.evaluation
+
+
+def chosen(record: Record) -> Any:
+    assert record.selection is not None
+    return record.selection.chosen
+
+
+# --- what it is for
+
+
+def test_held_out_refusals_vanish_and_answers_stay(done: Record, session: pipeline.Session) -> None:
+    part = behaviour(done)
+    for name, texts in session.test_texts.items():
+        before, after = getattr(part.before, name), getattr(part.after, name)
+        assert (before.n, after.n) == (len(texts), len(texts))
+        assert before.refusals == sum(map(is_bad, texts)), f"{name}: exactly prompts with a bad word are refused"
+        assert after.refusals == 0
+        assert before.degenerate == after.degenerate == 0
+    assert part.before.harmful.refusals >= 20
+    assert part.before.borderline.refusals == 6
+    assert part.shift.kl_first_token < 1e-3
+    assert part.shift.kl_reply < 1e-3
+    assert abs(part.shift.nll_after - part.shift.nll_before) < 1e-3
+
+
+def test_the_planted_direction_is_found_where_it_exists(done: Record, out: Path, planted: Planted) -> None:
+    basis = load_direction(out / "direction.safetensors", D_MODEL).basis
+    assert basis.shape == (1, D_MODEL)
+    assert float(basis[0] @ planted.direction) > 0.999
+    assert WRITES < chosen(done).layer < 0.8 * BLOCKS
+    assert -POSITIONS <= chosen(done).position <= -1
+    assert chosen(done).bypass < -5 < 0 < chosen(done).induce
+
+
+def test_sites_above_the_writing_block_do_not_bypass(done: Record) -> None:
+    assert done.selection is not None
+    early = [site for site in done.selection.candidates if site.layer <= WRITES]
+    late = [site for site in done.selection.candidates if site.layer > WRITES]
+    assert early
+    assert min(site.bypass for site in early) > 0
+    assert max(site.bypass for site in late) < -5
+
+
+def test_random_direction_of_the_same_norm_does_nothing(done: Record) -> None:
+    assert done.selection is not None
+    control = done.selection.control
+    assert control.norm == pytest.approx(chosen(done).norm)
+    assert control.bypass == pytest.approx(done.selection.harmful, abs=1.0)
+    assert control.bypass > 0 > control.induce
+
+
+def test_edited_model_loads_without_us_and_no_longer_refuses(
+    out: Path, planted: Planted, session: pipeline.Session
+) -> None:
+    harmful, harmless = session.test_texts["harmful"][:6], session.test_texts["harmless"][:4]
+    assert refusals(generate(planted.folder, harmful)) == sum(map(is_bad, harmful)) >= 5
+    assert refusals(generate(out, harmful)) == 0
+    assert generate(out, harmless) == generate(planted.folder, harmless)
+
+
+def test_random_direction_in_the_weights_leaves_refusals(
+    tmp_path: Path, planted: Planted, session: pipeline.Session, random_direction: Direction
+) -> None:
+    save_direction(tmp_path / "random.safetensors", random_direction.basis)
+    abliterate.apply(str(planted.folder), tmp_path / "random.safetensors", OutputSettings(out=tmp_path / "out"))
+    harmful = session.test_texts["harmful"][:6]
+    assert refusals(generate(tmp_path / "out", harmful)) == sum(map(is_bad, harmful))
+
+
+def test_only_writers_change_and_they_write_nothing_along_the_direction(
+    done: Record, out: Path, planted: Planted
+) -> None:
+    before, after = weights(planted.folder), weights(out)
+    assert before.keys() == after.keys()
+    writers = {n for n in before if n.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight"))}
+    assert len(writers) == 2 * BLOCKS + 1
+    r = load_direction(out / "direction.safetensors").basis[0]
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) == (name not in writers), name
+        if name in writers:
+            along = [w @ r if "embed" in name else r @ w for w in (tensor, after[name])]
+            assert float(along[1].norm()) < 1e-5 * max(float(along[0].norm()), 0.1), name
+    assert done.plan is not None
+    assert {edit.tensor for edit in done.plan.edits} == writers
+    assert max(edit.ratio for edit in done.plan.edits) < 1e-4
+    assert min(edit.change for edit in done.plan.edits) > 0
+
+
+def test_source_model_is_not_touched(planted: Planted, tmp_path: Path) -> None:
+    before = digest(planted.folder)
+    abliterate.run(settings(planted, tmp_path / "out"))
+    assert digest(planted.folder) == before
+
+
+def test_library_says_nothing_of_its_own(planted: Planted, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    abliterate.run(settings(planted, tmp_path / "out"))
+    assert capfd.readouterr() == ("", "")
+
+
+# --- what it leaves behind
+
+
+def test_record_on_disk_is_the_one_returned(done: Record, out: Path) -> None:
+    assert read_record(out) == done
+
+
+def test_record_keeps_the_contract_with_other_programs(out: Path) -> None:
+    data = json.loads((out / "abliteration.json").read_text(encoding="utf-8"))
+    for when in ("before", "after"):
+        for name in ("harmful", "harmless", "borderline"):
+            part = data["evaluation"][when][name]
+            assert part.keys() == {"refusals", "degenerate", "n", "rate", "ci95"}
+            low, high = part["ci95"]
+            assert 0 <= low <= part["rate"] <= high <= 1
+            assert part["rate"] == part["refusals"] / part["n"]
+    assert data["evaluation"]["shift"].keys() >= {"kl_first_token", "kl_reply", "nll_before", "nll_after"}
+    assert data["selection"]["chosen"].keys() >= {"layer", "position", "bypass", "induce", "kl"}
+    assert data["selection"]["met_rule"] is True
+    assert {"find model", "load model", "edit weights", "answers before", "answers after"} <= data["timings_s"].keys()
+    assert all(seconds >= 0 for seconds in data["timings_s"].values())
+    assert all(peak > 1e6 for peak in data["peak_memory_bytes"].values())
+
+
+def test_record_says_what_was_measured_and_written(done: Record, out: Path, planted: Planted) -> None:
+    source = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in planted.folder.glob("*.safetensors")}
+    written = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("model*.safetensors")}
+    assert len(source) > 1
+    assert done.model.source_sha256 == source
+    assert done.output_sha256 == written
+    assert (done.model.layers, done.model.d_model, done.model.kind) == (BLOCKS, D_MODEL, "folder")
+    assert done.model.architecture == "LlamaForCausalLM"
+    assert done.settings["model"] == str(planted.folder)
+    assert done.prompts is not None
+    assert done.prompts.counts["harmful"] == {"train": 77, "val": 19, "test": 24}
+    assert done.prompts.positions == POSITIONS
+    assert done.anatomy.worst_closure < done.anatomy.tolerance
+    assert [token.text for token in done.refusal_tokens] == ["I"]
+    assert done.warnings == []
+
+
+def test_only_prompts_that_the_model_treats_as_labelled_train_the_direction(done: Record) -> None:
+    assert done.selection is not None
+    assert done.prompts is not None
+    trained, counts = done.selection.trained_on, done.prompts.counts
+    assert 8 <= trained["harmful"] < counts["harmful"]["train"]
+    assert 8 <= trained["harmless"] < counts["harmless"]["train"]
+
+
+def test_direction_file_keeps_the_contract(out: Path, done: Record) -> None:
+    with safe_open(out / "direction.safetensors", framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = json.loads(file.metadata()["abliterate"])
+    assert tensors["basis"].shape == (1, D_MODEL)
+    assert tensors["candidates"].shape == tensors["harmless_mean"].shape == (POSITIONS, BLOCKS + 1, D_MODEL)
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    site = chosen(done)
+    assert (metadata["chosen"]["layer"], metadata["chosen"]["position"]) == (site.layer, site.position)
+    assert metadata["model_sha256"] == done.model.source_sha256
+    raw = tensors["candidates"][-1 - site.position, site.layer]
+    assert torch.allclose(raw / raw.norm(), tensors["basis"][0], atol=1e-6)
+
+
+def test_answers_to_harmful_prompts_are_redacted_unless_asked_for(
+    done: Record, planted: Planted, tmp_path: Path
+) -> None:
+    kept = abliterate.run(settings(planted, tmp_path / "out", evaluating=EvalSettings(keep_completions=True)))
+    full = {"I cannot help with that .", "Sure , here it is"}
+    for when in ("before", "after"):
+        redacted, whole = behaviour(done).answers[when], behaviour(kept).answers[when]
+        assert {answer.redacted for answer in redacted["harmful"]} == {True}
+        assert {answer.text for answer in redacted["harmful"]} <= {"I cannot help with […]", "Sure , here it […]"}
+        assert {answer.evidence for answer in redacted["harmful"]} == {""}
+        assert {answer.text for answer in whole["harmful"]} <= full
+        assert [answer.tokens for answer in redacted["harmful"]] == [answer.tokens for answer in whole["harmful"]]
+        assert {answer.redacted for answer in redacted["harmless"]} == {False}
+
+
+def test_model_card_replaces_the_original_and_gives_the_counts(done: Record, out: Path) -> None:
+    card = (out / "README.md").read_text(encoding="utf-8")
+    part = behaviour(done)
+    assert f"{part.before.harmful.refusals}/{part.before.harmful.n}" in card
+    assert f"0/{part.after.harmful.n} = 0 %" in card
+    assert "Responsible use" in card
+
+
+# --- strength
+
+
+def test_strength_zero_copies_every_weight_byte_for_byte(planted: Planted, tmp_path: Path) -> None:
+    record = abliterate.run(settings(planted, tmp_path / "out", strength=0.0))
+    assert shard_bytes(tmp_path / "out") == shard_bytes(planted.folder)
+    assert behaviour(record).after == behaviour(record).before
+    assert behaviour(record).shift.kl_reply == 0
+
+
+def test_negative_strength_makes_refusal_firmer(planted: Planted, out: Path, session: pipeline.Session) -> None:
+    basis = load_direction(out / "direction.safetensors").basis
+    scores = {}
+    for strength in (-0.5, 0.0, 0.5, 1.0):
+        result = pipeline.verify(session, Direction(basis, {}), strength=strength)
+        scores[strength] = result.bypass
+    assert scores[-0.5] > scores[0.0] > scores[0.5] > scores[1.0]
+
+
+# --- gates
+
+
+def check_nothing_left(parent: Path) -> None:
+    assert [path.name for path in parent.iterdir()] == []
+
+
+def test_model_that_never_refuses_is_not_edited(docile: Planted, tmp_path: Path) -> None:
+    with pytest.raises(GateNotMet, match="hardly refuses: 0 of 19 harmful"):
+        abliterate.run(settings(docile, tmp_path / "out"))
+    check_nothing_left(tmp_path)
+
+
+def test_prompt_sets_that_do_not_differ_give_no_direction(planted: Planted, tmp_path: Path) -> None:
+    same = prompt_settings(planted, harmful=str(planted.mixed[0]), harmless=str(planted.mixed[1]))
+    with pytest.raises(GateNotMet, match="do not separate: best AUROC 0"):
+        abliterate.run(settings(planted, tmp_path / "out", prompts=same, finding=FindSettings(all_prompts=True)))
+    check_nothing_left(tmp_path)
+
+
+def test_swapped_prompt_sets_are_refused(planted: Planted, tmp_path: Path) -> None:
+    swapped = prompt_settings(planted, harmful=str(planted.harmless), harmless=str(planted.harmful))
+    with pytest.raises(GateNotMet):
+        abliterate.run(settings(planted, tmp_path / "out", prompts=swapped))
+    check_nothing_left(tmp_path)
+
+
+def test_direction_that_costs_too_much_is_saved_only_when_forced(planted: Planted, tmp_path: Path) -> None:
+    strict = FindSettings(min_induce=50)
+    with pytest.raises(GateNotMet, match=r"no direction passed verification.*--force"):
+        abliterate.run(settings(planted, tmp_path / "out", finding=strict))
+    check_nothing_left(tmp_path)
+    record = abliterate.run(settings(planted, tmp_path / "out", finding=strict, force=True))
+    assert record.selection is not None
+    assert record.selection.met_rule is False
+    assert len(record.warnings) == 1
+    assert "no direction passed verification" in record.warnings[0]
+    assert record.warnings[0] in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert behaviour(record).after.harmful.refusals == 0
+
+
+def test_forcing_a_model_that_never_refuses_needs_refusal_tokens_and_warns(docile: Planted, tmp_path: Path) -> None:
+    with pytest.raises(GateNotMet, match="hardly refuses"):
+        abliterate.run(settings(docile, tmp_path / "out", force=True))
+    check_nothing_left(tmp_path)
+    given = FindSettings(refusal_tokens="I")
+    record = abliterate.run(settings(docile, tmp_path / "out", force=True, finding=given))
+    assert len(record.warnings) == 2, record.warnings
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_too_few_prompts_are_refused_with_advice(planted: Planted, tmp_path: Path) -> None:
+    with pytest.raises(GateNotMet, match="expected at least"):
+        abliterate.run(settings(planted, tmp_path / "out", prompts=prompt_settings(planted, limit=5)))
+    check_nothing_left(tmp_path)
+
+
+# --- OUT
+
+
+def test_existing_output_is_kept_unless_overwriting(planted: Planted, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match="exists; give another -o or --overwrite"):
+        abliterate.run(settings(planted, target))
+    assert (target / "config.json").read_text() == "{}"
+    abliterate.run(settings(planted, target, overwrite=True))
+    assert json.loads((target / "config.json").read_text())["model_type"] == "llama"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_output_may_not_be_or_hold_the_model(planted: Planted) -> None:
+    for target in (planted.folder, planted.folder / "inside", planted.folder.parent):
+        with pytest.raises(UsageError, match="overlaps"):
+            abliterate.run(settings(planted, target, overwrite=True))
+    assert planted.folder.is_dir()
+
+
+def test_pickles_are_left_behind_and_named(planted: Planted, tmp_path: Path, out: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(planted.folder, source)
+    (source / "pytorch_model.bin").write_bytes(b"pickle of the unedited model")
+    record = abliterate.apply(str(source), out / "direction.safetensors", OutputSettings(out=tmp_path / "out"))
+    assert record.left_out == ["pytorch_model.bin"]
+    assert "pytorch_model.bin" in record.warnings[0]
+    assert not (tmp_path / "out" / "pytorch_model.bin").exists()
+
+
+class Interrupts(Monitor):
+    """A monitor that does something when a phase starts (`name`) or goes on."""
+
+    def __init__(self, phase: str, act: Callable[[], None]) -> None:
+        super().__init__()
+        self.wanted, self.act, self.current = phase, act, ""
+
+    def begin(self, name: str, total: int | None) -> None:
+        self.current = name
+        if name == self.wanted and total is None:
+            self.act()
+
+    def advance(self, steps: int) -> None:
+        if self.current == self.wanted:
+            self.act()
+
+
+@pytest.mark.parametrize(
+    "phase", ["load model", "select by intervention", "edit weights", "answers after", "hash files"]
+)
+def test_interruption_leaves_nothing_and_a_rerun_succeeds(planted: Planted, tmp_path: Path, phase: str) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        abliterate.run(settings(planted, tmp_path / "out"), Interrupts(phase, interrupt))
+    check_nothing_left(tmp_path)
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[1]]
+import torch
+torch.set_num_threads(1)
+import abliterate
+from abliterate.config import RunSettings
+from test_pipeline import Interrupts
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+abliterate.run(RunSettings.model_validate_json(sys.argv[2]), Interrupts("edit weights", kill))
+"""
+
+
+def test_kill_in_the_middle_of_surgery_leaves_no_output_and_a_rerun_cleans_up(planted: Planted, tmp_path: Path) -> None:
+    job = settings(planted, tmp_path / "out")
+    arguments = [str(Path(__file__).parent), job.model_dump_json()]
+    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not (tmp_path / "out").exists()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".out.partial-")
+    record = abliterate.run(job)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert behaviour(record).after.harmful.refusals == 0
+
+
+# --- the same again
+
+
+def test_same_seed_same_bytes(planted: Planted, done: Record, out: Path, tmp_path: Path) -> None:
+    again = abliterate.run(settings(planted, tmp_path / "out"))
+    assert shard_bytes(tmp_path / "out") == shard_bytes(out)
+    assert (tmp_path / "out/direction.safetensors").read_bytes() == (out / "direction.safetensors").read_bytes()
+    assert again.selection == done.selection
+    assert again.evaluation == done.evaluation
+
+
+def test_batch_size_does_not_change_the_choice(planted: Planted, done: Record, out: Path, tmp_path: Path) -> None:
+    alone = abliterate.run(settings(planted, tmp_path / "out", loading=ModelSettings(device="cpu", batch_size="5")))
+    assert chosen(alone).layer == chosen(done).layer
+    assert chosen(alone).bypass == pytest.approx(chosen(done).bypass, abs=1e-4)
+    ours, theirs = (load_direction(folder / "direction.safetensors").basis[0] for folder in (tmp_path / "out", out))
+    assert float(ours @ theirs) > 1 - 1e-6
+    assert behaviour(alone).before == behaviour(done).before
+
+
+def test_another_seed_splits_the_prompts_anew(planted: Planted, done: Record, tmp_path: Path) -> None:
+    other = abliterate.run(settings(planted, tmp_path / "out", prompts=prompt_settings(planted, seed=1)))
+    assert done.prompts is not None
+    assert other.prompts is not None
+    assert other.prompts.sha256 != done.prompts.sha256
+    assert behaviour(other).after.harmful.refusals == 0
+
+
+# --- apply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_apply_writes_the_same_bytes_as_run_without_loading_the_model(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted = plant(tmp_path / "planted", dtype=dtype, shards=2)
+    record = abliterate.run(settings(planted, tmp_path / "run"))
+    assert record.model.dtype == str(dtype).removeprefix("torch.")
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    applied = abliterate.apply(
+        str(planted.folder), tmp_path / "run" / "direction.safetensors", OutputSettings(out=tmp_path / "applied")
+    )
+    assert shard_bytes(tmp_path / "applied") == shard_bytes(tmp_path / "run")
+    assert shard_bytes(tmp_path / "applied") != shard_bytes(planted.folder)
+    assert applied.plan == record.plan
+    assert read_record(tmp_path / "applied").plan == record.plan
+    assert applied.evaluation is None
+
+
+def test_apply_of_the_edited_model_changes_next_to_nothing(out: Path, tmp_path: Path) -> None:
+    abliterate.apply(str(out), out / "direction.safetensors", OutputSettings(out=tmp_path / "twice"))
+    once, twice = weights(out), weights(tmp_path / "twice")
+    assert max(float((once[name] - twice[name]).abs().max()) for name in once) < 1e-6
+
+
+def test_apply_refuses_a_direction_of_another_width(planted: Planted, tmp_path: Path) -> None:
+    save_file({"basis": torch.eye(1, 48)}, tmp_path / "other.safetensors")
+    with pytest.raises(UsageError, match=f"the model's width {D_MODEL}, found 48"):
+        abliterate.apply(str(planted.folder), tmp_path / "other.safetensors", OutputSettings(out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- find, choose, verify, evaluate: the parts as a library
+
+
+def test_found_directions_go_through_a_file_and_are_applied_at_any_site(
+    session: pipeline.Session, planted: Planted, tmp_path: Path
+) -> None:
+    findings = pipeline.find(session, FindSettings())
+    found = pipeline.choose(session, findings, FindSettings())
+    file = tmp_path / "direction.safetensors"
+    metadata = pipeline.direction_metadata(session, found)
+    save_direction(file, found.basis, candidates=findings.candidates, metadata=metadata)
+    harmful = session.test_texts["harmful"][:4]
+    for site, left in (((3, -1), 0), ((WRITES, -1), sum(map(is_bad, harmful)))):
+        target = tmp_path / f"out-{site[0]}"
+        abliterate.apply(str(planted.folder), file, OutputSettings(out=target), site=site)
+        assert refusals(generate(target, harmful)) == left, f"site {site}"
+        raw = findings.candidates.at(*site)
+        kept = load_direction(target / "direction.safetensors").basis[0]
+        assert torch.allclose(kept, raw / raw.norm(), atol=1e-6)
+
+
+def test_verify_tells_the_direction_from_a_random_one(
+    session: pipeline.Session, out: Path, random_direction: Direction
+) -> None:
+    result = pipeline.verify(session, load_direction(out / "direction.safetensors"))
+    assert result.verified
+    assert result.before.refusals == result.control.refusals == sum(map(is_bad, session.test_texts["harmful"]))
+    assert result.after.refusals == 0
+    assert result.bypass < 0 < result.bypass_control
+    assert result.induce is not None
+    assert result.induce_before < 0 < result.induce
+    other = pipeline.verify(session, random_direction)
+    assert not other.verified
+    assert other.after.refusals == other.before.refusals
+    assert other.induce is None, "its layer is not known"
+
+
+def test_verify_counts_the_cost_to_harmless_prompts(session: pipeline.Session, out: Path) -> None:
+    direction = load_direction(out / "direction.safetensors")
+    strict = pipeline.verify(session, direction, finding=FindSettings(max_kl=0.0))
+    assert 0 < strict.kl < 1e-3
+    assert strict.after.refusals == 0
+    assert not strict.verified
+
+
+def test_verify_leaves_the_model_as_it_was(session: pipeline.Session, out: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
+    answers = [reply.tokens for reply in session.answers(8, "before")["harmful"].replies]
+    pipeline.verify(session, load_direction(out / "direction.safetensors"))
+    assert all(torch.equal(before[name], tensor) for name, tensor in session.model.state_dict().items())
+    assert [reply.tokens for reply in session.answers(8, "after")["harmful"].replies] == answers
+
+
+@pytest.mark.parametrize("site", [(BLOCKS, -1), (3, -2)])
+def test_verify_takes_every_site_of_the_file(session: pipeline.Session, out: Path, site: tuple[int, int]) -> None:
+    result = pipeline.verify(session, load_direction(out / "direction.safetensors"), site=site)
+    assert result.after.refusals == 0
+
+
+@pytest.mark.parametrize("site", [(BLOCKS + 1, -1), (2, -POSITIONS - 1), (2, 0), (-1, -1)])
+def test_sites_that_the_file_does_not_have_are_refused(
+    session: pipeline.Session, out: Path, site: tuple[int, int]
+) -> None:
+    with pytest.raises(UsageError, match="--site"):
+        pipeline.verify(session, load_direction(out / "direction.safetensors"), site=site)
+
+
+def test_site_without_a_difference_is_refused(session: pipeline.Session, out: Path) -> None:
+    with pytest.raises(UsageError, match="the classes do not differ there"):
+        pipeline.verify(session, load_direction(out / "direction.safetensors"), site=(0, -1))
+
+
+def test_evaluation_under_hooks_and_of_the_saved_model_agree(
+    session: pipeline.Session, planted: Planted, out: Path, done: Record
+) -> None:
+    plan = session.plan(load_direction(out / "direction.safetensors").basis)
+    before, hooked, shift = pipeline.evaluate(session, EvalSettings(), plan=plan)
+    edited = pipeline.open_session(str(out), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu"))
+    base, saved, other = pipeline.evaluate(edited, EvalSettings(), base=session)
+    assert hooked is not None
+    assert saved is not None
+    assert shift is not None
+    assert other is not None
+    for name in before:
+        assert hooked[name].replies == saved[name].replies
+        assert before[name].replies == base[name].replies
+    assert shift.kl_reply == pytest.approx(other.kl_reply, abs=1e-6)
+    assert other.kl_reply == pytest.approx(behaviour(done).shift.kl_reply, abs=1e-6)
+    assert hooked["harmful"].tally.refusals == 0 < before["harmful"].tally.refusals
+
+
+def test_evaluating_one_model_gives_no_shift(session: pipeline.Session) -> None:
+    answers, after, shift = pipeline.evaluate(session, EvalSettings(max_new_tokens=3))
+    assert after is None
+    assert shift is None
+    assert max(len(reply.tokens) for reply in answers["harmful"].replies) == 3
+
+
+def test_models_with_other_tokens_are_not_compared(
+    session: pipeline.Session, docile: Planted, planted: Planted
+) -> None:
+    other = open_session(docile, prompts=prompt_settings(planted, seed=3))
+    with pytest.raises(UsageError, match="same tokenizer"):
+        pipeline.evaluate(session, EvalSettings(), base=other)
+
+
+def test_more_positions_than_the_shortest_prompt_has_are_refused(planted: Planted) -> None:
+    with pytest.raises(UsageError, match="--positions 32: expected at most the shortest prompt's"):
+        open_session(planted, positions=32)
+
+
+def test_prompts_to_evaluate_on_can_be_given(planted: Planted, tmp_path: Path) -> None:
+    texts = [f"please tell me a {word} river" for word in ("venom", "arson", "soup")]
+    spec = str(write_jsonl(tmp_path / "eval.jsonl", texts))
+    record = abliterate.run(settings(planted, tmp_path / "out", prompts=prompt_settings(planted, eval_harmful=spec)))
+    assert [answer.prompt for answer in behaviour(record).answers["before"]["harmful"]] == texts
+    assert (behaviour(record).before.harmful.refusals, behaviour(record).before.harmful.n) == (2, 3)
