@@ -169,7 +169,8 @@ def ratios(a: list[float], b: list[float]) -> str:
 
 
 def report(runs: dict[str, Runs], flops_per_token: float, matmul: float) -> None:
-    print(f"{'':<6} {'tokens':>7} {'seconds, median [min-max]':>26} {'tokens/s':>9} {'GFLOP/s':>8} {'peak MB':>8} {'rise MB':>8}")
+    columns = f"{'tokens/s':>9} {'GFLOP/s':>8} {'peak MB':>8} {'rise MB':>8}"
+    print(f"{'':<6} {'tokens':>7} {'seconds, median [min-max]':>26} {columns}")
     for way, run in runs.items():
         median = statistics.median(run.seconds)
         spread = f"{median:.2f} [{min(run.seconds):.2f}-{max(run.seconds):.2f}]"
@@ -205,11 +206,15 @@ def agreement(first: Tensor, second: Tensor) -> None:
     error = (a - b).norm(dim=-1) / b.norm(dim=-1)
     r_a, r_b = a[0] - a[1], b[0] - b[1]
     differs = r_b.norm(dim=-1) > 1e-3 * b[1].norm(dim=-1)  # not the template's own tokens at site 0
-    cosine = torch.nn.functional.cosine_similarity(r_a, r_b, dim=-1)[differs]
+    cosine = torch.nn.functional.cosine_similarity(r_a, r_b, dim=-1).masked_fill(~differs, torch.nan)
+    found = cosine[differs]
+    position, layer = divmod(int(cosine.nan_to_num(2.0).argmin()), cosine.shape[1])
+    size = float(r_b[position, layer].norm() / b[1, position, layer].norm())
     print(f"means: relative error at most {float(error.max()):.1e}, median {float(error.median()):.1e}")
     print(
-        f"directions (harmful - harmless): cosine at least {float(cosine.min()):.5f}, "
-        f"median {float(cosine.median()):.5f}, at {len(cosine)} of {differs.numel()} sites (the rest have none)"
+        f"directions (harmful - harmless): cosine at least {float(found.min()):.6f} (layer {layer}, position "
+        f"{-1 - position}, where the difference is {size:.1%} of the mean), median {float(found.median()):.6f}, "
+        f"at {len(found)} of {differs.numel()} sites (the rest have none)"
     )
 
 
@@ -226,7 +231,7 @@ def matmul_rate(model: Any, tokens: int = 1024) -> float:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         best = min(best, time.perf_counter() - started)
-    return 2 * tokens * config.hidden_size * config.intermediate_size / best
+    return 2.0 * tokens * b.numel() / best
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -275,10 +280,10 @@ def main(argv: list[str] | None = None) -> None:
         order = order[1:] + order[:1]
     print()
     report(runs, 2.0 * parameters, matmul_rate(loaded.model))
-    means = runs["ours"].means, runs["naive"].means
-    assert means[0] is not None
-    assert means[1] is not None
-    agreement(*means)
+    first, second = runs["ours"].means, runs["naive"].means
+    assert first is not None
+    assert second is not None
+    agreement(first, second)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.errors import AnatomyError, CheckpointError
+from abliterate.errors import AnatomyError, CheckpointError, NumericalError
 from abliterate.inference import body, hooked, input_device
 
 #: A block's books must close to this, relative to what the block wrote (computed in float32).
@@ -281,6 +281,8 @@ def _block_writers(block: nn.Module, index: int, name: str, call: _Call, d_model
     twin = copy.deepcopy(block).float()
     candidates = list(_candidates(twin, d_model))
     observed, before, after = _observe(twin, candidates, call)
+    if not bool(torch.isfinite(after).all()):
+        raise NumericalError(f"block {name}: expected finite numbers, found NaN or infinity; is the model damaged?")
     observed = _writing(after - before, observed)
     multipliers, error = _close_books(after - before, [seen.written for seen in observed], TOLERANCE)
     suspects = _suspects(twin)

@@ -112,7 +112,7 @@ def orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
         raise NumericalError("direction: expected finite non-zero vectors, found NaN, infinity or zero")
     q, r = torch.linalg.qr(wide.T)
     diagonal = r.diagonal()
-    if bool((diagonal.abs() < 1e-9 * wide.norm(dim=1)).any()):
+    if len(wide) > wide.shape[1] or bool((diagonal.abs() < 1e-9 * wide.norm(dim=1)).any()):
         raise NumericalError("direction: expected independent vectors, found one in the span of the others")
     basis: Tensor = (q * diagonal.sign()).T.to(rows.dtype).contiguous()
     return basis
@@ -166,7 +166,7 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     basis = tensors.get("basis")
     if basis is None and len(tensors) == 1:
         basis = next(iter(tensors.values()))
-    if basis is None or not basis.is_floating_point() or basis.dim() not in (1, 2):
+    if basis is None or not basis.is_floating_point() or basis.dim() not in (1, 2) or not basis.numel():
         raise UsageError(
             f"direction file '{path}': expected a tensor 'basis' [k, d_model] or a single vector, found "
             f"{', '.join(f'{name} {list(t.shape)}' for name, t in tensors.items()) or 'nothing'}"
@@ -178,7 +178,13 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
         )
     candidates = None
     if {"candidates", "harmless_mean"} <= tensors.keys():
-        candidates = Candidates(tensors["candidates"], tensors["harmless_mean"])
+        raw, mean = tensors["candidates"].float(), tensors["harmless_mean"].float()
+        if raw.dim() != 3 or raw.shape[2] != basis.shape[1] or raw.shape != mean.shape or not raw.isfinite().all():
+            raise UsageError(
+                f"direction file '{path}': expected finite 'candidates' and 'harmless_mean' [positions, sites, "
+                f"{basis.shape[1]}], found {list(raw.shape)} and {list(mean.shape)}"
+            )
+        candidates = Candidates(raw, mean)
     return Direction(orthonormal(basis), _metadata(shard.metadata), candidates)
 
 

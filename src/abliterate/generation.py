@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from abliterate.inference import BatchSize, Encoded, SharedPrefix, cut_head, in_batches, input_device
+from abliterate.inference import BatchSize, Encoded, SharedPrefix, cut_head, in_batches, input_device, require_finite
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
 _END_OF_TURN = (
@@ -140,8 +140,10 @@ class _Batch:
                 use_cache=True,
                 **options,
             )
-        chosen: Tensor = out.logits[:, -1].argmax(-1)
-        return chosen.to(fresh.device)
+        best, chosen = out.logits[:, -1].max(-1)
+        require_finite(best)
+        next_tokens: Tensor = chosen.to(fresh.device)
+        return next_tokens
 
     def _compact(self, going: list[int], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
         index = torch.tensor(going, device=fresh.device)

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from abliterate.errors import NumericalError
 from abliterate.prompts.rendering import common_prefix
 
 
@@ -125,7 +126,16 @@ def logits_at(
     with cut_head(model, positions(lengths)), torch.inference_mode():
         out = model(input_ids=ids, past_key_values=shared.cache(len(suffixes)), use_cache=True)
     logits: Tensor = out.logits.float()
+    require_finite(logits.amax(-1))
     return logits
+
+
+def require_finite(best: Float[Tensor, "*n"]) -> None:
+    """Raise `NumericalError` unless the largest logits of some rows (NaN where one is NaN) are finite."""
+    if not bool(torch.isfinite(best).all()):
+        raise NumericalError(
+            "logits: expected finite numbers, found NaN or infinity; is the model damaged? else try --dtype float32"
+        )
 
 
 @contextlib.contextmanager

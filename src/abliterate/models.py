@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from abliterate.checkpoint import open_checkpoint, staged
-from abliterate.errors import AbliterateError, ModelError, UsageError
+from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
 
 Kind = Literal["hub", "folder", "gguf"]
 
@@ -102,18 +102,25 @@ def load(
             wanted = _dtype(dtype, config, place)
             options: dict[str, Any] = {"device_map": place} if place == "auto" else {}
             tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-            model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            auto: Any = transformers.AutoModelForCausalLM
+            model, report = auto.from_pretrained(
                 files.folder,
                 config=config,
                 dtype=wanted,
                 use_safetensors=True,
                 trust_remote_code=trust_remote_code,
+                output_loading_info=True,
                 **options,
             )
         except AbliterateError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
             raise ModelError(f"model '{files.name}': cannot be loaded ({_one_line(error)})") from error
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(
+            f"model '{files.name}': {len(missing)} tensors that its configuration asks for are not in its files, "
+            f"{', '.join(missing[:3])}; download the model again"
+        )
     if place != "auto":
         model = model.to(place)
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
@@ -122,7 +129,7 @@ def load(
 def _device(device: str) -> str:
     if device != "auto":
         try:
-            torch.empty(0, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             raise UsageError(f"--device {device}: not usable on this machine ({_one_line(error)})") from error
         return device

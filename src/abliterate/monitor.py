@@ -24,12 +24,14 @@ class Monitor:
         _reset_peak()
         started = time.perf_counter()
         self.begin(name, total)
+        done = False
         try:
             yield self.advance
+            done = True
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory())
-            self.end(name)
+            self.end(name, done=done)
 
     def warn(self, text: str) -> None:
         """Say something the user must know, and keep it for the record."""
@@ -42,8 +44,8 @@ class Monitor:
     def advance(self, steps: int) -> None:
         """Some steps of the current phase are done."""
 
-    def end(self, name: str) -> None:
-        """A phase is over."""
+    def end(self, name: str, *, done: bool) -> None:
+        """A phase is over: done, or broken off by an error."""
 
     def note(self, text: str) -> None:
         """One line worth reading."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -43,18 +43,19 @@ from abliterate.evaluation import Answers, Shift, Subject, answer, measure_shift
 from abliterate.generation import complete
 from abliterate.inference import BatchSize, Encoded, auto_batch_size, share_prefix
 from abliterate.interventions import ablation
-from abliterate.judging import Label, Tally, judge
+from abliterate.judging import Tally, judge
 from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan, make_plan
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set
 from abliterate.prompts.rendering import NO_TEMPLATE, common_suffix, read_template
-from abliterate.scoring import RefusalToken, find_refusal_tokens, refusal_score
+from abliterate.refusals import RefusalToken, find_refusals
+from abliterate.scoring import refusal_score
 from abliterate.selection import Rule, Scorer, Selection, Site, candidate_sites, select, stage_costs
 from abliterate.surgery import Surgery, edit_checkpoint, planned_parameters, weights_from
 
-#: Tokens of a validation reply: enough for its first sentence.
-_REPLY_TOKENS = 16
+#: Harmless validation prompts that the model replies to before refusal tokens are known.
+_HARMLESS_REPLIES = 40
 #: More positions than this after the instruction are not looked at unless asked for.
 _MOST_POSITIONS = 8
 #: The best site must tell the classes apart at least this well on validation prompts.
@@ -119,7 +120,6 @@ class Findings:
     """Candidate directions of a session, and what is needed to choose among them."""
 
     tokens: tuple[RefusalToken, ...]
-    token_ids: tuple[int, ...]
     candidates: Candidates
     separation: Separation
     scorer: Scorer
@@ -187,8 +187,8 @@ def find(session: Session, settings: FindSettings) -> Findings:
     Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate.
     """
     monitor = session.monitor
-    tokens, ids = _refusal_tokens(session, settings)
-    monitor.note("refusal tokens: " + ", ".join(f"{t.text!r}" for t in tokens))
+    tokens = _refusal_tokens(session, settings)
+    ids = tuple(token.token for token in tokens)
     train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
     with monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
         moments = {}
@@ -226,7 +226,7 @@ def find(session: Session, settings: FindSettings) -> Findings:
         f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
         f"on validation prompts {float(separated.auroc.max()):.3f}"
     )
-    return Findings(tokens, ids, candidates, separated, scorer, trained_on)
+    return Findings(tokens, candidates, separated, scorer, trained_on)
 
 
 def choose(
@@ -373,7 +373,8 @@ def verify(
     rule.
     """
     basis = at_site(direction, site, session.anatomy.d_model)
-    tokens, ids = _refusal_tokens(session, finding)
+    tokens = _refusal_tokens(session, finding)
+    ids = tuple(token.token for token in tokens)
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
     scorer = Scorer(session.model, session.anatomy, ids, *val, session.size, behaving=not finding.all_prompts)
     generator = torch.Generator().manual_seed(seed)
@@ -461,14 +462,16 @@ def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor
     """The difference of means r behind a direction and its layer, where the file says them."""
     candidates = direction.candidates
     if site is None and candidates is not None:
-        chosen = direction.metadata.get("chosen") or {}
-        if isinstance(chosen, dict) and {"layer", "position"} <= chosen.keys():
-            site = (int(chosen["layer"]), int(chosen["position"]))
+        match direction.metadata.get("chosen"):
+            case {"layer": int(layer), "position": int(position)}:
+                site = (layer, position)
     if site is None:
         return basis[0], None
     layer, position = site
-    shape = candidates.raw.shape if candidates is not None else (0, 0)
-    if candidates is None or not (0 <= layer < shape[1] and -shape[0] <= position <= -1):
+    if candidates is None:
+        raise UsageError(f"--site {layer}:{position}: the direction file holds no candidates, only one direction")
+    shape = candidates.raw.shape
+    if not (0 <= layer < shape[1] and -shape[0] <= position <= -1):
         raise UsageError(
             f"--site {layer}:{position}: expected a layer below {shape[1]} and a position from -{shape[0]} to -1 "
             "among the file's candidates"
@@ -509,33 +512,37 @@ def _texts(contrast: ContrastiveSet) -> dict[tuple[str, str], tuple[str, ...]]:
     return texts | {("borderline", "test"): contrast.borderline}
 
 
-def _refusal_tokens(session: Session, settings: FindSettings) -> tuple[tuple[RefusalToken, ...], tuple[int, ...]]:
-    tokenizer = session.loaded.tokenizer
+def _refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalToken, ...]:
+    tokenizer, monitor = session.loaded.tokenizer, session.monitor
     if settings.refusal_tokens is not None:
-        return _given_tokens(tokenizer, settings.refusal_tokens)
-    harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
-    with session.monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
-        replies = complete(session.model, tokenizer, harmful + harmless, _REPLY_TOKENS, session.size, advance)
-    verdicts = [judge(reply.text) for reply in replies]
-    refused = sum(verdict.label is Label.REFUSAL for verdict in verdicts[: len(harmful)])
-    if refused < settings.min_refusal_rate * len(harmful) or refused < 2:
-        raise GateNotMet(
-            f"this model hardly refuses: {refused} of {len(harmful)} harmful validation prompts, expected at least "
-            f"{settings.min_refusal_rate:.0%}; nothing to find, give prompts it does refuse or --refusal-tokens"
-        )
-    decode = {reply.tokens[0]: tokenizer.decode([reply.tokens[0]]) for reply in replies if reply.tokens}
-    tokens = find_refusal_tokens([reply.tokens for reply in replies], verdicts, decode)
-    return tokens, tuple(token.token for token in tokens)
+        tokens = _given_tokens(tokenizer, settings.refusal_tokens)
+    else:
+        harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
+        harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
+        with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
+            found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
+        if found.refused < max(1, settings.min_refusal_rate * found.prompts):
+            raise GateNotMet(
+                f"this model hardly refuses: {found.refused} of {found.prompts} harmful validation prompts, expected "
+                f"at least {settings.min_refusal_rate:.0%}; there is nothing to find: give prompts that it refuses, or "
+                "--refusal-tokens"
+            )
+        tokens = found.tokens
+    monitor.note(
+        "refusals start with "
+        + ", ".join(f"{t.text!r}" + (f" ({t.probability:.0%})" if t.trials else "") for t in tokens)
+    )
+    return tokens
 
 
-def _given_tokens(tokenizer: Any, option: str) -> tuple[tuple[RefusalToken, ...], tuple[int, ...]]:
+def _given_tokens(tokenizer: Any, option: str) -> tuple[RefusalToken, ...]:
     ids: dict[int, str] = {}
     for text in option.split(","):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if not text or not encoded:
             raise UsageError(f"--refusal-tokens '{option}': expected texts separated by commas, found an empty one")
         ids[encoded[0]] = tokenizer.decode([encoded[0]])
-    return tuple(RefusalToken(token, text, 0, 0) for token, text in ids.items()), tuple(ids)
+    return tuple(RefusalToken(token, text, 0.0, 0.0, 0, 0) for token, text in ids.items())
 
 
 def _find_or_force(session: Session, settings: FindSettings, force: bool) -> Findings:
@@ -709,7 +716,7 @@ def _record(
         model=_model_part(loaded.files, session.model, session.anatomy, dtype, device, before),
         prompts=_prompts_part(session),
         anatomy=_anatomy_part(session.anatomy),
-        refusal_tokens=_token_parts(found.findings.tokens),
+        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
         selection=selection_part(found),
         plan=_plan_part(plan, surgery),
         evaluation=evaluation,
@@ -753,18 +760,6 @@ def _prompts_part(session: Session) -> rec.PromptsPart:
 
 def _anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
     return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
-
-
-def _token_parts(tokens: Sequence[RefusalToken]) -> list[rec.TokenPart]:
-    return [
-        rec.TokenPart(
-            token=token.token,
-            text=token.text,
-            in_refusals=token.in_refusals or None,
-            in_compliances=token.in_compliances if token.in_refusals else None,
-        )
-        for token in tokens
-    ]
 
 
 def selection_part(found: Found) -> rec.SelectionPart:

@@ -56,12 +56,14 @@ class AnatomyPart(_Part):
 
 
 class TokenPart(_Part):
-    """One refusal token, and how many of the model's own replies start with it."""
+    """One refusal token (see `refusals.RefusalToken`); `trials` is 0 when it was given by hand."""
 
     token: int
     text: str
-    in_refusals: int | None
-    in_compliances: int | None
+    probability: float
+    probability_answering: float
+    refusals: int
+    trials: int
 
 
 class SitePart(_Part):

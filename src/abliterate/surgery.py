@@ -7,6 +7,7 @@ stays at a few blocks whatever the size of the checkpoint, and bytes outside the
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +32,9 @@ from abliterate.plan import Edit, Plan
 #: Formats an edit can be stored in exactly enough to be measured.
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-#: Bytes of a tensor in memory at once.
-BLOCK_BYTES = 8 << 20
+#: Bytes of a tensor in memory at once. With its float32 copies a block stays in the cache of one core: larger ones
+#: are slower.
+BLOCK_BYTES = 512 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +108,20 @@ def edit_checkpoint(
             gathered = _Sums()
             rewriters[info.name] = _rewriter(edit, gathered)
             sums.append((info, edit, gathered))
-    files = write_edited(source, target, rewriters, progress=progress)
+    with _one_thread():
+        files = write_edited(source, target, rewriters, progress=progress)
     return Surgery(files, tuple(_residual(*entry) for entry in sums))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: blocks this small gain nothing from more, and lose much where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _residual(info: TensorInfo, edit: Edit, sums: _Sums) -> Residual:
@@ -142,15 +156,17 @@ def _rewriter(edit: Edit, sums: _Sums) -> Rewriter:
     def rewrite(reader: TensorReader) -> Iterator[memoryview]:
         along_rows = edit.writer.axis == 1 or len(reader.info.shape) == 1
         passes = _rows_in_stream if along_rows else _columns_in_stream
-        for old, new, before, after in passes(reader, edit):
-            _gather(sums, reader.info, old, new, before, after)
+        for old, new, stored, before, after in passes(reader, edit):
+            sums.before, sums.after = before, after
+            _gather(sums, reader.info, old, new, stored)
             yield new.contiguous().view(torch.uint8).numpy().data
 
     return rewrite
 
 
-#: One block: the old and new numbers, and squared ‖VW‖ before and after (the totals so far).
-_Block = tuple[Tensor, Tensor, float, float]
+#: One block: the old numbers in float32, the new ones as stored and those again in float32, and squared ‖VW‖ before
+#: and after (the totals so far).
+_Block = tuple[Tensor, Tensor, Tensor, float, float]
 
 
 def _rows_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
@@ -160,9 +176,10 @@ def _rows_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
         wide = old.float()
         inside = wide @ edit.basis.T
         new = torch.addmm(wide, inside, edit.basis, alpha=-edit.strength).to(old.dtype)
+        stored = new.float()
         before += float(inside.double().square().sum())
-        after += float((new.float() @ edit.basis.T).double().square().sum())
-        yield old, new, before, after
+        after += float((stored @ edit.basis.T).double().square().sum())
+        yield wide, new, stored, before, after
 
 
 def _columns_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
@@ -172,9 +189,11 @@ def _columns_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
     before = float(inside.double().square().sum())
     left = torch.zeros_like(inside)
     for rows, old in _blocks(reader):
-        new = torch.addmm(old.float(), edit.basis[:, rows].T, inside, alpha=-edit.strength).to(old.dtype)
-        left += edit.basis[:, rows] @ new.float()
-        yield old, new, before, float(left.double().square().sum())
+        wide = old.float()
+        new = torch.addmm(wide, edit.basis[:, rows].T, inside, alpha=-edit.strength).to(old.dtype)
+        stored = new.float()
+        left += edit.basis[:, rows] @ stored
+        yield wide, new, stored, before, float(left.double().square().sum())
 
 
 def _blocks(reader: TensorReader) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
@@ -190,13 +209,18 @@ def _blocks(reader: TensorReader) -> Iterator[tuple[slice, Float[Tensor, "rows c
         yield slice(start, start + count), block
 
 
-def _gather(sums: _Sums, info: TensorInfo, old: Tensor, new: Tensor, before: float, after: float) -> None:
-    if not bool(torch.isfinite(new).all()):
+def _gather(sums: _Sums, info: TensorInfo, old: Tensor, new: Tensor, stored: Tensor) -> None:
+    change = _squared(stored - old)
+    # This sum is finite only if all numbers are, at a thirtieth of the cost of asking each; it may also just overflow.
+    if not math.isfinite(change) and not bool(torch.isfinite(new).all()):
         raise NumericalError(f"tensor '{info.name}' in {info.file}: expected finite numbers, found NaN or infinity")
-    wide = old.float()
-    sums.before, sums.after = before, after
-    sums.change += float((new.float() - wide).square().sum())
-    sums.whole += float(wide.square().sum())
+    sums.change += change
+    sums.whole += _squared(old)
+
+
+def _squared(numbers: Tensor) -> float:
+    flat = numbers.flatten()
+    return float(flat @ flat)
 
 
 class SwappedWeights:

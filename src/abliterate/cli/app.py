@@ -119,14 +119,16 @@ def find(
     quiet: Quiet = False,
 ) -> None:
     """Directions at every site, scored by intervention, into one file."""
-    from abliterate import pipeline
-    from abliterate.cli.screen import show_selection
-    from abliterate.directions import save_direction
-
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; give another -o or --overwrite")
     if out.suffix != ".safetensors":
         raise UsageError(f"-o {out}: expected a file name ending in .safetensors")
+    if any(above.is_file() for above in out.absolute().parents):
+        raise UsageError(f"-o {out}: expected a file in a folder, found one below a file; give another -o")
+    from abliterate import pipeline
+    from abliterate.cli.screen import show_selection
+    from abliterate.directions import save_direction
+
     session = pipeline.open_session(
         model, loading=loading, prompts=prompts, positions=finding.positions, monitor=_monitor(quiet)
     )
@@ -334,8 +336,14 @@ def main() -> NoReturn:
         _say("interrupted", 130)
     except KeyboardInterrupt:
         _say("interrupted", 130)
+    except BrokenPipeError:  # `… | head`
+        os._exit(1)
+    except OSError as error:
+        _say(f"{error.filename or 'file'}: {error.strerror or error}", 1)
     except Exception as error:
         _unexpected(error)
+    if code == 130:  # newer versions of typer catch the interrupt themselves and say nothing
+        _say("interrupted", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -344,10 +352,11 @@ def _interrupt(*_: Any) -> None:
 
 
 def _unexpected(error: Exception) -> NoReturn:
-    """Usage errors of the parser are shown its way; anything else is a fault of ours and shows where."""
-    if isinstance(error, typer._click.exceptions.ClickException):
-        error.show()
-        sys.exit(error.exit_code)
+    """Usage errors of the parser are one line like all others; anything else is a fault of ours and shows where."""
+    usage: Any = typer.BadParameter.__base__  # click's, which newer versions of typer bring along under another name
+    if isinstance(error, usage):
+        message = error.format_message()
+        _say(message, error.exit_code) if message.strip() else sys.exit(error.exit_code)  # no message: help was shown
     raise error
 
 

@@ -44,13 +44,14 @@ class Screen(Monitor):
         if self._progress is not None:
             self._progress.advance(self._progress.task_ids[0], steps)
 
-    def end(self, name: str) -> None:
-        """Leave one line with the time it took."""
+    def end(self, name: str, *, done: bool) -> None:
+        """Leave one line with the time it took; what failed says so itself."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         took = time.perf_counter() - self._started
-        self.console.print(f"[green]✓[/] {name} [dim]{took:.1f} s[/]", highlight=False)
+        if done:
+            self.console.print(f"[green]✓[/] {name} [dim]{took:.1f} s[/]", highlight=False)
 
     def note(self, text: str) -> None:
         """One line, set in."""

@@ -80,32 +80,41 @@ def _read_file(path: Path, column: str | None) -> list[str]:
             return path.read_text(encoding="utf-8-sig").splitlines()
         if suffix == ".parquet":
             return _read_parquet(path, column)
-        rows = _read_rows(path, suffix)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        rows = _read_rows(path, suffix, column)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise PromptError(f"prompt file {path}: cannot be read ({_one_line(error)})") from error
     if rows and all(isinstance(row, str) for row in rows):
         return [str(row) for row in rows]
     return _pick_column(rows, column, str(path))
 
 
-def _read_rows(path: Path, suffix: str) -> list[Any]:
+def _read_rows(path: Path, suffix: str, column: str | None) -> list[Any]:
     if suffix == ".csv":
         with path.open(encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))
     if suffix == ".jsonl":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a text
+        return [_json_line(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
     if suffix == ".json":
         data = json.loads(path.read_text(encoding="utf-8-sig"))
-        if isinstance(data, Mapping):  # {"text": [..]} or {"data": [{..}]}
+        if isinstance(data, Mapping):  # {"text": [..], ..} or {"data": [{..}]}
             lists = {key: value for key, value in data.items() if isinstance(value, list)}
-            if len(lists) == 1:
-                key, values = next(iter(lists.items()))
-                return [{key: value} if isinstance(value, str) else value for value in values]
+            names = (column, *USUAL_COLUMNS, *(lists if len(lists) == 1 else ()))
+            if (key := next((name for name in names if name in lists), None)) is not None:
+                return [value if isinstance(value, Mapping) else {key: value} for value in lists[key]]
+            if lists:
+                raise PromptError(f"prompt file {path}: which list? found {', '.join(lists)}; give FILE:column")
         if isinstance(data, list):
             return data
         raise PromptError(f"prompt file {path}: expected a JSON list of texts or objects, found {_kind(data)}")
     raise PromptError(f"prompt file {path}: expected one of {', '.join(SUFFIXES)}, found '{suffix or 'no suffix'}'")
+
+
+def _json_line(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"prompt file {path}: line {number} is not JSON ({error.msg} at {error.pos + 1})") from error
 
 
 def _read_parquet(path: Path, column: str | None) -> list[str]:
