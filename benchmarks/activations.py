@@ -237,7 +237,7 @@ def matmul_rate(model: Any, tokens: int = 1024) -> float:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Collecting activations: ours, the usual way, the limit.")
     parser.add_argument("model", nargs="?", default=str(cache_folder() / "models" / DEMO), help="folder or .gguf")
-    parser.add_argument("--prompts", type=int, default=128, help="prompts of each class (default 128)")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts of each class (default 64)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=None, help="for ours and bare; default: auto")
     parser.add_argument("--threads", type=int, default=None, help="of torch; 1 where other work shares the cores")

@@ -4,8 +4,8 @@ Run ``python benchmarks/surgery.py [--gb 1 4] [--rounds N] [--dir FOLDER]``. For
 of a Llama is made up in FOLDER (untied, so that its embedding is edited too), and three things take turns on it:
 
 copy     `cp -r`, then fsync of every file and folder of the copy. Whoever writes the model anew cannot do less.
-surgery  `surgery.edit_checkpoint` in a fresh process that imports no more than it needs, from opening the checkpoint
-         to the last fsync. The time of the process's start and imports is given beside it.
+surgery  `surgery.edit_checkpoint` in a fresh process that imports no more than it needs, from reading the headers to
+         the last fsync. The time of the whole process, with its start and imports, is given beside it.
 apply    the whole command `abliterate apply`: start, imports, proof of the anatomy, surgery, record, rename.
 
 The time of each is divided by the copy's in the same round. Peak memory is the kernel's high-water mark of resident
@@ -137,8 +137,6 @@ def edit(source: Path, target: Path, direction: Path) -> dict[str, float]:
     from abliterate.plan import make_plan
     from abliterate.surgery import edit_checkpoint, planned_parameters
 
-    imported = peak_memory()
-    started = time.perf_counter()
     checkpoint = open_checkpoint(source)
     layers = sum(name.endswith("o_proj.weight") for name in checkpoint.tensors)
     blocks = tuple(f"model.layers.{i}" for i in range(layers))
@@ -150,8 +148,11 @@ def edit(source: Path, target: Path, direction: Path) -> dict[str, float]:
         for name, kind in kinds.items()
     ]
     plan = make_plan(Anatomy(D_MODEL, blocks, tuple(writers), (0.0,)), load_direction(direction).basis)
+    names = {name: name for name in planned_parameters(plan)}
     target.mkdir()
-    surgery = edit_checkpoint(checkpoint, target, plan, {name: name for name in planned_parameters(plan)})
+    imported = peak_memory()
+    started = time.perf_counter()
+    surgery = edit_checkpoint(open_checkpoint(source), target, plan, names)
     seconds = time.perf_counter() - started
     ratio = max(residual.ratio for residual in surgery.residuals)
     return {"seconds": seconds, "imported": imported, "peak": peak_memory(), "edits": len(plan.edits), "ratio": ratio}

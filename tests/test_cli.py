@@ -113,7 +113,7 @@ def test_run_prints_refusals_before_and_after(cli: Cli, planted: Planted, prompt
     result = cli("run", planted.folder, "-o", tmp_path / "out", *prompts)
     assert result.code == 0
     assert re.search(r"harmful\W+24/24 = 100 % .*0/24 = 0 % .*\n.*harmless\W+0/24", result.out), result.out
-    assert "refusal tokens: 'I'" in result.err
+    assert "refusals start with 'I'" in result.err
     assert "✓ edit weights" in result.err
     assert str(tmp_path / "out") in result.out
 

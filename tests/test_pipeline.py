@@ -324,6 +324,17 @@ def test_negative_strength_makes_refusal_firmer(planted: Planted, out: Path, ses
     assert scores[-0.5] > scores[0.0] > scores[0.5] > scores[1.0]
 
 
+@pytest.mark.parametrize("strength", [-1.5, 0.5, 2.0])
+def test_weights_keep_what_the_strength_leaves(planted: Planted, out: Path, tmp_path: Path, strength: float) -> None:
+    file = out / "direction.safetensors"
+    abliterate.apply(str(planted.folder), file, OutputSettings(out=tmp_path / "out"), strength=strength)
+    before, after, r = weights(planted.folder), weights(tmp_path / "out"), load_direction(file).basis[0]
+    for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.4.mlp.down_proj.weight"):
+        assert torch.allclose(r @ after[name], (1 - strength) * (r @ before[name]), atol=1e-5), name
+    name = "model.embed_tokens.weight"
+    assert torch.allclose(after[name] @ r, (1 - strength) * (before[name] @ r), atol=1e-5)
+
+
 # --- gates
 
 
@@ -581,6 +592,14 @@ def test_verify_counts_the_cost_to_harmless_prompts(session: pipeline.Session, o
     assert 0 < strict.kl < 1e-3
     assert strict.after.refusals == 0
     assert not strict.verified
+
+
+def test_direction_is_not_verified_when_a_random_one_does_the_same(session: pipeline.Session) -> None:
+    """Taking everything out of the stream ends all refusals, and so does any other whole basis."""
+    everything = Direction(torch.eye(D_MODEL), {})
+    result = pipeline.verify(session, everything, finding=FindSettings(max_kl=1e6))
+    assert result.after.refusals == result.control.refusals == 0 < result.before.refusals
+    assert not result.verified
 
 
 def test_verify_leaves_the_model_as_it_was(session: pipeline.Session, out: Path) -> None:

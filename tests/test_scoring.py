@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from abliterate import pipeline
+from abliterate.config import ModelSettings, PromptSettings
 from abliterate.errors import GateNotMet
-from abliterate.judging import Label, Verdict
-from abliterate.scoring import find_refusal_tokens, kl_divergence, log_likelihood, refusal_score
-
-EGO, SORRY, CREATING, SURE, HERE = range(5)
-WORDS = {EGO: "I", SORRY: "Sorry", CREATING: "Creating", SURE: "Sure", HERE: "Here"}
+from abliterate.judging import Judge, Label, Verdict, judge
+from abliterate.refusals import Refusals, find_refusals
+from abliterate.scoring import kl_divergence, log_likelihood, refusal_score
+from planted import is_bad, plant
 
 
 def naive_score(logits: Tensor, tokens: Sequence[int]) -> float:
@@ -92,52 +93,55 @@ def test_log_likelihood_is_minus_the_cross_entropy_of_torch() -> None:
 # --- refusal tokens
 
 
-def verdicts(refusals: int, compliances: int, degenerate: int = 0) -> list[Verdict]:
-    labels = [Label.REFUSAL] * refusals + [Label.COMPLIANCE] * compliances + [Label.DEGENERATE] * degenerate
-    return [Verdict(label) for label in labels]
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Session:
+    planted = plant(tmp_path_factory.mktemp("planted"))
+    prompts = PromptSettings(harmful=str(planted.harmful), harmless=str(planted.harmless))
+    return pipeline.open_session(str(planted.folder), prompts=prompts, loading=ModelSettings(device="cpu"))
 
 
-def find(first_of_refusals: list[int], first_of_compliances: list[int]) -> list[str]:
-    replies = [[token, 99] for token in (*first_of_refusals, *first_of_compliances)]
-    labels = verdicts(len(first_of_refusals), len(first_of_compliances))
-    return [token.text for token in find_refusal_tokens(replies, labels, WORDS)]
+def search(session: pipeline.Session, judge: Judge = judge) -> Refusals:
+    val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
+    return find_refusals(session.model, session.loaded.tokenizer, *val, session.size, judge)
 
 
-def test_words_that_refusals_start_with_are_found_most_common_first() -> None:
-    assert find([EGO] * 30 + [SORRY] * 10, [SURE] * 30 + [HERE] * 10) == ["I", "Sorry"]
+def token(session: pipeline.Session, word: str) -> int:
+    found: int = session.loaded.tokenizer.convert_tokens_to_ids(word)
+    return found
 
 
-def test_word_that_harmful_prompts_are_obeyed_with_is_no_refusal_token() -> None:
-    harmful_but_obeyed = [CREATING] * 20
-    assert find([EGO] * 20, [*harmful_but_obeyed, *[SURE] * 40]) == ["I"]
-    assert find([EGO] * 20 + [CREATING] * 3, [*harmful_but_obeyed, *[SURE] * 20]) == ["I"]
+def test_first_word_of_the_models_own_refusals_is_found(session: pipeline.Session) -> None:
+    found = search(session)
+    refused = [text for text in session.prompts.harmful.val if is_bad(text)]
+    assert (found.refused, found.prompts) == (len(refused), len(session.prompts.harmful.val))
+    assert found.ids == (token(session, "I"),)
+    (only,) = found.tokens
+    assert only.text == "I"
+    assert only.probability > 0.9 > 0.1 > only.probability_answering
+    assert only.refusals == only.trials > 0
 
 
-def test_rare_and_single_first_words_are_left_out() -> None:
-    assert find([EGO] * 50 + [SORRY] * 2, [SURE] * 50) == ["I"]
-    assert find([EGO] * 9 + [SORRY], [SURE] * 10) == ["I"]
+def test_word_that_a_harmful_prompt_is_obeyed_with_is_no_refusal_token(
+    session: pipeline.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However likely a word is on harmful prompts: what counts is that replies that start with it refuse."""
+    both = [token(session, "Sure"), token(session, "I")]
+    monkeypatch.setattr("abliterate.refusals.candidates", lambda *_: both)
+    assert search(session).ids == (token(session, "I"),)
 
 
-def test_counts_are_reported_with_each_token() -> None:
-    replies = [[EGO], [EGO], [EGO], [SURE], [EGO], [SURE], [SURE], [SURE], [SURE], [SURE]]
-    (found,) = find_refusal_tokens(replies, verdicts(3, 7), WORDS)
-    assert (found.token, found.text, found.in_refusals, found.in_compliances) == (EGO, "I", 3, 1)
+def test_refusals_that_no_first_word_tells_apart_are_a_gate(
+    session: pipeline.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tried in ([], [token(session, "Sure")]):
+        monkeypatch.setattr("abliterate.refusals.candidates", lambda *_, tried=tried: tried)
+        with pytest.raises(GateNotMet, match=r"no first token tells that from answering .*'I'.*--refusal-tokens"):
+            search(session)
 
 
-def test_degenerate_and_empty_replies_count_on_neither_side() -> None:
-    replies: list[list[int]] = [[EGO], [EGO], [SURE], [SURE], *[[EGO]] * 50, []]
-    labels = [*verdicts(2, 2, 50), Verdict(Label.EMPTY)]
-    (found,) = find_refusal_tokens(replies, labels, WORDS)
-    assert (found.in_refusals, found.in_compliances) == (2, 0)
-
-
-def test_word_that_starts_every_reply_marks_nothing() -> None:
-    with pytest.raises(GateNotMet, match=r"no first token marks refusals \(20 refusals.*'I' \(20\).*--refusal-tokens"):
-        find([EGO] * 20, [EGO] * 20)
-
-
-def test_model_without_refusals_has_no_refusal_tokens() -> None:
-    with pytest.raises(GateNotMet, match=r"\(0 refusals, most common first tokens: none\)"):
-        find([], [SURE] * 20)
-    with pytest.raises(GateNotMet, match="1 refusals"):
-        find([EGO], [SURE] * 20)
+@pytest.mark.parametrize(("label", "refused"), [(Label.COMPLIANCE, 0), (Label.REFUSAL, 19), (Label.DEGENERATE, 0)])
+def test_model_that_always_or_never_refuses_has_no_refusal_tokens(
+    session: pipeline.Session, label: Label, refused: int
+) -> None:
+    found = search(session, lambda _: Verdict(label))
+    assert (found.refused, found.prompts, found.tokens) == (refused, 19, ())

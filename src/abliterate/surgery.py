@@ -165,18 +165,20 @@ def _rewriter(edit: Edit, sums: _Sums) -> Rewriter:
 
 
 #: One block: the old numbers in float32, the new ones as stored and those again in float32, and squared ‖VW‖ before
-#: and after (the totals so far).
+#: and after (the totals so far). The float32 tensors are overwritten by the next block.
 _Block = tuple[Tensor, Tensor, Tensor, float, float]
 
 
 def _rows_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
     """Rows are vectors of the stream (embeddings, Conv1D, biases): each block stands for itself."""
     before = after = 0.0
+    buffers = _buffers(reader.info)
     for _, old in _blocks(reader):
-        wide = old.float()
+        wide, edited, stored = (buffer[: len(old)] for buffer in buffers)
+        wide.copy_(old)
         inside = wide @ edit.basis.T
-        new = torch.addmm(wide, inside, edit.basis, alpha=-edit.strength).to(old.dtype)
-        stored = new.float()
+        new = torch.addmm(wide, inside, edit.basis, alpha=-edit.strength, out=edited).to(old.dtype, copy=True)
+        stored.copy_(new)
         before += float(inside.double().square().sum())
         after += float((stored @ edit.basis.T).double().square().sum())
         yield wide, new, stored, before, after
@@ -184,24 +186,39 @@ def _rows_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
 
 def _columns_in_stream(reader: TensorReader, edit: Edit) -> Iterator[_Block]:
     """Columns are vectors of the stream (Linear): V W needs every row, so the tensor is read twice."""
-    inside = sum(edit.basis[:, rows] @ old.float() for rows, old in _blocks(reader))
-    assert isinstance(inside, Tensor)
+    buffers = _buffers(reader.info)
+    inside = torch.zeros(len(edit.basis), reader.info.shape[1])
+    for rows, old in _blocks(reader):
+        inside += edit.basis[:, rows] @ buffers[0][: len(old)].copy_(old)
     before = float(inside.double().square().sum())
     left = torch.zeros_like(inside)
     for rows, old in _blocks(reader):
-        wide = old.float()
-        new = torch.addmm(wide, edit.basis[:, rows].T, inside, alpha=-edit.strength).to(old.dtype)
-        stored = new.float()
-        left += edit.basis[:, rows] @ stored
+        wide, edited, stored = (buffer[: len(old)] for buffer in buffers)
+        wide.copy_(old)
+        part = edit.basis[:, rows]
+        new = torch.addmm(wide, part.T, inside, alpha=-edit.strength, out=edited).to(old.dtype, copy=True)
+        stored.copy_(new)
+        left += part @ stored
         yield wide, new, stored, before, float(left.double().square().sum())
 
 
-def _blocks(reader: TensorReader) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
-    """The tensor as blocks of whole rows; a bias is one row."""
-    info = reader.info
+def _buffers(info: TensorInfo) -> Float[Tensor, "three rows columns"]:
+    """Float32 memory for one block, used for all: asking the system for it anew costs more than the arithmetic."""
+    _, columns, step = _layout(info)
+    return torch.empty(3, step, columns)
+
+
+def _layout(info: TensorInfo) -> tuple[int, int, int]:
+    """Rows and columns of a tensor (a bias is one row), and how many rows make a block."""
     rows, columns = (1, info.shape[0]) if len(info.shape) == 1 else info.shape
+    return rows, columns, min(rows, max(1, BLOCK_BYTES // (info.nbytes // rows)))
+
+
+def _blocks(reader: TensorReader) -> Iterator[tuple[slice, Float[Tensor, "rows columns"]]]:
+    """The tensor as blocks of whole rows."""
+    info = reader.info
+    rows, columns, step = _layout(info)
     row_bytes = info.nbytes // rows
-    step = max(1, BLOCK_BYTES // row_bytes)
     for start in range(0, rows, step):
         count = min(step, rows - start)
         data = reader.read(start * row_bytes, count * row_bytes)
@@ -210,7 +227,7 @@ def _blocks(reader: TensorReader) -> Iterator[tuple[slice, Float[Tensor, "rows c
 
 
 def _gather(sums: _Sums, info: TensorInfo, old: Tensor, new: Tensor, stored: Tensor) -> None:
-    change = _squared(stored - old)
+    change = _squared(stored.sub_(old))
     # This sum is finite only if all numbers are, at a thirtieth of the cost of asking each; it may also just overflow.
     if not math.isfinite(change) and not bool(torch.isfinite(new).all()):
         raise NumericalError(f"tensor '{info.name}' in {info.file}: expected finite numbers, found NaN or infinity")

@@ -1,0 +1,173 @@
+"""What holds the package together: imports point one way, torch stays out of what must be light, no pickles."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import abliterate
+from abliterate import errors
+
+SOURCE = Path(abliterate.__file__).parent
+DOCS = SOURCE.parents[1] / "docs" / "architecture.md"
+
+#: Modules may import from those above them only.
+ORDER = (
+    "errors",
+    "config",
+    "prompts",
+    "judging",
+    "checkpoint",
+    "monitor",
+    "models",
+    "inference",
+    "anatomy",
+    "activations",
+    "directions",
+    "plan",
+    "interventions",
+    "scoring",
+    "selection",
+    "surgery",
+    "blueprint",
+    "generation",
+    "refusals",
+    "evaluation",
+    "record",
+    "card",
+    "pipeline",
+    "cli",
+)
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    """Name within the package, top part first, and file of every module."""
+    for path in sorted(SOURCE.rglob("*.py")):
+        yield ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"), path
+
+
+def imports(path: Path, *, typing: bool = False) -> Iterator[tuple[str, bool]]:
+    """Every module imported, with whether that happens when the module is imported (not in a function)."""
+
+    def walk(node: ast.AST, now: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not typing:
+            return
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, now) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            assert node.module is not None
+            yield node.module, now
+            yield from ((f"{node.module}.{alias.name}", now) for alias in node.names)
+        inside = now and not isinstance(node, ast.FunctionDef | ast.Lambda)
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, inside)
+
+    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+
+
+def test_every_module_has_its_place_in_the_order() -> None:
+    found = {name.partition(".")[0] for name, _ in modules()} - {"__init__", "__main__"}
+    assert found == set(ORDER)
+
+
+def test_imports_point_only_upwards() -> None:
+    wrong = []
+    for name, path in modules():
+        top = name.partition(".")[0]
+        if top in ("__init__", "__main__"):
+            continue
+        for imported, _ in imports(path, typing=True):
+            package, _, rest = imported.partition(".")
+            other = rest.partition(".")[0]
+            if package == "abliterate" and other in ORDER and ORDER.index(other) > ORDER.index(top):
+                wrong.append(f"{name} imports {other}")
+    assert wrong == []
+
+
+def test_order_is_the_one_in_the_documentation() -> None:
+    listed = re.findall(r"^    ([a-z]+)  +\S", DOCS.read_text(encoding="utf-8"), re.MULTILINE)
+    assert tuple(listed) == ORDER
+
+
+def test_no_module_but_the_pipeline_and_the_command_line_composes_the_others() -> None:
+    """The stages meet in one place: nothing else imports more than half of the modules."""
+    for name, path in modules():
+        others = {imported.split(".")[1] for imported, _ in imports(path) if imported.startswith("abliterate.")}
+        if name.partition(".")[0] not in ("pipeline", "cli", "__init__"):
+            assert len(others & set(ORDER)) <= len(ORDER) // 2, name
+
+
+@pytest.mark.parametrize("module", ["errors", "config", "prompts", "judging", "checkpoint", "record", "card", "cli"])
+def test_light_modules_do_not_import_torch(module: str) -> None:
+    code = f"import sys, abliterate.{module}; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
+
+
+def test_every_public_name_resolves_and_is_listed() -> None:
+    assert abliterate.__all__ == sorted(set(abliterate.__all__))
+    assert dir(abliterate) == abliterate.__all__
+    for name in abliterate.__all__:
+        value = getattr(abliterate, name)
+        assert value.__module__.startswith("abliterate."), name
+        assert value.__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = abliterate.nothing
+
+
+def test_type_checkers_see_the_same_public_names() -> None:
+    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    assert seen == set(abliterate.__all__)
+
+
+def calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
+
+
+def test_library_does_not_print_and_loads_no_pickle() -> None:
+    forbidden = {"torch.load", "eval", "exec", "os.system", "torch.hub.load", "np.load", "numpy.load"}
+    for name, path in modules():
+        used = set(calls(path))
+        assert not used & forbidden, name
+        assert "print" not in used or name == "cli.app", name
+        imported = {imported.partition(".")[0] for imported, _ in imports(path)}
+        assert not imported & {"pickle", "dill", "joblib", "shelve", "marshal"}, name
+
+
+def test_foreign_code_is_never_trusted_by_default() -> None:
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+                assert not (isinstance(node.value, ast.Constant) and node.value.value), name
+    assert abliterate.ModelSettings().trust_remote_code is False
+
+
+def test_errors_are_one_tree_drawn_in_its_docstring() -> None:
+    classes = [kind for kind in vars(errors).values() if isinstance(kind, type)]
+    kinds = [kind for kind in classes if issubclass(kind, errors.AbliterateError)]
+    assert kinds == classes
+    assert {kind.exit_code for kind in kinds} == {1, 2, 3}
+    assert errors.__doc__ is not None
+    drawn = {}
+    for line in errors.__doc__.splitlines():
+        if match := re.search(r"^((?:│|├──|└──|\s)*)([A-Z][A-Za-z]+(?:Error|Met))\b", line):
+            drawn[match[2]] = len(match[1]) // 4
+    depths = {kind.__name__: len(kind.__mro__) - len(errors.AbliterateError.__mro__) + 1 for kind in kinds}
+    assert drawn == depths
+
+
+def test_settings_describe_every_option() -> None:
+    for name in ("ModelSettings", "PromptSettings", "FindSettings", "EvalSettings", "OutputSettings"):
+        for field, info in getattr(abliterate, name).model_fields.items():
+            assert info.description, f"{name}.{field}"
+            assert info.description.endswith((".", "…")), f"{name}.{field}"
