@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from abliterate.errors import AbliterateError, ChatTemplateError
+from abliterate.errors import AbliterateError, ChatTemplateError, UsageError
 from abliterate.prompts.rendering import NO_TEMPLATE, ChatRenderer, common_prefix, common_suffix, read_template
 from families import BOS, CHAT_TEMPLATE, END, USER, byte_tokenizer
 
@@ -117,7 +117,7 @@ def test_template_none_means_bare_prompts() -> None:
 def test_template_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
     for name in ("none.jinja", "binary", "."):
-        with pytest.raises(ChatTemplateError, match="expected a readable Jinja file or 'none'") as caught:
+        with pytest.raises(UsageError, match="expected a readable Jinja file or 'none'") as caught:
             read_template(str(tmp_path / name))
         assert str(tmp_path / name) in str(caught.value) or name == "."
 

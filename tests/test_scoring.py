@@ -139,9 +139,12 @@ def test_refusals_that_no_first_word_tells_apart_are_a_gate(
             search(session)
 
 
-@pytest.mark.parametrize(("label", "refused"), [(Label.COMPLIANCE, 0), (Label.REFUSAL, 19), (Label.DEGENERATE, 0)])
-def test_model_that_always_or_never_refuses_has_no_refusal_tokens(
-    session: pipeline.Session, label: Label, refused: int
-) -> None:
+@pytest.mark.parametrize("label", [Label.COMPLIANCE, Label.DEGENERATE])
+def test_model_that_never_refuses_has_no_refusal_tokens(session: pipeline.Session, label: Label) -> None:
     found = search(session, lambda _: Verdict(label))
-    assert (found.refused, found.prompts, found.tokens) == (refused, 19, ())
+    assert (found.refused, found.prompts, found.tokens) == (0, 19, ())
+
+
+def test_model_that_refuses_everything_is_a_gate(session: pipeline.Session) -> None:
+    with pytest.raises(GateNotMet, match="the model answers none of .* give harmless prompts that it answers"):
+        search(session, lambda _: Verdict(Label.REFUSAL))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from abliterate.anatomy import Anatomy, Writer, find_blocks, names_on_disk, norm_gain, study
 from abliterate.checkpoint import Checkpoint, open_tensor
-from abliterate.errors import AnatomyError, ModelError
-from abliterate.models import ModelFiles, quiet_transformers
+from abliterate.errors import AbliterateError, AnatomyError, ModelError
+from abliterate.models import ModelFiles, quiet_transformers, refuse_quantised
 from abliterate.surgery import STORED
 
 _SMALL_VOCABULARY = 64
@@ -36,11 +36,14 @@ def study_files(files: ModelFiles, checkpoint: Checkpoint, *, trust_remote_code:
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(files.folder, **options)
+            refuse_quantised(files, config)
             with torch.device("meta"):
                 skeleton = auto.from_config(config, **options)
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
                 small = auto.from_config(_small(config), dtype=torch.float32, **options).eval()
+    except AbliterateError:
+        raise
     except Exception as error:  # configurations are checked by many hands in many ways
         reason = " ".join(str(error).split())[:240]
         raise ModelError(f"model '{files.name}': cannot be built from its configuration ({reason})") from error

@@ -98,7 +98,7 @@ def load(
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-            _refuse_quantised(files, config)
+            refuse_quantised(files, config)
             wanted = _dtype(dtype, config, place)
             options: dict[str, Any] = {"device_map": place} if place == "auto" else {}
             tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
@@ -149,7 +149,8 @@ def _dtype(dtype: str, config: Any, place: str) -> torch.dtype:
     return torch.bfloat16 if stored == torch.float16 and place == "cpu" else stored
 
 
-def _refuse_quantised(files: ModelFiles, config: Any) -> None:
+def refuse_quantised(files: ModelFiles, config: Any) -> None:
+    """Raise `ModelError` when the configuration says that the stored weights are quantised."""
     if (quantised := getattr(config, "quantization_config", None)) is not None:
         method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
         raise ModelError(

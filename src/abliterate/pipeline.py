@@ -38,7 +38,7 @@ from abliterate.directions import (
     save_direction,
     separation,
 )
-from abliterate.errors import GateNotMet, UsageError
+from abliterate.errors import CheckpointError, GateNotMet, UsageError
 from abliterate.evaluation import Answers, Shift, Subject, answer, measure_shift
 from abliterate.generation import complete
 from abliterate.inference import BatchSize, Encoded, auto_batch_size, share_prefix
@@ -281,7 +281,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
         plan = session.plan(found.basis, settings.strength)
         names = names_on_disk(session.model, planned_parameters(plan), list(source.tensors))
-        surgery = _operate(source, partial, plan, names, monitor)
+        surgery = _operate(source, partial, plan, names, session.model, monitor)
         evaluation = _evaluate(session, partial, names, settings.evaluating)
         result = _record(session, settings, found, plan, surgery, evaluation, source, partial)
         save_direction(
@@ -317,7 +317,7 @@ def apply(
             anatomy, skeleton = study_files(files, source, trust_remote_code=loading.trust_remote_code)
         plan = make_plan(anatomy, at_site(chosen, site), strength=strength)
         names = names_on_disk(skeleton, planned_parameters(plan), list(source.tensors))
-        surgery = _operate(source, partial, plan, names, monitor)
+        surgery = _operate(source, partial, plan, names, skeleton, monitor)
         settings = {"model": model, "direction": str(direction), "site": site, "strength": strength}
         result = rec.Record(
             created=_now(),
@@ -607,7 +607,16 @@ def _output(output: OutputSettings, files: ModelFiles) -> Iterator[tuple[Path, C
         yield partial, source
 
 
-def _operate(source: Checkpoint, target: Path, plan: Plan, names: dict[str, str], monitor: Monitor) -> Surgery:
+def _operate(
+    source: Checkpoint, target: Path, plan: Plan, names: dict[str, str], model: Any, monitor: Monitor
+) -> Surgery:
+    for parameter, tensor in names.items():
+        expected, stored = tuple(model.get_parameter(parameter).shape), source.tensors[tensor].shape
+        if expected != stored:
+            raise CheckpointError(
+                f"tensor '{tensor}' in {source.tensors[tensor].file}: expected shape {list(expected)} by the model's "
+                f"configuration, found {list(stored)}"
+            )
     with monitor.phase("edit weights", bytes_to_write(source)) as advance:
         surgery = edit_checkpoint(source, target, plan, names, progress=advance)
     for name, why in plan.left_alone:

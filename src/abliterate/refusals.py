@@ -74,15 +74,20 @@ def find_refusals(
 ) -> Refusals:
     """Let the model reply, judge the replies, and try out the tokens its refusals are likely to start with.
 
-    Raises `GateNotMet` when the model refuses but no first token tells that from answering.
+    Raises `GateNotMet` when the model answers nothing, or refuses but no first token tells that from answering.
     """
     both = harmful + harmless
     replies = complete(model, tokenizer, both, REPLY_TOKENS, size, progress)
     labels = [judge(reply.text).label for reply in replies]
     refused = [row for row, label in enumerate(labels[: len(harmful)]) if label is Label.REFUSAL]
     answered = [row for row, label in enumerate(labels) if label is Label.COMPLIANCE]
-    if not refused or not answered:
-        return Refusals(len(refused), len(harmful), ())
+    if not refused:
+        return Refusals(0, len(harmful), ())
+    if not answered:
+        raise GateNotMet(
+            f"refusal tokens: the model answers none of {len(both)} validation prompts, so refusing cannot be told "
+            "from answering; give harmless prompts that it answers, or --refusal-tokens"
+        )
     refusing, spread = first_tokens(model, both.take(refused), size)
     answering, _ = first_tokens(model, both.take(answered), size)
     likely = candidates(refusing, spread, answering)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import ChatTemplateError
+from abliterate.errors import ChatTemplateError, UsageError
 
 #: `--chat-template none`: the instruction is the prompt.
 NO_TEMPLATE = "none"
@@ -89,7 +89,7 @@ def read_template(option: str | None) -> str | None:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ChatTemplateError(
+        raise UsageError(
             f"--chat-template {option}: expected a readable Jinja file or 'none', found {type(error).__name__}"
         ) from error
 

@@ -77,13 +77,15 @@ def _read_file(path: Path, column: str | None) -> list[str]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".txt":
+            if column is not None:
+                raise PromptError(f"prompt file {path}: a text file has no columns; expected no ':{column}'")
             return path.read_text(encoding="utf-8-sig").splitlines()
         if suffix == ".parquet":
             return _read_parquet(path, column)
         rows = _read_rows(path, suffix, column)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
         raise PromptError(f"prompt file {path}: cannot be read ({_one_line(error)})") from error
-    if rows and all(isinstance(row, str) for row in rows):
+    if rows and column is None and all(isinstance(row, str) for row in rows):
         return [str(row) for row in rows]
     return _pick_column(rows, column, str(path))
 
