@@ -146,5 +146,5 @@ def test_model_that_never_refuses_has_no_refusal_tokens(session: pipeline.Sessio
 
 
 def test_model_that_refuses_everything_is_a_gate(session: pipeline.Session) -> None:
-    with pytest.raises(GateNotMet, match="the model answers none of .* give harmless prompts that it answers"):
+    with pytest.raises(GateNotMet, match=r"the model answers none of .* give harmless prompts that it answers"):
         search(session, lambda _: Verdict(Label.REFUSAL))
