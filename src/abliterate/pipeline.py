@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import platform
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -51,7 +52,7 @@ from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_s
 from abliterate.prompts.rendering import NO_TEMPLATE, common_suffix, read_template
 from abliterate.refusals import RefusalToken, find_refusals
 from abliterate.scoring import refusal_score
-from abliterate.selection import Rule, Scorer, Selection, Site, candidate_sites, select, stage_costs
+from abliterate.selection import Rule, Scorer, Selection, Site, SiteScore, candidate_sites, select, stage_costs
 from abliterate.surgery import Surgery, edit_checkpoint, planned_parameters, weights_from
 
 #: Harmless validation prompts that the model replies to before refusal tokens are known.
@@ -248,8 +249,8 @@ def choose(
     if selection.chosen is None:
         _gate(
             session.monitor,
-            f"no direction passed verification; the best is {found}; try --max-kl, --min-induce, --projected or "
-            "--all-prompts, other prompts, or --force",
+            f"no direction passed verification; the best is {found}; try --projected or other prompts; "
+            f"{_admitting(best, rule)} would admit this one, and --force saves it as it is",
             force,
         )
     session.monitor.note(f"chosen: {found}")
@@ -554,6 +555,16 @@ def _find_or_force(session: Session, settings: FindSettings, force: bool) -> Fin
             raise
         session.monitor.warn(f"{gate} (forced)")
         return find(session, settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True}))
+
+
+def _admitting(score: SiteScore, rule: Rule) -> str:
+    """The options under which a site that failed the rule would pass it."""
+    options = []
+    if score.kl > rule.max_kl:
+        options.append(f"--max-kl {math.ceil(score.kl * 100) / 100:g}")
+    if score.induce <= rule.min_induce:
+        options.append(f"--min-induce {math.floor(score.induce * 10) / 10 - 0.1:.1f}")
+    return " ".join(options)
 
 
 def _gate(monitor: Monitor, message: str, force: bool) -> None:
