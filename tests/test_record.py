@@ -201,9 +201,25 @@ def test_card_says_what_was_done_and_what_the_control_did() -> None:
     assert "layer 14 of 24, position -2: bypass -3.25 (before: 5.12), induce 1.50" in card
     assert "random direction of the same norm: bypass 4.75" in card
     assert "3 tensors" in card
-    assert "at most 1.00% of what each wrote" in card
+    assert "0.65 % of what they wrote along the direction is left (rounding to the stored format)" in card
     assert "`model.embed_tokens` was left alone: tied to the head" in card
     assert "- Warning: something to mind" in card
+
+
+def test_card_of_a_strengthened_model_does_not_say_it_was_weakened() -> None:
+    record = make()
+    assert record.plan is not None
+    card = render_card(record.model_copy(update={"plan": record.plan.model_copy(update={"strength": -1.0})}))
+    assert NOTICE not in card
+    assert "uncensored" not in card
+    assert "rounding" not in card
+
+
+def test_card_keeps_the_licence_of_the_original(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: [en]\n---\n# Original\n")
+    card = write_card(make(), tmp_path).read_text()
+    assert "license: apache-2.0" in card.split("---")[1]
+    assert "# Original" not in card
 
 
 def test_card_carries_the_notice_and_where_the_model_comes_from() -> None:

@@ -72,9 +72,9 @@ def test_thinking_is_switched_off_where_the_template_knows_how() -> None:
 @pytest.mark.parametrize(
     ("ending", "closed"),
     [
-        ("<think>\n", "<think>\n</think>\n\n"),
-        ("<think>", "<think>\n</think>\n\n"),
-        ("<think>\n\n", "<think>\n</think>\n\n"),
+        ("<think>\n", "<think>\n\n</think>\n\n"),
+        ("<think>", "<think>\n\n</think>\n\n"),
+        ("<think>\n\n", "<think>\n\n</think>\n\n"),
         ("<thinking>\n", "<thinking>\n</thinking>\n\n"),
         ("[THINK]", "[THINK][/THINK]"),
         ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -239,3 +241,24 @@ def test_positions_of_the_template_are_looked_at_unless_told_otherwise(
     planted = plant(tmp_path)
     prompts = PromptSettings(harmful=str(planted.harmful), harmless=str(planted.harmless), limit=16)
     assert pipeline.open_session(str(planted.folder), prompts=prompts, positions=1).positions == 1
+
+
+def test_sites_crowded_out_by_ones_that_only_screening_let_pass_are_still_tried(
+    scorer: Scorer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = (2, -1)
+
+    def score(*arguments: Any) -> Iterator[SiteScore]:
+        *_, sites, prompts = arguments
+        for site in sites:  # every site but one costs twice the KL allowed, and bypasses better
+            kl, bypass = (0.05, -1.0) if site == good else (0.2, -5.0)
+            yield SiteScore(site[0], site[1], bypass, 1.0, kl, prompts or 99, 1.0, 1.0, 1.0)
+
+    monkeypatch.setattr("abliterate.selection._score_layer", score)
+    monkeypatch.setattr("abliterate.selection._control", lambda *_: None)
+    monkeypatch.setattr("abliterate.selection.STAGES", ((1, 8), (2, 3), (None, 1)))
+    everywhere = torch.ones(2, BLOCKS + 1, D_MODEL)
+    flat = torch.ones(2, BLOCKS + 1)
+    chosen = select(scorer, Candidates(everywhere, everywhere), Separation(flat, flat), Rule()).chosen
+    assert chosen is not None
+    assert (chosen.layer, chosen.position) == good

@@ -382,6 +382,8 @@ def _close_books(
     """
     if not parts:
         return [], 1.0
+    if any(part.numel() != written.numel() for part in parts):  # some tokens only: routed
+        return [1.0] * len(parts), float("inf")
     target = written.double().flatten().cpu()
     matrix = torch.stack([part.double().flatten().cpu() for part in parts], dim=1)
     ones = torch.ones(matrix.shape[1], dtype=torch.float64)

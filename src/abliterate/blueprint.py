@@ -1,7 +1,7 @@
 """The anatomy of a checkpoint that is not loaded: names from a skeleton, the proof from a small copy.
 
 A skeleton on torch's meta device has every name and shape and no numbers. Residual accounting needs numbers: it is
-done on a copy of the same class with one or two blocks, a small vocabulary and narrow MLPs, and holds for the whole
+done on a copy of the same class with one block, a small vocabulary and narrow MLPs, and holds for the whole
 because all blocks of the skeleton are built alike, which is checked. Gains of post-norms are read from the files.
 """
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from abliterate.errors import CheckpointError
-from abliterate.record import EvaluationPart, RatePart, Record
+from abliterate.record import EvaluationPart, PlanPart, RatePart, Record
 
 NOTICE = """\
 This model was made for research on how safety behaviour is represented and how brittle it is. Its safety training
@@ -14,27 +15,37 @@ what it is used for. Do not deploy it where people rely on it to refuse, and kee
 """
 
 
+NEUTRAL_NOTICE = """\
+This model was made for research on how safety behaviour is represented. Its behaviour differs from the original's in
+ways that were measured only as far as this card says. Keep the licence of the original model.
+"""
+
+
+def _weakened(record: Record) -> bool:
+    return record.plan is None or record.plan.strength > 0
+
+
 def write_card(record: Record, folder: Path) -> Path:
     """Write README.md into `folder`, replacing the original's card, which would describe another model."""
     path = folder / "README.md"
     try:
-        path.write_text(render_card(record), encoding="utf-8")
+        path.write_text(render_card(record, _licence(path)), encoding="utf-8")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
     return path
 
 
-def render_card(record: Record) -> str:
+def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
     """The card as Markdown with the hub's YAML front matter."""
     name = record.model.name.rstrip("/")
     short = Path(name).name
     return "\n".join(
         [
-            _front_matter(record),
+            _front_matter(record, licence or {}),
             f"# {short}, abliterated",
             "",
             f"A version of `{short}` from which one direction of the residual stream was taken out of the weights",
-            "with [abliterate](https://pypi.org/project/abliterate/), without training.",
+            "with abliterate, without training.",
             "",
             "## What was done",
             "",
@@ -43,7 +54,7 @@ def render_card(record: Record) -> str:
             *(_measured(record.evaluation) if record.evaluation else []),
             "## Responsible use",
             "",
-            NOTICE,
+            NOTICE if _weakened(record) else NEUTRAL_NOTICE,
             "## Details",
             "",
             "`abliteration.json` holds every setting, hash, score and count of this run; `direction.safetensors` holds",
@@ -54,7 +65,18 @@ def render_card(record: Record) -> str:
     )
 
 
-def _front_matter(record: Record) -> str:
+def _licence(readme: Path) -> dict[str, Any]:
+    """Licence and languages from the original's card, which stay true."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(readme).data.to_dict()
+    except (OSError, ValueError):  # no card, or one without readable front matter
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+
+
+def _front_matter(record: Record, licence: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
     base = record.model.name if record.model.kind == "hub" else None
@@ -62,7 +84,8 @@ def _front_matter(record: Record) -> str:
         base_model=base,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["abliterated", "activation-steering", "interpretability", "uncensored"],
+        tags=["activation-steering", "interpretability", *(["abliterated", "uncensored"] if _weakened(record) else [])],
+        **licence,
     )
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -70,11 +93,7 @@ def _front_matter(record: Record) -> str:
 def _what_was_done(record: Record) -> list[str]:
     lines = []
     if record.plan is not None:
-        worst = max((edit.ratio for edit in record.plan.edits), default=0.0)
-        lines.append(
-            f"- {len(record.plan.edits)} tensors that write to the residual stream were edited with strength "
-            f"{record.plan.strength:g}; at most {worst:.2%} of what each wrote along the direction is left (rounding)."
-        )
+        lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
         lines += [f"- `{name}` was left alone: {why}." for name, why in record.plan.left_alone.items()]
     if (selection := record.selection) is not None and (site := selection.chosen) is not None:
         lines.append(
@@ -104,6 +123,17 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
         f"{evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals.",
         "",
     ]
+
+
+def edited(plan: PlanPart) -> str:
+    """'49 tensors with strength 1: 0.41 % of what they wrote along the direction is left'."""
+    before = sum(edit.before**2 for edit in plan.edits) ** 0.5
+    after = sum(edit.after**2 for edit in plan.edits) ** 0.5
+    text = f"{len(plan.edits)} tensors with strength {plan.strength:g}"
+    if not before:
+        return text
+    left = f"{text}: {100 * after / before:.2f} % of what they wrote along the direction is left"
+    return left + (" (rounding to the stored format)" if plan.strength == 1 else "")
 
 
 def rate(part: RatePart) -> str:

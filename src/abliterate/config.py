@@ -14,15 +14,20 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelSettings(_Settings):
-    """How a model is loaded and run."""
+class FileSettings(_Settings):
+    """How a model's files are read."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps …")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What to measure in; auto is the stored one (bfloat16 for float16 on a CPU)."
     )
-    batch_size: str = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+
+
+class ModelSettings(FileSettings):
+    """How a model is loaded and run."""
+
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps …")
+    batch_size: str = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
     chat_template: str | None = Field(
         None, description="A Jinja file instead of the tokenizer's template, or 'none' for bare prompts."
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import logging
 import os
@@ -90,7 +91,7 @@ def load(
     """Load model and tokenizer for inference, in eval mode, from safetensors only.
 
     `dtype` auto is the stored one, except float16 on a CPU, which is slow there: bfloat16. `device` auto is CUDA
-    (all GPUs, through accelerate, when there are several), else MPS, else the CPU.
+    (all GPUs when there are several and accelerate is installed), else MPS, else the CPU.
     """
     import transformers
 
@@ -134,7 +135,8 @@ def _device(device: str) -> str:
             raise UsageError(f"--device {device}: not usable on this machine ({_one_line(error)})") from error
         return device
     if torch.cuda.is_available():
-        return "auto" if torch.cuda.device_count() > 1 else "cuda"
+        several = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
+        return "auto" if several else "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 

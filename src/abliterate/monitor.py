@@ -14,6 +14,7 @@ class Monitor:
 
     def __init__(self) -> None:
         """Nothing measured yet."""
+        self._started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.warnings: list[str] = []
@@ -32,6 +33,11 @@ class Monitor:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory())
             self.end(name, done=done)
+
+    def timings(self) -> dict[str, float]:
+        """Seconds per phase so far, and what lay between the phases (imports, prompts, writing the record)."""
+        other = time.perf_counter() - self._started - sum(self.seconds.values())
+        return {name: round(value, 3) for name, value in {**self.seconds, "between phases": other}.items()}
 
     def warn(self, text: str) -> None:
         """Say something the user must know, and keep it for the record."""

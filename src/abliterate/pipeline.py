@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -24,6 +24,7 @@ from abliterate.card import write_card
 from abliterate.checkpoint import Checkpoint, bytes_to_write, ensure_space, open_checkpoint, sha256, staged
 from abliterate.config import (
     EvalSettings,
+    FileSettings,
     FindSettings,
     ModelSettings,
     OutputSettings,
@@ -49,7 +50,7 @@ from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan, make_plan
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set
-from abliterate.prompts.rendering import NO_TEMPLATE, common_suffix, read_template
+from abliterate.prompts.rendering import common_suffix, read_template
 from abliterate.refusals import RefusalToken, find_refusals
 from abliterate.scoring import refusal_score
 from abliterate.selection import Rule, Scorer, Selection, Site, SiteScore, candidate_sites, select, stage_costs
@@ -63,8 +64,6 @@ _MOST_POSITIONS = 8
 _MIN_AUROC = 0.7
 #: Harmless test prompts whose answers are compared token by token.
 _SHIFT_PROMPTS = 64
-
-SetName = Literal["harmful", "harmless", "borderline"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +277,8 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
             positions=settings.finding.positions,
             monitor=monitor,
         )
-        findings = _find_or_force(session, settings.finding, output.force)
+        findings, finding = _find_or_force(session, settings.finding, output.force)
+        settings = settings.model_copy(update={"finding": finding})
         found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
         plan = session.plan(found.basis, settings.strength)
         names = names_on_disk(session.model, planned_parameters(plan), list(source.tensors))
@@ -302,7 +302,7 @@ def apply(
     *,
     site: Site | None = None,
     strength: float = 1.0,
-    loading: ModelSettings = ModelSettings(),
+    loading: FileSettings = FileSettings(),
     monitor: Monitor | None = None,
 ) -> rec.Record:
     """Write MODEL with a direction taken out of its weights. The model is never loaded.
@@ -330,10 +330,16 @@ def apply(
             warnings=monitor.warnings,
             left_out=list(surgery.files.left_out),
             output=str(output.out),
-            timings_s=_rounded(monitor.seconds),
+            timings_s=monitor.timings(),
             peak_memory_bytes=monitor.peak_bytes,
         )
-        save_direction(partial / "direction.safetensors", plan.direction, metadata=chosen.metadata)
+        said = {} if site is None else {"chosen": {"layer": site[0], "position": site[1]}}
+        save_direction(
+            partial / "direction.safetensors",
+            plan.direction,
+            candidates=chosen.candidates,
+            metadata=chosen.metadata | said,
+        )
         _finish(result, partial)
     return result
 
@@ -483,7 +489,7 @@ def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor
     return raw, layer
 
 
-def _locate(model: str, loading: ModelSettings) -> ModelFiles:
+def _locate(model: str, loading: FileSettings) -> ModelFiles:
     return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
 
 
@@ -546,15 +552,16 @@ def _given_tokens(tokenizer: Any, option: str) -> tuple[RefusalToken, ...]:
     return tuple(RefusalToken(token, text, 0.0, 0.0, 0, 0) for token, text in ids.items())
 
 
-def _find_or_force(session: Session, settings: FindSettings, force: bool) -> Findings:
-    """`find`, and when a forced run meets the refusal gate, once more without it."""
+def _find_or_force(session: Session, settings: FindSettings, force: bool) -> tuple[Findings, FindSettings]:
+    """`find`, and when a forced run meets the refusal gate, once more without it; with the settings it took."""
     try:
-        return find(session, settings)
+        return find(session, settings), settings
     except GateNotMet as gate:
         if not force or settings.min_refusal_rate == 0:
             raise
         session.monitor.warn(f"{gate} (forced)")
-        return find(session, settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True}))
+        relaxed = settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True})
+        return find(session, relaxed), relaxed
 
 
 def _admitting(score: SiteScore, rule: Rule) -> str:
@@ -744,7 +751,7 @@ def _record(
         left_out=list(surgery.files.left_out),
         output=None if output is None else str(output.out),
         output_sha256=after,
-        timings_s=_rounded(monitor.seconds),
+        timings_s=monitor.timings(),
         peak_memory_bytes=monitor.peak_bytes,
     )
 
@@ -841,12 +848,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
-def _rounded(seconds: dict[str, float]) -> dict[str, float]:
-    return {name: round(value, 3) for name, value in seconds.items()}
-
-
 __all__ = [
-    "NO_TEMPLATE",
     "Findings",
     "Found",
     "Session",

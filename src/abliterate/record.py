@@ -195,7 +195,7 @@ class Record(_Part):
     plan: PlanPart | None = None
     evaluation: EvaluationPart | None = None
     warnings: list[str] = []
-    left_out: list[str] = Field(default=[], description="Files of the source that were not copied, and why not.")
+    left_out: list[str] = Field(default=[], description="Files of the source that were not carried along.")
     output: str | None = None
     output_sha256: dict[str, str] = {}
     timings_s: dict[str, float] = {}

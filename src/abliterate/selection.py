@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.anatomy import Anatomy, Kind
+from abliterate.anatomy import Anatomy
 from abliterate.directions import ZERO_NORM, Candidates, Separation
 from abliterate.errors import GateNotMet
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
@@ -27,6 +27,9 @@ from abliterate.scoring import kl_divergence, refusal_score
 
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
 STAGES: tuple[tuple[int | None, int], ...] = ((4, 8), (16, 3), (None, 1))
+
+#: Sites scored on all prompts when those before them fail the rule.
+_MOST_FINALISTS = 8
 
 #: Fewer validation prompts than this in a class, and scores would say nothing.
 MIN_PROMPTS = 4
@@ -128,9 +131,7 @@ class Scorer:
         self.base_logits = logits[self.harmless_rows]
         self.harmful_score = float(refusing[self.harmful_rows].mean())
         self.harmless_score = float(answering[self.harmless_rows].mean())
-        # Position embeddings are one row for the whole batch: what differs by row cannot be taken out of them.
-        embeddings = sum(writer.kind is Kind.EMBEDDING for writer in anatomy.writers)
-        self.together = 1 if embeddings > 1 else 16
+        self.together = min(16, size.rows)
 
     def score(self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None) -> list[tuple[float, float, float]]:
         """Bypass, induce and KL of g differences of means at one layer, on that many prompts per class."""
@@ -240,6 +241,7 @@ def select(
     if not sites:
         raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
     scores: dict[Site, SiteScore] = {}
+    waiting: list[Site] = []
     for prompts, keep in STAGES:
         for layer, group in itertools.groupby(sorted(sites), key=lambda site: site[0]):
             for score in _score_layer(scorer, candidates, separation, layer, list(group), prompts):
@@ -247,10 +249,16 @@ def select(
                 if progress is not None:
                     progress(1)
         last = prompts is None or prompts >= max(len(scorer.harmful), len(scorer.harmless))
-        sites = sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last))[:keep]
+        ranked = sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last))
         if last:
             break
-    best = scores[sites[0]]
+        sites, waiting = ranked[:keep], ranked[keep:]
+    # Screening lets sites pass that the rule then refuses: go on down its ranking until one holds.
+    while not rule.passes(scores[ranked[0]]) and waiting and len(ranked) < _MOST_FINALISTS:
+        site = waiting.pop(0)
+        (scores[site],) = _score_layer(scorer, candidates, separation, site[0], [site], None)
+        ranked = sorted([*ranked, site], key=lambda site: _order(scores[site], rule, screening=False))
+    best = scores[ranked[0]]
     return Selection(
         chosen=best if rule.passes(best) else None,
         best=best,

@@ -16,6 +16,7 @@ from abliterate.cli.options import with_settings
 from abliterate.config import (
     DEFAULT_STRENGTH,
     EvalSettings,
+    FileSettings,
     FindSettings,
     ModelSettings,
     OutputSettings,
@@ -194,10 +195,10 @@ def verify(
 
 
 @app.command()
-@with_settings(OutputSettings, ModelSettings)
+@with_settings(OutputSettings, FileSettings)
 def apply(
     output: OutputSettings,
-    loading: ModelSettings,
+    loading: FileSettings,
     /,
     *,
     model: Model,

@@ -15,10 +15,11 @@ from pydantic.fields import FieldInfo
 from abliterate.errors import UsageError
 
 #: Short names of options used daily.
-_SHORT = {"out": ["-o"], "harmful": [], "model": []}
+_SHORT = {"out": ["-o"]}
 
 #: Panels of the help page, by settings class.
 _PANELS = {
+    "FileSettings": "Reading the model",
     "ModelSettings": "Loading the model",
     "PromptSettings": "Prompts",
     "FindSettings": "Finding the direction",

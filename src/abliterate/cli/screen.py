@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from abliterate.card import rate
+from abliterate.card import edited, rate
 from abliterate.monitor import Monitor
 from abliterate.record import EvaluationPart, RatePart, Record, SelectionPart
 
@@ -26,11 +26,11 @@ class Screen(Monitor):
         super().__init__()
         self.console = console
         self._progress: Progress | None = None
-        self._started = 0.0
+        self._phase_started = 0.0
 
     def begin(self, name: str, total: int | None) -> None:
         """Show a bar."""
-        self._started = time.perf_counter()
+        self._phase_started = time.perf_counter()
         if not self.console.is_terminal:
             return
         counts = [] if name in _BYTES or total is None else [MofNCompleteColumn()]
@@ -49,7 +49,7 @@ class Screen(Monitor):
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        took = time.perf_counter() - self._started
+        took = time.perf_counter() - self._phase_started
         if done:
             self.console.print(f"[green]✓[/] {name} [dim]{took:.1f} s[/]", highlight=False)
 
@@ -66,11 +66,7 @@ def show_run(record: Record, console: Console) -> None:
     if record.selection is not None:
         show_selection(record.selection, record.model.layers, console)
     if record.plan is not None:
-        worst = max((edit.ratio for edit in record.plan.edits), default=0.0)
-        console.print(
-            f"Edited {len(record.plan.edits)} tensors with strength {record.plan.strength:g}; "
-            f"at most {worst:.2%} of the direction is left in any (rounding to the stored format)."
-        )
+        console.print(f"Edited {edited(record.plan)}.")
         for name, why in record.plan.left_alone.items():
             console.print(f"Left alone: {name} ({why}).")
     show_timings(record, console)

@@ -14,6 +14,8 @@ from abliterate.prompts.sources import BUILTIN, SetName, SplitName, load_builtin
 
 #: Shares of a set without splits of its own that go to train and val; the rest is test.
 TRAIN_SHARE, VAL_SHARE = 0.64, 0.16
+#: Of a larger source this many are drawn: means settle with a few hundred prompts.
+MOST_PROMPTS = 800
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,8 @@ def build_contrastive_set(
     """Load, split and de-duplicate the instructions named by the SPECs (see `sources`).
 
     A source without splits is shuffled with `seed` and cut 64 / 16 / 20 %; with an eval source it is cut 80 / 20
-    into train and val, and the eval source is the test split. `limit` caps every split, for quick looks.
+    into train and val, and the eval source is the test split. Of a source with more than `MOST_PROMPTS` so many
+    are drawn. `limit` caps every split, for quick looks.
     Prompts are claimed in the order test, borderline, val, train, so that nothing evaluated on was trained on.
 
     Raises `PromptError` when a source cannot be read or a split ends up empty.
@@ -147,6 +150,7 @@ def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[S
     else:
         texts = _unique(load_prompts(spec))
         random.Random(seed).shuffle(texts)
+        del texts[MOST_PROMPTS:]
         if eval_spec is None:
             first, second = round(len(texts) * TRAIN_SHARE), round(len(texts) * (TRAIN_SHARE + VAL_SHARE))
         else:

@@ -14,7 +14,7 @@ NO_TEMPLATE = "none"
 
 #: Endings of a rendered prompt after which the model would first think, and what closes that part.
 _OPEN_ENDINGS = (
-    ("<think>", "\n</think>\n\n"),
+    ("<think>", "\n\n</think>\n\n"),
     ("<thinking>", "\n</thinking>\n\n"),
     ("[THINK]", "[/THINK]"),
     ("<|start|>assistant", "<|channel|>final<|message|>"),
