@@ -41,6 +41,8 @@ ORDER = (
     "evaluation",
     "record",
     "card",
+    "session",
+    "parts",
     "pipeline",
     "cli",
 )

@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import math
-import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from abliterate import record as rec
 from abliterate.activations import Moments, MomentsFitter, ProjectionFitter, stream_sites
-from abliterate.anatomy import TOLERANCE, Anatomy, names_on_disk, study
+from abliterate.anatomy import names_on_disk
 from abliterate.blueprint import study_files
-from abliterate.card import write_card
-from abliterate.checkpoint import Checkpoint, bytes_to_write, ensure_space, open_checkpoint, sha256, staged
+from abliterate.checkpoint import Checkpoint, bytes_to_write, ensure_space, open_checkpoint, staged
 from abliterate.config import (
     EvalSettings,
     FileSettings,
     FindSettings,
-    ModelSettings,
     OutputSettings,
-    PromptSettings,
     RunSettings,
 )
 from abliterate.directions import (
@@ -41,144 +35,40 @@ from abliterate.directions import (
     separation,
 )
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
-from abliterate.evaluation import Answers, Shift, Subject, answer, measure_shift
+from abliterate.evaluation import Answers, Shift, Subject, measure_shift
 from abliterate.generation import complete
-from abliterate.inference import BatchSize, Encoded, auto_batch_size, share_prefix
-from abliterate.interventions import ablation
 from abliterate.judging import Tally, judge
-from abliterate.models import LoadedModel, ModelFiles, load, locate
+from abliterate.models import ModelFiles
 from abliterate.monitor import Monitor
+from abliterate.parts import (
+    anatomy_part,
+    answer_parts,
+    behaviour_part,
+    direction_metadata,
+    evaluation_part,
+    model_part,
+    now,
+    plan_part,
+    rate_part,
+    run_record,
+    saved_metadata,
+    selection_part,
+    versions,
+    write_all,
+)
 from abliterate.plan import Plan, make_plan
-from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set
-from abliterate.prompts.rendering import common_suffix, read_template
 from abliterate.refusals import RefusalToken, find_refusals
 from abliterate.scoring import refusal_score
-from abliterate.selection import Rule, Scorer, Selection, Site, SiteScore, candidate_sites, select, stage_costs
+from abliterate.selection import Rule, Scorer, Site, SiteScore, candidate_sites, select, stage_costs
+from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session
 from abliterate.surgery import Surgery, edit_checkpoint, planned_parameters, weights_from
 
 #: Harmless validation prompts that the model replies to before refusal tokens are known.
 _HARMLESS_REPLIES = 40
-#: More positions than this after the instruction are not looked at unless asked for.
-_MOST_POSITIONS = 8
 #: The best site must tell the classes apart at least this well on validation prompts.
 _MIN_AUROC = 0.7
 #: Harmless test prompts whose answers are compared token by token.
 _SHIFT_PROMPTS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """A loaded model whose writers are all known, with the prompts it is measured on.
-
-    `encoded` maps (set, split) to token ids; all share one prefix. `positions` is how many tokens from the end are
-    looked at.
-    """
-
-    loaded: LoadedModel
-    anatomy: Anatomy
-    prompts: ContrastiveSet
-    encoded: dict[tuple[str, str], Encoded]
-    positions: int
-    size: BatchSize
-    loading: ModelSettings
-    monitor: Monitor
-
-    @property
-    def model(self) -> Any:
-        """The live transformers model."""
-        return self.loaded.model
-
-    @property
-    def blocks(self) -> list[nn.Module]:
-        """The decoder's blocks in order."""
-        return [self.model.get_submodule(name) for name in self.anatomy.blocks]
-
-    @property
-    def test_texts(self) -> dict[str, tuple[str, ...]]:
-        """Held-out prompts by set."""
-        prompts = self.prompts
-        return {"harmful": prompts.harmful.test, "harmless": prompts.harmless.test, "borderline": prompts.borderline}
-
-    def plan(self, direction: Float[Tensor, "k d"], strength: float = 1.0) -> Plan:
-        """Take `direction` out of every writer of this model."""
-        return make_plan(self.anatomy, direction, strength=strength)
-
-    def ablated(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
-        """The model with `plan` realised as hooks, inside a `with`."""
-        return ablation(self.model, plan)
-
-    def answers(self, max_new_tokens: int, name: str) -> dict[str, Answers]:
-        """Judged greedy answers to the held-out prompts of all sets."""
-        texts = self.test_texts
-        encoded = {key: self.encoded[key, "test"] for key in texts}
-        with self.monitor.phase(name, sum(map(len, texts.values()))) as advance:
-            return answer(self.model, self.loaded.tokenizer, texts, encoded, max_new_tokens, self.size, judge, advance)
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """Candidate directions of a session, and what is needed to choose among them."""
-
-    tokens: tuple[RefusalToken, ...]
-    candidates: Candidates
-    separation: Separation
-    scorer: Scorer
-    trained_on: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A chosen direction. `basis` [1, d] is its unit vector, `met_rule` says whether it passed the selection rule."""
-
-    findings: Findings
-    selection: Selection
-    basis: Float[Tensor, "1 d"]
-    met_rule: bool
-
-
-def open_session(
-    model: str | ModelFiles,
-    *,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    positions: int | None = None,
-    monitor: Monitor | None = None,
-) -> Session:
-    """Load a model, prove its anatomy, and render and tokenise the prompts."""
-    monitor = monitor or Monitor()
-    contrast = _prompts(prompts, monitor)
-    loaded, renderer, anatomy = open_model(model, loading, monitor)
-    texts = _texts(contrast)
-    sequences = {key: renderer.encode(value) for key, value in texts.items()}
-    everything = [ids for group in sequences.values() for ids in group]
-    wanted = positions or min(_MOST_POSITIONS, max(1, common_suffix(everything)))
-    shortest = min(map(len, everything))
-    if wanted > shortest:
-        raise UsageError(f"--positions {wanted}: expected at most the shortest prompt's {shortest} tokens")
-    shared = share_prefix(everything, keep=wanted)
-    encoded, start = {}, 0
-    for key, group in sequences.items():
-        encoded[key] = shared.take(range(start, start + len(group)))
-        start += len(group)
-    size = auto_batch_size(loaded.model, loading.rows)
-    monitor.note(
-        f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, books close to {max(anatomy.closure):.0e}; "
-        f"{len(shared.prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
-    )
-    return Session(loaded, anatomy, contrast, encoded, wanted, size, loading, monitor)
-
-
-def open_model(
-    model: str | ModelFiles, loading: ModelSettings, monitor: Monitor
-) -> tuple[LoadedModel, ChatRenderer, Anatomy]:
-    """Load a model, check that it can be talked to, and prove its anatomy."""
-    with monitor.phase("load model"):
-        files = model if isinstance(model, ModelFiles) else _locate(model, loading)
-        loaded = load(files, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
-        renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
-    with monitor.phase("know every writer"):
-        anatomy = study(loaded.model)
-    return loaded, renderer, anatomy
 
 
 def find(session: Session, settings: FindSettings) -> Findings:
@@ -268,7 +158,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     if output is None:
         raise UsageError("run: expected an output folder, found none; give -o OUT")
     with monitor.phase("find model"):
-        files = _locate(settings.model, settings.loading)
+        files = locate_model(settings.model, settings.loading)
     with _output(output, files) as (partial, source):
         session = open_session(
             files,
@@ -284,14 +174,14 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         names = names_on_disk(session.model, planned_parameters(plan), list(source.tensors))
         surgery = _operate(source, partial, plan, names, session.model, monitor)
         evaluation = _evaluate(session, partial, names, settings.evaluating)
-        result = _record(session, settings, found, plan, surgery, evaluation, source, partial)
+        result = run_record(session, settings, found, plan, surgery, evaluation, source, partial)
         save_direction(
             partial / "direction.safetensors",
             found.basis,
             candidates=findings.candidates,
-            metadata=_direction_metadata(session, found, result),
+            metadata=saved_metadata(session, found, result),
         )
-        _finish(result, partial)
+        write_all(result, partial)
     return result
 
 
@@ -312,7 +202,7 @@ def apply(
     monitor = monitor or Monitor()
     chosen = load_direction(direction)
     with monitor.phase("find model"):
-        files = _locate(model, loading)
+        files = locate_model(model, loading)
     with _output(output, files) as (partial, source):
         with monitor.phase("know every writer"):
             anatomy, skeleton = study_files(files, source, trust_remote_code=loading.trust_remote_code)
@@ -321,12 +211,12 @@ def apply(
         surgery = _operate(source, partial, plan, names, skeleton, monitor)
         settings = {"model": model, "direction": str(direction), "site": site, "strength": strength}
         result = rec.Record(
-            created=_now(),
-            versions=_versions(),
+            created=now(),
+            versions=versions(),
             settings=settings,
-            model=_model_part(files, skeleton, anatomy, str(skeleton.config.dtype).removeprefix("torch."), "none", {}),
-            anatomy=_anatomy_part(anatomy),
-            plan=_plan_part(plan, surgery),
+            model=model_part(files, skeleton, anatomy, str(skeleton.config.dtype).removeprefix("torch."), "none", {}),
+            anatomy=anatomy_part(anatomy),
+            plan=plan_part(plan, surgery),
             warnings=monitor.warnings,
             left_out=list(surgery.files.left_out),
             output=str(output.out),
@@ -340,7 +230,7 @@ def apply(
             candidates=chosen.candidates,
             metadata=chosen.metadata | said,
         )
-        _finish(result, partial)
+        write_all(result, partial)
     return result
 
 
@@ -487,36 +377,6 @@ def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor
     if float(raw.norm()) == 0:
         raise UsageError(f"--site {layer}:{position}: the classes do not differ there")
     return raw, layer
-
-
-def _locate(model: str, loading: FileSettings) -> ModelFiles:
-    return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
-
-
-def _prompts(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
-    contrast = build_contrastive_set(
-        settings.harmful,
-        settings.harmless,
-        eval_harmful=settings.eval_harmful,
-        eval_harmless=settings.eval_harmless,
-        borderline=settings.borderline,
-        seed=settings.seed,
-        limit=settings.limit,
-    )
-    counts = "; ".join(
-        f"{name} " + " / ".join(str(count) for count in parts.values()) for name, parts in contrast.counts.items()
-    )
-    monitor.note(f"prompts (train / val / test): {counts}; {contrast.duplicates_dropped} duplicates dropped")
-    return contrast
-
-
-def _texts(contrast: ContrastiveSet) -> dict[tuple[str, str], tuple[str, ...]]:
-    texts = {
-        (name, split): getattr(getattr(contrast, name), split)
-        for name in ("harmful", "harmless")
-        for split in ("train", "val", "test")
-    }
-    return texts | {("borderline", "test"): contrast.borderline}
 
 
 def _refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalToken, ...]:
@@ -669,196 +529,24 @@ def _shift(monitor: Monitor, session: Session, before: dict[str, Answers], base:
         return measure_shift(base, edited, encoded.take(rows), replies, session.size, advance)
 
 
-def evaluation_part(
-    before: dict[str, Answers], after: dict[str, Answers], shift: Shift, settings: EvalSettings
-) -> rec.EvaluationPart:
-    """The evaluation as it stands in the record, with answers to harmful prompts redacted unless asked for."""
-    return rec.EvaluationPart(
-        max_new_tokens=settings.max_new_tokens,
-        before=behaviour_part(before),
-        after=behaviour_part(after),
-        shift=rec.ShiftPart(**asdict(shift)),
-        answers={
-            "before": answer_parts(before, keep=settings.keep_completions),
-            "after": answer_parts(after, keep=settings.keep_completions),
-        },
-    )
-
-
-def behaviour_part(answers: dict[str, Answers]) -> rec.BehaviourPart:
-    """Counts, rates and intervals of every set."""
-    return rec.BehaviourPart(**{name: rate_part(group.tally) for name, group in answers.items()})
-
-
-def rate_part(tally: Tally) -> rec.RatePart:
-    """A tally with its rate and interval."""
-    return rec.RatePart(
-        refusals=tally.refusals,
-        degenerate=tally.degenerate,
-        n=tally.n,
-        rate=rec.finite(tally.rate),
-        ci95=tally.ci95,
-    )
-
-
-def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[rec.AnswerPart]]:
-    """Every judged reply; those to harmful prompts are redacted unless `keep`."""
-    parts: dict[str, list[rec.AnswerPart]] = {}
-    for name, group in answers.items():
-        redacted = name == "harmful" and not keep
-        parts[name] = [
-            rec.AnswerPart(
-                prompt=prompt,
-                label=verdict.label.value,
-                evidence="" if redacted else verdict.evidence,
-                tokens=len(reply.tokens),
-                text=rec.redact(reply.text) if redacted else reply.text,
-                redacted=redacted,
-            )
-            for prompt, reply, verdict in zip(group.prompts, group.replies, group.verdicts, strict=True)
-        ]
-    return parts
-
-
-def _record(
-    session: Session,
-    settings: RunSettings,
-    found: Found,
-    plan: Plan,
-    surgery: Surgery,
-    evaluation: rec.EvaluationPart,
-    source: Checkpoint,
-    partial: Path,
-) -> rec.Record:
-    monitor, output = session.monitor, settings.output
-    with monitor.phase("hash files"):
-        before = {shard.path.name: sha256(shard.path) for shard in source.shards}
-        after = {shard.path.name: sha256(partial / shard.path.name) for shard in source.shards}
-    loaded = session.loaded
-    dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
-    return rec.Record(
-        created=_now(),
-        versions=_versions(),
-        settings=settings.model_dump(mode="json"),
-        model=_model_part(loaded.files, session.model, session.anatomy, dtype, device, before),
-        prompts=_prompts_part(session),
-        anatomy=_anatomy_part(session.anatomy),
-        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
-        selection=selection_part(found),
-        plan=_plan_part(plan, surgery),
-        evaluation=evaluation,
-        warnings=monitor.warnings,
-        left_out=list(surgery.files.left_out),
-        output=None if output is None else str(output.out),
-        output_sha256=after,
-        timings_s=monitor.timings(),
-        peak_memory_bytes=monitor.peak_bytes,
-    )
-
-
-def _model_part(
-    files: ModelFiles, model: Any, anatomy: Anatomy, dtype: str, device: str, hashes: dict[str, str]
-) -> rec.ModelPart:
-    return rec.ModelPart(
-        name=files.name,
-        kind=files.kind,
-        architecture=type(model).__name__,
-        d_model=anatomy.d_model,
-        layers=anatomy.layers,
-        dtype=dtype,
-        device=device,
-        source_sha256=hashes,
-    )
-
-
-def _prompts_part(session: Session) -> rec.PromptsPart:
-    contrast, loading = session.prompts, session.loading
-    return rec.PromptsPart(
-        sources=contrast.sources,
-        counts=contrast.counts,
-        duplicates_dropped=contrast.duplicates_dropped,
-        sha256=contrast.sha256,
-        system=loading.system,
-        chat_template=loading.chat_template or "tokenizer",
-        shared_prefix_tokens=len(session.encoded["harmful", "test"].prefix),
-        positions=session.positions,
-    )
-
-
-def _anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
-    return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
-
-
-def selection_part(found: Found) -> rec.SelectionPart:
-    """The selection as it stands in the record. A forced choice is there too, with `met_rule` false."""
-    selection = found.selection
-    return rec.SelectionPart(
-        chosen=rec.SitePart(**asdict(selection.best)),
-        met_rule=found.met_rule,
-        control=rec.ControlPart(**asdict(selection.control)),
-        harmful=selection.harmful,
-        harmless=selection.harmless,
-        max_kl=selection.rule.max_kl,
-        min_induce=selection.rule.min_induce,
-        max_depth=selection.rule.max_depth,
-        trained_on=found.findings.trained_on,
-        candidates=[rec.SitePart(**asdict(score)) for score in selection.candidates],
-    )
-
-
-def _plan_part(plan: Plan, surgery: Surgery) -> rec.PlanPart:
-    return rec.PlanPart(
-        strength=plan.strength,
-        rank=len(plan.direction),
-        edits=[rec.ResidualPart(**(asdict(r) | {"ratio": r.ratio})) for r in surgery.residuals],
-        left_alone=dict(plan.left_alone),
-    )
-
-
-def direction_metadata(session: Session, found: Found) -> dict[str, Any]:
-    """What `direction.safetensors` says of itself."""
-    best = found.selection.best
-    return {
-        "version": 1,
-        "model": session.loaded.files.name,
-        "d_model": session.anatomy.d_model,
-        "layers": session.anatomy.layers,
-        "positions": found.findings.candidates.positions,
-        "chosen": {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule},
-        "trained_on": found.findings.trained_on,
-        "prompts_sha256": session.prompts.sha256,
-    }
-
-
-def _direction_metadata(session: Session, found: Found, record: rec.Record) -> dict[str, Any]:
-    return direction_metadata(session, found) | {"model_sha256": record.model.source_sha256}
-
-
-def _finish(record: rec.Record, partial: Path) -> None:
-    write_card(record, partial)
-    rec.write_record(record, partial)
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str]:
-    packages = ("abliterate", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
 __all__ = [
     "Findings",
     "Found",
     "Session",
     "Verification",
+    "answer_parts",
     "apply",
+    "at_site",
+    "behaviour_part",
     "choose",
+    "direction_metadata",
     "evaluate",
+    "evaluation_part",
     "find",
     "open_model",
     "open_session",
+    "rate_part",
     "run",
+    "selection_part",
     "verify",
 ]

@@ -1,0 +1,213 @@
+"""Results as they stand in the record: from the values of the stages to the parts of `record`."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from abliterate import record as rec
+from abliterate.anatomy import TOLERANCE, Anatomy
+from abliterate.card import write_card
+from abliterate.checkpoint import Checkpoint, sha256
+from abliterate.config import (
+    EvalSettings,
+    RunSettings,
+)
+from abliterate.evaluation import Answers, Shift
+from abliterate.judging import Tally
+from abliterate.models import ModelFiles
+from abliterate.plan import Plan
+from abliterate.session import Found, Session
+from abliterate.surgery import Surgery
+
+
+def evaluation_part(
+    before: dict[str, Answers], after: dict[str, Answers], shift: Shift, settings: EvalSettings
+) -> rec.EvaluationPart:
+    """The evaluation as it stands in the record, with answers to harmful prompts redacted unless asked for."""
+    return rec.EvaluationPart(
+        max_new_tokens=settings.max_new_tokens,
+        before=behaviour_part(before),
+        after=behaviour_part(after),
+        shift=rec.ShiftPart(**asdict(shift)),
+        answers={
+            "before": answer_parts(before, keep=settings.keep_completions),
+            "after": answer_parts(after, keep=settings.keep_completions),
+        },
+    )
+
+
+def behaviour_part(answers: dict[str, Answers]) -> rec.BehaviourPart:
+    """Counts, rates and intervals of every set."""
+    return rec.BehaviourPart(**{name: rate_part(group.tally) for name, group in answers.items()})
+
+
+def rate_part(tally: Tally) -> rec.RatePart:
+    """A tally with its rate and interval."""
+    return rec.RatePart(
+        refusals=tally.refusals,
+        degenerate=tally.degenerate,
+        n=tally.n,
+        rate=rec.finite(tally.rate),
+        ci95=tally.ci95,
+    )
+
+
+def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[rec.AnswerPart]]:
+    """Every judged reply; those to harmful prompts are redacted unless `keep`."""
+    parts: dict[str, list[rec.AnswerPart]] = {}
+    for name, group in answers.items():
+        redacted = name == "harmful" and not keep
+        parts[name] = [
+            rec.AnswerPart(
+                prompt=prompt,
+                label=verdict.label.value,
+                evidence="" if redacted else verdict.evidence,
+                tokens=len(reply.tokens),
+                text=rec.redact(reply.text) if redacted else reply.text,
+                redacted=redacted,
+            )
+            for prompt, reply, verdict in zip(group.prompts, group.replies, group.verdicts, strict=True)
+        ]
+    return parts
+
+
+def run_record(
+    session: Session,
+    settings: RunSettings,
+    found: Found,
+    plan: Plan,
+    surgery: Surgery,
+    evaluation: rec.EvaluationPart,
+    source: Checkpoint,
+    partial: Path,
+) -> rec.Record:
+    """The record of a whole run."""
+    monitor, output = session.monitor, settings.output
+    with monitor.phase("hash files"):
+        before = {shard.path.name: sha256(shard.path) for shard in source.shards}
+        after = {shard.path.name: sha256(partial / shard.path.name) for shard in source.shards}
+    loaded = session.loaded
+    dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
+    return rec.Record(
+        created=now(),
+        versions=versions(),
+        settings=settings.model_dump(mode="json"),
+        model=model_part(loaded.files, session.model, session.anatomy, dtype, device, before),
+        prompts=prompts_part(session),
+        anatomy=anatomy_part(session.anatomy),
+        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
+        selection=selection_part(found),
+        plan=plan_part(plan, surgery),
+        evaluation=evaluation,
+        warnings=monitor.warnings,
+        left_out=list(surgery.files.left_out),
+        output=None if output is None else str(output.out),
+        output_sha256=after,
+        timings_s=monitor.timings(),
+        peak_memory_bytes=monitor.peak_bytes,
+    )
+
+
+def model_part(
+    files: ModelFiles, model: Any, anatomy: Anatomy, dtype: str, device: str, hashes: dict[str, str]
+) -> rec.ModelPart:
+    """The model that was measured or edited."""
+    return rec.ModelPart(
+        name=files.name,
+        kind=files.kind,
+        architecture=type(model).__name__,
+        d_model=anatomy.d_model,
+        layers=anatomy.layers,
+        dtype=dtype,
+        device=device,
+        source_sha256=hashes,
+    )
+
+
+def prompts_part(session: Session) -> rec.PromptsPart:
+    """Prompts, and how they were rendered."""
+    contrast, loading = session.prompts, session.loading
+    return rec.PromptsPart(
+        sources=contrast.sources,
+        counts=contrast.counts,
+        duplicates_dropped=contrast.duplicates_dropped,
+        sha256=contrast.sha256,
+        system=loading.system,
+        chat_template=loading.chat_template or "tokenizer",
+        shared_prefix_tokens=len(session.encoded["harmful", "test"].prefix),
+        positions=session.positions,
+    )
+
+
+def anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
+    """How well the books closed."""
+    return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
+
+
+def selection_part(found: Found) -> rec.SelectionPart:
+    """The selection as it stands in the record. A forced choice is there too, with `met_rule` false."""
+    selection = found.selection
+    return rec.SelectionPart(
+        chosen=rec.SitePart(**asdict(selection.best)),
+        met_rule=found.met_rule,
+        control=rec.ControlPart(**asdict(selection.control)),
+        harmful=selection.harmful,
+        harmless=selection.harmless,
+        max_kl=selection.rule.max_kl,
+        min_induce=selection.rule.min_induce,
+        max_depth=selection.rule.max_depth,
+        trained_on=found.findings.trained_on,
+        candidates=[rec.SitePart(**asdict(score)) for score in selection.candidates],
+    )
+
+
+def plan_part(plan: Plan, surgery: Surgery) -> rec.PlanPart:
+    """What was done to which tensor, and what is left."""
+    return rec.PlanPart(
+        strength=plan.strength,
+        rank=len(plan.direction),
+        edits=[rec.ResidualPart(**(asdict(r) | {"ratio": r.ratio})) for r in surgery.residuals],
+        left_alone=dict(plan.left_alone),
+    )
+
+
+def direction_metadata(session: Session, found: Found) -> dict[str, Any]:
+    """What `direction.safetensors` says of itself."""
+    best = found.selection.best
+    return {
+        "version": 1,
+        "model": session.loaded.files.name,
+        "d_model": session.anatomy.d_model,
+        "layers": session.anatomy.layers,
+        "positions": found.findings.candidates.positions,
+        "chosen": {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule},
+        "trained_on": found.findings.trained_on,
+        "prompts_sha256": session.prompts.sha256,
+    }
+
+
+def saved_metadata(session: Session, found: Found, record: rec.Record) -> dict[str, Any]:
+    """The same with the hashes of the files it was measured on."""
+    return direction_metadata(session, found) | {"model_sha256": record.model.source_sha256}
+
+
+def write_all(record: rec.Record, partial: Path) -> None:
+    """Put the model card and the record beside the model."""
+    write_card(record, partial)
+    rec.write_record(record, partial)
+
+
+def now() -> str:
+    """The time, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    packages = ("abliterate", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,182 @@
+"""A loaded model whose writers are all known, the prompts it is measured on, and what is found on it."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from abliterate.anatomy import Anatomy, study
+from abliterate.config import (
+    FileSettings,
+    ModelSettings,
+    PromptSettings,
+)
+from abliterate.directions import (
+    Candidates,
+    Separation,
+)
+from abliterate.errors import UsageError
+from abliterate.evaluation import Answers, answer
+from abliterate.inference import BatchSize, Encoded, auto_batch_size, share_prefix
+from abliterate.interventions import ablation
+from abliterate.judging import judge
+from abliterate.models import LoadedModel, ModelFiles, load, locate
+from abliterate.monitor import Monitor
+from abliterate.plan import Plan, make_plan
+from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set
+from abliterate.prompts.rendering import common_suffix, read_template
+from abliterate.refusals import RefusalToken
+from abliterate.selection import Scorer, Selection
+
+#: More positions than this after the instruction are not looked at unless asked for.
+_MOST_POSITIONS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A loaded model whose writers are all known, with the prompts it is measured on.
+
+    `encoded` maps (set, split) to token ids; all share one prefix. `positions` is how many tokens from the end are
+    looked at.
+    """
+
+    loaded: LoadedModel
+    anatomy: Anatomy
+    prompts: ContrastiveSet
+    encoded: dict[tuple[str, str], Encoded]
+    positions: int
+    size: BatchSize
+    loading: ModelSettings
+    monitor: Monitor
+
+    @property
+    def model(self) -> Any:
+        """The live transformers model."""
+        return self.loaded.model
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The decoder's blocks in order."""
+        return [self.model.get_submodule(name) for name in self.anatomy.blocks]
+
+    @property
+    def test_texts(self) -> dict[str, tuple[str, ...]]:
+        """Held-out prompts by set."""
+        prompts = self.prompts
+        return {"harmful": prompts.harmful.test, "harmless": prompts.harmless.test, "borderline": prompts.borderline}
+
+    def plan(self, direction: Float[Tensor, "k d"], strength: float = 1.0) -> Plan:
+        """Take `direction` out of every writer of this model."""
+        return make_plan(self.anatomy, direction, strength=strength)
+
+    def ablated(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
+        """The model with `plan` realised as hooks, inside a `with`."""
+        return ablation(self.model, plan)
+
+    def answers(self, max_new_tokens: int, name: str) -> dict[str, Answers]:
+        """Judged greedy answers to the held-out prompts of all sets."""
+        texts = self.test_texts
+        encoded = {key: self.encoded[key, "test"] for key in texts}
+        with self.monitor.phase(name, sum(map(len, texts.values()))) as advance:
+            return answer(self.model, self.loaded.tokenizer, texts, encoded, max_new_tokens, self.size, judge, advance)
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Candidate directions of a session, and what is needed to choose among them."""
+
+    tokens: tuple[RefusalToken, ...]
+    candidates: Candidates
+    separation: Separation
+    scorer: Scorer
+    trained_on: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A chosen direction. `basis` [1, d] is its unit vector, `met_rule` says whether it passed the selection rule."""
+
+    findings: Findings
+    selection: Selection
+    basis: Float[Tensor, "1 d"]
+    met_rule: bool
+
+
+def open_session(
+    model: str | ModelFiles,
+    *,
+    loading: ModelSettings = ModelSettings(),
+    prompts: PromptSettings = PromptSettings(),
+    positions: int | None = None,
+    monitor: Monitor | None = None,
+) -> Session:
+    """Load a model, prove its anatomy, and render and tokenise the prompts."""
+    monitor = monitor or Monitor()
+    contrast = _prompts(prompts, monitor)
+    loaded, renderer, anatomy = open_model(model, loading, monitor)
+    texts = _texts(contrast)
+    sequences = {key: renderer.encode(value) for key, value in texts.items()}
+    everything = [ids for group in sequences.values() for ids in group]
+    wanted = positions or min(_MOST_POSITIONS, max(1, common_suffix(everything)))
+    shortest = min(map(len, everything))
+    if wanted > shortest:
+        raise UsageError(f"--positions {wanted}: expected at most the shortest prompt's {shortest} tokens")
+    shared = share_prefix(everything, keep=wanted)
+    encoded, start = {}, 0
+    for key, group in sequences.items():
+        encoded[key] = shared.take(range(start, start + len(group)))
+        start += len(group)
+    size = auto_batch_size(loaded.model, loading.rows)
+    monitor.note(
+        f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, books close to {max(anatomy.closure):.0e}; "
+        f"{len(shared.prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
+    )
+    return Session(loaded, anatomy, contrast, encoded, wanted, size, loading, monitor)
+
+
+def open_model(
+    model: str | ModelFiles, loading: ModelSettings, monitor: Monitor
+) -> tuple[LoadedModel, ChatRenderer, Anatomy]:
+    """Load a model, check that it can be talked to, and prove its anatomy."""
+    with monitor.phase("load model"):
+        files = model if isinstance(model, ModelFiles) else locate_model(model, loading)
+        loaded = load(files, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
+        renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
+    with monitor.phase("know every writer"):
+        anatomy = study(loaded.model)
+    return loaded, renderer, anatomy
+
+
+def locate_model(model: str, loading: FileSettings) -> ModelFiles:
+    """Find MODEL on disk under the settings for reading files."""
+    return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
+
+
+def _prompts(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
+    contrast = build_contrastive_set(
+        settings.harmful,
+        settings.harmless,
+        eval_harmful=settings.eval_harmful,
+        eval_harmless=settings.eval_harmless,
+        borderline=settings.borderline,
+        seed=settings.seed,
+        limit=settings.limit,
+    )
+    counts = "; ".join(
+        f"{name} " + " / ".join(str(count) for count in parts.values()) for name, parts in contrast.counts.items()
+    )
+    monitor.note(f"prompts (train / val / test): {counts}; {contrast.duplicates_dropped} duplicates dropped")
+    return contrast
+
+
+def _texts(contrast: ContrastiveSet) -> dict[tuple[str, str], tuple[str, ...]]:
+    texts = {
+        (name, split): getattr(getattr(contrast, name), split)
+        for name in ("harmful", "harmless")
+        for split in ("train", "val", "test")
+    }
+    return texts | {("borderline", "test"): contrast.borderline}
