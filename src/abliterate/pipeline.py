@@ -1,4 +1,4 @@
-"""The stages in order. The only module that composes the others; the command line and the Python API call it."""
+"""The stages in order; the command line and the Python API call them."""
 
 from __future__ import annotations
 
