@@ -30,7 +30,7 @@ from abliterate.errors import CheckpointError, NumericalError
 from abliterate.plan import Edit, Plan
 
 #: Formats an edit can be stored in exactly enough to be measured.
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 #: Bytes of a tensor in memory at once. With its float32 copies a block stays in the cache of one core: larger ones
 #: are slower.
