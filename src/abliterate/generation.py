@@ -67,6 +67,7 @@ def complete(
     # A decoding step costs little per row, so the batch is bounded by rows and not by prompt tokens.
     rows = BatchSize(size.rows, size.rows * max(lengths))
     in_batches(lengths, rows, work, done=progress, equal_lengths=_padding_matters(model, prompts, max_new_tokens))
+    size.rows = min(size.rows, rows.rows)  # what did not fit will not fit next time either
     return [reply for reply in replies if reply is not None]
 
 
