@@ -21,6 +21,8 @@ from abliterate.inference import BatchSize, Encoded, SharedPrefix, forward, hook
 
 #: Takes layer, the rows' indices, and their activations [b, k, d] at positions -1, -2 … -k.
 Consumer = Callable[[int, list[int], Float[Tensor, "b k d"]], None]
+#: Says from next-token logits which prompts of a batch are wanted.
+Keep = Callable[[Float[Tensor, "b vocab"]], Bool[Tensor, " b"]]
 Progress = Callable[[int], None]
 
 
@@ -92,7 +94,7 @@ def stream_sites(
     consume: Consumer,
     size: BatchSize,
     *,
-    keep: Callable[[Float[Tensor, "b vocab"]], Bool[Tensor, " b"]] | None = None,
+    keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Feed the activations of every layer 0..L at the last `positions` tokens of each prompt to `consume`.

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate import record as rec
-from abliterate.activations import Moments, MomentsFitter, ProjectionFitter, stream_sites
+from abliterate.activations import Moments, MomentsFitter, ProjectionFitter
 from abliterate.anatomy import names_on_disk
 from abliterate.blueprint import study_files
 from abliterate.checkpoint import Checkpoint, bytes_to_write, ensure_space, open_checkpoint, staged
@@ -89,16 +89,7 @@ def find(session: Session, settings: FindSettings) -> Findings:
                 return sign * refusal_score(logits, ids) > 0
 
             fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
-            stream_sites(
-                session.model,
-                session.blocks,
-                encoded,
-                session.positions,
-                fitter.update,
-                session.size,
-                keep=None if settings.all_prompts else behaves,
-                progress=advance,
-            )
+            session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
             moments[name] = _enough(fitter.result(), name, len(encoded))
     candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
     scorer = Scorer(
@@ -457,15 +448,7 @@ def _separation(session: Session, candidates: Candidates, scorer: Scorer) -> Sep
         for name, rows in pairs:
             encoded = session.encoded[name, "val"].take(rows)
             fitter = ProjectionFitter(candidates.units, len(encoded))
-            stream_sites(
-                session.model,
-                session.blocks,
-                encoded,
-                session.positions,
-                fitter.update,
-                session.size,
-                progress=advance,
-            )
+            session.stream(encoded, fitter.update, advance)
             values.append(fitter.values)
     result = separation(*values)
     if float(result.auroc.max()) < _MIN_AUROC:

@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from abliterate.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.anatomy import Anatomy, study
 from abliterate.config import (
     FileSettings,
@@ -76,6 +77,12 @@ class Session:
     def ablated(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
         """The model with `plan` realised as hooks, inside a `with`."""
         return ablation(self.model, plan)
+
+    def stream(self, prompts: Encoded, consume: Consumer, progress: Progress, *, keep: Keep | None = None) -> int:
+        """Feed `consume` the activations at this session's sites (see `activations.stream_sites`)."""
+        return stream_sites(
+            self.model, self.blocks, prompts, self.positions, consume, self.size, keep=keep, progress=progress
+        )
 
     def answers(self, max_new_tokens: int, name: str) -> dict[str, Answers]:
         """Judged greedy answers to the held-out prompts of all sets."""
