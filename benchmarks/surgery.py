@@ -1,11 +1,14 @@
 """How fast a checkpoint is edited, and with how much memory: streaming surgery against copying the folder.
 
 Run ``python benchmarks/surgery.py [--gb 1 4] [--rounds N] [--dir FOLDER]``. For each size a sharded bfloat16 checkpoint
-of a Llama is made up in FOLDER (untied, so that its embedding is edited too), and three things take turns on it:
+of a Llama is made up in FOLDER (untied, so that its embedding is edited too), and these take turns on it (`--ways`):
 
 copy     `cp -r`, then fsync of every file and folder of the copy. Whoever writes the model anew cannot do less.
+bytes    `checkpoint.write_edited` with the same tensors handed on as they are, in the same blocks: surgery without
+         its arithmetic. Source and copy are hashed, as in surgery.
 surgery  `surgery.edit_checkpoint` in a fresh process that imports no more than it needs, from reading the headers to
-         the last fsync. The time of the whole process, with its start and imports, is given beside it.
+         the last fsync, with what undo needs. The time of the whole process, with its start and imports, is given
+         beside it. `bare` is the same without undo.
 apply    the whole command `abliterate apply`: start, imports, proof of the anatomy, surgery, record, rename.
 
 The time of each is divided by the copy's in the same round. Peak memory is the kernel's high-water mark of resident
@@ -25,7 +28,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +39,7 @@ from abliterate.checkpoint import open_checkpoint
 D_MODEL, D_MLP, D_KV, HEADS, VOCABULARY = 2048, 8192, 512, 32, 32000
 SHARD_BYTES = 10**9
 POOL_BYTES = 64 << 20
-TARGET_RATIO, TARGET_PEAK = 2.0, 700e6
+TARGET_RATIO, TARGET_PEAK = 1.5, 700e6
 
 BLOCK = {
     "input_layernorm.weight": (D_MODEL,),
@@ -50,6 +53,8 @@ BLOCK = {
     "mlp.down_proj.weight": (D_MODEL, D_MLP),
 }
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")
+BLOCK_BYTES = 512 << 10
+WAYS = ("copy", "bytes", "surgery", "bare", "apply")
 
 
 def shapes(layers: int) -> dict[str, tuple[int, ...]]:
@@ -76,8 +81,7 @@ def layers_for(total: float) -> int:
 def make(folder: Path, layers: int) -> None:
     """Write the checkpoint and a random direction. Tensors are stretches of one pool of normal numbers."""
     import torch
-
-    from abliterate.directions import save_direction
+    from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(0)
     pool = (0.02 * torch.randn(POOL_BYTES // 2, generator=generator)).bfloat16().view(torch.uint8).numpy().data
@@ -126,36 +130,57 @@ def make(folder: Path, layers: int) -> None:
         "max_position_embeddings": 2048,
     }
     (folder / "config.json").write_text(json.dumps(config, indent=2))
-    save_direction(folder.parent / "direction.safetensors", torch.randn(1, D_MODEL, generator=generator))
+    save_file({"basis": torch.randn(1, D_MODEL, generator=generator)}, folder.parent / "direction.safetensors")
 
 
-def edit(source: Path, target: Path, direction: Path) -> dict[str, float]:
+def edit(source: Path, target: Path, direction: Path, *, keep_undo: bool) -> dict[str, float]:
     """Streaming surgery alone, with the anatomy of a Llama written down."""
-    from abliterate.anatomy import Anatomy, Kind, Writer
+    from abliterate.anatomy import Anatomy, Kind, Stored, Writer
     from abliterate.directions import load_direction
     from abliterate.monitor import peak_memory
     from abliterate.plan import make_plan
     from abliterate.surgery import edit_checkpoint, planned_parameters
 
-    checkpoint = open_checkpoint(source)
-    layers = sum(name.endswith("o_proj.weight") for name in checkpoint.tensors)
+    layers = sum(name.endswith("o_proj.weight") for name in open_checkpoint(source).tensors)
     blocks = tuple(f"model.layers.{i}" for i in range(layers))
     kinds = dict(zip(WRITERS, (Kind.ATTENTION, Kind.MLP), strict=True))
-    writers = [Writer("model.embed_tokens", Kind.EMBEDDING, None, axis=1, bias=False)]
+    writers = [Writer("model.embed_tokens", Kind.EMBEDDING, None, "model.embed_tokens.weight", 1, None)]
     writers += [
-        Writer(f"{block}.{name}", kind, i, axis=0, bias=False)
+        Writer(f"{block}.{name}", kind, i, f"{block}.{name}.weight", 0, None)
         for i, block in enumerate(blocks)
         for name, kind in kinds.items()
     ]
     plan = make_plan(Anatomy(D_MODEL, blocks, tuple(writers), (0.0,)), load_direction(direction).basis)
-    names = {name: name for name in planned_parameters(plan)}
+    names = {name: (Stored(name, name, axis),) for name, axis in planned_parameters(plan).items()}
     target.mkdir()
     imported = peak_memory()
     started = time.perf_counter()
-    surgery = edit_checkpoint(open_checkpoint(source), target, plan, names)
+    surgery = edit_checkpoint(open_checkpoint(source), target, plan, names, keep_undo=keep_undo)
     seconds = time.perf_counter() - started
     ratio = max(residual.ratio for residual in surgery.residuals)
     return {"seconds": seconds, "imported": imported, "peak": peak_memory(), "edits": len(plan.edits), "ratio": ratio}
+
+
+def hand_on(source: Path, target: Path) -> dict[str, float]:
+    """What surgery does, without the arithmetic: planned tensors are read in blocks and written as they are."""
+    from abliterate.checkpoint import TensorReader, write_edited
+    from abliterate.monitor import peak_memory
+
+    def rewrite(reader: TensorReader) -> Iterator[bytearray]:
+        size = reader.info.nbytes
+        for start in range(0, size, BLOCK_BYTES):
+            yield reader.read(start, min(BLOCK_BYTES, size - start))
+
+    target.mkdir()
+    imported = peak_memory()
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(source)
+    write_edited(checkpoint, target, {name: rewrite for name in checkpoint.tensors if is_planned(name)})
+    return {"seconds": time.perf_counter() - started, "imported": imported, "peak": peak_memory()}
+
+
+def is_planned(name: str) -> bool:
+    return name == "model.embed_tokens.weight" or name.removesuffix(".weight").endswith(WRITERS)
 
 
 def verify(source: Path, target: Path, direction: Path) -> dict[str, float]:
@@ -174,8 +199,7 @@ def verify(source: Path, target: Path, direction: Path) -> dict[str, float]:
                 sys.exit(f"{other}: header differs")
             for name, info in shard.tensors.items():
                 left, right = bytearray(a.read(info.nbytes)), bytearray(b.read(info.nbytes))
-                planned = name == "model.embed_tokens.weight" or name.removesuffix(".weight").endswith(WRITERS)
-                if not planned:
+                if not is_planned(name):
                     if left != right:
                         sys.exit(f"{other}: {name} is not in the plan and differs")
                     same += info.nbytes
@@ -203,6 +227,8 @@ class Runs:
     seconds: list[float] = field(default_factory=list)
     process: list[float] = field(default_factory=list)
     peak: list[float] = field(default_factory=list)
+    imported: float = 0.0
+    phases: dict[str, Any] = field(default_factory=dict)
 
 
 def child(arguments: list[str], log: Path) -> tuple[float, float]:
@@ -242,7 +268,7 @@ def clear(target: Path) -> Path:
 
 
 def copy_run(work: Path, runs: Runs) -> None:
-    target = clear(work / "copy")
+    target = work / "copy"
     started = time.perf_counter()
     subprocess.run(["cp", "-r", work / "model", target], check=True)
     flush(target)
@@ -251,32 +277,42 @@ def copy_run(work: Path, runs: Runs) -> None:
     runs.peak.append(0.0)
 
 
-def surgery_run(work: Path, runs: Runs) -> dict[str, float]:
-    target = clear(work / "surgery")
-    said, seconds, peak = own(work, "edit", work / "model", target, work / "direction.safetensors")
+def own_run(work: Path, runs: Runs, way: str) -> None:
+    said, seconds, peak = own(work, way, work / "model", work / way, work / "direction.safetensors")
     runs.seconds.append(said["seconds"])
     runs.process.append(seconds)
     runs.peak.append(max(peak, said["peak"]))
-    return said
+    runs.imported = said["imported"]
 
 
-def apply_run(work: Path, runs: Runs) -> dict[str, Any]:
-    target = clear(work / "apply")
+def apply_run(work: Path, runs: Runs) -> None:
+    target = work / "apply"
     command = [sys.executable, "-m", "abliterate", "apply", str(work / "model"), "-o", str(target), "--quiet"]
     seconds, peak = child([*command, "--direction", str(work / "direction.safetensors")], work / "log")
     runs.seconds.append(seconds)
     runs.process.append(seconds)
     runs.peak.append(peak)
     record: dict[str, Any] = json.loads((target / "abliteration.json").read_text())
-    phases: dict[str, Any] = record["timings_s"]
-    return phases
+    runs.phases = record["timings_s"]
+
+
+def run(work: Path, way: str, runs: Runs) -> None:
+    """One run, after what the runs before left is removed."""
+    for other in WAYS:
+        clear(work / other)
+    if way == "copy":
+        copy_run(work, runs)
+    elif way == "apply":
+        apply_run(work, runs)
+    else:
+        own_run(work, runs, way)
 
 
 def spread(values: list[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} [{min(values):.{digits}f}-{max(values):.{digits}f}]"
 
 
-def benchmark(work: Path, gigabytes: float, rounds: int) -> None:
+def benchmark(work: Path, gigabytes: float, rounds: int, ways: list[str]) -> None:
     layers = layers_for(gigabytes * 1e9)
     (work / "model").mkdir()
     own(work, "make", work / "model", str(layers))
@@ -284,54 +320,55 @@ def benchmark(work: Path, gigabytes: float, rounds: int) -> None:
     size = sum(path.stat().st_size for path in (work / "model").iterdir())
     shards = len(open_checkpoint(work / "model").shards)
     print(f"{size / 1e9:.2f} GB in {shards} shards, {layers} blocks", flush=True)
-    runs = {name: Runs() for name in ("copy", "surgery", "apply")}
-    for way in (copy_run, surgery_run, apply_run):  # a first run fills the page cache
-        way(work, Runs())
-    said: dict[str, float] = {}
+    runs = {way: Runs() for way in ways}
+    checks: dict[str, dict[str, float]] = {}
+    for way in ways:  # a first run fills the page cache
+        run(work, way, Runs())
     for number in range(rounds):
-        order = list(runs)[number % 3 :] + list(runs)[: number % 3]
-        for name in order:
-            if name == "copy":
-                copy_run(work, runs[name])
-            elif name == "surgery":
-                said = surgery_run(work, runs[name])
-            else:
-                phases = apply_run(work, runs[name])
-        times = ", ".join(f"{name} {runs[name].seconds[-1]:.2f} s" for name in order)
-        print(f"  round {number + 1}: {times}; phases of apply: {phases}", flush=True)
-    checks = {
-        name: own(work, "verify", work / "model", work / name, work / "direction.safetensors")[0]
-        for name in runs
-        if name != "copy"
-    }
-    report(runs, size, said, checks)
+        first = number % len(ways)
+        order = [*ways[first:], *ways[:first]]
+        for way in order:
+            run(work, way, runs[way])
+            if number == rounds - 1 and way in ("surgery", "bare", "apply"):
+                checks[way] = own(work, "verify", work / "model", work / way, work / "direction.safetensors")[0]
+        times = ", ".join(f"{way} {runs[way].seconds[-1]:.2f} s" for way in order)
+        print(f"  round {number + 1}: {times}", flush=True)
+    report(runs, work, size, checks)
 
 
-def report(runs: dict[str, Runs], size: int, said: dict[str, float], checks: dict[str, dict[str, float]]) -> None:
-    edited = checks["surgery"]["edited"]
-    embedding = nbytes((VOCABULARY, D_MODEL))
-    again = edited - embedding  # V W needs all rows of a Linear, so it is read twice
-    moved = {"copy": 2.0 * size, "surgery": 2.0 * size + again, "apply": 2.0 * size + again}
+def planned_bytes(work: Path) -> tuple[int, int]:
+    """Bytes of the tensors that are edited, and of those among them that are read twice: R W needs all rows."""
+    tensors = [info for info in open_checkpoint(work / "model").tensors.values() if is_planned(info.name)]
+    edited = sum(info.nbytes for info in tensors)
+    return edited, edited - nbytes((VOCABULARY, D_MODEL))
+
+
+def report(runs: dict[str, Runs], work: Path, size: int, checks: dict[str, dict[str, float]]) -> None:
+    edited, again = planned_bytes(work)
     part = f"{edited / 1e9:.2f} GB of it edited, {again / 1e9:.2f} GB read twice"
     print(f"  bytes: {size / 1e9:.2f} GB to read and to write, {part}")
-    for name, run in runs.items():
-        median = statistics.median(run.seconds)
-        rate = f"{moved[name] / 1e9:.2f} GB moved, {moved[name] / median / 1e9:.2f} GB/s"
-        line = f"  {name:<8} {spread(run.seconds)} s, {rate}"
-        if name != "copy":
-            ratio = [a / b for a, b in zip(run.seconds, runs["copy"].seconds, strict=True)]
-            line += f", {spread(ratio)} x copy, peak {max(run.peak) / 1e6:.0f} MB"
-        if name == "surgery":
-            line += f" ({said['imported'] / 1e6:.0f} MB of it after imports), whole process {spread(run.process)} s"
-            met = statistics.median(ratio) <= TARGET_RATIO, max(run.peak) < TARGET_PEAK
-            words = ["met" if m else "MISSED" for m in met]
-            line += (
-                f"; targets: at most {TARGET_RATIO:g} x copy {words[0]}, below {TARGET_PEAK / 1e6:.0f} MB {words[1]}"
-            )
+    for way, found in runs.items():
+        median = statistics.median(found.seconds)
+        moved = 2.0 * size + (again if way not in ("copy", "bytes") else 0)
+        line = f"  {way:<8} {spread(found.seconds)} s, {moved / 1e9:.2f} GB moved, {moved / median / 1e9:.2f} GB/s"
+        if way != "copy" and "copy" in runs:
+            ratio = [a / b for a, b in zip(found.seconds, runs["copy"].seconds, strict=True)]
+            line += f", {spread(ratio)} x copy"
+            if way == "surgery":
+                met = statistics.median(ratio) <= TARGET_RATIO
+                line += f" (target: at most {TARGET_RATIO:g}, {'met' if met else 'MISSED'})"
+        if way != "copy":
+            line += f", peak {max(found.peak) / 1e6:.0f} MB"
+            if found.imported:
+                line += f" ({found.imported / 1e6:.0f} MB after imports), whole process {spread(found.process)} s"
+            if max(found.peak) >= TARGET_PEAK:
+                line += f"; target below {TARGET_PEAK / 1e6:.0f} MB MISSED"
         print(line)
-    for name, check in checks.items():
+        if found.phases:
+            print(f"           phases {found.phases}")
+    for way, check in checks.items():
         print(
-            f"  {name}: {check['same'] / 1e9:.2f} GB outside the plan byte-identical, headers too; at most "
+            f"  {way}: {check['same'] / 1e9:.2f} GB outside the plan byte-identical, headers too; at most "
             f"{check['worst']:.1e} of the direction left in an edited tensor"
         )
     print(flush=True)
@@ -339,7 +376,9 @@ def report(runs: dict[str, Runs], size: int, said: dict[str, float], checks: dic
 
 STEPS: dict[str, Callable[..., dict[str, float] | None]] = {
     "make": lambda folder, layers: make(Path(folder), int(layers)),
-    "edit": lambda *paths: edit(*map(Path, paths)),
+    "bytes": lambda source, target, _: hand_on(Path(source), Path(target)),
+    "surgery": lambda *paths: edit(*map(Path, paths), keep_undo=True),
+    "bare": lambda *paths: edit(*map(Path, paths), keep_undo=False),
     "verify": lambda *paths: verify(*map(Path, paths)),
 }
 
@@ -348,6 +387,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Streaming surgery against copying the folder.")
     parser.add_argument("--gb", type=float, nargs="+", default=[1.0, 4.0], help="sizes of checkpoints (default 1 4)")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument(
         "--dir", type=Path, default=None, help="where to work; default: the system's folder for temporary files"
     )
@@ -359,11 +399,11 @@ def main(argv: list[str] | None = None) -> None:
     for gigabytes in args.gb:
         place = args.dir or Path(tempfile.gettempdir())
         place.mkdir(parents=True, exist_ok=True)
-        needed, free = 4 * gigabytes * 1e9 + 1e9, shutil.disk_usage(place).free
+        needed, free = 2.2 * gigabytes * 1e9 + 1e9, shutil.disk_usage(place).free
         if free < needed:
             sys.exit(f"{place}: {needed / 1e9:.0f} GB needed for --gb {gigabytes:g}, {free / 1e9:.0f} GB free")
         with tempfile.TemporaryDirectory(prefix="abliterate-surgery-", dir=place) as work:
-            benchmark(Path(work), gigabytes, args.rounds)
+            benchmark(Path(work), gigabytes, args.rounds, args.ways)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from abliterate import checkpoint as ck
+from abliterate.checkpoint import growing, reading, staging
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 
-SRC = Path(ck.__file__).parents[1]
+SRC = Path(ck.__file__).parents[2]
 
 
 def raw_file(header: bytes | dict[str, Any], data: bytes = b"", *, length: int | None = None) -> bytes:
@@ -590,8 +592,12 @@ def test_every_way_to_copy_gives_the_same(
         monkeypatch.setattr(os, "sendfile", unsupported)
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, view, at: pwrite(fd, view[:5], at))  # short writes
-    monkeypatch.setattr(ck, "_CALL_LIMIT", 11)
-    monkeypatch.setattr(ck, "_CHUNK", 9)
+    monkeypatch.setattr(growing, "CALL_LIMIT", 11)
+    monkeypatch.setattr(reading, "CALL_LIMIT", 11)
+    monkeypatch.setattr(growing, "_TELL", 10)
+    monkeypatch.setattr(growing, "_FLUSH", 30)
+    monkeypatch.setattr(growing, "_CHUNK", 9)
+    monkeypatch.setattr(growing, "_PIECE", 7)
     out = target(tmp_path)
     ck.write_edited(ck.open_checkpoint(single), out, {"a": lambda reader: [reader.read(0, 60)]})
     assert tree(out) == tree(single)
@@ -612,9 +618,9 @@ def test_offsets_over_four_gigabytes(tmp_path: Path) -> None:
     info = ck.read_shard(path).tensors["x"]
     with ck.open_tensor(info) as reader:
         assert reader.read(0, 4) == b"edge"
-    for way in (ck._by_copy_file_range, ck._by_sendfile, ck._copy_some):
+    for way in (growing.by_copy_file_range, growing.by_sendfile, growing.copy_some):
         with path.open("rb") as src, copy.open("wb") as dst:
-            assert way(src.fileno(), dst.fileno(), info.start - 2, 6) == 6
+            assert way(src.fileno(), dst.fileno(), info.start - 2, info.start - 2, 6) == 6
         assert copy.stat().st_size == size
         with copy.open("rb") as file:
             file.seek(size - 6)
@@ -624,6 +630,199 @@ def test_offsets_over_four_gigabytes(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"abc")
     assert ck.sha256(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad")
+
+
+# --------------------------------------------------------------------------------- hashes, other files and shards
+
+
+def stored(folder: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """All tensors of a checkpoint as the reference reader sees them."""
+    found = {}
+    for shard in ck.open_checkpoint(folder).shards:
+        with safe_open(shard.path, "np") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                found[name] = part.get_dtype(), tuple(part.get_shape()), file.get_tensor(name).tobytes()
+    return found
+
+
+@pytest.mark.parametrize("rewritten", [[], ["layer.1.x"], ["layer.2.x", "layer.2.z", "layer.3.y"]])
+@pytest.mark.parametrize("shard_bytes", [None, 300])
+def test_hashes_are_those_of_the_files(
+    rewritten: list[str], shard_bytes: int | None, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(growing, "_TELL", 20)
+    monkeypatch.setattr(growing, "_PIECE", 50)
+    out, changes = target(tmp_path), ck.Changes(shard_bytes=shard_bytes)
+    result = ck.write_edited(ck.open_checkpoint(sharded), out, dict.fromkeys(rewritten, negate), changes=changes)
+    assert list(result.sha256) == list(result.written)
+    assert result.sha256 == {name: ck.sha256(out / name) for name in tree(out)}
+    shards = sorted(sharded.glob("*.safetensors"))
+    assert result.source_sha256 == {path.name: ck.sha256(path) for path in shards}
+
+
+def test_hashing_that_falls_behind_is_waited_for(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({"a": np.zeros(300_000, np.uint8), "b": np.zeros(9, np.uint8)}, single / "model.safetensors")
+    monkeypatch.setattr(growing, "_TELL", 1000)
+    monkeypatch.setattr(growing, "_LAG", 3)
+    preadv = os.preadv
+
+    def slow(fd: int, views: Any, at: int) -> int:
+        time.sleep(0.0005)
+        return preadv(fd, views, at)
+
+    monkeypatch.setattr(os, "preadv", slow)
+    out = target(tmp_path)
+    result = ck.write_edited(ck.open_checkpoint(single), out, {"b": negate})
+    assert result.sha256["model.safetensors"] == ck.sha256(out / "model.safetensors")
+
+
+def test_a_failure_while_hashing_ends_the_run(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = ck.open_checkpoint(single)
+    monkeypatch.setattr(os, "preadv", fail_with(errno.EIO))
+    with pytest.raises(CheckpointError, match="Input/output"), ck.staged(tmp_path / "out") as folder:
+        ck.write_edited(source, folder, {})
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failed_early_flush_is_not_forgotten(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system tells an error of writing once: whoever flushed first must pass it on."""
+    fsync, calls = os.fsync, []
+
+    def fail_once(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(growing, "_TELL", 40)
+    monkeypatch.setattr(growing, "_FLUSH", 40)
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(CheckpointError, match="Input/output"), ck.staged(tmp_path / "out") as folder:
+        ck.write_edited(ck.open_checkpoint(single), folder, {})
+    assert len(calls) > 1
+
+
+def test_other_files_can_be_replaced(single: Path, tmp_path: Path) -> None:
+    (single / "config.json").chmod(0o640)
+    source, out = ck.open_checkpoint(single), target(tmp_path)
+    changes = ck.Changes(replaced={"config.json": b"{1}", "new.json": b"{2}"})
+    result = ck.write_edited(source, out, {}, changes=changes)
+    assert tree(out) == {**tree(single), "config.json": b"{1}", "new.json": b"{2}"}
+    assert stat.S_IMODE((out / "config.json").stat().st_mode) == 0o640
+    assert result.nbytes == ck.bytes_to_write(source, changes) == sum(map(len, tree(out).values()))
+    assert result.sha256 == {name: ck.sha256(out / name) for name in tree(out)}
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_extra_tensors_have_the_original_bytes(many: bool, single: Path, sharded: Path, tmp_path: Path) -> None:
+    folder = sharded if many else single
+    source, out = ck.open_checkpoint(folder), target(tmp_path)
+    name = "layer.1.x" if many else "a"
+    changes = ck.Changes(extra={"head": source.tensors[name]})
+    result = ck.write_edited(source, out, {name: negate}, changes=changes)
+    before, after = stored(folder), stored(out)
+    assert after.keys() == before.keys() | {"head"}
+    assert after["head"] == before[name]
+    assert after[name] == (*before[name][:2], bytes(255 - value for value in before[name][2]))
+    assert all(after[other] == before[other] for other in before if other != name)
+    assert result.nbytes == ck.bytes_to_write(source, changes) == sum(map(len, tree(out).values()))
+    last = source.shards[-1].path.name
+    assert ck.open_checkpoint(out).shards[-1].metadata == source.shards[-1].metadata
+    if many:
+        index = json.loads((out / ck.INDEX_NAME).read_text())
+        assert index["metadata"] == {"total_size": 800}
+        assert index["weight_map"]["head"] == last
+        same = {path.name for path in sharded.glob("*.safetensors")} - {last, "model-00001-of-00003.safetensors"}
+        assert all((out / name).read_bytes() == (folder / name).read_bytes() for name in same)
+    assert result.source_sha256 == {shard.path.name: ck.sha256(shard.path) for shard in source.shards}
+    with pytest.raises(CheckpointError, match="already has"):
+        ck.write_edited(source, target(tmp_path), {}, changes=ck.Changes(extra={name: source.tensors[name]}))
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 130, 300, 500, 10**6])
+def test_shards_have_at_most_the_size_asked_for(shard_bytes: int, sharded: Path, tmp_path: Path) -> None:
+    edit_index(sharded, lambda index: index.update({"more": {"kept": 1}}))
+    source, out = ck.open_checkpoint(sharded), target(tmp_path)
+    changes = ck.Changes(shard_bytes=shard_bytes)
+    result = ck.write_edited(source, out, {"layer.2.y": negate}, changes=changes)
+    found, before, after = ck.open_checkpoint(out), stored(sharded), stored(out)
+    assert after == before | {"layer.2.y": after["layer.2.y"]} != before
+    assert list(found.tensors) == list(source.tensors)
+    for shard in found.shards:
+        assert shard.file_bytes <= shard_bytes or len(shard.tensors) == 1
+    count = len(found.shards)
+    if count == 1:
+        assert names(out) == ["config.json", "model.safetensors"]
+    else:
+        index = json.loads((out / ck.INDEX_NAME).read_text())
+        assert index["metadata"] == {"total_size": 720}
+        assert index["more"] == {"kept": 1}
+        assert [s.path.name for s in found.shards] == [
+            f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)
+        ]
+    assert result.nbytes == ck.bytes_to_write(source, changes) == sum(map(len, tree(out).values()))
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_shards_need_a_size(size: int, single: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--shard-size"):
+        ck.write_edited(ck.open_checkpoint(single), target(tmp_path), {}, changes=ck.Changes(shard_bytes=size))
+
+
+DTYPES = [np.float64, np.float32, np.float16, np.uint8, np.bool_]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 5), max_size=3)), min_size=1, max_size=12),
+    st.integers(1, 700),
+    st.booleans(),
+)
+def test_dealing_out_anew_keeps_every_tensor_and_aligns_it(
+    tensors: list[tuple[Any, list[int]]], shard_bytes: int, extra: bool
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        folder, out = Path(place, "in"), Path(place, "out")
+        folder.mkdir()
+        out.mkdir()
+        values = {f't.{i} "ü': np.ones(shape, kind) for i, (kind, shape) in enumerate(tensors)}
+        save_file(values, folder / "model.safetensors", metadata={"format": "pt", "é": "\n"})
+        source = ck.open_checkpoint(folder)
+        added = {"head": source.tensors['t.0 "ü']} if extra else {}
+        changes = ck.Changes(shard_bytes=shard_bytes, extra=added)
+        ck.write_edited(source, out, {}, changes=changes)
+        found = ck.open_checkpoint(out)
+        before, after = stored(folder), stored(out)
+        assert after == before | ({"head": before['t.0 "ü']} if extra else {})
+        for info in found.tensors.values():
+            assert info.start % max(1, ck.BITS[info.dtype] // 8) == 0
+        for shard in found.shards:
+            assert shard.metadata == {"format": "pt", "é": "\n"}
+            assert shard.file_bytes <= shard_bytes or len(shard.tensors) == 1
+
+
+def test_space_counts_what_is_there_already(sharded: Path, tmp_path: Path) -> None:
+    source = ck.open_checkpoint(sharded)
+    with ck.resumable(tmp_path / "out", identity=b"", source=sharded) as stage:
+        assert stage.journal.kept_bytes == 0
+        ck.write_edited(source, stage.folder, {}, journal=stage.journal)
+        assert stage.journal.kept_bytes == ck.bytes_to_write(source)
+
+
+def test_a_source_that_cannot_be_written_is_enough(single: Path, tmp_path: Path) -> None:
+    expected = tree(single)
+    for path in single.iterdir():
+        path.chmod(0o444)
+    single.chmod(0o555)
+    try:
+        with ck.resumable(tmp_path / "out", identity=b"", source=single) as stage:
+            ck.write_edited(ck.open_checkpoint(single), stage.folder, {"a": negate}, journal=stage.journal)
+        assert tree(tmp_path / "out").keys() == expected.keys()
+        assert tree(single) == expected
+        assert os.access(tmp_path / "out" / "model.safetensors", os.W_OK)
+    finally:
+        single.chmod(0o755)
 
 
 # ---------------------------------------------------------------------------------------------------- staged
@@ -637,7 +836,7 @@ def test_success_moves_everything_in_one_step(single: Path, tmp_path: Path) -> N
     out = tmp_path / "new" / "deep" / "out"
     with ck.staged(out, source=single) as folder:
         assert not out.exists()
-        assert re.fullmatch(rf"\.out\.partial-{os.getpid()}-[0-9a-f]{{8}}", folder.name)
+        assert re.fullmatch(rf"\.out\.partial-{os.getpid()}-[0-9a-f]{{8}}", folder.parent.name)
         ck.write_edited(ck.open_checkpoint(single), folder, {})
         (folder / "README.md").write_text("hello")
     assert names(out.parent) == ["out"]
@@ -729,21 +928,27 @@ def test_places_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     one_line(error, "Permission denied", str(tmp_path))
 
 
-def test_a_failed_move_puts_the_old_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("both", [False, True])
+def test_a_failed_move_loses_nothing(both: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "config.json").write_text("old")
     rename = os.rename
 
-    def fail_second(a: Path, b: Path) -> None:
-        if ".partial-" in a.name:
+    def fail(a: Path, b: Path) -> None:
+        if b == out and (both or a.name == "model"):
             raise OSError(errno.EIO, "Input/output error")
         rename(a, b)
 
-    monkeypatch.setattr(os, "rename", fail_second)
-    with pytest.raises(CheckpointError) as error, ck.staged(out, overwrite=True):
-        pass
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", fail)
+        with pytest.raises(CheckpointError) as error, ck.staged(out, overwrite=True):
+            pass
     one_line(error, "cannot move", str(out))
+    assert out.exists() != both
+    if both:  # not even the way back: the old folder stays beside it until the next run
+        with pytest.raises(UsageError, match="exists"), ck.staged(out):
+            pass
     assert tree(tmp_path) == {"out/config.json": b"old"}
 
 
@@ -813,30 +1018,41 @@ def test_a_run_killed_between_the_two_renames_is_undone(single: Path, tmp_path: 
     process = start(single, out)
     finish(process, signal.SIGKILL)
     (partial,) = (path for path in tmp_path.iterdir() if ".partial-" in path.name)
-    out.rename(partial.with_name(partial.name.replace("partial", "replaced")))
+    out.rename(partial / "replaced")
     with pytest.raises(UsageError, match="exists"), ck.staged(out):
         pass
     assert tree(out) == {"config.json": b"old"}
     assert names(tmp_path) == ["out", "single"]
 
 
-def test_abandoned_means_process_gone_and_unlocked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_claimed_when_its_process_is_gone_and_the_lock_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    assert ck._abandoned(tmp_path, gone.pid)
-    assert ck._abandoned(tmp_path, os.getpid())
-    assert not ck._abandoned(tmp_path, os.getppid())
-    lock = ck._lock(tmp_path)
-    assert not ck._abandoned(tmp_path, gone.pid)
-    assert not ck._abandoned(tmp_path, os.getpid())
+
+    def free(pid: int) -> bool:
+        lock = staging._claim(tmp_path, pid)
+        staging._unlock(-1 if lock is None else lock)
+        return lock is not None
+
+    assert free(gone.pid)
+    assert free(os.getpid())
+    assert not free(os.getppid())
+    os.utime(tmp_path, (0, 0))
+    assert free(os.getppid())  # that process would long have locked it: its number was used again
+    lock = staging._lock(tmp_path)
+    assert not free(gone.pid)
+    assert not free(os.getpid())
     os.close(lock)
 
     def unsupported(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    assert ck._abandoned(tmp_path, gone.pid)
-    assert not ck._abandoned(tmp_path, os.getpid())
+    assert free(gone.pid)
+    assert not free(os.getppid())
+    assert not free(os.getpid())
     with ck.staged(tmp_path / "out"):
         pass
     assert names(tmp_path) == ["out"]
@@ -914,6 +1130,7 @@ def test_a_limit_on_file_sizes(single: Path, tmp_path: Path) -> None:
 import resource, sys
 from pathlib import Path
 from abliterate import checkpoint as ck
+from abliterate.checkpoint import growing, reading, staging
 from abliterate.errors import CheckpointError
 source = ck.open_checkpoint(Path(sys.argv[1]))
 resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))

@@ -203,12 +203,6 @@ def test_unknown_dtype_and_device_are_usage_errors(folder: Path) -> None:
         assert str(caught.value).isprintable()
 
 
-def test_quantised_model_is_refused_by_name_of_its_method(copy: Path) -> None:
-    configure(copy, quantization_config={"quant_method": "gptq", "bits": 4})
-    with pytest.raises(ModelError, match=r"stored quantised \(gptq\).*full-precision"):
-        load(locate(str(copy)), device="cpu")
-
-
 def test_tensors_that_are_not_in_the_files_are_never_drawn_at_random(copy: Path) -> None:
     """transformers only warns of them, and a model half random would be measured."""
     configure(copy, num_hidden_layers=4)

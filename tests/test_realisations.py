@@ -70,7 +70,7 @@ def operate(source: Path, target: Path, model: Any, plan: Plan) -> Surgery:
     """Write `source` with `plan` applied into the new folder `target`."""
     target.mkdir()
     checkpoint = open_checkpoint(source)
-    names = names_on_disk(model, planned_parameters(plan), list(checkpoint.tensors))
+    names = names_on_disk(model, planned_parameters(plan), checkpoint.tensors)
     return edit_checkpoint(checkpoint, target, plan, names)
 
 

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abliterate.anatomy import Anatomy as Anatomy
     from abliterate.anatomy import study as study
+    from abliterate.config import EditSettings as EditSettings
     from abliterate.config import EvalSettings as EvalSettings
     from abliterate.config import FindSettings as FindSettings
     from abliterate.config import ModelSettings as ModelSettings
     from abliterate.config import OutputSettings as OutputSettings
     from abliterate.config import PromptSettings as PromptSettings
     from abliterate.config import RunSettings as RunSettings
+    from abliterate.directions import Direction as Direction
     from abliterate.directions import load_direction as load_direction
     from abliterate.directions import save_direction as save_direction
     from abliterate.errors import AbliterateError as AbliterateError
@@ -28,26 +30,35 @@ if TYPE_CHECKING:
     from abliterate.pipeline import Session as Session
     from abliterate.pipeline import apply as apply
     from abliterate.pipeline import choose as choose
+    from abliterate.pipeline import compare as compare
     from abliterate.pipeline import evaluate as evaluate
     from abliterate.pipeline import find as find
     from abliterate.pipeline import open_session as open_session
     from abliterate.pipeline import run as run
+    from abliterate.pipeline import undo as undo
     from abliterate.pipeline import verify as verify
     from abliterate.plan import Plan as Plan
     from abliterate.plan import make_plan as make_plan
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
+    from abliterate.variants import plan_for as plan_for
 
 _HOMES = {
     "anatomy": ("Anatomy", "study"),
-    "config": ("EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings", "RunSettings"),
-    "directions": ("load_direction", "save_direction"),
+    "config": (
+        *("EditSettings", "EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings"),
+        "RunSettings",
+    ),
+    "directions": ("Direction", "load_direction", "save_direction"),
     "errors": ("AbliterateError", "GateNotMet"),
     "interventions": ("ablation", "addition"),
     "judging": ("judge",),
-    "pipeline": ("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "verify"),
+    "pipeline": (
+        *("Session", "apply", "choose", "compare", "evaluate", "find", "open_session", "run", "undo", "verify"),
+    ),
     "plan": ("Plan", "make_plan"),
     "record": ("Record", "read_record"),
+    "variants": ("plan_for",),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)

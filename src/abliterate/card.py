@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def _what_was_done(record: Record) -> list[str]:
     lines = []
     if record.plan is not None:
         lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
-        lines += [f"- `{name}` was left alone: {why}." for name, why in record.plan.left_alone.items()]
+        lines += [f"- {what}: left alone, {why}." for what, why in grouped(record.plan.left_alone)]
     if (selection := record.selection) is not None and (site := selection.chosen) is not None:
         lines.append(
             f"- The direction is the difference of means at layer {site.layer} of {record.model.layers}, position "
@@ -123,6 +124,14 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
         f"{evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals.",
         "",
     ]
+
+
+def grouped(left_alone: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Writers left alone, by reason; of more than three only how many there are."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_alone.items():
+        reasons.setdefault(why, []).append(name)
+    return [(", ".join(names) if len(names) < 4 else f"{len(names)} writers", why) for why, names in reasons.items()]
 
 
 def edited(plan: PlanPart) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +41,10 @@ class ModelSettings(FileSettings):
             raise ValueError(f"expected auto or a positive whole number, found '{value}'")
         return value
 
+    quantization: Literal["bnb-4bit", "bnb-8bit"] | None = Field(
+        None, description="Measure on the model quantised like this; the files that are edited stay full."
+    )
+
     @property
     def rows(self) -> int | None:
         """Prompts at once, or None to find out."""
@@ -74,9 +79,37 @@ class FindSettings(_Settings):
     max_kl: Annotated[float, Field(ge=0)] = Field(0.1, description="Most KL a chosen direction may cost (nats).")
     min_induce: float = Field(0.0, description="A chosen direction's induce score must be above this.")
     max_depth: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="Sites are below this share of the depth.")
+    subspace: Literal["mean", "svd", "clusters", "leace"] = Field(
+        "mean",
+        description="The chosen site's mean difference; or --rank directions: SVD of all candidates, means of clusters "
+        "of harmful prompts; or LEACE (needs concept-erasure).",
+    )
+    rank: Annotated[int, Field(gt=0, le=64)] = Field(1, description="Directions of an SVD or of clusters.")
     min_refusal_rate: Annotated[float, Field(ge=0, le=1)] = Field(
         0.1, description="A model that refuses fewer harmful prompts than this has nothing to find."
     )
+
+
+class EditSettings(_Settings):
+    """What the edit does to which writer."""
+
+    strength: float = Field(DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens.")
+    layers: str | None = Field(None, description="Edit only these blocks, counted from 0, e.g. 8-20,22 (no embedding).")
+    components: str | None = Field(
+        None, description="Edit only these: embedding, attention, state_space, mlp, experts; comma-separated."
+    )
+    strengths: str | None = Field(
+        None,
+        description="Strengths of single writers, e.g. 'attention=0.8,mlp@10-20=1.2,*.o_proj=0'; the last that fits.",
+    )
+    norm_preserving: bool = Field(
+        False, description="Give what every input feature writes (columns of weights) its old length back."
+    )
+    biprojected: bool = Field(
+        False, description="For each target layer, take the direction's component along its harmless mean out."
+    )
+    affine: bool = Field(False, description="Put the direction back as strong as it is in harmless prompts.")
+    untie: bool = Field(False, description="Give the head its own copy of a tied embedding, and edit the embedding.")
 
 
 class EvalSettings(_Settings):
@@ -90,8 +123,33 @@ class OutputSettings(_Settings):
     """Where results go."""
 
     out: Path = Field(description="Folder to write the edited model to.")
+    realisation: Literal["weights", "lora", "gguf-lora", "control-vector"] = Field(
+        "weights",
+        description="A model; a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).",
+    )
+    shard_size: str | None = Field(None, description="Largest file of weights, e.g. 4GB; default: the source's files.")
     overwrite: bool = Field(False, description="Replace OUT when it holds a model.")
     force: bool = Field(False, description="Save even when a gate is not met.")
+
+    @field_validator("shard_size")
+    @classmethod
+    def _size(cls, value: str | None) -> str | None:
+        if value is not None and _bytes(value) is None:
+            raise ValueError(f"expected a size such as 4GB or 500MB, found '{value}'")
+        return value
+
+    @property
+    def shard_bytes(self) -> int | None:
+        """The largest file of weights in bytes."""
+        return None if self.shard_size is None else _bytes(self.shard_size)
+
+
+def _bytes(text: str) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B", text.strip())
+    size = int(float(match[1]) * 1000 ** "kMGT".index(match[2]) * 1000) if match and match[2] else None
+    if match and not match[2]:
+        size = int(float(match[1]))
+    return size or None
 
 
 class RunSettings(_Settings):
@@ -102,5 +160,5 @@ class RunSettings(_Settings):
     prompts: PromptSettings = PromptSettings()
     finding: FindSettings = FindSettings()
     evaluating: EvalSettings = EvalSettings()
-    strength: float = Field(DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens.")
+    editing: EditSettings = EditSettings()
     output: OutputSettings | None = None

@@ -13,11 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.activations import Moments
+from abliterate.algebra import ZERO_NORM, orthonormal, project_out
 from abliterate.checkpoint import read_shard
 from abliterate.errors import CheckpointError, NumericalError, UsageError
-
-#: Norms below this are the same activation in both classes (site 0 at a template token), not a direction.
-ZERO_NORM = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +78,6 @@ def difference_of_means(harmful: Moments, harmless: Moments, *, projected: bool 
     return Candidates(raw.float(), harmless.mean.float())
 
 
-def project_out(r: Float[Tensor, "*site d"], mean: Float[Tensor, "*site d"]) -> Float[Tensor, "*site d"]:
-    """r - (r·m̂) m̂, twice: one pass of Gram-Schmidt leaves rounding behind when r is nearly parallel to m."""
-    unit = mean / mean.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(mean.dtype).tiny)
-    for _ in range(2):
-        r = r - (r * unit).sum(-1, keepdim=True) * unit
-    return r
-
-
 def separation(harmful: Float[Tensor, "n k sites"], harmless: Float[Tensor, "m k sites"]) -> Separation:
     """d′ and AUROC of the projections of two classes, per site."""
     spread = ((harmful.var(0) + harmless.var(0)) / 2).sqrt()
@@ -102,38 +92,37 @@ def auroc(positive: Float[Tensor, n * rest], negative: Float[Tensor, m * rest]) 
     return wins
 
 
-def orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-    """An orthonormal basis of the span of `rows`, in float64 inside; the first row keeps its sign.
+@dataclass(frozen=True, slots=True)
+class Direction:
+    """What a direction file holds: `basis` [k, d], and what its maker said of it.
 
-    Raises `NumericalError` when the rows are not finite or not independent.
+    Rows are orthonormal unless there is a `reader` [k, d] (an oblique edit, see `plan.Edit`). `mean` [d] is what an
+    affine edit puts back.
     """
-    wide = rows.double()
-    if not bool(torch.isfinite(wide).all()) or bool((wide.norm(dim=1) < ZERO_NORM).any()):
-        raise NumericalError("direction: expected finite non-zero vectors, found NaN, infinity or zero")
-    q, r = torch.linalg.qr(wide.T)
-    diagonal = r.diagonal()
-    if len(wide) > wide.shape[1] or bool((diagonal.abs() < 1e-9 * wide.norm(dim=1)).any()):
-        raise NumericalError("direction: expected independent vectors, found one in the span of the others")
-    basis: Tensor = (q * diagonal.sign()).T.to(rows.dtype).contiguous()
-    return basis
+
+    basis: Float[Tensor, "k d"]
+    metadata: dict[str, Any]
+    candidates: Candidates | None = None
+    reader: Float[Tensor, "k d"] | None = None
+    mean: Float[Tensor, " d"] | None = None
 
 
-def save_direction(
-    path: Path,
-    basis: Float[Tensor, "k d"],
-    *,
-    candidates: Candidates | None = None,
-    metadata: Mapping[str, Any] | None = None,
-) -> None:
-    """Write `direction.safetensors`: `basis`, and `candidates` with `harmless_mean` when there are any."""
+def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write `direction.safetensors` (see `Direction`), with other `metadata` than the direction's where given."""
     from safetensors.torch import save
 
-    tensors = {"basis": basis.float().contiguous()}
-    if candidates is not None:
-        tensors["candidates"] = candidates.raw.float().contiguous()
-        tensors["harmless_mean"] = candidates.harmless_mean.float().contiguous()
+    candidates = direction.candidates
+    found = {
+        "basis": direction.basis,
+        "candidates": None if candidates is None else candidates.raw,
+        "harmless_mean": None if candidates is None else candidates.harmless_mean,
+        "reader": direction.reader,
+        "mean": direction.mean,
+    }
+    tensors = {name: tensor.float().contiguous() for name, tensor in found.items() if tensor is not None}
+    metadata = direction.metadata if metadata is None else metadata
     # One key: the library writes several in random order, and equal runs shall leave equal bytes.
-    data = save(tensors, metadata={"abliterate": json.dumps(dict(metadata or {}))})
+    data = save(tensors, metadata={"abliterate": json.dumps(dict(metadata))})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
@@ -143,13 +132,14 @@ def save_direction(
         raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
 
 
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """What a direction file holds: `basis` [k, d] orthonormal rows, and what its maker said of it."""
-
-    basis: Float[Tensor, "k d"]
-    metadata: dict[str, Any]
-    candidates: Candidates | None = None
+def chosen_site(direction: Direction) -> tuple[int, int] | None:
+    """Layer and position that the direction was measured at, where its file says so and holds it."""
+    match direction.metadata.get("chosen"):
+        case {"layer": int(layer), "position": int(position)}:
+            candidates = direction.candidates
+            if candidates is None or (layer < candidates.raw.shape[1] and -candidates.raw.shape[0] <= position < 0):
+                return layer, position
+    return None
 
 
 def load_direction(path: Path, d_model: int | None = None) -> Direction:
@@ -176,7 +166,7 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
         raise UsageError(
             f"direction file '{path}': expected vectors of the model's width {d_model}, found {basis.shape[1]}"
         )
-    candidates = None
+    candidates: Candidates | None = None
     if {"candidates", "harmless_mean"} <= tensors.keys():
         raw, mean = tensors["candidates"].float(), tensors["harmless_mean"].float()
         if raw.dim() != 3 or raw.shape[2] != basis.shape[1] or raw.shape != mean.shape or not raw.isfinite().all():
@@ -185,7 +175,20 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
                 f"{basis.shape[1]}], found {list(raw.shape)} and {list(mean.shape)}"
             )
         candidates = Candidates(raw, mean)
-    return Direction(orthonormal(basis), _metadata(shard.metadata), candidates)
+    reader, put_back = _oblique(path, tensors, basis)
+    rows = orthonormal(basis) if reader is None else basis
+    return Direction(rows, _metadata(shard.metadata), candidates, reader, put_back)
+
+
+def _oblique(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The reader and the mean of an oblique or affine edit."""
+    reader, mean = (None if (t := tensors.get(name)) is None else t.float() for name in ("reader", "mean"))
+    for name, tensor, shape in (("reader", reader, basis.shape), ("mean", mean, basis.shape[1:])):
+        if tensor is not None and (tensor.shape != shape or not bool(tensor.isfinite().all())):
+            raise UsageError(
+                f"direction file '{path}': expected finite '{name}' {list(shape)}, found {list(tensor.shape)}"
+            )
+    return reader, mean
 
 
 def _metadata(stored: Mapping[str, str]) -> dict[str, Any]:

@@ -15,7 +15,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from abliterate.inference import BatchSize, Encoded, SharedPrefix, cut_head, in_batches, input_device, require_finite
+from abliterate.inference import (
+    BatchSize,
+    Encoded,
+    SharedPrefix,
+    cut_head,
+    in_batches,
+    input_device,
+    new_cache,
+    require_finite,
+)
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
 _END_OF_TURN = (
@@ -83,12 +92,18 @@ def _padding_matters(model: Any, prompts: Encoded, max_new_tokens: int) -> bool:
     """Whether padding in front of a prompt changes its reply although it is masked.
 
     It does where distances are counted in the cache and not by `position_ids`: in a sliding or local window that is
-    shorter than prompt and reply, and in ALiBi of models that take no positions.
+    shorter than prompt and reply, and in ALiBi of models that take no positions; and in recurrent layers.
     """
     config = model.config.get_text_config()
     windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
     longest = len(prompts.prefix) + max(len(s) for s in prompts.suffixes) + max_new_tokens
-    return not _takes_positions(model) or any(longest > window for window in windows)
+    return not _takes_positions(model) or _recurrent(model) or any(longest > window for window in windows)
+
+
+def _recurrent(model: Any) -> bool:
+    """Whether some layers carry a state from token to token, into which masked ones may leak."""
+    layers = getattr(new_cache(model), "layers", [])
+    return bool(getattr(model, "_is_stateful", False)) or any("Linear" in type(layer).__name__ for layer in layers)
 
 
 def _takes_positions(model: Any) -> bool:
@@ -107,6 +122,8 @@ class _Batch:
         self.mask = torch.cat([real.new_ones(len(suffixes), shared.length), real], dim=1)
         self.cache = shared.cache(len(suffixes))
         self.takes_positions = _takes_positions(model)
+        layers = getattr(self.cache, "layers", [])
+        self.can_compact = all(hasattr(layer, "batch_select_indices") for layer in layers)
 
     def run(self, max_new_tokens: int, ends: frozenset[int]) -> list[list[int]]:
         """Tokens of every row, the end of turn included where it came."""
@@ -122,7 +139,7 @@ class _Batch:
             if not going:
                 break
             fresh = chosen[:, None]
-            if len(alive) - len(going) >= _COMPACT_SHARE * len(alive):
+            if self.can_compact and len(alive) - len(going) >= _COMPACT_SHARE * len(alive):
                 alive, fresh = [alive[i] for i in going], self._compact(going, fresh)
         return replies
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from abliterate.errors import NumericalError
+from abliterate.errors import ModelError, NumericalError
 from abliterate.prompts.rendering import common_prefix
 
 
@@ -156,6 +156,45 @@ def cut_head(model: Any, index: Int[Tensor, "b p"]) -> Iterator[None]:
         yield
 
 
+def can_share(model: Any, sequences: Sequence[Sequence[int]], keep: int = 1) -> bool:
+    """Whether prompts may share their prefix's keys and values: tried out on a few, against each run by itself.
+
+    States of recurrent layers cannot be copied to many rows by all versions of transformers.
+
+    Raises `ModelError` when padding on the right changes a result even without sharing.
+    """
+    chosen = sorted({0, len(sequences) // 2, len(sequences) - 1})
+    few = [sequences[row] for row in chosen]
+    alone = [_alone(model, sequence) for sequence in few]
+    reason = ""
+    for share in (True, False):
+        encoded = share_prefix(few, keep=keep, share=share)
+        try:
+            together = last_logits(model, SharedPrefix(model, encoded.prefix), encoded.suffixes)
+        except (RuntimeError, AttributeError, ValueError, IndexError, NotImplementedError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = f"it cannot be run on several prompts ({' '.join(str(error).split())[:120]})"
+            continue
+        if all(_close(model, a, b) for a, b in zip(together, alone, strict=True)):
+            return share
+        reason = "a prompt's logits change with what stands behind it"
+    raise ModelError(f"{type(model).__name__}: {reason}; expected a causal model: it can be edited, not measured")
+
+
+def _alone(model: Any, sequence: Sequence[int]) -> Float[Tensor, " vocab"]:
+    with torch.inference_mode():
+        ids = torch.tensor([list(sequence)], device=input_device(model))
+        logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    require_finite(logits.amax(-1))
+    return logits
+
+
+def _close(model: Any, a: Float[Tensor, " vocab"], b: Float[Tensor, " vocab"]) -> bool:
+    exact = next(p.dtype for p in model.parameters() if p.is_floating_point()) in (torch.float32, torch.float64)
+    return float((a - b).abs().max()) <= (2e-3 if exact else 0.25) * float(b.abs().max().clamp_min(1e-6))
+
+
 def last_logits(model: Any, shared: SharedPrefix, suffixes: Sequence[Sequence[int]]) -> Float[Tensor, "b vocab"]:
     """Logits in float32 of the token after each prompt."""
     return logits_at(model, shared, suffixes, lambda lengths: lengths[:, None] - 1)[:, 0]
@@ -267,3 +306,14 @@ def hooked(handles: list[Any]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def on_output(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+    """A forward hook that changes what a module gives: its tensor, or the first of several."""
+
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (change(output[0]), *output[1:])
+        return change(output)
+
+    return hook

@@ -12,6 +12,7 @@ import importlib.util
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,18 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from abliterate.checkpoint import open_checkpoint, staged
+from abliterate.checkpoint import Checkpoint, open_checkpoint, staged
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
+from abliterate.storage import (
+    PLAIN_STORAGE,
+    Storage,
+    check_codes_read,
+    check_quantization,
+    how_stored,
+    quantization_config,
+    stored_numbers,
+    without_quantization,
+)
 
 Kind = Literal["hub", "folder", "gguf"]
 
@@ -42,11 +53,12 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A live model with its tokenizer and the files both came from."""
+    """A live model with its tokenizer, the files both came from, and how weights are stored in them."""
 
     model: Any  # transformers.PreTrainedModel; its class is imported only when a model is loaded
     tokenizer: Any
     files: ModelFiles
+    storage: Storage = PLAIN_STORAGE
 
     @property
     def device(self) -> torch.device:
@@ -57,8 +69,13 @@ class LoadedModel:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the weights are measured in."""
-        dtype: torch.dtype = next(iter(self.model.parameters())).dtype
-        return dtype
+        dtypes: Iterator[torch.dtype] = (parameter.dtype for parameter in self.model.parameters())
+        return next(dtype for dtype in dtypes if dtype.is_floating_point)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether live modules compute with codes: no copy of them in another dtype can be made."""
+        return bool(getattr(self.model, "is_quantized", False))
 
 
 def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelFiles:
@@ -86,45 +103,112 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
 
 
 def load(
-    files: ModelFiles, *, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
+    files: ModelFiles,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    quantization: str | None = None,
 ) -> LoadedModel:
     """Load model and tokenizer for inference, in eval mode, from safetensors only.
 
     `dtype` auto is the stored one, except float16 on a CPU, which is slow there: bfloat16. `device` auto is CUDA
-    (all GPUs when there are several and accelerate is installed), else MPS, else the CPU.
+    (all GPUs when there are several and accelerate is installed), else MPS, else the CPU. FP8 and MXFP4 are
+    dequantised to `dtype`; weights of other quantisations stay as their own library loads them. `quantization` (one
+    of `storage.QUANTIZATIONS`) quantises a model while it is loaded, to measure on less memory.
     """
     import transformers
 
+    checkpoint = open_checkpoint(files.folder)
+    storage = how_stored(checkpoint)
+    check_quantization(files.name, storage, quantization)
     place = _device(device)
-    with quiet_transformers():
+    with _quiet_loading(everything=not storage.editable):
         try:
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-            refuse_quantised(files, config)
             wanted = _dtype(dtype, config, place)
-            options: dict[str, Any] = {"device_map": place} if place == "auto" else {}
             tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-            auto: Any = transformers.AutoModelForCausalLM
-            model, report = auto.from_pretrained(
-                files.folder,
-                config=config,
-                dtype=wanted,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
-                **options,
-            )
+            source = _Source(files, checkpoint, storage, config, trust_remote_code)
+            model, report = _read(source, wanted, place, quantization)
         except AbliterateError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
             raise ModelError(f"model '{files.name}': cannot be loaded ({_one_line(error)})") from error
+    _check_complete(files, report)
+    check_codes_read(files.name, storage, model, report["unexpected_keys"])
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, files, storage)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a live model is made from."""
+
+    files: ModelFiles
+    checkpoint: Checkpoint
+    storage: Storage
+    config: Any
+    trust_remote_code: bool
+
+
+def _read(source: _Source, dtype: torch.dtype, place: str, quantization: str | None) -> tuple[Any, dict[str, Any]]:
+    """The live model at `place`, and transformers' report on its tensors."""
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    in_place = place == "auto" or quantization is not None or not source.storage.editable
+    if in_place:
+        options["device_map"] = place if place == "auto" else {"": place}
+    if (method := quantization_config(source.storage, quantization, dtype)) is not None:
+        options["quantization_config"] = method
+    config = without_quantization(source.config) if source.storage.editable else source.config
+    if source.storage.dequantised:
+        model, report = _read_dequantised(source, config, options)
+    else:
+        options |= {"use_safetensors": True, "trust_remote_code": source.trust_remote_code}
+        model, report = auto_class(config).from_pretrained(source.files.folder, config=config, **options)
+    return model if in_place else model.to(place), report
+
+
+def _read_dequantised(source: _Source, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model that the numbers behind the stored codes make up, as if they had been stored."""
+    import transformers
+
+    with torch.device("meta"):
+        skeleton = auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
+    numbers = stored_numbers(source.checkpoint, options["dtype"])
+    model, report = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=numbers, **options)
+    if (source.files.folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(source.files.folder)
+    return model, report
+
+
+def auto_class(config: Any) -> Any:
+    """transformers' auto class for a configuration: the one for language models, or for images and text.
+
+    The latter makes models that have no class for text alone; their text half is what is measured and edited.
+    """
+    import transformers
+
+    library: Any = transformers
+    pictures = type(config) in library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return library.AutoModelForImageTextToText
+    return library.AutoModelForCausalLM
+
+
+def _check_complete(files: ModelFiles, report: dict[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"model '{files.name}': {len(missing)} tensors that its configuration asks for are not in its files, "
             f"{', '.join(missing[:3])}; download the model again"
         )
-    if place != "auto":
-        model = model.to(place)
-    return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
+
+
+def require_editable(files: ModelFiles, storage: Storage) -> None:
+    """Raise `ModelError` for weights that can be measured on but not edited in place."""
+    if not storage.editable:
+        raise ModelError(
+            f"model '{files.name}': its weights are stored quantised ({storage.method}): {storage.why}; give the "
+            "full-precision checkpoint (--quantization bnb-4bit measures it in less memory), or --as lora"
+        )
 
 
 def _device(device: str) -> str:
@@ -149,16 +233,6 @@ def _dtype(dtype: str, config: Any, place: str) -> torch.dtype:
     if isinstance(stored, str):
         stored = DTYPES.get(stored, torch.float32)
     return torch.bfloat16 if stored == torch.float16 and place == "cpu" else stored
-
-
-def refuse_quantised(files: ModelFiles, config: Any) -> None:
-    """Raise `ModelError` when the configuration says that the stored weights are quantised."""
-    if (quantised := getattr(config, "quantization_config", None)) is not None:
-        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised.quant_method
-        raise ModelError(
-            f"model '{files.name}': its weights are stored quantised ({method}), which cannot be edited exactly; "
-            "give the full-precision checkpoint or a .gguf file"
-        )
 
 
 def _snapshot(identifier: str, trust_remote_code: bool) -> Path:
@@ -241,6 +315,19 @@ def _one_gguf_parse() -> Iterator[None]:
         yield
     finally:
         library.GGUFReader = original
+
+
+@contextlib.contextmanager
+def _quiet_loading(*, everything: bool) -> Iterator[None]:
+    """Nothing on the user's screen while a model is loaded; with `everything`, not what other libraries print."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn of every cast in every pass
+    with quiet_transformers(), contextlib.ExitStack() as stack:
+        if everything:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
+                stack.enter_context(redirect(io.StringIO()))
+        yield
 
 
 @contextlib.contextmanager

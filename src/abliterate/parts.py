@@ -12,17 +12,16 @@ from typing import Any
 from abliterate import record as rec
 from abliterate.anatomy import TOLERANCE, Anatomy
 from abliterate.card import write_card
-from abliterate.checkpoint import Checkpoint, sha256
-from abliterate.config import (
-    EvalSettings,
-    RunSettings,
-)
+from abliterate.checkpoint import open_checkpoint, sha256
+from abliterate.config import EditSettings, EvalSettings, OutputSettings, RunSettings
 from abliterate.evaluation import Answers, Shift
 from abliterate.judging import Tally
 from abliterate.models import ModelFiles
 from abliterate.plan import Plan
+from abliterate.realise import Realised
 from abliterate.session import Found, Session
-from abliterate.surgery import Surgery
+from abliterate.storage import how_stored
+from abliterate.surgery import Residual
 
 
 def evaluation_part(
@@ -79,19 +78,17 @@ def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[r
 def run_record(
     session: Session,
     settings: RunSettings,
+    output: OutputSettings,
     found: Found,
     plan: Plan,
-    surgery: Surgery,
+    done: Realised,
+    folder: Path,
     evaluation: rec.EvaluationPart,
-    source: Checkpoint,
-    partial: Path,
 ) -> rec.Record:
-    """The record of a whole run."""
-    monitor, output = session.monitor, settings.output
-    with monitor.phase("hash files"):
-        before = {shard.path.name: sha256(shard.path) for shard in source.shards}
-        after = {shard.path.name: sha256(partial / shard.path.name) for shard in source.shards}
-    loaded = session.loaded
+    """The record of a whole run whose results lie in `folder`."""
+    monitor, loaded = session.monitor, session.loaded
+    before = source_hashes(done, loaded.files)
+    after = written_hashes(done, folder)
     dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
     return rec.Record(
         created=now(),
@@ -102,11 +99,11 @@ def run_record(
         anatomy=anatomy_part(session.anatomy),
         refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
         selection=selection_part(found),
-        plan=plan_part(plan, surgery),
+        plan=plan_part(plan, done, output, settings.editing),
         evaluation=evaluation,
         warnings=monitor.warnings,
-        left_out=list(surgery.files.left_out),
-        output=None if output is None else str(output.out),
+        left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
+        output=str(output.out),
         output_sha256=after,
         timings_s=monitor.timings(),
         peak_memory_bytes=monitor.peak_bytes,
@@ -120,6 +117,8 @@ def model_part(
     return rec.ModelPart(
         name=files.name,
         kind=files.kind,
+        folder=str(files.folder.resolve()),
+        storage=how_stored(open_checkpoint(files.folder)).method,
         architecture=type(model).__name__,
         d_model=anatomy.d_model,
         layers=anatomy.layers,
@@ -166,14 +165,44 @@ def selection_part(found: Found) -> rec.SelectionPart:
     )
 
 
-def plan_part(plan: Plan, surgery: Surgery) -> rec.PlanPart:
-    """What was done to which tensor, and what is left."""
+def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditSettings) -> rec.PlanPart:
+    """What was done to which writer and tensor, and what is left."""
+    surgery = done.surgery
     return rec.PlanPart(
         strength=plan.strength,
         rank=len(plan.direction),
-        edits=[rec.ResidualPart(**(asdict(r) | {"ratio": r.ratio})) for r in surgery.residuals],
+        realisation=output.realisation,
+        variant=editing.model_dump(mode="json", exclude_defaults=True),
+        strengths={edit.writer.weight or edit.writer.bias or "": edit.strength for edit in plan.edits},
+        edits=[] if surgery is None else [_residual_part(residual) for residual in surgery.residuals],
         left_alone=dict(plan.left_alone),
+        files=list(done.written) if surgery is None else [],
+        copied=dict(done.copied),
+        undo=[] if surgery is None else list(surgery.undo),
     )
+
+
+def _residual_part(residual: Residual) -> rec.ResidualPart:
+    return rec.ResidualPart(**(asdict(residual) | {"ratio": residual.ratio, "shape": list(residual.shape)}))
+
+
+def source_hashes(done: Realised, files: ModelFiles) -> dict[str, str]:
+    """SHA-256 of each weight file of the source, by name: from the surgery, or read anew."""
+    if done.surgery is not None:
+        return dict(done.surgery.files.source_sha256)
+    return {shard.path.name: sha256(shard.path) for shard in open_checkpoint(files.folder).shards}
+
+
+def written_hashes(done: Realised, folder: Path) -> dict[str, str]:
+    """SHA-256 of each weight file that was written, by name."""
+    if done.surgery is None:
+        paths = [path for name in done.written for path in _files(folder / name)]
+        return {str(path.relative_to(folder)): sha256(path) for path in paths}
+    return {name: found for name, found in done.surgery.files.sha256.items() if name.endswith(".safetensors")}
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(path.iterdir()) if path.is_dir() else [path]
 
 
 def direction_metadata(session: Session, found: Found) -> dict[str, Any]:

@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from abliterate import record as rec
-from abliterate.activations import Moments, MomentsFitter, ProjectionFitter
-from abliterate.anatomy import names_on_disk
+from abliterate.algebra import orthonormal
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import Checkpoint, bytes_to_write, ensure_space, open_checkpoint, staged
-from abliterate.config import (
-    EvalSettings,
-    FileSettings,
-    FindSettings,
-    OutputSettings,
-    RunSettings,
-)
-from abliterate.directions import (
-    Candidates,
-    Direction,
-    Separation,
-    difference_of_means,
-    load_direction,
-    save_direction,
-    separation,
-)
-from abliterate.errors import CheckpointError, GateNotMet, UsageError
+from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, open_checkpoint, sha256
+from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSettings, OutputSettings, RunSettings
+from abliterate.directions import Direction, chosen_site, load_direction, save_direction
+from abliterate.errors import CheckpointError, UsageError
 from abliterate.evaluation import Answers, Shift, Subject, measure_shift
+from abliterate.finding import choose, find, find_or_force, refusal_tokens
 from abliterate.generation import complete
+from abliterate.integrity import Integrity, check
 from abliterate.judging import Tally, judge
-from abliterate.models import ModelFiles
+from abliterate.models import load
 from abliterate.monitor import Monitor
 from abliterate.parts import (
     anatomy_part,
@@ -53,96 +37,33 @@ from abliterate.parts import (
     run_record,
     saved_metadata,
     selection_part,
+    source_hashes,
     versions,
     write_all,
+    written_hashes,
 )
-from abliterate.plan import Plan, make_plan
-from abliterate.refusals import RefusalToken, find_refusals
-from abliterate.scoring import refusal_score
-from abliterate.selection import Rule, Scorer, Site, SiteScore, candidate_sites, select, stage_costs
+from abliterate.plan import Plan
+from abliterate.realise import Patient, Realised, check_realisation, opened, realise, untied
+from abliterate.refusals import RefusalToken
+from abliterate.selection import Scorer, Site
 from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session
-from abliterate.surgery import Surgery, edit_checkpoint, planned_parameters, weights_from
+from abliterate.storage import how_stored
+from abliterate.surgery import weights_from
+from abliterate.undo import Undone
+from abliterate.undo import undo as take_back
+from abliterate.variants import plan_for
 
-#: Harmless validation prompts that the model replies to before refusal tokens are known.
-_HARMLESS_REPLIES = 40
-#: The best site must tell the classes apart at least this well on validation prompts.
-_MIN_AUROC = 0.7
+#: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
+_WHERE = {"strength", "layers", "components", "strengths", "untie"}
 #: Harmless test prompts whose answers are compared token by token.
 _SHIFT_PROMPTS = 64
-
-
-def find(session: Session, settings: FindSettings) -> Findings:
-    """Refusal tokens, and the difference of means at every site with its separation on validation prompts.
-
-    Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate.
-    """
-    monitor = session.monitor
-    tokens = _refusal_tokens(session, settings)
-    ids = tuple(token.token for token in tokens)
-    train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
-    with monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
-        moments = {}
-        for name, encoded in train.items():
-            sign = 1.0 if name == "harmful" else -1.0
-
-            def behaves(logits: Tensor, sign: float = sign) -> Tensor:
-                return sign * refusal_score(logits, ids) > 0
-
-            fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
-            session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
-            moments[name] = _enough(fitter.result(), name, len(encoded))
-    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
-    scorer = Scorer(
-        session.model,
-        session.anatomy,
-        ids,
-        session.encoded["harmful", "val"],
-        session.encoded["harmless", "val"],
-        session.size,
-        behaving=not settings.all_prompts,
-    )
-    separated = _separation(session, candidates, scorer)
-    trained_on = {name: moment.count for name, moment in moments.items()}
-    monitor.note(
-        f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
-        f"on validation prompts {float(separated.auroc.max()):.3f}"
-    )
-    return Findings(tokens, candidates, separated, scorer, trained_on)
-
-
-def choose(
-    session: Session, findings: Findings, settings: FindSettings, *, seed: int = 0, force: bool = False
-) -> Found:
-    """Select a direction by intervention.
-
-    Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning.
-    """
-    rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
-    sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
-    with session.monitor.phase("select by intervention", stage_costs(sites)) as advance:
-        selection = select(findings.scorer, findings.candidates, findings.separation, rule, seed=seed, progress=advance)
-    best = selection.best
-    found = (
-        f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
-        f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
-    )
-    if selection.chosen is None:
-        _gate(
-            session.monitor,
-            f"no direction passed verification; the best is {found}; try --projected or other prompts; "
-            f"{_admitting(best, rule)} would admit this one, and --force saves it as it is",
-            force,
-        )
-    session.monitor.note(f"chosen: {found}")
-    raw = findings.candidates.at(best.layer, best.position)
-    return Found(findings, selection, (raw / raw.norm())[None], selection.chosen is not None)
 
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     """The whole job: find, verify, apply, evaluate. OUT appears only when all of it is done.
 
     Raises `GateNotMet` when the model hardly refuses or no direction passes (unless forced), `UsageError` for an OUT
-    that is in the way, and the errors of every stage.
+    that is in the way or an edit that cannot be realised, and the errors of every stage.
     """
     monitor = monitor or Monitor()
     output = settings.output
@@ -150,29 +71,30 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         raise UsageError("run: expected an output folder, found none; give -o OUT")
     with monitor.phase("find model"):
         files = locate_model(settings.model, settings.loading)
-    with _output(output, files) as (partial, source):
-        session = open_session(
-            files,
-            loading=settings.loading,
-            prompts=settings.prompts,
-            positions=settings.finding.positions,
-            monitor=monitor,
-        )
-        findings, finding = _find_or_force(session, settings.finding, output.force)
-        settings = settings.model_copy(update={"finding": finding})
-        found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
-        plan = session.plan(found.basis, settings.strength)
-        names = names_on_disk(session.model, planned_parameters(plan), list(source.tensors))
-        surgery = _operate(source, partial, plan, names, session.model, monitor)
-        evaluation = _evaluate(session, partial, names, settings.evaluating)
-        result = run_record(session, settings, found, plan, surgery, evaluation, source, partial)
+        source = open_checkpoint(files.folder)
+        check_realisation(files, source, output)
+        check_output(output.out, overwrite=output.overwrite, source=files.folder)
+        ensure_space(output.out.parent, bytes_to_write(source) if output.realisation == "weights" else 0)
+    session = open_session(
+        files,
+        loading=settings.loading,
+        prompts=settings.prompts,
+        positions=settings.finding.positions,
+        monitor=monitor,
+    )
+    findings, finding = find_or_force(session, settings.finding, settings.editing, output.force)
+    settings = settings.model_copy(update={"finding": finding})
+    found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
+    plan = session.plan(found.direction, settings.editing)
+    patient = Patient(files, source, session.anatomy, session.model, session.loaded)
+    with opened(output, patient, plan) as staging:
+        done = realise(plan, found.direction, patient, staging, output, monitor)
+        evaluation = _evaluate(session, staging.folder, plan, done, settings.evaluating)
+        result = run_record(session, settings, output, found, plan, done, staging.folder, evaluation)
         save_direction(
-            partial / "direction.safetensors",
-            found.basis,
-            candidates=findings.candidates,
-            metadata=saved_metadata(session, found, result),
+            staging.folder / "direction.safetensors", found.direction, metadata=saved_metadata(session, found, result)
         )
-        write_all(result, partial)
+        write_all(result, staging.folder)
     return result
 
 
@@ -182,46 +104,57 @@ def apply(
     output: OutputSettings,
     *,
     site: Site | None = None,
-    strength: float = 1.0,
+    editing: EditSettings = EditSettings(),
     loading: FileSettings = FileSettings(),
     monitor: Monitor | None = None,
 ) -> rec.Record:
-    """Write MODEL with a direction taken out of its weights. The model is never loaded.
+    """Write MODEL with a direction taken out of its weights, or what takes it out (`output.realisation`).
 
-    Raises `UsageError` when the direction does not fit the model, `AnatomyError` when a writer is not known.
+    The model is never loaded, unless its numbers can only be had from a live one (an adapter for quantised weights).
+
+    Raises `UsageError` when the direction does not fit the model or the edit cannot be realised, `AnatomyError` when
+    a writer is not known.
     """
     monitor = monitor or Monitor()
-    chosen = load_direction(direction)
+    chosen = at_site(load_direction(direction), site)
     with monitor.phase("find model"):
         files = locate_model(model, loading)
-    with _output(output, files) as (partial, source):
-        with monitor.phase("know every writer"):
-            anatomy, skeleton = study_files(files, source, trust_remote_code=loading.trust_remote_code)
-        plan = make_plan(anatomy, at_site(chosen, site), strength=strength)
-        names = names_on_disk(skeleton, planned_parameters(plan), list(source.tensors))
-        surgery = _operate(source, partial, plan, names, skeleton, monitor)
-        settings = {"model": model, "direction": str(direction), "site": site, "strength": strength}
+        source = open_checkpoint(files.folder)
+        check_realisation(files, source, output)
+        check_output(output.out, overwrite=output.overwrite, source=files.folder)
+    with monitor.phase("know every writer"):
+        anatomy, skeleton = study_files(files, source, trust_remote_code=loading.trust_remote_code)
+    plan = plan_for(anatomy, chosen, editing)
+    loaded = None if how_stored(source).editable else load(files, trust_remote_code=loading.trust_remote_code)
+    patient = Patient(files, source, anatomy, skeleton, loaded)
+    with opened(output, patient, plan) as staging:
+        done = realise(plan, chosen, patient, staging, output, monitor)
+        settings = {
+            "model": model,
+            "direction": str(direction),
+            "site": site,
+            "editing": editing.model_dump(mode="json"),
+            "output": output.model_dump(mode="json"),
+        }
+        hashes = source_hashes(done, files)
         result = rec.Record(
             created=now(),
             versions=versions(),
             settings=settings,
-            model=model_part(files, skeleton, anatomy, str(skeleton.config.dtype).removeprefix("torch."), "none", {}),
+            model=model_part(
+                files, skeleton, anatomy, str(skeleton.config.dtype).removeprefix("torch."), "none", hashes
+            ),
             anatomy=anatomy_part(anatomy),
-            plan=plan_part(plan, surgery),
+            plan=plan_part(plan, done, output, editing),
             warnings=monitor.warnings,
-            left_out=list(surgery.files.left_out),
+            left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
             output=str(output.out),
+            output_sha256=written_hashes(done, staging.folder),
             timings_s=monitor.timings(),
             peak_memory_bytes=monitor.peak_bytes,
         )
-        said = {} if site is None else {"chosen": {"layer": site[0], "position": site[1]}}
-        save_direction(
-            partial / "direction.safetensors",
-            plan.direction,
-            candidates=chosen.candidates,
-            metadata=chosen.metadata | said,
-        )
-        write_all(result, partial)
+        save_direction(staging.folder / "direction.safetensors", chosen, metadata=chosen.metadata)
+        write_all(result, staging.folder)
     return result
 
 
@@ -250,7 +183,7 @@ def verify(
     direction: Direction,
     *,
     site: Site | None = None,
-    strength: float = 1.0,
+    editing: EditSettings = EditSettings(),
     finding: FindSettings = FindSettings(),
     evaluating: EvalSettings = EvalSettings(),
     seed: int = 0,
@@ -260,39 +193,41 @@ def verify(
     Verified means: at most half of the refusals are left, the control leaves more than half, and KL is within the
     rule.
     """
-    basis = at_site(direction, site, session.anatomy.d_model)
-    tokens = _refusal_tokens(session, finding)
+    chosen = at_site(direction, site, session.anatomy.d_model)
+    tokens = refusal_tokens(session, finding)
     ids = tuple(token.token for token in tokens)
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
     scorer = Scorer(session.model, session.anatomy, ids, *val, session.size, behaving=not finding.all_prompts)
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(basis.shape, generator=generator)
-    raw, layer = _raw(direction, basis, site)
+    plan = session.plan(chosen, editing)
+    random = Direction(orthonormal(torch.randn(chosen.basis.shape, generator=generator)), {})
+    control = session.plan(random, EditSettings(**editing.model_dump(include=_WHERE)))
+    raw, layer = _raw(direction, chosen.basis, site)
     with session.monitor.phase("score"):
-        bypass, kl = scorer.ablate(session.plan(basis, strength))
-        bypass_control, _ = scorer.ablate(session.plan(random, strength))
+        bypass, kl = scorer.ablate(plan)
+        bypass_control, _ = scorer.ablate(control)
         induce = None if layer is None or layer >= session.anatomy.layers else scorer.induce(raw, layer)
     tallies = []
-    for name, plan in (
+    for name, trial in (
         ("answers: original", None),
-        ("answers: ablated", session.plan(basis, strength)),
-        ("answers: random direction", session.plan(random, strength)),
+        ("answers: ablated", plan),
+        ("answers: random direction", control),
     ):
         with contextlib.ExitStack() as stack:
-            if plan is not None:
-                stack.enter_context(session.ablated(plan))
+            if trial is not None:
+                stack.enter_context(session.ablated(trial))
             encoded = session.encoded["harmful", "test"]
             with session.monitor.phase(name, len(encoded)) as advance:
                 replies = complete(
                     session.model, session.loaded.tokenizer, encoded, evaluating.max_new_tokens, session.size, advance
                 )
             tallies.append(Tally.from_verdicts([judge(reply.text) for reply in replies]))
-    before, after, control = tallies
-    halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * control.refusals
+    before, after, random_after = tallies
+    halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals
     return Verification(
         before=before,
         after=after,
-        control=control,
+        control=random_after,
         bypass=bypass,
         bypass_before=scorer.harmful_score,
         bypass_control=bypass_control,
@@ -331,8 +266,8 @@ def evaluate(
     return before, after, shift
 
 
-def at_site(direction: Direction, site: Site | None, d_model: int | None = None) -> Float[Tensor, "k d"]:
-    """The direction to use: the file's basis, or its candidate at `site`.
+def at_site(direction: Direction, site: Site | None, d_model: int | None = None) -> Direction:
+    """The direction to use: what the file holds, or its candidate at `site`.
 
     Raises `UsageError` when the file has no such candidate, or vectors of another width than `d_model`.
     """
@@ -340,19 +275,67 @@ def at_site(direction: Direction, site: Site | None, d_model: int | None = None)
     if d_model is not None and width != d_model:
         raise UsageError(f"direction: expected vectors of the model's width {d_model}, found {width}")
     if site is None:
-        return direction.basis
+        return direction
     raw, _ = _raw(direction, direction.basis, site)
-    unit: Tensor = raw[None] / raw.norm()
-    return unit
+    said = {"chosen": {"layer": site[0], "position": site[1]}}
+    return Direction(raw[None] / raw.norm(), direction.metadata | said, direction.candidates)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How an OUT compares with the original it was made from; `source` is where that lies."""
+
+    out: Path
+    source: Path
+    integrity: Integrity
+
+    @property
+    def intact(self) -> bool:
+        """Whether every byte outside the plan equals the original's, and every hash is the recorded one."""
+        return self.integrity.ok
+
+
+def compare(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> Comparison:
+    """Compare the weights in OUT with those of the original (`source`, or where the record says it was).
+
+    Raises `UsageError` when OUT has no record of edited weights or the original is not there, `CheckpointError` when
+    it is another model than the one that was edited.
+    """
+    record = rec.read_record(out)
+    plan = record.plan
+    if plan is None or plan.realisation != "weights":
+        raise UsageError(f"{out}: expected a model with edited weights, found {plan and plan.realisation}")
+    origin = Path(record.model.folder) if source is None else source
+    if not origin.is_dir():
+        raise UsageError(f"{out}: its original is not at {origin} any more; give its folder with --source")
+    with (monitor or Monitor()).phase("compare with the original"):
+        for shard in open_checkpoint(origin).shards:
+            if sha256(shard.path) != record.model.source_sha256.get(shard.path.name):
+                raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
+        found = check(
+            out,
+            origin,
+            [edit.tensor for edit in plan.edits],
+            extra=plan.copied,
+            recorded=record.output_sha256,
+        )
+    return Comparison(out, origin, found)
+
+
+def undo(
+    out: Path, *, target: Path | None = None, source: Path | None = None, monitor: Monitor | None = None
+) -> Undone:
+    """Take the edit of OUT back, in place or into `target` (see `undo.undo`)."""
+    total = sum(shard.file_bytes for shard in open_checkpoint(out).shards)
+    with (monitor or Monitor()).phase("restore", total) as advance:
+        return take_back(out, target=target, source=source, progress=advance)
 
 
 def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor, int | None]:
     """The difference of means r behind a direction and its layer, where the file says them."""
     candidates = direction.candidates
-    if site is None and candidates is not None:
-        match direction.metadata.get("chosen"):
-            case {"layer": int(layer), "position": int(position)}:
-                site = (layer, position)
+    if site is None and candidates is not None and len(basis) == 1:
+        site = chosen_site(direction)
     if site is None:
         return basis[0], None
     layer, position = site
@@ -370,137 +353,26 @@ def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor
     return raw, layer
 
 
-def _refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalToken, ...]:
-    tokenizer, monitor = session.loaded.tokenizer, session.monitor
-    if settings.refusal_tokens is not None:
-        tokens = _given_tokens(tokenizer, settings.refusal_tokens)
-    else:
-        harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
-        harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
-        with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
-            found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
-        if found.refused < max(1, settings.min_refusal_rate * found.prompts):
-            raise GateNotMet(
-                f"this model hardly refuses: {found.refused} of {found.prompts} harmful validation prompts, expected "
-                f"at least {settings.min_refusal_rate:.0%}; there is nothing to find: give prompts that it refuses, or "
-                "--refusal-tokens"
-            )
-        tokens = found.tokens
-    monitor.note(
-        "refusals start with "
-        + ", ".join(f"{t.text!r}" + (f" ({t.probability:.0%})" if t.trials else "") for t in tokens)
-    )
-    return tokens
+def _evaluate(session: Session, folder: Path, plan: Plan, done: Realised, settings: EvalSettings) -> rec.EvaluationPart:
+    """Before: the original weights. After: the tensors that were saved, read back from disk.
 
-
-def _given_tokens(tokenizer: Any, option: str) -> tuple[RefusalToken, ...]:
-    ids: dict[int, str] = {}
-    for text in option.split(","):
-        encoded = tokenizer.encode(text, add_special_tokens=False)
-        if not text or not encoded:
-            raise UsageError(f"--refusal-tokens '{option}': expected texts separated by commas, found an empty one")
-        ids[encoded[0]] = tokenizer.decode([encoded[0]])
-    return tuple(RefusalToken(token, text, 0.0, 0.0, 0, 0) for token, text in ids.items())
-
-
-def _find_or_force(session: Session, settings: FindSettings, force: bool) -> tuple[Findings, FindSettings]:
-    """`find`, and when a forced run meets the refusal gate, once more without it; with the settings it took."""
-    try:
-        return find(session, settings), settings
-    except GateNotMet as gate:
-        if not force or settings.min_refusal_rate == 0:
-            raise
-        session.monitor.warn(f"{gate} (forced)")
-        relaxed = settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True})
-        return find(session, relaxed), relaxed
-
-
-def _admitting(score: SiteScore, rule: Rule) -> str:
-    """The options under which a site that failed the rule would pass it."""
-    options = []
-    if score.kl > rule.max_kl:
-        options.append(f"--max-kl {math.ceil(score.kl * 100) / 100:g}")
-    if score.induce <= rule.min_induce:
-        options.append(f"--min-induce {math.floor(score.induce * 10) / 10 - 0.1:.1f}")
-    return " ".join(options)
-
-
-def _gate(monitor: Monitor, message: str, force: bool) -> None:
-    if not force:
-        raise GateNotMet(message)
-    monitor.warn(f"{message} (forced)")
-
-
-def _enough(moments: Moments, name: str, prompts: int) -> Moments:
-    if moments.count < 8:
-        behaviour = "refuses" if name == "harmful" else "answers"
-        raise GateNotMet(
-            f"{name} training prompts: expected at least 8 that the model {behaviour}, found {moments.count} of "
-            f"{prompts}; give more prompts, or --all-prompts to use all"
-        )
-    return moments
-
-
-def _separation(session: Session, candidates: Candidates, scorer: Scorer) -> Separation:
-    values = []
-    pairs = (("harmful", scorer.harmful_rows), ("harmless", scorer.harmless_rows))
-    with session.monitor.phase("separate validation prompts", sum(len(rows) for _, rows in pairs)) as advance:
-        for name, rows in pairs:
-            encoded = session.encoded[name, "val"].take(rows)
-            fitter = ProjectionFitter(candidates.units, len(encoded))
-            session.stream(encoded, fitter.update, advance)
-            values.append(fitter.values)
-    result = separation(*values)
-    if float(result.auroc.max()) < _MIN_AUROC:
-        raise GateNotMet(
-            f"the prompt sets do not separate: best AUROC {float(result.auroc.max()):.2f} on validation prompts, "
-            f"expected at least {_MIN_AUROC}; check that the sets differ in what is to be found"
-        )
-    return result
-
-
-@contextlib.contextmanager
-def _output(output: OutputSettings, files: ModelFiles) -> Iterator[tuple[Path, Checkpoint]]:
-    """A folder that becomes OUT when all is done, and the checkpoint to be edited into it."""
-    source = open_checkpoint(files.folder)
-    with staged(output.out, overwrite=output.overwrite, source=files.folder) as partial:
-        ensure_space(partial, bytes_to_write(source))
-        yield partial, source
-
-
-def _operate(
-    source: Checkpoint, target: Path, plan: Plan, names: dict[str, str], model: Any, monitor: Monitor
-) -> Surgery:
-    for parameter, tensor in names.items():
-        expected, stored = tuple(model.get_parameter(parameter).shape), source.tensors[tensor].shape
-        if expected != stored:
-            raise CheckpointError(
-                f"tensor '{tensor}' in {source.tensors[tensor].file}: expected shape {list(expected)} by the model's "
-                f"configuration, found {list(stored)}"
-            )
-    with monitor.phase("edit weights", bytes_to_write(source)) as advance:
-        surgery = edit_checkpoint(source, target, plan, names, progress=advance)
-    for name, why in plan.left_alone:
-        monitor.note(f"{name} left alone: {why}")
-    if surgery.files.left_out:
-        monitor.warn(f"not copied, they would still hold the unedited model: {', '.join(surgery.files.left_out)}")
-    return surgery
-
-
-def _evaluate(session: Session, partial: Path, names: dict[str, str], settings: EvalSettings) -> rec.EvaluationPart:
-    """Before: the original weights. After: the tensors that were saved, read back from disk."""
+    Where no weights were saved, or live ones are quantised, after is the same plan as hooks.
+    """
     before = session.answers(settings.max_new_tokens, "answers before")
     with contextlib.ExitStack() as stack:
+        if done.names is None or session.loaded.quantised:
+            stack.enter_context(session.ablated(plan))
+            after = session.answers(settings.max_new_tokens, "answers after")
+            stack.close()
+            edited = Subject(session.model, functools.partial(session.ablated, plan))
+            shift = _shift(session.monitor, session, before, Subject(session.model), edited)
+            return evaluation_part(before, after, shift, settings)
         with session.monitor.phase("read edited weights back"):
-            edited = stack.enter_context(weights_from(session.model, partial, names))
+            stack.enter_context(untied(session.model, plan))
+            saved = stack.enter_context(weights_from(session.model, folder, plan, done.names))
         after = session.answers(settings.max_new_tokens, "answers after")
-        shift = _shift(
-            session.monitor,
-            session,
-            before,
-            Subject(session.model, edited.original),
-            Subject(session.model),
-        )
+        base = Subject(session.model, saved.original)
+        shift = _shift(session.monitor, session, before, base, Subject(session.model))
     return evaluation_part(before, after, shift, settings)
 
 
@@ -513,6 +385,7 @@ def _shift(monitor: Monitor, session: Session, before: dict[str, Answers], base:
 
 
 __all__ = [
+    "Comparison",
     "Findings",
     "Found",
     "Session",
@@ -522,6 +395,7 @@ __all__ = [
     "at_site",
     "behaviour_part",
     "choose",
+    "compare",
     "direction_metadata",
     "evaluate",
     "evaluation_part",
@@ -531,5 +405,6 @@ __all__ = [
     "rate_part",
     "run",
     "selection_part",
+    "undo",
     "verify",
 ]

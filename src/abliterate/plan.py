@@ -1,107 +1,164 @@
-"""The edit as data, and its algebra.
+"""The edit as data.
 
-A plan says for every writer which subspace is taken out of what it writes, and by how much. Hooks and weights are two
-realisations of the same plan and must agree. With V [k, d] orthonormal rows and strength s:
-
-==========================  ===================================
-activations x [..., d]      x − s (x Vᵀ) V
-Linear weight W [d, d_in]   W − s Vᵀ (V W)          (axis 0)
-Conv1D, embedding W [n, d]  W − s (W Vᵀ) V          (axis 1)
-bias b [d]                  b − s (b Vᵀ) V
-==========================  ===================================
-
-s = 1 removes, s = 0 is the identity, s < 0 strengthens.
+A plan says for every writer which subspace is taken out of what it writes, and by how much (see `algebra`). Hooks,
+weights, a LoRA adapter and GGUF files are realisations of the same plan and must agree; one that cannot hold an edit
+exactly refuses it by name.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.anatomy import Anatomy, Writer
-from abliterate.directions import orthonormal
-from abliterate.errors import UsageError
+from abliterate.algebra import before_norm, orthonormal
+from abliterate.anatomy import Anatomy, Kind, Writer
+from abliterate.errors import NumericalError, UsageError
+
+#: Strength of the edit of each writer; None leaves it alone.
+Profile = Callable[[Writer], float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """What is done to one writer: `basis` [k, d] is taken out of its output with `strength`."""
+    """What is done to one writer, before its post-norm: y becomes y − s (y Rᵀ) L + offset.
+
+    `basis` is L [k, d]. `reader` is R [k, d], None for R = L with orthonormal rows. `keep_norms` gives every vector
+    that an input feature writes (a column of a Linear, a row of an embedding) its old length back. `offset` [d] is
+    added to what is written.
+    """
 
     writer: Writer
     basis: Float[Tensor, "k d"]
     strength: float
+    reader: Float[Tensor, "k d"] | None = None
+    keep_norms: bool = False
+    offset: Float[Tensor, " d"] | None = None
+
+    @property
+    def reads(self) -> Float[Tensor, "k d"]:
+        """R."""
+        return self.basis if self.reader is None else self.reader
+
+    @property
+    def changes(self) -> bool:
+        """Whether the edit does anything."""
+        return self.strength != 0 or self.offset is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All edits, the direction they realise, and the writers left alone with the reason why."""
+    """All edits, the direction they realise, and the writers left alone with the reason why.
+
+    `untie` gives the head its own copy of a tied embedding, so that the embedding can be edited.
+    """
 
     edits: tuple[Edit, ...]
     direction: Float[Tensor, "k d"]
     strength: float
     left_alone: tuple[tuple[str, str], ...]
+    untie: bool = False
 
 
-def make_plan(anatomy: Anatomy, direction: Float[Tensor, "k d"], *, strength: float = 1.0) -> Plan:
-    """Take `direction` (orthonormal rows) out of every writer.
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How a direction becomes a plan.
 
-    Behind a post-norm the subspace is moved to the far side of the norm (see `before_norm`). An embedding tied to
-    the head is left alone: editing it would edit the head.
+    `profile` gives each writer its strength. `per_site` [L+1, k, d] replaces the direction for each target: a block
+    l is edited with entry l + 1, the embedding with entry 0. `reader` [k, d] makes the edit oblique. `mean` [d] makes
+    it affine: what is taken out is put back as in `mean`, x − s V Vᵀ (x − μ).
+    """
 
-    Raises `UsageError` when the direction's width is not the model's, or the strength not finite.
+    profile: Profile | None = None
+    per_site: Float[Tensor, "sites k d"] | None = None
+    reader: Float[Tensor, "k d"] | None = None
+    mean: Float[Tensor, " d"] | None = None
+    keep_norms: bool = False
+    untie: bool = False
+
+
+_TIED = "tied to the head: editing it would edit the head"
+_FIXED = "has no weights: it adds fixed vectors"
+_NOT_CHOSEN = "not chosen"
+
+
+def make_plan(
+    anatomy: Anatomy, direction: Float[Tensor, "k d"], *, strength: float = 1.0, variant: Variant = Variant()
+) -> Plan:
+    """Take `direction` (orthonormal rows, unless the variant has a reader) out of every writer.
+
+    Behind a post-norm the subspace is moved to the far side of the norm (see `algebra.before_norm`). An embedding
+    tied to the head is left alone unless untied.
+
+    Raises `UsageError` when the direction's width is not the model's, the strength not finite, or the variant does
+    not fit the model.
     """
     if direction.shape[1] != anatomy.d_model:
         raise UsageError(
             f"direction: expected vectors of the model's width {anatomy.d_model}, found {direction.shape[1]}"
         )
+    _check_strength(strength)
+    basis = orthonormal(direction.float()) if variant.reader is None else direction.float()
+    edits: list[Edit] = []
+    left_alone: list[tuple[str, str]] = []
+    for writer in anatomy.writers:
+        own = strength if variant.profile is None else variant.profile(writer)
+        if (reason := _reason(writer, own, variant)) is not None:
+            left_alone.append((writer.module, reason))
+        elif own is not None:
+            _check_strength(own)
+            edits.append(_edit(writer, basis, own, variant))
+    if variant.mean is not None:
+        edits = _with_offset(edits, _towards(basis, variant) * strength)
+    return Plan(tuple(edits), basis, strength, tuple(left_alone), variant.untie)
+
+
+def _check_strength(strength: float) -> None:
     if not -1e3 < strength < 1e3:
         raise UsageError(f"strength: expected a finite number around 1, found {strength}")
-    basis = orthonormal(direction.float())
-    edits, left_alone = [], []
-    for writer in anatomy.writers:
-        if writer.tied:
-            left_alone.append((writer.module, "tied to the head: editing it would edit the head"))
-        else:
-            edits.append(Edit(writer, _basis_for(writer, basis), strength))
-    return Plan(tuple(edits), basis, strength, tuple(left_alone))
 
 
-def _basis_for(writer: Writer, basis: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
-    return basis if writer.gain is None else before_norm(basis, writer.gain, centred=writer.centred)
+def _reason(writer: Writer, strength: float | None, variant: Variant) -> str | None:
+    if not writer.parameters:
+        return _FIXED
+    if writer.tied and not variant.untie:
+        return _TIED
+    return _NOT_CHOSEN if strength is None else None
 
 
-def before_norm(basis: Float[Tensor, "k d"], gain: Float[Tensor, " d"], *, centred: bool) -> Float[Tensor, "k d"]:
-    """The subspace to take out before y = gain ⊙ x / rms(x) so that no y has a component in `basis`.
-
-    r̂ᵀy = (gain ⊙ r̂)ᵀ x / rms(x): it is q = gain ⊙ r̂ that x must not contain, with its mean taken off when the norm
-    takes off the mean of x.
-    """
-    moved = basis * gain
-    if centred:
-        moved = moved - moved.mean(-1, keepdim=True)
-    return orthonormal(moved)
-
-
-def remove_from_outputs(
-    x: Float[Tensor, "*batch d"], basis: Float[Tensor, "g k d"], strength: float
-) -> Float[Tensor, "*batch d"]:
-    """x − s (x Vᵀ) V, in float32 inside, in the dtype of x outside.
-
-    The rows of x are cut into g equal parts and each has its own V: one plan is g = 1.
-    """
-    wide = x.float().reshape(len(basis), -1, x.shape[-1])
-    left = torch.baddbmm(wide, wide @ basis.mT, basis, alpha=-strength)
-    return left.reshape(x.shape).to(x.dtype)
+def _edit(writer: Writer, basis: Float[Tensor, "k d"], strength: float, variant: Variant) -> Edit:
+    if variant.per_site is not None:
+        site = 0 if writer.block is None else writer.block + 1
+        try:
+            basis = orthonormal(variant.per_site[site].float())
+        except NumericalError as error:
+            raise UsageError(f"{error} (for writer '{writer.module}', site {site})") from error
+    reader = None if variant.reader is None else variant.reader.float()
+    if writer.gain is not None:
+        if reader is not None:
+            raise UsageError(f"writer '{writer.module}': an oblique edit (LEACE) cannot be moved before its post-norm")
+        basis = before_norm(basis, writer.gain, centred=writer.centred)
+    keep = variant.keep_norms and writer.weight is not None
+    return Edit(writer, basis, strength, reader, keep)
 
 
-def remove_from_weight(
-    weight: Float[Tensor, "rows columns"], basis: Float[Tensor, "k d"], strength: float, axis: int
-) -> Float[Tensor, "rows columns"]:
-    """The weight table of this module's docstring, in float32 inside."""
-    wide = weight.float()
-    if axis == 1:
-        return torch.addmm(wide, wide @ basis.T, basis, alpha=-strength).to(weight.dtype)
-    return torch.addmm(wide, basis.T, basis @ wide, alpha=-strength).to(weight.dtype)
+def _towards(basis: Float[Tensor, "k d"], variant: Variant) -> Float[Tensor, " d"]:
+    """(μ Rᵀ) L: the part of the mean that is put back (Marshall et al. 2024, affine concept editing)."""
+    mean = torch.zeros(basis.shape[1]) if variant.mean is None else variant.mean.float()
+    return (mean @ (basis if variant.reader is None else variant.reader.float()).T) @ basis
+
+
+def _with_offset(edits: list[Edit], offset: Float[Tensor, " d"]) -> list[Edit]:
+    """Let one writer that every token passes add the constant: an embedding, else the first block's with a bias."""
+    plain = [edit for edit in edits if not edit.writer.post_norms and edit.writer.kind is not Kind.EXPERTS]
+    embeddings = [edit for edit in plain if edit.writer.kind is Kind.EMBEDDING and edit.writer.weight is not None]
+    blocks = [edit for edit in plain if edit.writer.block == 0]
+    carriers = embeddings + [edit for edit in blocks if edit.writer.bias is not None] + blocks
+    if not carriers:
+        raise UsageError("affine: expected a writer without a post-norm in front or in the first block, found none")
+    carrier = carriers[0]
+    changed = replace(carrier, offset=offset / carrier.writer.multiplier)
+    return [changed if edit is carrier else edit for edit in edits]

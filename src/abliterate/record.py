@@ -26,6 +26,8 @@ class ModelPart(_Part):
 
     name: str
     kind: Literal["hub", "folder", "gguf"]
+    folder: str = Field("", description="Where its files were read: `undo` and `verify OUT` look there.")
+    storage: str = Field("plain", description="How the weights are stored: plain, or the name of the quantisation.")
     architecture: str
     d_model: int
     layers: int
@@ -105,26 +107,37 @@ class SelectionPart(_Part):
 
 
 class ResidualPart(_Part):
-    """One edited tensor: ‖VW‖ before and after (stored numbers), their ratio, and ‖W' − W‖ / ‖W‖."""
+    """One edited tensor: ‖RW‖ before and after (stored numbers), their ratio, and ‖W' − W‖ / ‖W‖.
+
+    `rounding` is the round trip through the stored `format`: ‖stored − exact‖ / ‖W‖.
+    """
 
     tensor: str
     writer: str
     kind: str
     dtype: str
+    format: str = ""
     shape: list[int]
     before: float
     after: float
     ratio: float
     change: float
+    rounding: float = 0.0
 
 
 class PlanPart(_Part):
-    """What was done to which writer."""
+    """What was done to which writer. `strengths` is by parameter, `variant` what was asked for beside the default."""
 
     strength: float
     rank: int
+    realisation: Literal["weights", "lora", "gguf-lora", "control-vector"] = "weights"
+    variant: dict[str, Any] = {}
+    strengths: dict[str, float] = {}
     edits: list[ResidualPart]
     left_alone: dict[str, str]
+    files: list[str] = Field(default=[], description="Files of an adapter or vector.")
+    copied: dict[str, str] = Field(default={}, description="New tensors, each with the original's bytes of another.")
+    undo: list[str] = Field(default=[], description="Files that `undo` restores the weights from.")
 
 
 class RatePart(_Part):

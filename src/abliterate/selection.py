@@ -8,6 +8,7 @@ induce > 0, KL ≤ 0.1 and layer < 0.8 L. Sites are screened in stages: few prom
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from abliterate.algebra import ZERO_NORM
 from abliterate.anatomy import Anatomy
-from abliterate.directions import ZERO_NORM, Candidates, Separation
+from abliterate.directions import Candidates, Separation
 from abliterate.errors import GateNotMet
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
 from abliterate.interventions import ablation, addition
@@ -108,13 +110,16 @@ class Scorer:
         size: BatchSize,
         *,
         behaving: bool = True,
+        plan: Callable[[Float[Tensor, "k d"]], Plan] | None = None,
     ) -> None:
         """Measure the untouched model. With `behaving`, only harmful prompts that it refuses and harmless ones that
-        it answers are used (by the sign of the refusal score), as in the paper; the most refused come first.
+        it answers are used (by the sign of the refusal score), as in the paper; the most refused come first. `plan`
+        makes the plan of a direction; default: out of every writer.
 
         Raises `GateNotMet` when too few are left.
         """
         self.model, self.anatomy, self.tokens, self.size = model, anatomy, list(tokens), size
+        self._plan = plan or functools.partial(make_plan, anatomy)
         self.blocks: list[nn.Module] = [model.get_submodule(name) for name in anatomy.blocks]
         refusing, _ = self._first_tokens(harmful)
         answering, logits = self._first_tokens(harmless, keep_logits=True)
@@ -138,7 +143,7 @@ class Scorer:
         results: list[tuple[float, float, float]] = []
         for start in range(0, len(raw), self.together):
             part = raw[start : start + self.together]
-            plans = [make_plan(self.anatomy, r[None] / r.norm()) for r in part]
+            plans = [self._plan(r[None] / r.norm()) for r in part]
             bypass, kl = self._ablate(plans, prompts)
             results += zip(bypass, self._induce(part, layer, prompts), kl, strict=True)
         return results

@@ -11,27 +11,28 @@ from torch import Tensor, nn
 
 from abliterate.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.anatomy import Anatomy, study
+from abliterate.blueprint import study_files
+from abliterate.checkpoint import open_checkpoint
 from abliterate.config import (
+    EditSettings,
     FileSettings,
     ModelSettings,
     PromptSettings,
 )
-from abliterate.directions import (
-    Candidates,
-    Separation,
-)
+from abliterate.directions import Candidates, Direction, Separation
 from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, answer
-from abliterate.inference import BatchSize, Encoded, auto_batch_size, share_prefix
+from abliterate.inference import BatchSize, Encoded, auto_batch_size, can_share, share_prefix
 from abliterate.interventions import ablation
 from abliterate.judging import judge
 from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
-from abliterate.plan import Plan, make_plan
+from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set
 from abliterate.prompts.rendering import common_suffix, read_template
 from abliterate.refusals import RefusalToken
 from abliterate.selection import Scorer, Selection
+from abliterate.variants import plan_for
 
 #: More positions than this after the instruction are not looked at unless asked for.
 _MOST_POSITIONS = 8
@@ -70,9 +71,13 @@ class Session:
         prompts = self.prompts
         return {"harmful": prompts.harmful.test, "harmless": prompts.harmless.test, "borderline": prompts.borderline}
 
-    def plan(self, direction: Float[Tensor, "k d"], strength: float = 1.0) -> Plan:
-        """Take `direction` out of every writer of this model."""
-        return make_plan(self.anatomy, direction, strength=strength)
+    def plan(self, direction: Direction | Float[Tensor, "k d"], editing: EditSettings | float = EditSettings()) -> Plan:
+        """The plan that `editing` (settings, or just a strength) makes of `direction` for this model."""
+        if isinstance(direction, Tensor):
+            direction = Direction(direction, {})
+        if not isinstance(editing, EditSettings):
+            editing = EditSettings(strength=editing)
+        return plan_for(self.anatomy, direction, editing)
 
     def ablated(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
         """The model with `plan` realised as hooks, inside a `with`."""
@@ -105,12 +110,17 @@ class Findings:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A chosen direction. `basis` [1, d] is its unit vector, `met_rule` says whether it passed the selection rule."""
+    """A chosen direction with all candidates; `met_rule` says whether it passed the selection rule."""
 
     findings: Findings
     selection: Selection
-    basis: Float[Tensor, "1 d"]
+    direction: Direction
     met_rule: bool
+
+    @property
+    def basis(self) -> Float[Tensor, "k d"]:
+        """What is taken out: for a single direction its unit vector [1, d]."""
+        return self.direction.basis
 
 
 def open_session(
@@ -132,7 +142,9 @@ def open_session(
     shortest = min(map(len, everything))
     if wanted > shortest:
         raise UsageError(f"--positions {wanted}: expected at most the shortest prompt's {shortest} tokens")
-    shared = share_prefix(everything, keep=wanted)
+    with monitor.phase("check that prompts may share work"):
+        share = can_share(loaded.model, everything, wanted)
+    shared = share_prefix(everything, keep=wanted, share=share)
     encoded, start = {}, 0
     for key, group in sequences.items():
         encoded[key] = shared.take(range(start, start + len(group)))
@@ -151,11 +163,25 @@ def open_model(
     """Load a model, check that it can be talked to, and prove its anatomy."""
     with monitor.phase("load model"):
         files = model if isinstance(model, ModelFiles) else locate_model(model, loading)
-        loaded = load(files, dtype=loading.dtype, device=loading.device, trust_remote_code=loading.trust_remote_code)
+        loaded = load(
+            files,
+            dtype=loading.dtype,
+            device=loading.device,
+            trust_remote_code=loading.trust_remote_code,
+            quantization=loading.quantization,
+        )
         renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
     with monitor.phase("know every writer"):
-        anatomy = study(loaded.model)
+        anatomy = _anatomy(loaded, loading)
     return loaded, renderer, anatomy
+
+
+def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
+    """Of a live model; of one that computes with codes, from its configuration and files."""
+    if not loaded.quantised:
+        return study(loaded.model)
+    checkpoint = open_checkpoint(loaded.files.folder)
+    return study_files(loaded.files, checkpoint, trust_remote_code=loading.trust_remote_code)[0]
 
 
 def locate_model(model: str, loading: FileSettings) -> ModelFiles:

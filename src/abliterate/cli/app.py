@@ -14,7 +14,7 @@ from rich.console import Console
 
 from abliterate.cli.options import with_settings
 from abliterate.config import (
-    DEFAULT_STRENGTH,
+    EditSettings,
     EvalSettings,
     FileSettings,
     FindSettings,
@@ -47,7 +47,6 @@ SiteOption = Annotated[
     str | None,
     typer.Option("--site", help="LAYER:POSITION of a candidate in the file, e.g. 14:-1.", show_default=False),
 ]
-Strength = Annotated[float, typer.Option(help="1 removes, 0 changes nothing, below 0 strengthens.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 
@@ -70,17 +69,17 @@ def _global(
 
 
 @app.command()
-@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, EvalSettings)
+@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, EditSettings, EvalSettings)
 def run(
     output: OutputSettings,
     loading: ModelSettings,
     prompts: PromptSettings,
     finding: FindSettings,
+    editing: EditSettings,
     evaluating: EvalSettings,
     /,
     *,
     model: Model,
-    strength: Strength = DEFAULT_STRENGTH,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -94,7 +93,7 @@ def run(
         prompts=prompts,
         finding=finding,
         evaluating=evaluating,
-        strength=strength,
+        editing=editing,
         output=output,
     )
     record = pipeline.run(settings, _monitor(quiet))
@@ -105,11 +104,12 @@ def run(
 
 
 @app.command()
-@with_settings(ModelSettings, PromptSettings, FindSettings)
+@with_settings(ModelSettings, PromptSettings, FindSettings, EditSettings)
 def find(
     loading: ModelSettings,
     prompts: PromptSettings,
     finding: FindSettings,
+    editing: EditSettings,
     /,
     *,
     model: Model,
@@ -133,11 +133,9 @@ def find(
     session = pipeline.open_session(
         model, loading=loading, prompts=prompts, positions=finding.positions, monitor=_monitor(quiet)
     )
-    findings = pipeline.find(session, finding)
+    findings = pipeline.find(session, finding, editing)
     found = pipeline.choose(session, findings, finding, seed=prompts.seed, force=force)
-    save_direction(
-        out, found.basis, candidates=findings.candidates, metadata=pipeline.direction_metadata(session, found)
-    )
+    save_direction(out, found.direction, metadata=pipeline.direction_metadata(session, found))
     part = pipeline.selection_part(found)
     if as_json:
         typer.echo(json.dumps({"file": str(out), "selection": part.model_dump(mode="json")}, indent=1))
@@ -148,22 +146,30 @@ def find(
 
 
 @app.command()
-@with_settings(ModelSettings, PromptSettings, FindSettings, EvalSettings)
+@with_settings(ModelSettings, PromptSettings, FindSettings, EditSettings, EvalSettings)
 def verify(
     loading: ModelSettings,
     prompts: PromptSettings,
     finding: FindSettings,
+    editing: EditSettings,
     evaluating: EvalSettings,
     /,
     *,
     model: Model,
-    direction: DirectionFile,
+    direction: OptionalDirection = None,
     site: SiteOption = None,
-    strength: Strength = DEFAULT_STRENGTH,
+    source: Annotated[
+        Path | None, typer.Option(help="Of OUT: the folder of the original, if it has moved.", show_default=False)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Ablate a direction at inference time and see whether the model stops refusing; nothing is changed."""
+    """Ablate a direction with hooks and see whether the model stops refusing; or, without --direction, prove of an
+    OUT that every byte outside its plan equals the original's.
+    """
+    if direction is None:
+        _verify_files(Path(model), source, as_json=as_json, quiet=quiet)
+        return
     from abliterate import pipeline
     from abliterate.cli.verification import as_dict, show
     from abliterate.directions import load_direction
@@ -177,7 +183,7 @@ def verify(
         session,
         loaded,
         site=chosen,
-        strength=strength,
+        editing=editing,
         finding=finding,
         evaluating=evaluating,
         seed=prompts.seed,
@@ -195,20 +201,20 @@ def verify(
 
 
 @app.command()
-@with_settings(OutputSettings, FileSettings)
+@with_settings(OutputSettings, EditSettings, FileSettings)
 def apply(
     output: OutputSettings,
+    editing: EditSettings,
     loading: FileSettings,
     /,
     *,
     model: Model,
     direction: DirectionFile,
     site: SiteOption = None,
-    strength: Strength = DEFAULT_STRENGTH,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Take a direction out of a model's weights, streaming over its files; the model is not loaded."""
+    """Take a direction out of a model's weights, streaming over its files; or write an adapter that does."""
     from abliterate import pipeline
     from abliterate.cli.screen import show_run
 
@@ -217,7 +223,7 @@ def apply(
         direction,
         output,
         site=_site(site),
-        strength=strength,
+        editing=editing,
         loading=loading,
         monitor=_monitor(quiet),
     )
@@ -228,10 +234,11 @@ def apply(
 
 
 @app.command(name="eval")
-@with_settings(ModelSettings, PromptSettings, EvalSettings)
+@with_settings(ModelSettings, PromptSettings, EditSettings, EvalSettings)
 def evaluate(
     loading: ModelSettings,
     prompts: PromptSettings,
+    editing: EditSettings,
     evaluating: EvalSettings,
     /,
     *,
@@ -241,7 +248,6 @@ def evaluate(
     ] = None,
     direction: OptionalDirection = None,
     site: SiteOption = None,
-    strength: Strength = DEFAULT_STRENGTH,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -257,7 +263,9 @@ def evaluate(
     monitor = _monitor(quiet)
     session = pipeline.open_session(model, loading=loading, prompts=prompts, monitor=monitor)
     other = None if base is None else pipeline.open_session(base, loading=loading, prompts=prompts, monitor=monitor)
-    plan = None if loaded is None else session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), strength)
+    plan = None
+    if loaded is not None:
+        plan = session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), editing)
     before, after, shift = pipeline.evaluate(session, evaluating, base=other, plan=plan)
     if after is None or shift is None:
         parts = {name: pipeline.rate_part(group.tally) for name, group in before.items()}
@@ -277,15 +285,15 @@ def evaluate(
 
 
 @app.command()
-@with_settings(ModelSettings)
+@with_settings(ModelSettings, EditSettings)
 def chat(
     loading: ModelSettings,
+    editing: EditSettings,
     /,
     *,
     model: Model,
     direction: DirectionFile,
     site: SiteOption = None,
-    strength: Strength = DEFAULT_STRENGTH,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Answer this and end; may be given several times.", show_default=False)
@@ -297,13 +305,50 @@ def chat(
     from abliterate import pipeline
     from abliterate.cli.chat import converse
     from abliterate.directions import load_direction
-    from abliterate.plan import make_plan
+    from abliterate.variants import plan_for
 
     loaded = load_direction(direction)
     chosen = _site(site)
     live, renderer, anatomy = pipeline.open_model(model, loading, _monitor(quiet))
-    plan = make_plan(anatomy, pipeline.at_site(loaded, chosen, anatomy.d_model), strength=strength)
+    plan = plan_for(anatomy, pipeline.at_site(loaded, chosen, anatomy.d_model), editing)
     converse(live, renderer, plan, prompt, max_new_tokens, as_json=as_json)
+
+
+@app.command()
+def undo(
+    out: Annotated[Path, typer.Argument(help="What `run` or `apply` wrote.", show_default=False)],
+    target: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to restore into; default: in place.", show_default=False)
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The folder of the original, if it has moved.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Restore the original: bit for bit where it is still there, else from what the edit kept."""
+    from abliterate import pipeline
+    from abliterate.cli.verification import show_undone, undone_as_dict
+
+    undone = pipeline.undo(out, target=target, source=source, monitor=_monitor(quiet))
+    if as_json:
+        typer.echo(json.dumps(undone_as_dict(undone), indent=1))
+    else:
+        show_undone(undone, Console())
+
+
+def _verify_files(out: Path, source: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """Compare an OUT with its original, byte by byte."""
+    from abliterate import pipeline
+    from abliterate.cli.verification import comparison_as_dict, show_comparison
+
+    found = pipeline.compare(out, source, _monitor(quiet))
+    if as_json:
+        typer.echo(json.dumps(comparison_as_dict(found), indent=1))
+    else:
+        show_comparison(found, Console())
+    if not found.intact:
+        raise GateNotMet(f"{out}: not what its record says; see the list above")
 
 
 def _site(option: str | None) -> tuple[int, int] | None:

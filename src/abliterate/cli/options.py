@@ -17,12 +17,16 @@ from abliterate.errors import UsageError
 #: Short names of options used daily.
 _SHORT = {"out": ["-o"]}
 
+#: Options that are not called like their field.
+_FLAGS = {"realisation": "--as"}
+
 #: Panels of the help page, by settings class.
 _PANELS = {
     "FileSettings": "Reading the model",
     "ModelSettings": "Loading the model",
     "PromptSettings": "Prompts",
     "FindSettings": "Finding the direction",
+    "EditSettings": "The edit",
     "EvalSettings": "Measuring behaviour",
     "OutputSettings": "Output",
 }
@@ -51,7 +55,7 @@ def with_settings(*groups: type[BaseModel]) -> Callable[[Callable[..., None]], C
 
 
 def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.Parameter:
-    flag = "--" + name.replace("_", "-")
+    flag = _flag(name)
     option: Any = typer.Option(
         *([flag, *_SHORT.get(name, [])]),
         help=field.description,
@@ -61,6 +65,10 @@ def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.P
     default = inspect.Parameter.empty if field.is_required() else field.default
     annotation: Any = Annotated.__class_getitem__((_plain(field.annotation), option))  # type: ignore[attr-defined]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _flag(name: str) -> str:
+    return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
 def _plain(annotation: Any) -> Any:
@@ -81,6 +89,6 @@ def _build(group: type[BaseModel], values: dict[str, Any]) -> BaseModel:
         return group(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        flag = _flag(str(first["loc"][0]))
         reason = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{flag} {first['input']}: {reason[0].lower()}{reason[1:]}") from error

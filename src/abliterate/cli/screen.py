@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from abliterate.card import edited, rate
+from abliterate.card import edited, grouped, rate
 from abliterate.monitor import Monitor
 from abliterate.record import EvaluationPart, RatePart, Record, SelectionPart
 
@@ -59,6 +59,14 @@ class Screen(Monitor):
         self.console.print(f"  [{style}]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
 
+_WHAT = {
+    "weights": "Model",
+    "lora": "Adapter (PEFT)",
+    "gguf-lora": "Adapter (GGUF, llama.cpp)",
+    "control-vector": "Control vector (GGUF, llama.cpp)",
+}
+
+
 def show_run(record: Record, console: Console) -> None:
     """The end of a run: what changed, what was chosen, what it took, where the model lies."""
     if record.evaluation is not None:
@@ -66,12 +74,14 @@ def show_run(record: Record, console: Console) -> None:
     if record.selection is not None:
         show_selection(record.selection, record.model.layers, console)
     if record.plan is not None:
-        console.print(f"Edited {edited(record.plan)}.")
-        for name, why in record.plan.left_alone.items():
-            console.print(f"Left alone: {name} ({why}).")
+        if record.plan.realisation == "weights":
+            console.print(f"Edited {edited(record.plan)}.")
+        for what, why in grouped(record.plan.left_alone):
+            console.print(f"Left alone: {what} ({why}).")
     show_timings(record, console)
     if record.output is not None:
-        console.print(f"Model: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
+        what = "Model" if record.plan is None else _WHAT[record.plan.realisation]
+        console.print(f"{what}: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
 
 
 def show_evaluation(part: EvaluationPart, console: Console) -> None:

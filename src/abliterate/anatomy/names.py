@@ -1,0 +1,146 @@
+"""Names in the model ↔ tensors on disk.
+
+transformers renames, stacks and transposes on loading: its own tables are asked what each stored tensor becomes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from abliterate.errors import CheckpointError
+
+#: Endings of stored tensors that hold the numbers of a parameter packed: the stream is on the first of the two axes
+#: of each expert, whatever the order in memory (transformers transposes when it unpacks).
+_PACKED = "_blocks"
+
+
+class _HasShape(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor on disk that holds a parameter, or one expert of it.
+
+    `axis` of the stored tensor runs over the stream. `expert` is the entry along the parameter's first axis when
+    experts are stacked in memory and stored one by one.
+    """
+
+    parameter: str
+    tensor: str
+    axis: int
+    expert: int | None = None
+
+
+def names_on_disk(
+    model: Any, axes: Mapping[str, int], stored: Mapping[str, _HasShape]
+) -> dict[str, tuple[Stored, ...]]:
+    """Where each parameter of `axes` (name → axis of the stream in memory, −1 the last) lies among `stored` tensors.
+
+    Parameters that share memory share their tensors.
+
+    Raises `CheckpointError` when a parameter has no tensor, or tensors that do not fit it.
+    """
+    sources = _sources(model, stored)
+    aliases = _aliases(model)
+    mapping: dict[str, tuple[Stored, ...]] = {}
+    for name, axis in axes.items():
+        shape = tuple(model.get_parameter(name).shape)
+        found = [group for alias in aliases[name] for group in sources.get(alias, [])]
+        mapping[name] = _layout(name, axis % len(shape), shape, found, stored)
+    _refuse_shared(mapping, aliases)
+    return mapping
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """A stored tensor that goes into a parameter; `merged` when many become one, `transposed` when always turned."""
+
+    tensor: str
+    merged: bool
+    transposed: bool
+
+
+def _sources(model: Any, stored: Iterable[str]) -> dict[str, list[_Source]]:
+    """Stored tensors by the parameter they are loaded into, in the order in which experts are stacked."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    table = get_model_conversion_mapping(model)
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    known: dict[str, Any] = dict(model.state_dict())
+    known |= {name + _PACKED: value for name, value in known.items()}
+    prefix = model.base_model_prefix
+    found: dict[str, list[_Source]] = defaultdict(list)
+    for tensor in sorted(stored, key=dot_natural_key):
+        name, pattern = rename_source_key(tensor, renamings, converters, prefix, known)
+        if name not in known:
+            name, pattern = rename_source_key(tensor, [], [], prefix, known)
+        operations = [] if pattern is None else by_pattern[pattern].operations
+        kinds = {type(operation).__name__: operation for operation in operations}
+        turned = "Transpose" in kinds and not getattr(kinds["Transpose"], "check_dims", False)
+        found[name.removesuffix(_PACKED)].append(_Source(tensor, "MergeModulelist" in kinds, turned))
+    return found
+
+
+def _aliases(model: Any) -> dict[str, list[str]]:
+    """All names of each parameter, by each of its names."""
+    same: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        same[id(parameter)].append(name)
+    return {name: names for names in same.values() for name in names}
+
+
+def _layout(
+    name: str, axis: int, shape: tuple[int, ...], found: Sequence[_Source], stored: Mapping[str, _HasShape]
+) -> tuple[Stored, ...]:
+    """The stream's axis in every stored tensor of one parameter."""
+    if len(found) == 1 and found[0].tensor.endswith(_PACKED) and not name.endswith(_PACKED):
+        return (Stored(name, found[0].tensor, len(shape) - 2),)
+    experts = bool(found) and found[0].merged and len(found) == shape[0]
+    if len(found) != 1 and not experts:
+        raise CheckpointError(
+            f"parameter '{name}': expected exactly one tensor in the checkpoint, found "
+            f"{', '.join(source.tensor for source in found[:4]) or 'none'}"
+        )
+    inner, inner_axis = (shape[1:], axis - 1) if experts else (shape, axis)
+    return tuple(
+        Stored(
+            name,
+            source.tensor,
+            _stored_axis(source, inner, inner_axis, tuple(stored[source.tensor].shape)),
+            index if experts else None,
+        )
+        for index, source in enumerate(found)
+    )
+
+
+def _stored_axis(source: _Source, shape: tuple[int, ...], axis: int, on_disk: tuple[int, ...]) -> int:
+    swapped = (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
+    if len(shape) > 1 and on_disk == swapped and (source.transposed or on_disk != shape):
+        return {len(shape) - 1: len(shape) - 2, len(shape) - 2: len(shape) - 1}.get(axis, axis)
+    if on_disk != shape:
+        raise CheckpointError(
+            f"tensor '{source.tensor}': expected shape {list(shape)} as the configuration says, found {list(on_disk)}"
+        )
+    return axis
+
+
+def _refuse_shared(mapping: Mapping[str, tuple[Stored, ...]], aliases: Mapping[str, list[str]]) -> None:
+    holder: dict[str, str] = {}
+    for name, places in mapping.items():
+        for place in places:
+            other = holder.setdefault(place.tensor, name)
+            if other not in aliases[name]:
+                raise CheckpointError(f"tensor '{place.tensor}': expected one parameter to hold it, found several")

@@ -1,0 +1,244 @@
+"""Finding a direction: refusal tokens, differences of means, selection by intervention, subspaces around the choice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.activations import Moments, MomentsFitter, ProjectionFitter
+from abliterate.config import EditSettings, FindSettings
+from abliterate.directions import Candidates, Direction, Separation, difference_of_means, separation
+from abliterate.errors import GateNotMet, UsageError
+from abliterate.judging import judge
+from abliterate.monitor import Monitor
+from abliterate.plan import Plan
+from abliterate.refusals import RefusalToken, find_refusals
+from abliterate.scoring import refusal_score
+from abliterate.selection import Rule, Scorer, Site, SiteScore, candidate_sites, select, stage_costs
+from abliterate.session import Findings, Found, Session
+from abliterate.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
+from abliterate.variants import plan_for, unit
+
+#: Harmless validation prompts that the model replies to before refusal tokens are known.
+_HARMLESS_REPLIES = 40
+#: The best site must tell the classes apart at least this well on validation prompts.
+_MIN_AUROC = 0.7
+
+
+def find(session: Session, settings: FindSettings, editing: EditSettings = EditSettings()) -> Findings:
+    """Refusal tokens, and the difference of means at every site with its separation on validation prompts.
+
+    Directions will be tried out on the writers, and at the relative strengths, that `editing` names.
+
+    Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate.
+    """
+    monitor = session.monitor
+    tokens = refusal_tokens(session, settings)
+    ids = tuple(token.token for token in tokens)
+    train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
+    with monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
+        moments = {}
+        for name, encoded in train.items():
+            sign = 1.0 if name == "harmful" else -1.0
+
+            def behaves(logits: Tensor, sign: float = sign) -> Tensor:
+                return sign * refusal_score(logits, ids) > 0
+
+            fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
+            session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
+            moments[name] = _enough(fitter.result(), name, len(encoded))
+    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
+    scorer = Scorer(
+        session.model,
+        session.anatomy,
+        ids,
+        session.encoded["harmful", "val"],
+        session.encoded["harmless", "val"],
+        session.size,
+        behaving=not settings.all_prompts,
+        plan=trial_plans(session, editing),
+    )
+    separated = _separation(session, candidates, scorer)
+    trained_on = {name: moment.count for name, moment in moments.items()}
+    monitor.note(
+        f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
+        f"on validation prompts {float(separated.auroc.max()):.3f}"
+    )
+    return Findings(tokens, candidates, separated, scorer, trained_on)
+
+
+def trial_plans(session: Session, editing: EditSettings) -> Callable[[Float[Tensor, "k d"]], Plan]:
+    """Plain plans of full strength on the writers that `editing` names, to score directions with."""
+    plain = EditSettings(
+        layers=editing.layers, components=editing.components, strengths=editing.strengths, untie=editing.untie
+    )
+    return lambda basis: plan_for(session.anatomy, Direction(basis, {}), plain)
+
+
+def choose(
+    session: Session, findings: Findings, settings: FindSettings, *, seed: int = 0, force: bool = False
+) -> Found:
+    """Select a direction by intervention, and what is asked for around it: a subspace, or LEACE at its site.
+
+    Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning.
+    """
+    rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
+    sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
+    with session.monitor.phase("select by intervention", stage_costs(sites)) as advance:
+        selection = select(findings.scorer, findings.candidates, findings.separation, rule, seed=seed, progress=advance)
+    best = selection.best
+    found = (
+        f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
+        f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
+    )
+    if selection.chosen is None:
+        _gate(
+            session.monitor,
+            f"no direction passed verification; the best is {found}; try --projected or other prompts; "
+            f"{_admitting(best, rule)} would admit this one, and --force saves it as it is",
+            force,
+        )
+    session.monitor.note(f"chosen: {found}")
+    direction = _around(session, findings, settings, (best.layer, best.position), seed)
+    return Found(findings, selection, direction, selection.chosen is not None)
+
+
+def _around(session: Session, findings: Findings, settings: FindSettings, site: Site, seed: int) -> Direction:
+    """The direction of a site, or the subspace that `settings` asks for around it."""
+    candidates = findings.candidates
+    where = Direction(unit(candidates.at(*site)), {"chosen": {"layer": site[0], "position": site[1]}}, candidates)
+    if settings.subspace == "mean":
+        if settings.rank != 1:
+            raise UsageError(f"--rank {settings.rank}: expected --subspace svd or clusters with it, found mean")
+        return where
+    if settings.subspace == "svd":
+        rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
+        layers = sorted({layer for layer, _ in candidate_sites(candidates, session.anatomy.layers, rule)})
+        return _with_subspace(session, where, svd_subspace(candidates, settings.rank, layers=layers))
+    harmful, harmless = (_samples(session, findings, settings, name, site) for name in ("harmful", "harmless"))
+    if settings.subspace == "clusters":
+        return _with_subspace(session, where, cluster_subspace(harmful, harmless, settings.rank, seed))
+    erasure = leace(harmful, harmless)
+    return replace(where, basis=erasure.basis, reader=erasure.reader, mean=erasure.mean)
+
+
+def _with_subspace(session: Session, where: Direction, subspace: Subspace) -> Direction:
+    shares = ", ".join(f"{float(share):.0%}" for share in subspace.energy)
+    session.monitor.note(f"subspace of {len(subspace.basis)} directions, which hold {shares} of what they come from")
+    return replace(where, basis=subspace.basis)
+
+
+def _samples(
+    session: Session, findings: Findings, settings: FindSettings, name: str, site: Site
+) -> Float[Tensor, "n d"]:
+    """Activations of the training prompts that behave, at one site."""
+    sign = 1.0 if name == "harmful" else -1.0
+    ids = tuple(token.token for token in findings.tokens)
+    encoded, fitter = session.encoded[name, "train"], Samples(*site)
+
+    def behaves(logits: Tensor) -> Tensor:
+        return sign * refusal_score(logits, ids) > 0
+
+    with session.monitor.phase(f"activations of {name} prompts", len(encoded)) as advance:
+        session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
+    return fitter.result()
+
+
+def find_or_force(
+    session: Session, settings: FindSettings, editing: EditSettings, force: bool
+) -> tuple[Findings, FindSettings]:
+    """`find`, and when a forced run meets the refusal gate, once more without it; with the settings it took."""
+    try:
+        return find(session, settings, editing), settings
+    except GateNotMet as gate:
+        if not force or settings.min_refusal_rate == 0:
+            raise
+        session.monitor.warn(f"{gate} (forced)")
+        relaxed = settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True})
+        return find(session, relaxed, editing), relaxed
+
+
+def refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalToken, ...]:
+    """First tokens of refusals: given, or found by trying them out on the model itself.
+
+    Raises `GateNotMet` when the model hardly refuses.
+    """
+    tokenizer, monitor = session.loaded.tokenizer, session.monitor
+    if settings.refusal_tokens is not None:
+        tokens = _given_tokens(tokenizer, settings.refusal_tokens)
+    else:
+        harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
+        harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
+        with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
+            found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
+        if found.refused < max(1, settings.min_refusal_rate * found.prompts):
+            raise GateNotMet(
+                f"this model hardly refuses: {found.refused} of {found.prompts} harmful validation prompts, expected "
+                f"at least {settings.min_refusal_rate:.0%}; there is nothing to find: give prompts that it refuses, or "
+                "--refusal-tokens"
+            )
+        tokens = found.tokens
+    monitor.note(
+        "refusals start with "
+        + ", ".join(f"{t.text!r}" + (f" ({t.probability:.0%})" if t.trials else "") for t in tokens)
+    )
+    return tokens
+
+
+def _given_tokens(tokenizer: Any, option: str) -> tuple[RefusalToken, ...]:
+    ids: dict[int, str] = {}
+    for text in option.split(","):
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if not text or not encoded:
+            raise UsageError(f"--refusal-tokens '{option}': expected texts separated by commas, found an empty one")
+        ids[encoded[0]] = tokenizer.decode([encoded[0]])
+    return tuple(RefusalToken(token, text, 0.0, 0.0, 0, 0) for token, text in ids.items())
+
+
+def _admitting(score: SiteScore, rule: Rule) -> str:
+    """The options under which a site that failed the rule would pass it."""
+    options = []
+    if score.kl > rule.max_kl:
+        options.append(f"--max-kl {math.ceil(score.kl * 100) / 100:g}")
+    if score.induce <= rule.min_induce:
+        options.append(f"--min-induce {math.floor(score.induce * 10) / 10 - 0.1:.1f}")
+    return " ".join(options)
+
+
+def _gate(monitor: Monitor, message: str, force: bool) -> None:
+    if not force:
+        raise GateNotMet(message)
+    monitor.warn(f"{message} (forced)")
+
+
+def _enough(moments: Moments, name: str, prompts: int) -> Moments:
+    if moments.count < 8:
+        behaviour = "refuses" if name == "harmful" else "answers"
+        raise GateNotMet(
+            f"{name} training prompts: expected at least 8 that the model {behaviour}, found {moments.count} of "
+            f"{prompts}; give more prompts, or --all-prompts to use all"
+        )
+    return moments
+
+
+def _separation(session: Session, candidates: Candidates, scorer: Scorer) -> Separation:
+    values = []
+    pairs = (("harmful", scorer.harmful_rows), ("harmless", scorer.harmless_rows))
+    with session.monitor.phase("separate validation prompts", sum(len(rows) for _, rows in pairs)) as advance:
+        for name, rows in pairs:
+            encoded = session.encoded[name, "val"].take(rows)
+            fitter = ProjectionFitter(candidates.units, len(encoded))
+            session.stream(encoded, fitter.update, advance)
+            values.append(fitter.values)
+    result = separation(*values)
+    if float(result.auroc.max()) < _MIN_AUROC:
+        raise GateNotMet(
+            f"the prompt sets do not separate: best AUROC {float(result.auroc.max()):.2f} on validation prompts, "
+            f"expected at least {_MIN_AUROC}; check that the sets differ in what is to be found"
+        )
+    return result

@@ -1,0 +1,271 @@
+"""What undo needs of every edited tensor, as safetensors files beside the edited model.
+
+One file for each file of weights that was edited, of the same name, so that what is finished survives a kill. For
+tensor i it holds
+
+============== ============================ ==================================================================
+`i.removed`    F32 (F64) [matrices, k, v]   A of the v vectors of the stream in each matrix
+`i.scales`     F32 (F64) [matrices, v]      the factors that gave the vectors their length back, if they got one
+`i.counts`     I32 [pages]                  how many exceptions there are in each page of 65,536 numbers
+`i.exceptions` U8                           place in its page (U16) and old number (as stored) of each, then zeros
+`i.offset`     F32 [d]                      the constant that was added, if one was
+`basis.j`      F32 [k, d]                   L, once for all tensors it was used on
+============== ============================ ==================================================================
+
+and under the metadata key `abliterate` a JSON object: `version`, `sha256` of the data, and for each tensor its name,
+format, shape, stream axis, strength and basis.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from abliterate.checkpoint import TensorInfo, open_tensor, read_shard
+from abliterate.errors import CheckpointError
+from abliterate.formats import PLAIN
+from abliterate.surgery.passes import Known
+from abliterate.surgery.tensors import Task
+
+#: Folder of the undo files in an edited model: readers of weights that take every file of a folder must not see them.
+FOLDER = "undo"
+
+_VERSION = 1
+_PAGE = 1 << 16
+_NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32", torch.uint8: "U8"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class UndoEntry:
+    """How one tensor was edited; `key` begins the names of its arrays."""
+
+    key: str
+    tensor: str
+    format: str
+    shape: tuple[int, ...]
+    axis: int
+    strength: float
+    basis: str
+
+
+class UndoWriter:
+    """Writes one undo file; what does not grow with the exceptions stays in memory until `close`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Make the folder for undo files in the model folder `folder`, and a file there to work in."""
+        self._place = folder / FOLDER
+        self._place.mkdir(exist_ok=True)
+        self._data = (self._place / ".data").open("w+b")
+        self._hash, self._position = hashlib.sha256(), 0
+        self._header: dict[str, Any] = {}
+        self._entries: list[UndoEntry] = []
+        self._bases: list[Tensor] = []
+
+    def keeper(self, task: Task) -> UndoKeeper:
+        """Takes in what is kept of the next tensor; one at a time, each closed by `finish`."""
+        return UndoKeeper(self, str(len(self._entries)), task)
+
+    def append(self, data: bytes | memoryview) -> None:
+        """Put bytes at the end of the data."""
+        self._hash.update(data)
+        self._data.write(data)
+        self._position += len(data)
+
+    def array(self, name: str, values: Tensor) -> None:
+        """Put an array at the end of the data."""
+        start = self._position
+        self.append(values.contiguous().view(torch.uint8).numpy().tobytes())
+        self.name(name, _NAMES[values.dtype], list(values.shape), start)
+
+    def name(self, name: str, dtype: str, shape: list[int], start: int) -> None:
+        """Let the data from `start` to the end be the array `name`."""
+        self._header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, self._position]}
+
+    @property
+    def position(self) -> int:
+        """Bytes of data so far."""
+        return self._position
+
+    def basis(self, basis: Float[Tensor, "k d"]) -> str:
+        """The name of the array that holds `basis`, written once."""
+        for number, known in enumerate(self._bases):
+            if known.dtype == basis.dtype and torch.equal(known, basis):
+                return f"basis.{number}"
+        self._bases.append(basis)
+        self.array(f"basis.{len(self._bases) - 1}", basis)
+        return f"basis.{len(self._bases) - 1}"
+
+    def finish(self, entry: UndoEntry) -> None:
+        """Close what is kept of one tensor."""
+        self._entries.append(entry)
+
+    def abandon(self) -> None:
+        """Stop where it is."""
+        self._data.close()
+
+    def close(self, name: str) -> Path:
+        """Put the file in place, for the file of weights `name`; not yet flushed."""
+        said = {"version": _VERSION, "sha256": self._hash.hexdigest(), "tensors": [asdict(e) for e in self._entries]}
+        header = json.dumps({"__metadata__": {"abliterate": json.dumps(said)}, **self._header}).encode()
+        header += b" " * (-len(header) % 8)
+        path = self._place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file, self._data as data:
+            file.write(len(header).to_bytes(8, "little") + header)
+            data.seek(0)
+            shutil.copyfileobj(data, file, 1 << 20)
+        (self._place / ".data").unlink()
+        return path
+
+
+class UndoKeeper:
+    """What is kept of one tensor on its way through an edit (a `passes.Keeper`)."""
+
+    def __init__(self, writer: UndoWriter, key: str, task: Task) -> None:
+        """Begin with the data as far as `writer` has come."""
+        self._writer, self._key, self._task = writer, key, task
+        self._basis = writer.basis(task.edit.basis)
+        self._counts = np.zeros(-(-int(np.prod(task.grid.layout.shape, dtype=np.int64)) // _PAGE), dtype=np.int32)
+        self._start = writer.position
+        self._ended = False
+
+    def exceptions(self, places: Int[Tensor, " p"], values: Float[Tensor, " p"]) -> None:
+        """Append the numbers of one block that undo cannot compute."""
+        if not len(places):
+            return
+        where, size = places.numpy(), values.element_size()
+        records = np.empty(len(where), dtype=[("place", "<u2"), ("value", f"V{size}")])
+        records["place"] = where & (_PAGE - 1)
+        records["value"] = values.contiguous().view(torch.uint8).numpy().view(f"V{size}").reshape(-1)
+        first = int(where[0]) // _PAGE
+        counts = np.bincount(where // _PAGE - first).astype(np.int32)
+        self._counts[first : first + len(counts)] += counts
+        self._writer.append(records.tobytes())
+
+    def array(self, name: str, values: Tensor) -> None:
+        """Append a whole array; there are no exceptions after the first."""
+        self._end_exceptions()
+        self._writer.array(f"{self._key}.{name}", values)
+
+    def finish(self) -> None:
+        """Close the tensor."""
+        self._end_exceptions()
+        task = self._task
+        if task.offset is not None:
+            self._writer.array(f"{self._key}.offset", task.offset[0])
+        layout = task.grid.layout
+        self._writer.finish(
+            UndoEntry(
+                key=self._key,
+                tensor=task.info.name,
+                format=layout.format,
+                shape=layout.shape,
+                axis=task.stored.axis,
+                strength=task.edit.strength,
+                basis=self._basis,
+            )
+        )
+
+    def _end_exceptions(self) -> None:
+        if self._ended:
+            return
+        self._ended = True
+        self._writer.append(bytes(-self._writer.position % 8))  # what follows can be mapped
+        self._writer.name(f"{self._key}.exceptions", "U8", [self._writer.position - self._start], self._start)
+        self._writer.array(f"{self._key}.counts", torch.from_numpy(self._counts))
+
+
+class UndoFile:
+    """A whole undo file, checked."""
+
+    def __init__(self, path: Path) -> None:
+        """Read what the file says, and all of it once against its hash.
+
+        Raises `CheckpointError` when it is damaged or not an undo file of this version.
+        """
+        self.path = path
+        self._arrays = read_shard(path)
+        try:
+            said = json.loads(self._arrays.metadata["abliterate"])
+            if said["version"] != _VERSION:
+                raise ValueError(f"version {said['version']}")
+            self.entries = tuple(_entry(value) for value in said["tensors"])
+            expected = said["sha256"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: expected an undo file of version {_VERSION}, found another") from error
+        if self._data_hash() != expected:
+            raise CheckpointError(f"{path}: is damaged, its data are not what was written; copy it again")
+
+    def array(self, name: str) -> Tensor | None:
+        """One array, None where there is none of that name."""
+        info = self._arrays.tensors.get(name)
+        if info is None:
+            return None
+        with open_tensor(info) as reader:
+            return torch.frombuffer(reader.read(0, info.nbytes), dtype=_DTYPES[info.dtype]).view(info.shape)
+
+    def known(self, entry: UndoEntry) -> Known:
+        """What the edit of one tensor depended on, for all its matrices."""
+        removed = self.array(f"{entry.key}.removed")
+        if removed is None:
+            raise CheckpointError(f"{self.path}: expected what was taken out of '{entry.tensor}', found nothing")
+        return Known(removed, self.array(f"{entry.key}.scales"))
+
+    def exceptions(self, entry: UndoEntry) -> Exceptions:
+        """The numbers of one tensor that cannot be computed."""
+        counts = self.array(f"{entry.key}.counts")
+        info = self._arrays.tensors.get(f"{entry.key}.exceptions")
+        width = 2 + PLAIN.get(entry.format, torch.float32).itemsize
+        if counts is None or info is None or info.nbytes // width < int(counts.sum()):
+            raise CheckpointError(f"{self.path}: expected the exceptions of '{entry.tensor}', found too few")
+        return Exceptions(info, np.concatenate(([0], counts.numpy().cumsum(dtype=np.int64))), entry.format)
+
+    def _data_hash(self) -> str:
+        found = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(self._arrays.header_bytes)
+            while chunk := file.read(1 << 20):
+                found.update(chunk)
+        return found.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Exceptions:
+    """Exceptions on disk; those before page i are `ends[i]` in number."""
+
+    info: TensorInfo
+    ends: Any
+    format: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What old numbers are kept as: as they were stored, where that needs no scale."""
+        return PLAIN.get(self.format, torch.float32)
+
+    def between(self, start: int, end: int) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"]]:
+        """Those at places from `start` up to `end`, counted from `start`."""
+        first, last = start // _PAGE, -(-end // _PAGE)
+        width = 2 + self.dtype.itemsize
+        with open_tensor(self.info) as reader:
+            low, high = int(self.ends[first]), int(self.ends[last])
+            data = reader.read(low * width, (high - low) * width)
+        records = np.frombuffer(data, dtype=[("place", "<u2"), ("value", f"V{self.dtype.itemsize}")])
+        pages = np.repeat(np.arange(first, last), np.diff(self.ends[first : last + 1]))
+        places = pages * _PAGE + records["place"] - start
+        inside = (places >= 0) & (places < end - start)
+        values = torch.frombuffer(bytearray(records["value"][inside].tobytes()) or bytearray(8), dtype=self.dtype)
+        return torch.from_numpy(places[inside]), values[: int(inside.sum())]
+
+
+def _entry(value: dict[str, Any]) -> UndoEntry:
+    return UndoEntry(**(value | {"shape": tuple(value["shape"])}))

@@ -1,0 +1,222 @@
+"""An edit taken back: bit for bit from the original's files where they are still there, else by arithmetic.
+
+The files that surgery leaves beside an edited model say what was taken out of every vector. Adding that to the stored
+numbers and rounding gives the old ones to within one step of the stored format (`checkpoint` formats round, so the
+last bit of a number is not always the same). Tensors that were not edited come back as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from abliterate.checkpoint import (
+    Checkpoint,
+    EditedFiles,
+    Rewriter,
+    TensorReader,
+    bytes_to_write,
+    ensure_space,
+    open_checkpoint,
+    sha256,
+    staged,
+    write_edited,
+)
+from abliterate.errors import AbliterateError, CheckpointError, UsageError
+from abliterate.formats import PLAIN, layout
+from abliterate.record import Record, read_record
+from abliterate.surgery.edit import one_thread
+from abliterate.surgery.numbers import Terms, restored, taken
+from abliterate.surgery.passes import Known, terms_for
+from abliterate.surgery.tensors import Block, Grid, damaged
+from abliterate.surgery.undo_files import FOLDER, Exceptions, UndoEntry, UndoFile
+
+#: The model card, which says that the model was edited.
+_CARD = "README.md"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What `restore` wrote, and the tensors in it that were computed."""
+
+    files: EditedFiles
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Undone:
+    """A model as it was before it was edited, in `folder`.
+
+    `exact`: its weights are the original's, bit for bit, by their hashes. Else no number of `tensors` is more than
+    `steps` numbers of the stored format away from the original's, all others are the same, and `reason` says why the
+    original's files were not taken.
+    """
+
+    folder: Path
+    exact: bool
+    steps: int
+    files: tuple[str, ...]
+    tensors: tuple[str, ...] = ()
+    reason: str | None = None
+
+
+def undo(
+    out: Path,
+    *,
+    target: Path | None = None,
+    source: Path | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Undone:
+    """Take back the edit of the model in `out`, in place or into the new folder `target`.
+
+    The original's files are taken from `source`, or from where the record says they were; if they are not there any
+    more, or are others, what was edited is computed. `out` stays as it is until the restored model is complete.
+
+    Raises `UsageError` when `out` has no record of edited weights, `CheckpointError`, naming the file, when its weights
+    are not those that the record describes, or when `source` is given and is not the model that was edited.
+    """
+    record = read_record(out)
+    plan = record.plan
+    if plan is None or plan.realisation != "weights":
+        raise UsageError(f"{out}: expected a model whose weights were edited, found none; there is nothing to undo")
+    edited = open_checkpoint(out)
+    _check_hashes(edited, record.output_sha256, "is not as it was written")
+    original, reason = _original(record, source)
+    place: AbstractContextManager[Path]
+    place = staged(out, overwrite=True) if target is None else staged(target, source=out)
+    with place as folder:
+        if original is not None:
+            ensure_space(folder, bytes_to_write(original))
+            files = write_edited(original, folder, {}, progress=progress)
+            _check_copies(files, record.model.source_sha256)
+            return Undone(target or out, True, 0, files.written)
+        ensure_space(folder, bytes_to_write(edited))
+        undo_files = [out / name for name in plan.undo]
+        tensors = [edit.tensor for edit in plan.edits]
+        found = restore(edited, undo_files, folder, expected=tensors, progress=progress)
+        (folder / _CARD).unlink(missing_ok=True)
+        files_left = tuple(name for name in found.files.written if name != _CARD)
+        return Undone(target or out, False, 1, files_left, found.tensors, reason)
+
+
+def restore(
+    edited: Checkpoint,
+    undo_files: Sequence[Path],
+    target: Path,
+    *,
+    expected: Sequence[str] = (),
+    progress: Callable[[int], None] | None = None,
+) -> Restored:
+    """Write `edited` with its edit taken back into the empty folder `target`, in one stream, by arithmetic.
+
+    Raises `CheckpointError` when an undo file is damaged or not for these tensors, or those of `expected` are not all
+    in them.
+    """
+    rewriters: dict[str, Rewriter] = {}
+    for path in undo_files:
+        kept = UndoFile(path)
+        for entry in kept.entries:
+            rewriters[entry.tensor] = _restorer(_grid(edited, entry, path), entry, kept)
+    if missing := [name for name in expected if name not in rewriters]:
+        raise CheckpointError(f"{edited.folder / FOLDER}: expected what undo needs of '{missing[0]}', found nothing")
+    with one_thread():
+        files = write_edited(edited, target, rewriters, progress=progress)
+    return Restored(files, tuple(rewriters))
+
+
+def _grid(edited: Checkpoint, entry: UndoEntry, path: Path) -> Grid:
+    info = edited.tensors.get(entry.tensor)
+    if info is None:
+        raise CheckpointError(f"{path}: expected tensor '{entry.tensor}' in {edited.folder}, found none of that name")
+    how = layout(edited, info)
+    if (how.format, how.shape) != (entry.format, entry.shape):
+        raise CheckpointError(
+            f"tensor '{info.name}' in {info.file}: expected {entry.format} {list(entry.shape)} as {path} says, found "
+            f"{how.format} {list(how.shape)}"
+        )
+    return Grid.of(how, entry.axis)
+
+
+def _restorer(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Rewriter:
+    def rewrite(reader: TensorReader) -> Iterator[memoryview]:
+        new, u, spare = grid.buffers(3)
+        terms_of, exceptions = _terms(grid, entry, kept), kept.exceptions(entry)
+        for matrix in range(grid.matrices):
+            for block in grid.blocks(matrix):
+                numbers = grid.numbers(grid.read(reader, block), block, new)
+                terms = terms_of(matrix, block)
+                restored(numbers, taken(terms, u[: block.count], spare[: block.count]), terms)
+                _put_exceptions(numbers, block, exceptions)
+                if not bool(torch.isfinite(numbers).all()):
+                    raise damaged(reader.info)
+                data: memoryview = grid.encode(numbers, block).view(torch.uint8).numpy().data
+                yield data
+
+    return rewrite
+
+
+def _terms(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Callable[[int, Block], Terms]:
+    """What was done to each block, as surgery had it."""
+    basis, offset, known = kept.array(entry.basis), kept.array(f"{entry.key}.offset"), kept.known(entry)
+    if basis is None:
+        raise CheckpointError(f"{kept.path}: expected the basis of '{entry.tensor}', found none")
+    wide = basis.to(grid.dtype)
+    constant = None if offset is None else offset.to(grid.dtype)[None]
+
+    def terms_of(matrix: int, block: Block) -> Terms:
+        part = block.rows if grid.in_rows else slice(None)
+        scale = None if known.scale is None else known.scale[matrix, part]
+        here = Known(known.removed[matrix][:, part], scale)
+        return terms_for(grid, block, wide, here, entry.strength, constant)
+
+    return terms_of
+
+
+def _put_exceptions(numbers: Tensor, block: Block, exceptions: Exceptions) -> None:
+    """Put the numbers that cannot be computed in their places; what rounding would make infinite is the largest."""
+    limit = torch.finfo(PLAIN.get(exceptions.format, numbers.dtype)).max
+    numbers.clamp_(-limit, limit)
+    start = block.first * numbers.shape[1]
+    places, values = exceptions.between(start, start + numbers.numel())
+    numbers.view(-1)[places] = values.to(numbers.dtype)
+
+
+def _original(record: Record, source: Path | None) -> tuple[Checkpoint | None, str | None]:
+    """The model that was edited, if its files are there and are the same; else why not."""
+    if source is None and not record.model.folder:
+        return None, "the record does not say where the original was"
+    folder = source or Path(record.model.folder)
+    try:
+        found = open_checkpoint(folder)
+        _check_hashes(found, record.model.source_sha256, "is not the one that was edited")
+    except AbliterateError as error:
+        if source is not None:
+            raise
+        return None, str(error)
+    return found, None
+
+
+def _check_hashes(found: Checkpoint, expected: Mapping[str, str], wrong: str) -> None:
+    """Check that the shards are exactly those with these hashes."""
+    if not expected:
+        raise UsageError(
+            f"{found.folder}: expected a record with hashes of the files, found none; files cannot be trusted"
+        )
+    shards = {str(shard.path.relative_to(found.folder)): shard.path for shard in found.shards}
+    for name in sorted(shards.keys() | expected.keys()):
+        if name not in shards or name not in expected:
+            what = "is missing" if name in expected else "is not known to the record"
+            raise CheckpointError(f"{found.folder / name}: {what}; expected {', '.join(sorted(expected)[:4])}")
+        if sha256(shards[name]) != expected[name]:
+            raise CheckpointError(f"{shards[name]}: {wrong}: expected SHA-256 {expected[name]}")
+
+
+def _check_copies(files: EditedFiles, expected: Mapping[str, str]) -> None:
+    for name, digest in expected.items():
+        if files.sha256[name] != digest:
+            raise CheckpointError(f"{name}: changed while it was copied: expected SHA-256 {digest}; try again")

@@ -1,0 +1,135 @@
+"""From a direction file and settings to a plan: which writers, how strong, and which variant of the edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from fnmatch import fnmatchcase
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.anatomy import Anatomy, Kind, Writer
+from abliterate.config import EditSettings
+from abliterate.directions import Direction, chosen_site
+from abliterate.errors import UsageError
+from abliterate.plan import Plan, Profile, Variant, make_plan
+from abliterate.subspaces import biprojected
+
+_Test = Callable[[Writer], bool]
+
+
+def plan_for(
+    anatomy: Anatomy, direction: Direction, editing: EditSettings = EditSettings(), *, strength: float | None = None
+) -> Plan:
+    """The plan that `editing` makes of a direction.
+
+    Raises `UsageError` for a specification that cannot be read or chooses nothing, and for a variant that needs
+    means the direction file does not hold.
+    """
+    strength = editing.strength if strength is None else strength
+    variant = Variant(
+        profile=profile(editing, strength, anatomy.layers),
+        per_site=_per_site(direction, anatomy) if editing.biprojected else None,
+        reader=direction.reader,
+        mean=_mean(direction) if editing.affine else None,
+        keep_norms=editing.norm_preserving,
+        untie=editing.untie,
+    )
+    plan = make_plan(anatomy, direction.basis, strength=strength, variant=variant)
+    if not plan.edits:
+        raise UsageError("plan: expected at least one writer to edit, found none; see --layers, --components, --untie")
+    return plan
+
+
+def _per_site(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites 1 d"]:
+    """The direction with its component along the harmless mean of each target layer taken out."""
+    candidates, (_, position) = _measured(direction, "--biprojected")
+    if len(direction.basis) != 1:
+        raise UsageError(f"--biprojected: expected one direction, found {len(direction.basis)}")
+    means = candidates.harmless_mean[-1 - position]
+    if len(means) != anatomy.layers + 1:
+        raise UsageError(
+            f"--biprojected: expected means at the model's {anatomy.layers + 1} sites, found {len(means)} in the file"
+        )
+    return biprojected(direction.basis[0], means)[:, None]
+
+
+def _mean(direction: Direction) -> Float[Tensor, " d"]:
+    """The harmless mean of the site that the direction comes from."""
+    if direction.mean is not None:
+        return direction.mean
+    candidates, (layer, position) = _measured(direction, "--affine")
+    mean: Tensor = candidates.harmless_mean[-1 - position, layer]
+    return mean
+
+
+def _measured(direction: Direction, option: str):  # type: ignore[no-untyped-def]
+    site = chosen_site(direction)
+    if direction.candidates is None or site is None:
+        raise UsageError(f"{option}: expected a direction file with 'harmless_mean' and a chosen site; see `find`")
+    return direction.candidates, site
+
+
+def profile(editing: EditSettings, strength: float, layers: int) -> Profile:
+    """The strength of every writer: `layers` and `components` choose, `strengths` sets single ones."""
+    tests = [_of_kinds(editing.components)] if editing.components else []
+    if editing.layers:
+        within = _in_layers(editing.layers, "--layers", layers)
+        in_front = Kind.EMBEDDING.value in (editing.components or "")  # belongs to no block: only if asked for
+        tests.append(lambda writer: within(writer) or (in_front and writer.block is None))
+    rules = [_rule(text, layers) for text in (editing.strengths or "").split(",") if text.strip()]
+
+    def strength_of(writer: Writer) -> float | None:
+        for test, value in reversed(rules):  # the last one that fits
+            if test(writer):
+                return value
+        return strength if all(test(writer) for test in tests) else None
+
+    return strength_of
+
+
+def _of_kinds(text: str) -> _Test:
+    names = {name.strip() for name in text.split(",")}
+    kinds = {kind.value for kind in Kind}
+    if unknown := sorted(names - kinds):
+        raise UsageError(f"--components {unknown[0]}: expected one of {', '.join(sorted(kinds))}")
+    return lambda writer: writer.kind.value in names
+
+
+def _in_layers(text: str, option: str, layers: int) -> _Test:
+    """Blocks counted from 0, as in `8-20,22,30-`."""
+    wanted: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        start, end = first or "0", (last or str(layers - 1)) if dash else first
+        if not (start.isdecimal() and end.isdecimal()) or not int(start) <= int(end) < layers:
+            raise UsageError(f"{option} {text}: expected blocks 0 to {layers - 1}, as in 8-20,22, found '{part}'")
+        wanted |= set(range(int(start), int(end) + 1))
+    return lambda writer: writer.block in wanted
+
+
+def _rule(text: str, layers: int) -> tuple[_Test, float]:
+    """`mlp@10-20=0.5`, `attention=0.8`, `@0-5=0`, `*.o_proj=1.2`: what, where and how strong."""
+    selector, equals, value = text.strip().partition("=")
+    name, at, where = selector.partition("@")
+    try:
+        strength = float(value)
+    except ValueError:
+        equals = ""
+        strength = 0.0
+    if not equals or not selector:
+        raise UsageError(f"--strengths {text}: expected WHAT[@LAYERS]=STRENGTH, as in mlp@10-20=0.5")
+    within = _in_layers(where.replace("+", ","), "--strengths", layers) if at else None
+    kinds = {kind.value for kind in Kind}
+
+    def test(writer: Writer) -> bool:
+        named = not name or (writer.kind.value == name if name in kinds else fnmatchcase(writer.module, name))
+        return named and (within is None or within(writer))
+
+    return test, strength
+
+
+def unit(row: Float[Tensor, " d"]) -> Float[Tensor, "1 d"]:
+    """A vector as a basis of one row."""
+    return torch.nn.functional.normalize(row, dim=0)[None]
