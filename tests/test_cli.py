@@ -22,11 +22,11 @@ from safetensors.torch import load_file, save_file
 import abliterate
 from abliterate import pipeline
 from abliterate.cli import main
-from abliterate.config import EvalSettings, FindSettings, ModelSettings, OutputSettings, PromptSettings
+from abliterate.config import EditSettings, EvalSettings, FindSettings, ModelSettings, OutputSettings, PromptSettings
 from abliterate.record import Record
 from planted import BLOCKS, D_MODEL, Planted, plant
 
-COMMANDS = ("run", "find", "verify", "apply", "eval", "chat")
+COMMANDS = ("run", "find", "verify", "apply", "eval", "chat", "undo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +100,10 @@ def test_help_names_every_command_and_every_setting(cli: Cli) -> None:
     assert (result.code, result.err) == (0, "")
     assert all(re.search(rf"^\W*{name} ", result.out, re.MULTILINE) for name in COMMANDS), result.out
     result = cli("run", "--help")
-    for group in (OutputSettings, ModelSettings, PromptSettings, FindSettings, EvalSettings):
+    renamed = {"realisation": "as"}
+    for group in (OutputSettings, ModelSettings, PromptSettings, FindSettings, EditSettings, EvalSettings):
         for name in group.model_fields:
-            assert f"--{name.replace('_', '-')}" in result.out
+            assert re.search(rf"--{renamed.get(name, name).replace('_', '-')}\s", result.out), name
 
 
 def test_version_is_the_installed_one(cli: Cli) -> None:
@@ -249,7 +250,8 @@ def test_bad_options_are_one_line(
 def test_missing_arguments_and_unknown_commands_are_one_line(cli: Cli, planted: Planted) -> None:
     cli("run").failed(2, "model")
     cli("run", planted.folder).failed(2, "--out")
-    cli("verify", planted.folder).failed(2, "--direction")
+    cli("apply", planted.folder, "-o", "out").failed(2, "--direction")
+    cli("undo").failed(2, "out")
     cli("frobnicate").failed(2, "frobnicate")
 
 

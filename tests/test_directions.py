@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.activations import Moments, MomentsFitter
+from abliterate.algebra import orthonormal
 from abliterate.directions import (
     Candidates,
+    Direction,
     auroc,
+    chosen_site,
     difference_of_means,
     load_direction,
-    orthonormal,
     save_direction,
     separation,
 )
@@ -189,19 +191,62 @@ def test_one_vector_is_only_normalised() -> None:
 def test_direction_file_round_trip(tmp_path: Path) -> None:
     made, basis = candidates(), orthonormal(random(2, D).float())
     metadata = {"chosen": {"layer": 3, "position": -2}, "model": "owner/größe"}
-    save_direction(tmp_path / "new" / "x.safetensors", basis, candidates=made, metadata=metadata)
+    save_direction(tmp_path / "new" / "x.safetensors", Direction(basis, metadata, made))
     read = load_direction(tmp_path / "new" / "x.safetensors", D)
     assert torch.allclose(read.basis, basis, atol=1e-7)
     assert read.metadata == metadata
     assert read.candidates is not None
     assert torch.equal(read.candidates.raw, made.raw)
     assert torch.equal(read.candidates.harmless_mean, made.harmless_mean)
+    assert read.reader is None
+    assert read.mean is None
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.safetensors"]
+
+
+def test_metadata_given_when_saving_replaces_the_directions_own(tmp_path: Path) -> None:
+    save_direction(tmp_path / "x.safetensors", Direction(torch.eye(1, D), {"old": 1}), metadata={"new": 2})
+    assert load_direction(tmp_path / "x.safetensors").metadata == {"new": 2}
+
+
+def test_oblique_direction_keeps_its_rows_as_they_are(tmp_path: Path) -> None:
+    """With a reader the rows need not be orthonormal: making them so would change the edit."""
+    made = Direction(3 * random(2, D).float(), {}, reader=random(2, D, seed=1).float(), mean=random(D, seed=2).float())
+    save_direction(tmp_path / "x.safetensors", made)
+    read = load_direction(tmp_path / "x.safetensors", D)
+    assert read.reader is not None
+    assert read.mean is not None
+    assert made.reader is not None
+    assert made.mean is not None
+    assert torch.equal(read.basis, made.basis)
+    assert torch.equal(read.reader, made.reader)
+    assert torch.equal(read.mean, made.mean)
+    save_direction(tmp_path / "plain.safetensors", Direction(made.basis, {}))
+    plain = load_direction(tmp_path / "plain.safetensors").basis
+    assert torch.allclose(plain @ plain.T, torch.eye(2), atol=1e-6), "the control"
+
+
+CHOSEN: dict[str, tuple[object, tuple[int, int] | None]] = {
+    "in the file": ({"layer": 4, "position": -3}, (4, -3)),
+    "with more said of it": ({"layer": 0, "position": -1, "norm": 2.0}, (0, -1)),
+    "a layer too deep": ({"layer": SITES, "position": -1}, None),
+    "a layer before the first": ({"layer": -1, "position": -1}, None),
+    "a position too far": ({"layer": 0, "position": -K - 1}, None),
+    "a position counted from the left": ({"layer": 0, "position": 0}, None),
+    "text": ({"layer": "4", "position": "-1"}, None),
+    "half": ({"layer": 4}, None),
+    "a list": ([4, -1], None),
+    "nothing": (None, None),
+}
+
+
+@pytest.mark.parametrize(("said", "site"), CHOSEN.values(), ids=CHOSEN)
+def test_chosen_site_is_believed_only_where_the_file_holds_it(said: object, site: tuple[int, int] | None) -> None:
+    assert chosen_site(Direction(torch.eye(1, D), {"chosen": said}, candidates())) == site
 
 
 def test_direction_file_holds_what_other_programs_rely_on(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    save_direction(file, random(1, D), candidates=candidates(), metadata={"layers": 4})
+    save_direction(file, Direction(random(1, D), {"layers": 4}, candidates()))
     with safe_open(file, framework="np") as opened:
         slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
         metadata = opened.metadata()
@@ -217,7 +262,7 @@ def test_direction_file_holds_what_other_programs_rely_on(tmp_path: Path) -> Non
 def test_equal_directions_are_equal_files(tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.safetensors" for i in range(8)]
     for file in files:
-        save_direction(file, random(1, D), candidates=candidates(), metadata={"b": 1, "a": 2})
+        save_direction(file, Direction(random(1, D), {"b": 1, "a": 2}, candidates()))
     assert len({file.read_bytes() for file in files}) == 1
 
 
@@ -273,6 +318,35 @@ BAD: dict[str, tuple[type[AbliterateError], str, dict[str, Tensor]]] = {
         "found [2, 16] and [2, 16]",
         {"basis": torch.eye(1, D), "candidates": torch.ones(2, D), "harmless_mean": torch.ones(2, D)},
     ),
+    "reader of another shape": (
+        UsageError,
+        "expected finite 'reader' [1, 16], found [2, 16]",
+        {"basis": torch.eye(1, D), "reader": torch.ones(2, D)},
+    ),
+    "mean of another width": (
+        UsageError,
+        "expected finite 'mean' [16], found [8]",
+        {"basis": torch.eye(1, D), "mean": torch.ones(8)},
+    ),
+    "reader with NaN": (
+        UsageError,
+        "expected finite 'reader'",
+        {"basis": torch.eye(1, D), "reader": torch.full((1, D), torch.nan)},
+    ),
+    "oblique rows with NaN": (
+        NumericalError,
+        "NaN, infinity or zero",
+        {"basis": torch.full((1, D), torch.nan), "reader": torch.ones(1, D)},
+    ),
+    "harmless means with infinity": (
+        UsageError,
+        "expected finite",
+        {
+            "basis": torch.eye(1, D),
+            "candidates": torch.ones(1, 2, D),
+            "harmless_mean": torch.full((1, 2, D), torch.inf),
+        },
+    ),
     "candidates with NaN": (
         UsageError,
         "expected finite",
@@ -322,7 +396,7 @@ def damaged(data: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", damaged(struct.pack("<Q", 13) + b'{"basis": {}}'))
 def test_damaged_file_is_refused_before_it_is_mapped(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "x.safetensors"
-    save_direction(file, random(1, D))
+    save_direction(file, Direction(random(1, D), {}))
     file.write_bytes(damaged(file.read_bytes())[kind])
     with pytest.raises(CheckpointError, match="is not a whole safetensors file") as caught:
         load_direction(file)
@@ -338,15 +412,15 @@ def test_metadata_of_another_kind_is_ignored(tmp_path: Path, stored: str) -> Non
 def test_direction_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_direction(tmp_path / "file" / "x.safetensors", random(1, D))
+        save_direction(tmp_path / "file" / "x.safetensors", Direction(random(1, D), {}))
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_direction(tmp_path / "folder.safetensors", random(1, D))
+        save_direction(tmp_path / "folder.safetensors", Direction(random(1, D), {}))
 
 
 def test_saving_over_a_direction_replaces_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.safetensors"
-    save_direction(file, torch.eye(1, D))
+    save_direction(file, Direction(torch.eye(1, D), {}))
 
     def full(self: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
@@ -354,5 +428,5 @@ def test_saving_over_a_direction_replaces_it_whole(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            save_direction(file, 2 * torch.eye(1, D))
+            save_direction(file, Direction(2 * torch.eye(1, D), {}))
     assert torch.equal(load_direction(file).basis, torch.eye(1, D))

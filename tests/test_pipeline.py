@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import abliterate
 from abliterate import pipeline
 from abliterate.config import (
+    EditSettings,
     EvalSettings,
     FindSettings,
     ModelSettings,
@@ -183,7 +184,7 @@ def test_edited_model_loads_without_us_and_no_longer_refuses(
 def test_random_direction_in_the_weights_leaves_refusals(
     tmp_path: Path, planted: Planted, session: pipeline.Session, random_direction: Direction
 ) -> None:
-    save_direction(tmp_path / "random.safetensors", random_direction.basis)
+    save_direction(tmp_path / "random.safetensors", random_direction)
     abliterate.apply(str(planted.folder), tmp_path / "random.safetensors", OutputSettings(out=tmp_path / "out"))
     harmful = session.test_texts["harmful"][:6]
     assert refusals(generate(tmp_path / "out", harmful)) == sum(map(is_bad, harmful))
@@ -309,7 +310,7 @@ def test_model_card_replaces_the_original_and_gives_the_counts(done: Record, out
 
 
 def test_strength_zero_copies_every_weight_byte_for_byte(planted: Planted, tmp_path: Path) -> None:
-    record = abliterate.run(settings(planted, tmp_path / "out", strength=0.0))
+    record = abliterate.run(settings(planted, tmp_path / "out", editing=EditSettings(strength=0.0)))
     assert shard_bytes(tmp_path / "out") == shard_bytes(planted.folder)
     assert behaviour(record).after == behaviour(record).before
     assert behaviour(record).shift.kl_reply == 0
@@ -319,7 +320,7 @@ def test_negative_strength_makes_refusal_firmer(planted: Planted, out: Path, ses
     basis = load_direction(out / "direction.safetensors").basis
     scores = {}
     for strength in (-0.5, 0.0, 0.5, 1.0):
-        result = pipeline.verify(session, Direction(basis, {}), strength=strength)
+        result = pipeline.verify(session, Direction(basis, {}), editing=EditSettings(strength=strength))
         scores[strength] = result.bypass
     assert scores[-0.5] > scores[0.0] > scores[0.5] > scores[1.0]
 
@@ -327,7 +328,8 @@ def test_negative_strength_makes_refusal_firmer(planted: Planted, out: Path, ses
 @pytest.mark.parametrize("strength", [-1.5, 0.5, 2.0])
 def test_weights_keep_what_the_strength_leaves(planted: Planted, out: Path, tmp_path: Path, strength: float) -> None:
     file = out / "direction.safetensors"
-    abliterate.apply(str(planted.folder), file, OutputSettings(out=tmp_path / "out"), strength=strength)
+    editing = EditSettings(strength=strength)
+    abliterate.apply(str(planted.folder), file, OutputSettings(out=tmp_path / "out"), editing=editing)
     before, after, r = weights(planted.folder), weights(tmp_path / "out"), load_direction(file).basis[0]
     for name in ("model.layers.1.self_attn.o_proj.weight", "model.layers.4.mlp.down_proj.weight"):
         assert torch.allclose(r @ after[name], (1 - strength) * (r @ before[name]), atol=1e-5), name
@@ -441,9 +443,13 @@ class Interrupts(Monitor):
             self.act()
 
 
-@pytest.mark.parametrize(
-    "phase", ["load model", "select by intervention", "edit weights", "answers after", "hash files"]
+PHASES = (
+    *("find model", "load model", "know every writer", "select by intervention", "edit weights"),
+    *("read edited weights back", "answers after", "shift on harmless prompts"),
 )
+
+
+@pytest.mark.parametrize("phase", PHASES)
 def test_interruption_leaves_nothing_and_a_rerun_succeeds(planted: Planted, tmp_path: Path, phase: str) -> None:
     def interrupt() -> None:
         raise KeyboardInterrupt
@@ -451,6 +457,7 @@ def test_interruption_leaves_nothing_and_a_rerun_succeeds(planted: Planted, tmp_
     with pytest.raises(KeyboardInterrupt):
         abliterate.run(settings(planted, tmp_path / "out"), Interrupts(phase, interrupt))
     check_nothing_left(tmp_path)
+    assert behaviour(abliterate.run(settings(planted, tmp_path / "out"))).after.harmful.refusals == 0
 
 
 _KILLED = """
@@ -558,8 +565,7 @@ def test_found_directions_go_through_a_file_and_are_applied_at_any_site(
     findings = pipeline.find(session, FindSettings())
     found = pipeline.choose(session, findings, FindSettings())
     file = tmp_path / "direction.safetensors"
-    metadata = pipeline.direction_metadata(session, found)
-    save_direction(file, found.basis, candidates=findings.candidates, metadata=metadata)
+    save_direction(file, found.direction, metadata=pipeline.direction_metadata(session, found))
     harmful = session.test_texts["harmful"][:4]
     for site, left in (((3, -1), 0), ((WRITES, -1), sum(map(is_bad, harmful)))):
         target = tmp_path / f"out-{site[0]}"

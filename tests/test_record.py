@@ -202,7 +202,7 @@ def test_card_says_what_was_done_and_what_the_control_did() -> None:
     assert "random direction of the same norm: bypass 4.75" in card
     assert "3 tensors" in card
     assert "0.65 % of what they wrote along the direction is left (rounding to the stored format)" in card
-    assert "`model.embed_tokens` was left alone: tied to the head" in card
+    assert "model.embed_tokens: left alone, tied to the head" in card
     assert "- Warning: something to mind" in card
 
 

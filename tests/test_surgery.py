@@ -352,11 +352,14 @@ def numbers_of(checkpoint: Checkpoint, name: str) -> Tensor:
     return how.decode(data, 0).clone().view(how.shape)
 
 
-@pytest.mark.parametrize("kind", ["FP8-block", "MXFP4"])
-def test_coarse_formats_keep_the_edit(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "axis"), [("FP8-block", 0), ("FP8-block", 1), ("MXFP4", 1), ("MXFP4", 2)])
+def test_coarse_formats_keep_the_edit(kind: str, axis: int, tmp_path: Path) -> None:
     d = 512
-    name, axis = ("w", 0) if kind == "FP8-block" else ("w_blocks", 1)
-    tensors = fp8((d, 200)) if kind == "FP8-block" else mxfp4(2, d, 64)
+    name = "w" if kind == "FP8-block" else "w_blocks"
+    if kind == "FP8-block":
+        tensors = fp8((d, 200) if axis == 0 else (200, d))
+    else:
+        tensors = mxfp4(2, d, 64) if axis == 1 else mxfp4(2, 64, d)
     source, target = write(tmp_path / "in", tensors), tmp_path / "out"
     target.mkdir()
     basis = basis_of(d=d)

@@ -118,13 +118,21 @@ def test_undo_of_an_edit_at_strength_zero_is_exact() -> None:
 
 
 @pytest.mark.parametrize("strength", [1.0, -1.0])
-def test_undo_in_coarse_formats(strength: float) -> None:
-    plan = plan_of(Edit(writer(), basis_of(2, 200), strength))
-    restored, edited, _ = round_trip(fp8((200, 150)), plan)
+@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_undo_in_fp8(strength: float, keep_norms: bool, axis: int) -> None:
+    plan = plan_of(Edit(writer(axis), basis_of(2, 200), strength, keep_norms=keep_norms))
+    restored, edited, _ = round_trip(fp8((200, 150) if axis == 0 else (150, 200)), plan)
     assert restored <= 1
     assert edited > 10
-    experts = plan_of(Edit(writer(1, kind=Kind.EXPERTS), basis_of(2, 64), strength))
-    restored, edited, _ = round_trip(mxfp4(2, 64, 64), experts, w=(Stored("w", "w_blocks", 1),))
+
+
+@pytest.mark.parametrize("strength", [1.0, -1.0])
+@pytest.mark.parametrize("axis", [1, 2])
+def test_undo_in_mxfp4(strength: float, axis: int) -> None:
+    plan = plan_of(Edit(writer(axis, kind=Kind.EXPERTS), basis_of(2, 64), strength))
+    tensors = mxfp4(2, 64, 96) if axis == 1 else mxfp4(2, 96, 64)
+    restored, edited, _ = round_trip(tensors, plan, w=(Stored("w", "w_blocks", axis),))
     assert restored <= 1
     assert edited > 1
 
@@ -175,6 +183,23 @@ def test_undo_of_adversarial_numbers(
         direction = direction * torch.logspace(0, -12, d)
     plan = plan_of(Edit(writer(axis), orthonormal(direction), strength, keep_norms=keep_norms))
     assert round_trip({"w": weight}, plan)[0] <= 1
+
+
+def test_undo_of_an_offset_that_cancels_what_is_taken_out() -> None:
+    """A small number that was large on the way has lost its last places, though it did not grow."""
+    row = torch.tensor([[2.0, 1e-6]], dtype=torch.bfloat16)
+    embedding = Writer("embedding", Kind.EMBEDDING, None, "w", 1, None)
+    plan = plan_of(Edit(embedding, torch.full((1, 2), 0.5**0.5), 1.0, offset=torch.ones(2)))
+    restored, _, exceptions = round_trip({"w": row}, plan)
+    assert restored <= 1
+    assert exceptions == 1
+
+
+def test_undo_does_not_round_the_largest_number_to_infinity() -> None:
+    weight = torch.tensor([[65504.0], [48.0]], dtype=torch.float16)
+    left, reader = torch.eye(2)[:1], torch.eye(2)[1:]
+    assert round_trip({"w": weight}, plan_of(Edit(writer(), left, 1.0, reader))) == (0, 1, 0)
+    assert torch.tensor(65456.0).half() + 48.0 == torch.inf  # control: that is what it would be
 
 
 def test_exceptions_are_needed_and_few() -> None:

@@ -173,10 +173,10 @@ def _factors(edit: Edit, rows: Mapping[str, Tensor]) -> Iterator[LowRank]:
     change = None
     if bias is not None and not fused_bias:
         change = -edit.strength * rows[bias].float() @ edit.basis.float()
-        change = change if edit.offset is None else change + edit.offset
-    yield _factor(edit, weight, edit.writer.axis, rows[weight], None if bias else edit.offset, change)
+        change = change if edit.stored_offset is None else change + edit.stored_offset
+    yield _factor(edit, weight, edit.writer.axis, rows[weight], None if bias else edit.stored_offset, change)
     if bias is not None and fused_bias:
-        yield _factor(edit, bias, 1, rows[bias], edit.offset)
+        yield _factor(edit, bias, 1, rows[bias], edit.stored_offset)
 
 
 def _factor(

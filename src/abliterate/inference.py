@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -69,7 +70,11 @@ class SharedPrefix:
             self._cache = new_cache(model)
             ids = torch.tensor([list(prefix)] * copies, device=input_device(model))
             with torch.inference_mode():
-                body(model)(input_ids=ids, past_key_values=self._cache, use_cache=True)
+                body(model)(input_ids=ids, **cached(model, self._cache))
+
+    def options(self, rows: int) -> dict[str, Any]:
+        """What a forward pass of `rows` rows (a multiple of `copies`) is told: to go on from the prefix, if any."""
+        return cached(self._model, self.cache(rows)) if self.length else {"use_cache": False}
 
     def cache(self, rows: int) -> Any:
         """A fresh cache of the prefix for a batch of `rows` rows (a multiple of `copies`)."""
@@ -85,6 +90,12 @@ def new_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
     return DynamicCache(config=model.config)
+
+
+def cached(model: Any, cache: Any) -> dict[str, Any]:
+    """`cache` under the name by which the model takes it."""
+    state_space = "cache_params" in inspect.signature(body(model).forward).parameters
+    return {"cache_params" if state_space else "past_key_values": cache, "use_cache": True}
 
 
 def body(model: Any) -> Any:
@@ -112,7 +123,7 @@ def forward(model: Any, shared: SharedPrefix, suffixes: Sequence[Sequence[int]])
     """Run the body of the model over one batch, for hooks to look at; returns the rows' lengths."""
     ids, lengths = right_padded(suffixes, input_device(model))
     with torch.inference_mode():
-        body(model)(input_ids=ids, past_key_values=shared.cache(len(suffixes)), use_cache=True)
+        body(model)(input_ids=ids, **shared.options(len(suffixes)))
     return lengths
 
 
@@ -125,7 +136,7 @@ def logits_at(
     """Logits in float32 at `positions(lengths)` (indices into the suffixes), and nowhere else."""
     ids, lengths = right_padded(suffixes, input_device(model))
     with cut_head(model, positions(lengths)), torch.inference_mode():
-        out = model(input_ids=ids, past_key_values=shared.cache(len(suffixes)), use_cache=True)
+        out = model(input_ids=ids, **shared.options(len(suffixes)))
     logits: Tensor = out.logits.float()
     require_finite(logits.amax(-1))
     return logits
@@ -176,7 +187,7 @@ def can_share(model: Any, sequences: Sequence[Sequence[int]], keep: int = 1) -> 
                 raise
             reason = f"it cannot be run on several prompts ({' '.join(str(error).split())[:120]})"
             continue
-        if all(_close(model, a, b) for a, b in zip(together, alone, strict=True)):
+        if all(close(model, a, b) for a, b in zip(together, alone, strict=True)):
             return share
         reason = "a prompt's logits change with what stands behind it"
     raise ModelError(f"{type(model).__name__}: {reason}; expected a causal model: it can be edited, not measured")
@@ -190,7 +201,8 @@ def _alone(model: Any, sequence: Sequence[int]) -> Float[Tensor, " vocab"]:
     return logits
 
 
-def _close(model: Any, a: Float[Tensor, " vocab"], b: Float[Tensor, " vocab"]) -> bool:
+def close(model: Any, a: Float[Tensor, " vocab"], b: Float[Tensor, " vocab"]) -> bool:
+    """Whether two ways to compute logits agree as well as the model's dtype lets them."""
     exact = next(p.dtype for p in model.parameters() if p.is_floating_point()) in (torch.float32, torch.float64)
     return float((a - b).abs().max()) <= (2e-3 if exact else 0.25) * float(b.abs().max().clamp_min(1e-6))
 

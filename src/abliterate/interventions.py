@@ -12,18 +12,22 @@ from torch import Tensor, nn
 
 from abliterate.algebra import remove_from_outputs, remove_from_weight
 from abliterate.anatomy import Kind
+from abliterate.effective import numbers
 from abliterate.errors import UsageError
 from abliterate.inference import hooked, on_output
 from abliterate.plan import Edit, Plan
+
+#: Below this share of its old length a vector is not given it back, as in `surgery.numbers`.
+SHORTEST = 1e-2
 
 
 def refuse_hooks(plan: Plan) -> None:
     """Raise `UsageError`, naming the writer, for an edit that hooks cannot hold exactly."""
     for edit in plan.edits:
-        if edit.keep_norms and edit.writer.kind is Kind.EXPERTS:
+        if edit.changes and edit.keep_norms and edit.writer.weight != f"{edit.writer.module}.weight":
             raise UsageError(
-                f"writer '{edit.writer.module}': norm-preserving experts cannot be hooks, since what their last map "
-                "takes is not seen outside; write weights, or leave experts out"
+                f"writer '{edit.writer.module}': a norm-preserving edit cannot be hooks, since what its last map takes "
+                "is not seen outside; write weights, or leave it out"
             )
 
 
@@ -36,6 +40,7 @@ def ablation(model: Any, *plans: Plan) -> Iterator[None]:
 
     Raises `UsageError` for an edit that hooks cannot hold exactly, or plans that differ in more than their basis.
     """
+    _refuse_different(plans)
     for plan in plans:
         refuse_hooks(plan)
     handles: list[Any] = []
@@ -44,11 +49,19 @@ def ablation(model: Any, *plans: Plan) -> Iterator[None]:
         if len(plans) > 1:
             handles.append(model.get_input_embeddings().register_forward_pre_hook(rows.count))
         for edits in zip(*(plan.edits for plan in plans), strict=True):
-            if len(edits) > 1 and any(edit.keep_norms or edit.offset is not None for edit in edits):
-                raise UsageError("several plans at once: expected plain edits")
             if edits[0].changes:
                 handles += _hooks(model, edits, rows)
         yield
+
+
+def _refuse_different(plans: Sequence[Plan]) -> None:
+    if len(plans) < 2:
+        return
+    if any(edit.keep_norms or edit.offset is not None for plan in plans for edit in plan.edits):
+        raise UsageError("several plans at once: expected plain edits")
+    alike = {tuple((e.writer.module, e.strength, e.basis.shape, e.reader is None) for e in p.edits) for p in plans}
+    if len(alike) > 1:
+        raise UsageError("several plans at once: expected the same writers, strengths and ranks, found others")
 
 
 class _Rows:
@@ -64,18 +77,27 @@ def _hooks(model: Any, edits: Sequence[Edit], rows: _Rows) -> Iterator[Any]:
     """Hooks on one writer, for one edit of it or several side by side."""
     edit = edits[0]
     module = model.get_submodule(edit.writer.module)
-    if edit.keep_norms and edit.writer.kind is not Kind.EMBEDDING:
-        scale = _column_scale(model.get_parameter(edit.writer.weight), edit)
+    if edit.keep_norms and not isinstance(module, nn.Embedding):
+        scale = _column_scale(module, edit)
         yield module.register_forward_pre_hook(lambda _, args: (args[0] * scale.to(args[0]), *args[1:]))
     yield module.register_forward_hook(on_output(_remover(model, module, edits, rows)))
 
 
-def _column_scale(weight: Tensor, edit: Edit) -> Float[Tensor, " n"]:
+def _column_scale(module: nn.Module, edit: Edit) -> Float[Tensor, " n"]:
     """How much longer each vector that an input feature writes was before the removal."""
-    rows = weight.detach().float().movedim(edit.writer.axis, -1)
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        rows = weight.detach().float().movedim(edit.writer.axis, -1)
+    else:
+        rows = numbers(module).T  # its numbers are packed
     basis, reader = (tensor.to(rows.device) for tensor in (edit.basis, edit.reads))
-    after = remove_from_weight(rows, basis, edit.strength, -1, reader).norm(dim=-1)
-    return torch.where(after > 0, rows.norm(dim=-1) / after.clamp_min(1e-30), torch.ones_like(after))
+    return _length_back(rows, remove_from_weight(rows, basis, edit.strength, -1, reader))[:, 0]
+
+
+def _length_back(old: Float[Tensor, "*b d"], new: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:
+    """The factor that gives vectors their old length, 1 where hardly anything is left of them."""
+    before, after = (vectors.float().norm(dim=-1, keepdim=True) for vectors in (old, new))
+    return torch.where(after > SHORTEST * before, before / after.clamp_min(1e-30), 1.0)
 
 
 def _remover(model: Any, module: nn.Module, edits: Sequence[Edit], rows: _Rows) -> Any:
@@ -86,7 +108,8 @@ def _remover(model: Any, module: nn.Module, edits: Sequence[Edit], rows: _Rows) 
     offset = None if edit.offset is None else edit.offset.to(device)
     embedding = edit.writer.kind is Kind.EMBEDDING
     if edit.writer.weight is None and edit.writer.bias is not None:
-        return _shifter(model.get_parameter(edit.writer.bias).detach().float(), basis, reader, edit.strength, rows)
+        bias = model.get_parameter(edit.writer.bias).detach().float()
+        return _shifter(_constants(bias, basis, reader, edit), rows)
 
     def change(output: Tensor) -> Tensor:
         if embedding and len(edits) > 1:  # positions are often embedded once for all rows: [s, d] or [1, s, d]
@@ -94,35 +117,26 @@ def _remover(model: Any, module: nn.Module, edits: Sequence[Edit], rows: _Rows) 
         read = None if reader is None else reader.to(output.device)
         changed = remove_from_outputs(output, basis.to(output.device), edit.strength, read)
         if edit.keep_norms and embedding:
-            changed = _lengthened(changed, output)
+            changed = (changed.float() * _length_back(output, changed)).to(output.dtype)
         return changed if offset is None else (changed.float() + offset.to(output.device)).to(output.dtype)
 
     return change
 
 
-def _lengthened(changed: Float[Tensor, "*b d"], old: Float[Tensor, "*b d"]) -> Float[Tensor, "*b d"]:
-    """Vectors with their old length."""
-    after = changed.float().norm(dim=-1, keepdim=True)
-    scale = torch.where(after > 0, old.float().norm(dim=-1, keepdim=True) / after.clamp_min(1e-30), 1.0)
-    return (changed.float() * scale).to(old.dtype)
-
-
-def _shifter(
-    bias: Float[Tensor, " d"],
-    basis: Float[Tensor, "g k d"],
-    reader: Float[Tensor, "g k d"] | None,
-    strength: float,
-    rows: _Rows,
-) -> Any:
-    """What an edit of a bias alone does to outputs: a constant."""
+def _constants(
+    bias: Float[Tensor, " d"], basis: Float[Tensor, "g k d"], reader: Float[Tensor, "g k d"] | None, edit: Edit
+) -> Float[Tensor, "g d"]:
+    """What an edit of a bias alone adds to outputs."""
     inside = torch.einsum("d,gkd->gk", bias, basis if reader is None else reader)
-    constants = strength * torch.einsum("gk,gkd->gd", inside, basis)
+    constants = -edit.strength * torch.einsum("gk,gkd->gd", inside, basis)
+    return constants if edit.offset is None else constants + edit.offset.to(constants.device)
 
+
+def _shifter(constants: Float[Tensor, "g d"], rows: _Rows) -> Any:
     def change(output: Tensor) -> Tensor:
         if len(constants) > 1:
             output = output.expand(rows.number, *output.shape[-2:])
-        wide = output.float().reshape(len(constants), -1, output.shape[-1])
-        return (wide - constants.to(output.device)[:, None]).reshape(output.shape).to(output.dtype)
+        return _added(output, constants)
 
     return change
 

@@ -44,6 +44,11 @@ class Edit:
         return self.basis if self.reader is None else self.reader
 
     @property
+    def stored_offset(self) -> Float[Tensor, " d"] | None:
+        """The offset as it is added to the numbers of a bias or an embedding, which its module may multiply."""
+        return None if self.offset is None else self.offset / self.writer.inner
+
+    @property
     def changes(self) -> bool:
         """Whether the edit does anything."""
         return self.strength != 0 or self.offset is not None
@@ -111,7 +116,7 @@ def make_plan(
         elif own is not None:
             _check_strength(own)
             edits.append(_edit(writer, basis, own, variant))
-    if variant.mean is not None:
+    if variant.mean is not None and strength != 0:
         edits = _with_offset(edits, _towards(basis, variant) * strength)
     return Plan(tuple(edits), basis, strength, tuple(left_alone), variant.untie)
 
@@ -152,13 +157,24 @@ def _towards(basis: Float[Tensor, "k d"], variant: Variant) -> Float[Tensor, " d
 
 
 def _with_offset(edits: list[Edit], offset: Float[Tensor, " d"]) -> list[Edit]:
-    """Let one writer that every token passes add the constant: an embedding, else the first block's with a bias."""
+    """Let one writer that every token passes add the constant.
+
+    An embedding, or the bias of the norm behind it; else one of the first block, best with a bias to hold it.
+    """
     plain = [edit for edit in edits if not edit.writer.post_norms and edit.writer.kind is not Kind.EXPERTS]
-    embeddings = [edit for edit in plain if edit.writer.kind is Kind.EMBEDDING and edit.writer.weight is not None]
+    front = [edit for edit in plain if edit.writer.kind is Kind.EMBEDDING and _holds_constant(edit.writer)]
     blocks = [edit for edit in plain if edit.writer.block == 0]
-    carriers = embeddings + [edit for edit in blocks if edit.writer.bias is not None] + blocks
+    carriers = front + [edit for edit in blocks if _holds_constant(edit.writer)] + blocks
     if not carriers:
-        raise UsageError("affine: expected a writer without a post-norm in front or in the first block, found none")
+        raise UsageError(
+            "affine: expected a writer without a post-norm in front or in the first block, found none among what is "
+            "edited; see --untie, --layers, --components"
+        )
     carrier = carriers[0]
     changed = replace(carrier, offset=offset / carrier.writer.multiplier)
     return [changed if edit is carrier else edit for edit in edits]
+
+
+def _holds_constant(writer: Writer) -> bool:
+    """Whether weights can add a constant: in a bias, or in every row of an embedding."""
+    return writer.bias is not None or (writer.kind is Kind.EMBEDDING and writer.axis == 1)

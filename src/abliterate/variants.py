@@ -29,7 +29,7 @@ def plan_for(
     """
     strength = editing.strength if strength is None else strength
     variant = Variant(
-        profile=profile(editing, strength, anatomy.layers),
+        profile=profile(editing, strength, anatomy),
         per_site=_per_site(direction, anatomy) if editing.biprojected else None,
         reader=direction.reader,
         mean=_mean(direction) if editing.affine else None,
@@ -47,6 +47,8 @@ def _per_site(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites 1 
     candidates, (_, position) = _measured(direction, "--biprojected")
     if len(direction.basis) != 1:
         raise UsageError(f"--biprojected: expected one direction, found {len(direction.basis)}")
+    if direction.reader is not None:
+        raise UsageError("--biprojected: expected a direction that is removed as it is read, found one of LEACE")
     means = candidates.harmless_mean[-1 - position]
     if len(means) != anatomy.layers + 1:
         raise UsageError(
@@ -71,14 +73,18 @@ def _measured(direction: Direction, option: str):  # type: ignore[no-untyped-def
     return direction.candidates, site
 
 
-def profile(editing: EditSettings, strength: float, layers: int) -> Profile:
-    """The strength of every writer: `layers` and `components` choose, `strengths` sets single ones."""
+def profile(editing: EditSettings, strength: float, anatomy: Anatomy) -> Profile:
+    """The strength of every writer: `layers` and `components` choose, `strengths` sets single ones.
+
+    Raises `UsageError` for a specification that cannot be read, or a strength for writers that there are not.
+    """
+    layers = anatomy.layers
     tests = [_of_kinds(editing.components)] if editing.components else []
     if editing.layers:
         within = _in_layers(editing.layers, "--layers", layers)
         in_front = Kind.EMBEDDING.value in (editing.components or "")  # belongs to no block: only if asked for
         tests.append(lambda writer: within(writer) or (in_front and writer.block is None))
-    rules = [_rule(text, layers) for text in (editing.strengths or "").split(",") if text.strip()]
+    rules = [_rule(text, anatomy) for text in (editing.strengths or "").split(",") if text.strip()]
 
     def strength_of(writer: Writer) -> float | None:
         for test, value in reversed(rules):  # the last one that fits
@@ -104,13 +110,13 @@ def _in_layers(text: str, option: str, layers: int) -> _Test:
         first, dash, last = part.strip().partition("-")
         start, end = first or "0", (last or str(layers - 1)) if dash else first
         if not (start.isdecimal() and end.isdecimal()) or not int(start) <= int(end) < layers:
-            raise UsageError(f"{option} {text}: expected blocks 0 to {layers - 1}, as in 8-20,22, found '{part}'")
+            raise UsageError(f"{option} {text}: expected blocks 0 to {layers - 1}, as in 2-5, found '{part}'")
         wanted |= set(range(int(start), int(end) + 1))
     return lambda writer: writer.block in wanted
 
 
-def _rule(text: str, layers: int) -> tuple[_Test, float]:
-    """`mlp@10-20=0.5`, `attention=0.8`, `@0-5=0`, `*.o_proj=1.2`: what, where and how strong."""
+def _rule(text: str, anatomy: Anatomy) -> tuple[_Test, float]:
+    """`mlp@10-20+22=0.5`, `attention=0.8`, `@0-5=0`, `*.o_proj=1.2`: what, where and how strong."""
     selector, equals, value = text.strip().partition("=")
     name, at, where = selector.partition("@")
     try:
@@ -120,13 +126,18 @@ def _rule(text: str, layers: int) -> tuple[_Test, float]:
         strength = 0.0
     if not equals or not selector:
         raise UsageError(f"--strengths {text}: expected WHAT[@LAYERS]=STRENGTH, as in mlp@10-20=0.5")
-    within = _in_layers(where.replace("+", ","), "--strengths", layers) if at else None
+    within = _in_layers(where.replace("+", ","), "--strengths", anatomy.layers) if at else None
     kinds = {kind.value for kind in Kind}
 
     def test(writer: Writer) -> bool:
         named = not name or (writer.kind.value == name if name in kinds else fnmatchcase(writer.module, name))
         return named and (within is None or within(writer))
 
+    if not any(test(writer) for writer in anatomy.writers):
+        example = anatomy.writers[-1]
+        raise UsageError(
+            f"--strengths {text.strip()}: expected writers such as {example.kind} or {example.module}, found none that fits"
+        )
     return test, strength
 
 

@@ -167,8 +167,22 @@ def _writer(model: Any, item: _Seen) -> Writer:
         weight=f"{item.name}.weight",
         axis=1 if isinstance(item.module, nn.Embedding) else 0,
         bias=None if bias is None else f"{item.name}.bias",
+        inner=_inner(item),
         tied=head is not None and getattr(head, "weight", None) is item.module.get_parameter("weight"),
     )
+
+
+def _inner(item: _Seen) -> float:
+    """The constant by which an embedding multiplies the rows that it looks up; 1 where it does something else."""
+    ids, weight = item.taken, item.module.get_parameter("weight")
+    if not isinstance(item.module, nn.Embedding) or ids is None or ids.is_floating_point():
+        return 1.0
+    if ids.shape != item.output.shape[:-1] or int(ids.max()) >= len(weight):
+        return 1.0
+    rows, output = weight.detach()[ids].double(), item.output.double()
+    scale = float((rows * output).sum() / rows.square().sum().clamp_min(1e-30))
+    exact = float((output - scale * rows).norm()) <= 1e-2 * float(output.norm())
+    return scale if exact and abs(scale - 1) > 1e-2 else 1.0
 
 
 def _fixed(item: _Seen) -> Writer:

@@ -102,7 +102,7 @@ class Watch:
         np.bitwise_and(was.reshape(a.shape), self._magnitude, out=a)
         np.bitwise_and(now, self._magnitude, out=b)
         np.subtract(b, a, out=b)
-        np.greater_equal(b, 1 << _MANTISSA_BITS[self._stored] + 1, out=mask)
+        np.greater_equal(b, 1 << _MANTISSA_BITS[self._stored], out=mask)
         return np.flatnonzero(mask)
 
     def _ordered(self, codes: Tensor) -> Tensor:

@@ -135,9 +135,10 @@ class Task:
     def offset(self) -> Float[Tensor, "1 d"] | None:
         """What is added to every vector of this tensor: the constant lies in the bias where there is one."""
         writer = self.edit.writer
-        if self.edit.offset is None or self.stored.parameter != (writer.bias or writer.weight):
+        offset = self.edit.stored_offset
+        if offset is None or self.stored.parameter != (writer.bias or writer.weight):
             return None
-        return self.edit.offset.to(self.grid.kept)[None]
+        return offset.to(self.grid.kept)[None]
 
 
 def planned_parameters(plan: Plan) -> dict[str, int]:
