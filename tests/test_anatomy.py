@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
@@ -29,6 +29,10 @@ quiet = pytest.mark.filterwarnings("ignore")
 ZOO = {str(entry): entry for entry in ENTRIES}
 
 
+#: Families whose embedding itself multiplies the rows that it looks up by the root of the width.
+SCALED = ("gemma", "gemma2", "gemma3_text")
+
+
 def axes_of(anatomy: Anatomy) -> dict[str, int]:
     """The stream's axis in memory of every parameter that a writer has."""
     weights = {w.weight: w.axis for w in anatomy.writers if w.weight is not None}
@@ -37,7 +41,7 @@ def axes_of(anatomy: Anatomy) -> dict[str, int]:
 
 def described(anatomy: Anatomy) -> list[Writer]:
     """The writers without numbers, to be compared."""
-    return [dataclasses.replace(writer, gain=None, multiplier=1.0) for writer in anatomy.writers]
+    return [dataclasses.replace(writer, gain=None, inner=1.0, multiplier=1.0) for writer in anatomy.writers]
 
 
 def inside(anatomy: Anatomy, block: int) -> dict[str, str]:
@@ -71,6 +75,7 @@ def test_writers_are_described_as_they_are(family: Family) -> None:
     for i, writer in enumerate(embeddings):
         assert (writer.kind, writer.block, writer.axis, writer.bias) == (Kind.EMBEDDING, None, 1, None)
         assert writer.multiplier == pytest.approx(family.embedding_multiplier, abs=1e-5)
+        assert writer.inner == pytest.approx(D_MODEL**0.5 if family.model_type in SCALED else 1.0, abs=1e-5)
         assert writer.tied == (family.tied and i == 0)
         assert writer.post_norms == ()
     for i, writer in enumerate(anatomy.writers[len(embeddings) :]):
@@ -215,6 +220,21 @@ def test_maps_that_only_read_are_not_writers(name: str) -> None:
     for parameter in axes_of(study(ZOO[name].model())):
         leaves = parameter.split(".")[-2:]
         assert not [leaf for leaf in leaves if leaf.startswith(_READS)], parameter
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "kind"),
+    [
+        ("granitemoeshared", "block_sparse_moe.experts", Kind.EXPERTS),  # in a class named after what is shared
+        ("granitemoeshared", "shared_mlp.output_linear", Kind.MLP),
+        ("seed_oss", "mlp.down_proj", Kind.MLP),  # SeedOssMLP is no state-space model
+        ("recurrent_gemma", "mlp_block.down_proj", Kind.MLP),
+    ],
+)
+def test_kind_is_read_from_names_before_classes(name: str, module: str, kind: Kind) -> None:
+    anatomy = study(ZOO[name].model())
+    (found,) = (writer.kind for writer in anatomy.writers if writer.module == f"{anatomy.blocks[0]}.{module}")
+    assert found is kind
 
 
 @quiet
@@ -545,14 +565,10 @@ def test_adapter_with_a_curve_at_its_end_stops_and_names_that_block(last: Callab
 
 
 def test_normed_stream_that_is_added_stops() -> None:
-    with pytest.raises(AnatomyError, match=r"model\.layers\.1 .*not every writer"):
-        study(extended(nn.RMSNorm(D_MODEL), 1) if False else randomised_norm())
-
-
-def randomised_norm() -> Any:
     norm = nn.RMSNorm(D_MODEL)
     norm.weight.data = 1 + 0.3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
-    return extended(norm, 1)
+    with pytest.raises(AnatomyError, match=r"model\.layers\.1 .*not every writer"):
+        study(extended(norm, 1))
 
 
 def test_damaged_numbers_stop() -> None:
@@ -641,7 +657,7 @@ def test_checkpoints_as_saved_and_as_in_memory_hold_the_same_parameters(name: st
     anatomy = study(model)
     model.save_pretrained(tmp_path)
     saved = check_places(model, anatomy, load_file(tmp_path / "model.safetensors"))
-    fused = check_places(model, anatomy, dict(model.state_dict()))
+    fused = check_places(model, anatomy, dict(model.named_parameters()))
     assert list(saved) == list(fused)
     assert all(len(found) == 1 for found in fused.values())
 

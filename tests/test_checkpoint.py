@@ -661,6 +661,44 @@ def test_hashes_are_those_of_the_files(
     assert result.source_sha256 == {path.name: ck.sha256(path) for path in shards}
 
 
+@pytest.mark.parametrize("shard_bytes", [None, 300])
+def test_known_hashes_are_not_taken_again(
+    shard_bytes: int | None, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = ck.open_checkpoint(sharded), target(tmp_path)
+    known = {shard.path.name: f"known {shard.path.name}" for shard in source.shards}
+    followed: list[Path] = []
+    begin = growing.Trail.__init__
+
+    def watch(self: growing.Trail, pool: Any, fd: int, path: Path) -> None:
+        followed.append(path)
+        begin(self, pool, fd, path)
+
+    monkeypatch.setattr(growing.Trail, "__init__", watch)
+    changes, rewriters = ck.Changes(shard_bytes=shard_bytes), {"layer.1.x": negate, "layer.3.z": negate}
+    result = ck.write_edited(source, out, rewriters, changes=changes, known=known)
+    assert result.source_sha256 == known
+    assert result.sha256 == {name: ck.sha256(out / name) for name in tree(out)}
+    assert all(path.is_relative_to(out) for path in followed)
+
+
+def test_notes_are_taken_file_by_file(sharded: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, tuple[str, ...]]] = []
+
+    def note(file: str, tensors: tuple[str, ...]) -> ck.Note:
+        seen.append((file, tensors))
+        return ck.Note({"tensors": tensors, "number": 0.1})
+
+    rewriters = dict.fromkeys(("layer.3.y", "layer.1.x", "layer.1.z"), negate)
+    result = ck.write_edited(ck.open_checkpoint(sharded), target(tmp_path), rewriters, note=note)
+    first, _, third = sorted(path.name for path in sharded.glob("*.safetensors"))
+    assert seen == [(first, ("layer.1.x", "layer.1.z")), (third, ("layer.3.y",))]
+    assert result.notes == (
+        {"tensors": ["layer.1.x", "layer.1.z"], "number": 0.1},
+        {"tensors": ["layer.3.y"], "number": 0.1},
+    )
+
+
 def test_hashing_that_falls_behind_is_waited_for(single: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_file({"a": np.zeros(300_000, np.uint8), "b": np.zeros(9, np.uint8)}, single / "model.safetensors")
     monkeypatch.setattr(growing, "_TELL", 1000)

@@ -250,6 +250,8 @@ def test_bad_options_are_one_line(
 def test_missing_arguments_and_unknown_commands_are_one_line(cli: Cli, planted: Planted) -> None:
     cli("run").failed(2, "model")
     cli("run", planted.folder).failed(2, "--out")
+    cli("verify", planted.folder).failed(2, "--direction")
+    cli("verify", "nobody/nothing").failed(2, "--direction")
     cli("apply", planted.folder, "-o", "out").failed(2, "--direction")
     cli("undo").failed(2, "out")
     cli("frobnicate").failed(2, "frobnicate")
@@ -417,7 +419,6 @@ FOREIGN = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "Auto
         (lose_a_tensor, ["model.layers.2.self_attn.q_proj.weight"]),
         (change_config(num_hidden_layers=BLOCKS + 1), [f"model.layers.{BLOCKS}."]),
         (change_config(model_type="nonesuch"), ["cannot be loaded", "nonesuch"]),
-        (change_config(**QUANTISED), ["quantised (bitsandbytes)", "full-precision"]),
         (change_config(**FOREIGN), ["custom code"]),
         (keep_only_a_pickle, ["pytorch_model.bin", "pickles are never loaded"]),
         (damage("config.json"), ["config.json"]),
@@ -432,7 +433,6 @@ FOREIGN = {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config", "Auto
         "lost tensor",
         "fewer blocks than configured",
         "unknown architecture",
-        "quantised",
         "foreign code",
         "pickle",
         "damaged config",
@@ -447,6 +447,18 @@ def test_damaged_model_is_one_line_and_leaves_nothing(
     harm(broken)
     cli("run", broken, "-o", tmp_path / "out", *prompts, "-q").failed(1, *parts)
     cli("eval", broken, *prompts, "-q").failed(1, *parts)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_quantised_model_is_not_edited_in_place(
+    cli: Cli, broken: Path, prompts: list[str], direction: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_config(**QUANTISED)(broken)
+    parts = ("quantised (bitsandbytes)", "full-precision", "--as lora")
+    cli("run", broken, "-o", tmp_path / "out", *prompts, "-q").failed(1, *parts)
+    cli("apply", broken, "-o", tmp_path / "out", "--direction", direction, "-q").failed(1, *parts)
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    cli("eval", broken, *prompts, "-q").failed(1, "bitsandbytes needs bitsandbytes", "pip install 'abliterate[bnb]'")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -150,7 +150,7 @@ def adversarial(seed: int, dtype: torch.dtype, shape: Sequence[int], spread: flo
     return torch.where(kind == 3, torch.nextafter(stored, torch.zeros(()).to(dtype)), stored)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     dtype=st.sampled_from(FLOATS),
@@ -180,7 +180,7 @@ def test_undo_of_adversarial_numbers(
     )
     direction = randn(min(k, d - 1), d, seed=seed + 1)
     if sparse:  # nearly one coordinate: some numbers are wholly taken out, others untouched
-        direction = direction * torch.logspace(0, -12, d)
+        direction = direction[:1] * torch.logspace(0, -12, d)
     plan = plan_of(Edit(writer(axis), orthonormal(direction), strength, keep_norms=keep_norms))
     assert round_trip({"w": weight}, plan)[0] <= 1
 

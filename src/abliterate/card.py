@@ -22,6 +22,53 @@ ways that were measured only as far as this card says. Keep the licence of the o
 """
 
 
+_LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "control-vector": "gguf"}
+
+#: Title and first sentence, by what was written.
+_WHAT = {
+    "weights": (
+        "abliterated",
+        "A version of `{name}` from which one direction of the residual stream was taken out of the weights\n"
+        "with abliterate, without training.",
+    ),
+    "lora": (
+        "abliteration adapter",
+        "A LoRA adapter that takes one direction of the residual stream out of what `{name}` writes to it. Made with\n"
+        "abliterate, without training; the model itself is not changed.",
+    ),
+    "gguf-lora": (
+        "abliteration adapter for llama.cpp",
+        "A GGUF LoRA that takes one direction of the residual stream out of what `{name}` writes to it. Made with\n"
+        "abliterate, without training; the model itself is not changed.",
+    ),
+    "control-vector": (
+        "control vector for llama.cpp",
+        "A vector to add to the residual stream of `{name}` at every token, made with abliterate. It steers; that\n"
+        "is not the same as taking the direction out.",
+    ),
+}
+
+
+def _how_to_use(plan: PlanPart) -> list[str]:
+    """How an adapter or a vector is loaded; a model is loaded like any other."""
+    if plan.realisation == "weights":
+        return []
+    if plan.realisation == "lora" and len(plan.files) > 1:  # PEFT allows biases only in an adapter of their own
+        how = [
+            "Two adapters that belong together (`m` is the loaded model, `here` this folder):",
+            "",
+            "    m.load_adapter(f'{here}/plain', adapter_name='plain')",
+            "    m.load_adapter(f'{here}/biased', adapter_name='biased')",
+            "    m.set_adapter(['plain', 'biased'])",
+        ]
+    elif plan.realisation == "lora":
+        how = ["    peft.PeftModel.from_pretrained(model, here)    # or model.load_adapter(here)"]
+    else:
+        flag = "--lora" if plan.realisation == "gguf-lora" else "--control-vector"
+        how = [f"    llama-cli -m model.gguf {flag} {plan.files[0]}"]
+    return ["## How to use it", "", *how, ""]
+
+
 def _weakened(record: Record) -> bool:
     return record.plan is None or record.plan.strength > 0
 
@@ -40,14 +87,15 @@ def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
     """The card as Markdown with the hub's YAML front matter."""
     name = record.model.name.rstrip("/")
     short = Path(name).name
+    realisation = "weights" if record.plan is None else record.plan.realisation
     return "\n".join(
         [
             _front_matter(record, licence or {}),
-            f"# {short}, abliterated",
+            f"# {short}, {_WHAT[realisation][0]}",
             "",
-            f"A version of `{short}` from which one direction of the residual stream was taken out of the weights",
-            "with abliterate, without training.",
+            _WHAT[realisation][1].format(name=short),
             "",
+            *(_how_to_use(record.plan) if record.plan else []),
             "## What was done",
             "",
             *_what_was_done(record),
@@ -83,7 +131,7 @@ def _front_matter(record: Record, licence: dict[str, Any]) -> str:
     base = record.model.name if record.model.kind == "hub" else None
     data = ModelCardData(
         base_model=base,
-        library_name="transformers",
+        library_name=_LIBRARIES["weights" if record.plan is None else record.plan.realisation],
         pipeline_tag="text-generation",
         tags=["activation-steering", "interpretability", *(["abliterated", "uncensored"] if _weakened(record) else [])],
         **licence,
@@ -94,7 +142,11 @@ def _front_matter(record: Record, licence: dict[str, Any]) -> str:
 def _what_was_done(record: Record) -> list[str]:
     lines = []
     if record.plan is not None:
-        lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
+        if record.plan.realisation == "weights":
+            lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
+        if record.plan.variant:
+            asked = ", ".join(f"{name} {value}" for name, value in record.plan.variant.items())
+            lines.append(f"- The edit: {asked.replace('_', '-')}.")
         lines += [f"- {what}: left alone, {why}." for what, why in grouped(record.plan.left_alone)]
     if (selection := record.selection) is not None and (site := selection.chosen) is not None:
         lines.append(

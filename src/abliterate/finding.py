@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,9 +37,12 @@ def find(session: Session, settings: FindSettings, editing: EditSettings = EditS
 
     Directions will be tried out on the writers, and at the relative strengths, that `editing` names.
 
-    Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate.
+    Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate, `UsageError` for settings
+    that do not go together or name no writer.
     """
     monitor = session.monitor
+    _check_subspace(settings)
+    trial_plans(session, editing)(unit(torch.ones(session.anatomy.d_model)))
     tokens = refusal_tokens(session, settings)
     ids = tuple(token.token for token in tokens)
     train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
@@ -87,6 +92,7 @@ def choose(
 
     Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning.
     """
+    _check_subspace(settings)
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
     sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
     with session.monitor.phase("select by intervention", stage_costs(sites)) as advance:
@@ -113,8 +119,6 @@ def _around(session: Session, findings: Findings, settings: FindSettings, site: 
     candidates = findings.candidates
     where = Direction(unit(candidates.at(*site)), {"chosen": {"layer": site[0], "position": site[1]}}, candidates)
     if settings.subspace == "mean":
-        if settings.rank != 1:
-            raise UsageError(f"--rank {settings.rank}: expected --subspace svd or clusters with it, found mean")
         return where
     if settings.subspace == "svd":
         rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
@@ -124,7 +128,17 @@ def _around(session: Session, findings: Findings, settings: FindSettings, site: 
     if settings.subspace == "clusters":
         return _with_subspace(session, where, cluster_subspace(harmful, harmless, settings.rank, seed))
     erasure = leace(harmful, harmless)
-    return replace(where, basis=erasure.basis, reader=erasure.reader, mean=erasure.mean)
+    # Not the mean of all prompts, as in the paper: an affine edit puts back what harmless ones have.
+    return replace(where, basis=erasure.basis, reader=erasure.reader, mean=harmless.mean(0))
+
+
+def _check_subspace(settings: FindSettings) -> None:
+    if settings.rank != 1 and settings.subspace in ("mean", "leace"):
+        raise UsageError(
+            f"--rank {settings.rank}: expected --subspace svd or clusters with it, found {settings.subspace}"
+        )
+    if settings.subspace == "leace" and importlib.util.find_spec("concept_erasure") is None:
+        raise UsageError("--subspace leace: it needs an extra; pip install 'abliterate[leace]'")
 
 
 def _with_subspace(session: Session, where: Direction, subspace: Subspace) -> Direction:

@@ -106,17 +106,17 @@ def _remover(model: Any, module: nn.Module, edits: Sequence[Edit], rows: _Rows) 
     basis = torch.stack([edit.basis for edit in edits]).to(device)
     reader = None if edit.reader is None else torch.stack([edit.reads for edit in edits]).to(device)
     offset = None if edit.offset is None else edit.offset.to(device)
-    embedding = edit.writer.kind is Kind.EMBEDDING
+    front, lookup = edit.writer.kind is Kind.EMBEDDING, isinstance(module, nn.Embedding)
     if edit.writer.weight is None and edit.writer.bias is not None:
         bias = model.get_parameter(edit.writer.bias).detach().float()
         return _shifter(_constants(bias, basis, reader, edit), rows)
 
     def change(output: Tensor) -> Tensor:
-        if embedding and len(edits) > 1:  # positions are often embedded once for all rows: [s, d] or [1, s, d]
+        if front and len(edits) > 1:  # positions are often embedded once for all rows: [s, d] or [1, s, d]
             output = output.expand(rows.number, *output.shape[-2:])
         read = None if reader is None else reader.to(output.device)
         changed = remove_from_outputs(output, basis.to(output.device), edit.strength, read)
-        if edit.keep_norms and embedding:
+        if edit.keep_norms and lookup:
             changed = (changed.float() * _length_back(output, changed)).to(output.dtype)
         return changed if offset is None else (changed.float() + offset.to(output.device)).to(output.dtype)
 

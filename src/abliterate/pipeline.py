@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from abliterate.evaluation import Answers, Shift, Subject, measure_shift
 from abliterate.finding import choose, find, find_or_force, refusal_tokens
 from abliterate.generation import complete
 from abliterate.integrity import Integrity, check
+from abliterate.interventions import addition
 from abliterate.judging import Tally, judge
 from abliterate.models import load
 from abliterate.monitor import Monitor
@@ -43,7 +45,7 @@ from abliterate.parts import (
     written_hashes,
 )
 from abliterate.plan import Plan
-from abliterate.realise import Patient, Realised, check_realisation, opened, realise, untied
+from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.refusals import RefusalToken
 from abliterate.selection import Scorer, Site
 from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session
@@ -82,6 +84,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         positions=settings.finding.positions,
         monitor=monitor,
     )
+    rehearse(session.anatomy, settings.finding, settings.editing, output)
     findings, finding = find_or_force(session, settings.finding, settings.editing, output.force)
     settings = settings.model_copy(update={"finding": finding})
     found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
@@ -125,6 +128,7 @@ def apply(
     with monitor.phase("know every writer"):
         anatomy, skeleton = study_files(files, source, trust_remote_code=loading.trust_remote_code)
     plan = plan_for(anatomy, chosen, editing)
+    refuse(plan, anatomy, output)
     loaded = None if how_stored(source).editable else load(files, trust_remote_code=loading.trust_remote_code)
     patient = Patient(files, source, anatomy, skeleton, loaded)
     with opened(output, patient, plan) as staging:
@@ -194,12 +198,12 @@ def verify(
     rule.
     """
     chosen = at_site(direction, site, session.anatomy.d_model)
+    plan = session.plan(chosen, editing)
     tokens = refusal_tokens(session, finding)
     ids = tuple(token.token for token in tokens)
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
     scorer = Scorer(session.model, session.anatomy, ids, *val, session.size, behaving=not finding.all_prompts)
     generator = torch.Generator().manual_seed(seed)
-    plan = session.plan(chosen, editing)
     random = Direction(orthonormal(torch.randn(chosen.basis.shape, generator=generator)), {})
     control = session.plan(random, EditSettings(**editing.model_dump(include=_WHERE)))
     raw, layer = _raw(direction, chosen.basis, site)
@@ -356,15 +360,15 @@ def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor
 def _evaluate(session: Session, folder: Path, plan: Plan, done: Realised, settings: EvalSettings) -> rec.EvaluationPart:
     """Before: the original weights. After: the tensors that were saved, read back from disk.
 
-    Where no weights were saved, or live ones are quantised, after is the same plan as hooks.
+    Where no weights were saved, or live ones are quantised, after is what was written as hooks.
     """
     before = session.answers(settings.max_new_tokens, "answers before")
     with contextlib.ExitStack() as stack:
         if done.names is None or session.loaded.quantised:
-            stack.enter_context(session.ablated(plan))
-            after = session.answers(settings.max_new_tokens, "answers after")
-            stack.close()
-            edited = Subject(session.model, functools.partial(session.ablated, plan))
+            hooks = functools.partial(_hooked, session, plan, done)
+            with hooks():
+                after = session.answers(settings.max_new_tokens, "answers after")
+            edited = Subject(session.model, hooks)
             shift = _shift(session.monitor, session, before, Subject(session.model), edited)
             return evaluation_part(before, after, shift, settings)
         with session.monitor.phase("read edited weights back"):
@@ -374,6 +378,17 @@ def _evaluate(session: Session, folder: Path, plan: Plan, done: Realised, settin
         base = Subject(session.model, saved.original)
         shift = _shift(session.monitor, session, before, base, Subject(session.model))
     return evaluation_part(before, after, shift, settings)
+
+
+@contextlib.contextmanager
+def _hooked(session: Session, plan: Plan, done: Realised) -> Iterator[None]:
+    """The live model with what was written as hooks: vectors that are added, else the plan."""
+    with contextlib.ExitStack() as stack:
+        if not done.vectors:
+            stack.enter_context(session.ablated(plan))
+        for layer, vector in done.vectors.items():
+            stack.enter_context(addition(session.blocks[layer], vector[None]))
+        yield
 
 
 def _shift(monitor: Monitor, session: Session, before: dict[str, Answers], base: Subject, edited: Subject) -> Shift:

@@ -12,21 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from abliterate.adapters import LowRank, low_rank, low_rank_live, refuse_for_lora, write_peft
+from abliterate.algebra import orthonormal
 from abliterate.anatomy import Anatomy, Stored, names_on_disk
 from abliterate.card import grouped
 from abliterate.checkpoint import Changes, Checkpoint, Staging, bytes_to_write, ensure_space, resumable
-from abliterate.config import OutputSettings
-from abliterate.directions import Direction, chosen_site
+from abliterate.config import EditSettings, FindSettings, OutputSettings
+from abliterate.directions import Candidates, Direction, chosen_site
 from abliterate.errors import UsageError
 from abliterate.gguf_files import architecture_of, stored_architecture, write_control_vector, write_gguf_lora
 from abliterate.models import LoadedModel, ModelFiles, require_editable
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
 from abliterate.storage import how_stored
-from abliterate.surgery import Surgery, edit_checkpoint, planned_parameters
+from abliterate.surgery import Surgery, edit_checkpoint, planned_parameters, refusal
+from abliterate.variants import plan_for
 
 GGUF_LORA = "abliteration-lora.gguf"
 CONTROL_VECTOR = "control-vector.gguf"
@@ -46,13 +49,58 @@ class Patient:
 @dataclass(frozen=True, slots=True)
 class Realised:
     """What was written. `surgery`, `names` (where parameters lie on disk) and `copied` (new tensors, each with the
-    bytes of another) are those of weights alone.
+    bytes of another) are those of weights alone, `vectors` (to be added, by layer) those of a control vector.
     """
 
     written: tuple[str, ...]
     surgery: Surgery | None = None
     names: dict[str, tuple[Stored, ...]] | None = None
     copied: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[int, Float[Tensor, " d"]] = field(default_factory=dict)
+
+
+def rehearse(anatomy: Anatomy, finding: FindSettings, editing: EditSettings, output: OutputSettings) -> None:
+    """Raise what the plan of a direction that is still to be found would raise, before hours of work."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(finding.rank, anatomy.d_model, generator=generator)
+    raw, mean = torch.randn(2, 1, anatomy.layers + 1, anatomy.d_model, generator=generator)
+    reader = rows if finding.subspace == "leace" else None
+    said = {"chosen": {"layer": 0, "position": -1}}
+    direction = Direction(orthonormal(rows), said, Candidates(raw, mean), reader)
+    refuse(plan_for(anatomy, direction, editing), anatomy, output)
+
+
+def refuse(plan: Plan, anatomy: Anatomy, output: OutputSettings) -> None:
+    """Raise `UsageError`, naming the writer, for a plan that cannot be realised as `output` wants it."""
+    if output.realisation == "weights":
+        for edit in plan.edits:
+            if edit.changes and (reason := refusal(edit)) is not None:
+                raise UsageError(reason)
+        _refuse_untying(plan, anatomy)
+    elif output.realisation == "control-vector":
+        _refuse_vector(plan)
+    else:
+        refuse_for_lora(plan)
+        if plan.untie:
+            raise UsageError("--untie: an adapter cannot untie the head; write weights")
+
+
+def _refuse_untying(plan: Plan, anatomy: Anatomy) -> None:
+    if plan.untie and not any(writer.tied for writer in anatomy.writers):
+        raise UsageError("--untie: expected an embedding tied to the head, found one that is not; leave it out")
+    if plan.untie and not any(edit.writer.tied for edit in plan.edits):
+        raise UsageError("--untie: expected the embedding among what is edited, found it left out; see --components")
+
+
+def _refuse_vector(plan: Plan) -> None:
+    """What is added is the difference of means, so the edit must be one that takes out just that."""
+    plain = (edit for edit in plan.edits if edit.writer.gain is None)
+    if len(plan.direction) != 1 or not all(torch.equal(edit.basis, plan.direction) for edit in plain):
+        raise UsageError("control vector: it adds one vector; subspaces and --biprojected edits cannot be had so")
+    if plan.untie or any(edit.keep_norms or edit.offset is not None or edit.reader is not None for edit in plan.edits):
+        raise UsageError(
+            "control vector: it adds a vector; norm-preserving, affine, LEACE and untied edits cannot be had so"
+        )
 
 
 def check_realisation(files: ModelFiles, source: Checkpoint, output: OutputSettings) -> None:
@@ -89,6 +137,7 @@ def realise(
 
     Raises `UsageError`, naming the writer, for an edit that this realisation cannot hold exactly.
     """
+    refuse(plan, patient.anatomy, output)
     for name, why in grouped(dict(plan.left_alone)):
         monitor.note(f"{name} left alone: {why}")
     if output.realisation == "weights":
@@ -130,10 +179,6 @@ def _changes(plan: Plan, patient: Patient, output: OutputSettings) -> Changes:
         return Changes(shard_bytes=output.shard_bytes)
     model = patient.model
     embedding, head = (_name_of(model, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-    if not any(writer.tied for writer in patient.anatomy.writers):
-        raise UsageError("--untie: expected an embedding tied to the head, found one that is not; leave it out")
-    if not any(edit.writer.tied for edit in plan.edits):
-        raise UsageError("--untie: expected the embedding among what is edited, found it left out; see --components")
     (place,) = names_on_disk(model, {f"{embedding}.weight": 1}, patient.source.tensors)[f"{embedding}.weight"]
     extra = {f"{head}.weight": patient.source.tensors[place.tensor]}
     return Changes(output.shard_bytes, extra, {"config.json": _untied_config(patient.files.folder)})
@@ -170,9 +215,6 @@ def untied(model: Any, plan: Plan) -> Iterator[None]:
 
 def _factors(plan: Plan, patient: Patient) -> list[LowRank]:
     """From the files; from the live model where their numbers can only be had through it."""
-    refuse_for_lora(plan)
-    if plan.untie:
-        raise UsageError("--untie: an adapter cannot untie the head; write weights")
     if how_stored(patient.source).editable:
         names = names_on_disk(patient.model, planned_parameters(plan), patient.source.tensors)
         return low_rank(patient.source, plan, names)
@@ -196,8 +238,6 @@ def _control_vector(plan: Plan, direction: Direction, patient: Patient, folder: 
     site = chosen_site(direction)
     if direction.candidates is None or site is None:
         raise UsageError("control vector: expected a direction file with candidates and a chosen site; see `find`")
-    if any(edit.keep_norms or edit.offset is not None or edit.reader is not None for edit in plan.edits):
-        raise UsageError("control vector: it adds a vector; norm-preserving, affine and LEACE edits cannot be had so")
     layer, position = site
     chosen = {edit.writer.block: edit.strength for edit in plan.edits if edit.writer.block is not None}
     everywhere = set(chosen) == set(range(patient.anatomy.layers))
@@ -209,4 +249,4 @@ def _control_vector(plan: Plan, direction: Direction, patient: Patient, folder: 
     architecture = _architecture(patient)
     path = folder / CONTROL_VECTOR
     write_control_vector(path, vectors, architecture=architecture, layers=patient.anatomy.layers)
-    return Realised((CONTROL_VECTOR,))
+    return Realised((CONTROL_VECTOR,), vectors=vectors)

@@ -151,10 +151,8 @@ def _restorer(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Rewriter:
                 numbers = grid.numbers(grid.read(reader, block), block, new)
                 terms = terms_of(matrix, block)
                 restored(numbers, taken(terms, u[: block.count], spare[: block.count]), terms)
-                _put_exceptions(numbers, block, exceptions)
-                if not bool(torch.isfinite(numbers).all()):
-                    raise damaged(reader.info)
-                data: memoryview = grid.encode(numbers, block).view(torch.uint8).numpy().data
+                stored = _with_exceptions(grid, block, _encoded(grid, block, numbers, reader), exceptions)
+                data: memoryview = stored.view(torch.uint8).numpy().data
                 yield data
 
     return rewrite
@@ -177,13 +175,23 @@ def _terms(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Callable[[int, Block
     return terms_of
 
 
-def _put_exceptions(numbers: Tensor, block: Block, exceptions: Exceptions) -> None:
-    """Put the numbers that cannot be computed in their places; what rounding would make infinite is the largest."""
-    limit = torch.finfo(PLAIN.get(exceptions.format, numbers.dtype)).max
-    numbers.clamp_(-limit, limit)
-    start = block.first * numbers.shape[1]
-    places, values = exceptions.between(start, start + numbers.numel())
-    numbers.view(-1)[places] = values.to(numbers.dtype)
+def _encoded(grid: Grid, block: Block, numbers: Tensor, reader: TensorReader) -> Tensor:
+    """The bytes of restored numbers; what rounding would make infinite is the largest number."""
+    limit = torch.finfo(PLAIN.get(grid.layout.format, numbers.dtype)).max
+    if not bool(torch.isfinite(numbers.clamp_(-limit, limit)).all()):
+        raise damaged(reader.info)
+    return grid.encode(numbers, block)
+
+
+def _with_exceptions(grid: Grid, block: Block, stored: Tensor, exceptions: Exceptions) -> Tensor:
+    """The bytes of a block with what cannot be computed in its place."""
+    start = block.first * grid.columns
+    places, codes = exceptions.between(start, start + block.count * grid.columns)
+    if not len(places):
+        return stored
+    whole = grid.codes(stored)
+    whole.view(-1)[places] = codes
+    return grid.packed(whole)
 
 
 def _original(record: Record, source: Path | None) -> tuple[Checkpoint | None, str | None]:

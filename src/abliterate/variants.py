@@ -79,8 +79,8 @@ def profile(editing: EditSettings, strength: float, anatomy: Anatomy) -> Profile
     Raises `UsageError` for a specification that cannot be read, or a strength for writers that there are not.
     """
     layers = anatomy.layers
-    tests = [_of_kinds(editing.components)] if editing.components else []
-    if editing.layers:
+    tests = [] if editing.components is None else [_of_kinds(editing.components)]
+    if editing.layers is not None:
         within = _in_layers(editing.layers, "--layers", layers)
         in_front = Kind.EMBEDDING.value in (editing.components or "")  # belongs to no block: only if asked for
         tests.append(lambda writer: within(writer) or (in_front and writer.block is None))
@@ -136,7 +136,7 @@ def _rule(text: str, anatomy: Anatomy) -> tuple[_Test, float]:
     if not any(test(writer) for writer in anatomy.writers):
         example = anatomy.writers[-1]
         raise UsageError(
-            f"--strengths {text.strip()}: expected writers such as {example.kind} or {example.module}, found none that fits"
+            f"--strengths {text.strip()}: expected writers such as {example.kind} or {example.module}, found none"
         )
     return test, strength
 

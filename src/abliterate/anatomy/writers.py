@@ -26,9 +26,10 @@ class Writer:
     The output of `module` is linear in what is written: hooks go there. `weight` is the map, with the stream on `axis`
     (Linear [d, n]: 0; Conv1D and embedding [n, d]: 1; experts [E, d, n]: 1, [E, n, d]: 2), `bias` [d] or [E, d] what is
     added to it. A norm's bias is a writer without a weight; fixed positions are one without either. `inner` is the
-    constant by which an embedding's module multiplies its weight, `multiplier` the one between module and stream. `gain` [d] is set when a norm y ↦ gain ⊙ y / rms(y) stands between
-    module and stream, with `centred` when that norm subtracts the mean first; `post_norms` names it, or several one
-    behind the other, and `gain` is then their product. `tied` marks an embedding that is also the head.
+    constant by which an embedding's module multiplies its weight, `multiplier` the one between module and stream.
+    `gain` [d] is set when a norm y ↦ gain ⊙ y / rms(y) stands between module and stream, with `centred` when that norm
+    subtracts the mean first; `post_norms` names it, or several one behind the other, and `gain` is then their product.
+    `tied` marks an embedding that is also the head.
     """
 
     module: str
@@ -77,18 +78,16 @@ _HINTS: tuple[tuple[tuple[str, ...], Kind], ...] = (
     (("mlp", "ffn", "feedforward", "feed_forward", "moe"), Kind.MLP),
 )
 
-_MLP_LEAVES = ("fc2", "fc_out", "w2", "down_proj", "dense_4h_to_h", "output_linear", "lin2")
-
 
 def kind_of(block: nn.Module, module: str) -> Kind:
     """What a module of a block belongs to, by its names and those of what it stands in."""
+    if "expert" in module.lower():
+        return Kind.MLP if "shared" in module.lower() else Kind.EXPERTS
     parts = module.split(".") if module else []
     for end in range(len(parts), 0, -1):
-        inside = block.get_submodule(".".join(parts[:end]))
-        name = parts[end - 1].lower()
-        for words, kind in _HINTS:
-            if any(word in type(inside).__name__.lower() or word in name for word in words):
-                return kind
-        if name in _MLP_LEAVES:
-            return Kind.MLP
+        # Names come before classes, which have the family's name in them.
+        for said in (parts[end - 1], type(block.get_submodule(".".join(parts[:end]))).__name__):
+            for words, kind in _HINTS:
+                if any(word in said.lower() for word in words):
+                    return kind
     return Kind.MLP

@@ -29,7 +29,8 @@ _SCRATCH = "scratch"
 class Note:
     """What a caller wants to find again with a finished file: anything JSON can hold, and files of its own.
 
-    `files` must lie in the journal's `scratch` folder or in the new model folder; `write_edited` flushes them.
+    What comes back of `value` is what JSON makes of it (tuples are lists). `files` must lie in the journal's `scratch`
+    folder or in the new model folder; `write_edited` flushes them.
     """
 
     value: Any = None

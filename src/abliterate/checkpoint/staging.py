@@ -119,8 +119,9 @@ def _prepare(
         lock = left[1] if left else -1
         _check_free(out, overwrite=overwrite)
         if left:
-            os.rename(left[0], place)
-            return made, lock
+            with suppress(FileNotFoundError):  # without locks, another run may have been faster
+                os.rename(left[0], place)
+                return made, lock
         made = [parent for parent in out.parents if not parent.exists()]
         (place / MODEL).mkdir(parents=True)
     except OSError as exc:

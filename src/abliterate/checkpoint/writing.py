@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from abliterate.checkpoint.growing import GrowingFile, Trail, sync_folders, sync
 from abliterate.checkpoint.journal import Finished, Journal, Note
 from abliterate.checkpoint.messages import OUR_FAULT, damaged, error, line, short, write_error
 from abliterate.checkpoint.outputs import Changes, Output, Outputs, Span, plan_outputs
-from abliterate.checkpoint.reading import Checkpoint, TensorReader, open_source
+from abliterate.checkpoint.reading import Checkpoint, Shard, TensorReader, open_source
 from abliterate.checkpoint.staging import overlap
 from abliterate.errors import UsageError
 
@@ -58,6 +59,7 @@ def write_edited(
     changes: Changes | None = None,
     journal: Journal | None = None,
     note: Noter | None = None,
+    known: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EditedFiles:
     """Copy the folder of `source` into the empty folder `target`, with the named tensors rewritten.
@@ -66,13 +68,16 @@ def write_edited(
     Left out: hidden folders and, listed in the result, other copies of the weights and an earlier run's results.
     Every file is on disk when this returns. `progress` is called with the bytes written since its last call.
 
-    With the `journal` of a `resumable` run, files that it holds are not written again. `note` is called when a file
-    with rewritten tensors is written, before the next one is begun, so what rewriters gathered since the last call
-    belongs to this file alone; its value is kept in the journal.
+    With the `journal` of a `resumable` run, files that it holds are in `target` and not written again. `note` is
+    called when a file with rewritten tensors is written, before the next one is begun, so what rewriters gathered
+    since the last call belongs to this file alone; its value is kept in the journal.
+
+    Hashing keeps one more core busy for what is written, and one for the source. `known` are hashes of the source's
+    shards that the caller has already: those shards are not hashed again.
     """
     outputs = plan_outputs(source, changes or Changes())
     _check(source, target, rewriters, journal)
-    run = _Run(source, target, rewriters, journal, note, progress)
+    run = _Run(source, target, rewriters, journal, note, dict(known or {}), progress)
     run.remaining = outputs.nbytes
     try:
         finished, hashes = run.write(outputs)
@@ -116,6 +121,7 @@ class _Run:
     rewriters: Mapping[str, Rewriter]
     journal: Journal | None
     note: Noter | None
+    known: Mapping[str, str]
     progress: Callable[[int], None] | None
     remaining: int = 0
     kept: list[str] = field(default_factory=list)
@@ -135,12 +141,14 @@ class _Run:
                     name, future = pending.pop(0)
                     finished[name] = future.result()
             finished |= {name: future.result() for name, future in pending}
-            hashes_of = {path: trail.digest() for path, trail in hashes.items()}
+            found = {name: trail.digest() for name, trail in hashes.items()} | dict(self.known)
         for output in outputs.files:
-            if output.original and (known := finished[output.name].source_sha256):
-                hashes_of[output.original] = known
-        ordered = {shard.path: hashes_of[shard.path] for shard in self.source.shards}
-        return finished, {str(path.relative_to(self.source.folder)): digest for path, digest in ordered.items()}
+            if output.original and (digest := finished[output.name].source_sha256):
+                found[output.name] = digest
+        return finished, {name: found[name] for name in map(self._name, self.source.shards)}
+
+    def _name(self, shard: Shard) -> str:
+        return str(shard.path.relative_to(self.source.folder))
 
     def _step(self, count: int) -> None:
         self.remaining -= count
@@ -148,17 +156,17 @@ class _Run:
             self.progress(count)
 
     @contextmanager
-    def _other_hashes(self, outputs: Outputs) -> Iterator[dict[Path, Trail]]:
+    def _other_hashes(self, outputs: Outputs) -> Iterator[dict[str, Trail]]:
         """Hashes of shards whose layout no file of the copy has: they are read once more for that."""
         same = {output.original for output in outputs.files}
         with ThreadPoolExecutor(1) as pool, _Sources(self.source) as sources, ExitStack() as stack:
-            trails: dict[Path, Trail] = {}
+            trails: dict[str, Trail] = {}
             for shard in self.source.shards:
-                if shard.path not in same:
+                if shard.path not in same and self._name(shard) not in self.known:
                     trail = stack.enter_context(Trail(pool, sources.fd(shard.path), shard.path))
                     trail.tell(shard.file_bytes)
                     trail.end()
-                    trails[shard.path] = trail
+                    trails[self._name(shard)] = trail
             yield trails
 
     def _write_file(self, output: Output, threads: _Threads) -> Future[Finished]:
@@ -170,7 +178,7 @@ class _Run:
             sources = stack.enter_context(_Sources(self.source))
             file = stack.enter_context(GrowingFile(path, _mode(output.like), threads.flusher, self._step))
             trails = [stack.enter_context(Trail(threads.hashers, file.fd, path))]
-            if output.original and rewritten:
+            if output.original and rewritten and output.name not in self.known:
                 trails.append(stack.enter_context(Trail(threads.hashers, sources.fd(output.original), output.original)))
             for trail in trails:
                 file.follow(trail)
@@ -204,7 +212,9 @@ class _Run:
         for path in note.files:
             sync_path(path)
         files = {self.journal.relative(path): path.stat().st_size for path in note.files} if self.journal else {}
-        entry = Finished(output.nbytes, digests[0], digests[-1] if output.original else None, note.value, files)
+        source = self.known.get(output.name, digests[-1]) if output.original else None
+        value = json.loads(json.dumps(note.value))  # the same now as after a kill
+        entry = Finished(output.nbytes, digests[0], source, value, files)
         if self.journal:
             self.journal.add(output.name, entry)
         return entry

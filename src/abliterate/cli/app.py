@@ -339,6 +339,10 @@ def undo(
 
 def _verify_files(out: Path, source: Path | None, *, as_json: bool, quiet: bool) -> None:
     """Compare an OUT with its original, byte by byte."""
+    from abliterate.record import FILE_NAME
+
+    if not (out / FILE_NAME).is_file():
+        raise UsageError(f"verify {out}: expected --direction FILE, or an OUT that holds {FILE_NAME}; found neither")
     from abliterate import pipeline
     from abliterate.cli.verification import comparison_as_dict, show_comparison
 

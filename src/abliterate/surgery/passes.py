@@ -189,7 +189,7 @@ class Passage:
         edited(old, taken(terms, u, new), terms, exact)
         stored = self._encode(exact, block, new, diffusion)
         if self._watch:
-            self._watch.see(block, data, stored, terms, (old, u, new))
+            self._watch.see(block, data, stored, terms, (u, new))
         self._gather(old, exact, new)
         found: memoryview = stored.view(torch.uint8).numpy().data
         return found

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from abliterate.anatomy import Kind, Stored
@@ -19,6 +19,14 @@ from abliterate.plan import Edit, Plan
 #: Bytes of the numbers of one block, in the precision of the arithmetic. The few copies that are worked on stay in the
 #: caches of one core: larger blocks are slower, smaller ones spend their time between operations.
 BLOCK_BYTES = 1 << 20
+
+
+_CODES = {"F64": torch.int64, "F32": torch.int32, "F16": torch.int16, "BF16": torch.int16}
+
+
+def code_dtype(format: str) -> torch.dtype:
+    """What holds one stored number of a format (see `Grid.codes`)."""
+    return _CODES.get(format, torch.int8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +95,7 @@ class Grid:
         """The numbers of a block, written into memory for one."""
         out = out[: block.count]
         if self.is_plain:
-            return out.copy_(self.stored(data))
+            return out.copy_(self.codes(data).view(PLAIN[self.layout.format]))
         self.layout.decode(data, block.first * self._folded, out=out.view(-1, self.layout.columns))
         return out
 
@@ -100,10 +108,24 @@ class Grid:
         """Whether the stored bytes are themselves floats, without a scale."""
         return self.layout.format in PLAIN
 
-    def stored(self, data: Bytes) -> Float[Tensor, "rows columns"]:
-        """The bytes of a block as the floats that they are."""
-        raw = data if isinstance(data, Tensor) else torch.frombuffer(data, dtype=torch.uint8)
-        return raw.view(PLAIN[self.layout.format]).view(-1, self.columns)
+    def codes(self, data: Bytes) -> Int[Tensor, "rows columns"]:
+        """What is stored as whole numbers: a sign bit, and below it codes in the order of the sizes they stand for.
+
+        For all formats but MXFP4 they share the memory of `data`.
+        """
+        raw = (data if isinstance(data, Tensor) else torch.frombuffer(data, dtype=torch.uint8)).view(torch.uint8)
+        if self.layout.format == "MXFP4":
+            pairs = torch.stack((raw.view(-1) & 15, raw.view(-1) >> 4), -1)
+            raw = (pairs & 8) << 4 | pairs & 7
+        return raw.view(code_dtype(self.layout.format)).view(-1, self.columns)
+
+    def packed(self, codes: Int[Tensor, "rows columns"]) -> Tensor:
+        """The bytes of `codes`."""
+        raw = codes.view(torch.uint8)
+        if self.layout.format != "MXFP4":
+            return raw
+        pairs = ((raw >> 4) & 8 | raw & 7).view(-1, 2)
+        return pairs[:, 0] | pairs[:, 1] << 4
 
     @property
     def _folded(self) -> int:

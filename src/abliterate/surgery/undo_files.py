@@ -7,7 +7,7 @@ tensor i it holds
 `i.removed`    F32 (F64) [matrices, k, v]   A of the v vectors of the stream in each matrix
 `i.scales`     F32 (F64) [matrices, v]      the factors that gave the vectors their length back, if they got one
 `i.counts`     I32 [pages]                  how many exceptions there are in each page of 65,536 numbers
-`i.exceptions` U8                           place in its page (U16) and old number (as stored) of each, then zeros
+`i.exceptions` U8                           place in its page (U16) and what was stored (see `Grid.codes`), then zeros
 `i.offset`     F32 [d]                      the constant that was added, if one was
 `basis.j`      F32 [k, d]                   L, once for all tensors it was used on
 ============== ============================ ==================================================================
@@ -32,9 +32,8 @@ from torch import Tensor
 
 from abliterate.checkpoint import TensorInfo, open_tensor, read_shard
 from abliterate.errors import CheckpointError
-from abliterate.formats import PLAIN
 from abliterate.surgery.passes import Known
-from abliterate.surgery.tensors import Task
+from abliterate.surgery.tensors import Task, code_dtype
 
 #: Folder of the undo files in an edited model: readers of weights that take every file of a folder must not see them.
 FOLDER = "undo"
@@ -139,14 +138,14 @@ class UndoKeeper:
         self._start = writer.position
         self._ended = False
 
-    def exceptions(self, places: Int[Tensor, " p"], values: Float[Tensor, " p"]) -> None:
-        """Append the numbers of one block that undo cannot compute."""
+    def exceptions(self, places: Int[Tensor, " p"], codes: Int[Tensor, " p"]) -> None:
+        """Append some numbers that undo cannot compute."""
         if not len(places):
             return
-        where, size = places.numpy(), values.element_size()
-        records = np.empty(len(where), dtype=[("place", "<u2"), ("value", f"V{size}")])
+        where = places.numpy()
+        records = np.empty(len(where), dtype=_record(codes.dtype))
         records["place"] = where & (_PAGE - 1)
-        records["value"] = values.contiguous().view(torch.uint8).numpy().view(f"V{size}").reshape(-1)
+        records["code"] = codes.numpy()
         first = int(where[0]) // _PAGE
         counts = np.bincount(where // _PAGE - first).astype(np.int32)
         self._counts[first : first + len(counts)] += counts
@@ -225,10 +224,10 @@ class UndoFile:
         """The numbers of one tensor that cannot be computed."""
         counts = self.array(f"{entry.key}.counts")
         info = self._arrays.tensors.get(f"{entry.key}.exceptions")
-        width = 2 + PLAIN.get(entry.format, torch.float32).itemsize
-        if counts is None or info is None or info.nbytes // width < int(counts.sum()):
+        record = _record(code_dtype(entry.format))
+        if counts is None or info is None or info.nbytes // record.itemsize < int(counts.sum()):
             raise CheckpointError(f"{self.path}: expected the exceptions of '{entry.tensor}', found too few")
-        return Exceptions(info, np.concatenate(([0], counts.numpy().cumsum(dtype=np.int64))), entry.format)
+        return Exceptions(info, np.concatenate(([0], counts.numpy().cumsum(dtype=np.int64))), record)
 
     def _data_hash(self) -> str:
         found = hashlib.sha256()
@@ -245,26 +244,24 @@ class Exceptions:
 
     info: TensorInfo
     ends: Any
-    format: str
+    record: np.dtype[Any]
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """What old numbers are kept as: as they were stored, where that needs no scale."""
-        return PLAIN.get(self.format, torch.float32)
-
-    def between(self, start: int, end: int) -> tuple[Int[Tensor, " p"], Float[Tensor, " p"]]:
-        """Those at places from `start` up to `end`, counted from `start`."""
+    def between(self, start: int, end: int) -> tuple[Int[Tensor, " p"], Int[Tensor, " p"]]:
+        """Places and codes of those from `start` up to `end`, counted from `start`."""
         first, last = start // _PAGE, -(-end // _PAGE)
-        width = 2 + self.dtype.itemsize
+        width = self.record.itemsize
         with open_tensor(self.info) as reader:
             low, high = int(self.ends[first]), int(self.ends[last])
-            data = reader.read(low * width, (high - low) * width)
-        records = np.frombuffer(data, dtype=[("place", "<u2"), ("value", f"V{self.dtype.itemsize}")])
+            records = np.frombuffer(reader.read(low * width, (high - low) * width), self.record)
         pages = np.repeat(np.arange(first, last), np.diff(self.ends[first : last + 1]))
         places = pages * _PAGE + records["place"] - start
         inside = (places >= 0) & (places < end - start)
-        values = torch.frombuffer(bytearray(records["value"][inside].tobytes()) or bytearray(8), dtype=self.dtype)
-        return torch.from_numpy(places[inside]), values[: int(inside.sum())]
+        return torch.from_numpy(places[inside]), torch.from_numpy(records["code"][inside])
+
+
+def _record(codes: torch.dtype) -> np.dtype[Any]:
+    """One exception on disk."""
+    return np.dtype([("place", "<u2"), ("code", f"<i{codes.itemsize}")])
 
 
 def _entry(value: dict[str, Any]) -> UndoEntry:
