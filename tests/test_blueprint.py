@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from abliterate import blueprint
 from abliterate.anatomy import Anatomy, Kind, Writer, names_on_disk, study
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint
+from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint, open_tensor
 from abliterate.errors import AnatomyError, ModelError
 from abliterate.models import ModelFiles
 from families import BY_NAME, D_MODEL, VOCAB, randomise, save
@@ -124,12 +124,11 @@ def test_tensors_that_share_memory_change_nothing(name: str, tmp_path: Path, mon
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2", "olmo2"])
 def test_no_weights_are_read_but_norms(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[str] = []
-    original = blueprint.open_tensor
 
     @contextmanager
     def watched(info: TensorInfo) -> Iterator[Any]:
         opened.append(info.name)
-        with original(info) as reader:
+        with open_tensor(info) as reader:
             yield reader
 
     save(model_of(name), tmp_path, tokenizer=False)
@@ -140,15 +139,24 @@ def test_no_weights_are_read_but_norms(name: str, tmp_path: Path, monkeypatch: p
     assert bool(norms) == (name in ("gemma2", "olmo2"))
 
 
-def test_more_experts_than_the_copy_has(tmp_path: Path) -> None:
-    entry = dataclasses.replace(ZOO["mixtral"], changes={"num_local_experts": 20, "intermediate_size": 96})
-    model = entry.model()
+@pytest.mark.parametrize("chosen", [2, 18])
+def test_more_experts_than_the_narrow_copy_has(chosen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"num_local_experts": 24, "intermediate_size": 96, "num_experts_per_tok": chosen}
+    model = dataclasses.replace(ZOO["mixtral"], changes=changes).model()
     save(model, tmp_path, tokenizer=False)
+    studied: list[Any] = []
+
+    def watched(copy: Any) -> Anatomy:
+        studied.append(copy)
+        return study(copy)
+
+    monkeypatch.setattr(blueprint, "study", watched)
     found, skeleton, checkpoint = read(tmp_path)
     assert_same(found, study(model))
     name = "model.layers.0.mlp.experts.down_proj"
-    assert skeleton.get_parameter(name).shape == (20, D_MODEL, 96)
-    assert len(names_on_disk(skeleton, {name: 1}, checkpoint.tensors)[name]) == 20
+    assert skeleton.get_parameter(name).shape == (24, D_MODEL, 96)
+    assert studied[0].get_parameter(name).shape == (max(16, chosen), D_MODEL, 64)
+    assert len(names_on_disk(skeleton, {name: 1}, checkpoint.tensors)[name]) == 24
 
 
 def test_nothing_that_others_see_is_changed(tmp_path: Path) -> None:
@@ -170,7 +178,7 @@ def test_architecture_that_does_not_close_stops(tmp_path: Path) -> None:
 def test_configuration_that_makes_no_model_is_an_error(tmp_path: Path) -> None:
     for text in ('{"model_type": "never-seen"}', '{"model_type": "llama", "hidden_size": "wide"}'):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ModelError, match="model 'mine': .* configuration"):
+        with pytest.raises(ModelError, match=r"model 'mine': .* configuration"):
             study_files(ModelFiles("mine", "folder", tmp_path), _empty())
 
 
@@ -214,8 +222,9 @@ class ToyBlock(nn.Module):
         routed = torch.zeros_like(x)
         for expert in chosen.unique().tolist():
             routed[chosen == expert] = self.experts[expert](x[chosen == expert])
-        written: Tensor = self.mlp(x) + routed + torch.tanh(self.gate) * self.gated(torch.sin(x))
-        return x + written + self.fresh(torch.cos(x))
+        written = self.mlp(x) + routed + torch.tanh(self.gate) * self.gated(torch.sin(x))
+        out: Tensor = x + written + self.fresh(torch.cos(x))
+        return out
 
 
 class ToyModel(PreTrainedModel):
@@ -277,7 +286,8 @@ with tempfile.TemporaryDirectory() as folder:
     config.save_pretrained(folder)
     anatomy, skeleton = study_files(ModelFiles("model", "folder", Path(folder)), None)
 used = resource.getrusage(resource.RUSAGE_SELF)
-print(len(anatomy.writers), sum(p.numel() for p in skeleton.parameters()), used.ru_utime + used.ru_stime, used.ru_maxrss)
+parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+print(len(anatomy.writers), parameters, used.ru_utime + used.ru_stime, used.ru_maxrss)
 """
 
 

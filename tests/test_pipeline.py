@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
 from abliterate import pipeline
+from abliterate.checkpoint import open_checkpoint
 from abliterate.config import (
     EditSettings,
     EvalSettings,
@@ -30,7 +31,7 @@ from abliterate.config import (
     RunSettings,
 )
 from abliterate.directions import Direction, load_direction, save_direction
-from abliterate.errors import GateNotMet, UsageError
+from abliterate.errors import CheckpointError, GateNotMet, UsageError
 from abliterate.judging import Label, judge
 from abliterate.monitor import Monitor
 from abliterate.record import Record, read_record
@@ -43,7 +44,7 @@ def prompt_settings(planted: Planted, **changes: Any) -> PromptSettings:
 
 
 def settings(planted: Planted, out: Path, **changes: Any) -> RunSettings:
-    output = OutputSettings(out=out, **{k: changes.pop(k) for k in ("overwrite", "force") if k in changes})
+    output = OutputSettings(out=out, **{k: changes.pop(k) for k in OutputSettings.model_fields if k in changes})
     loading = ModelSettings(device="cpu", batch_size="64")
     options: dict[str, Any] = {"prompts": prompt_settings(planted), "loading": loading, **changes}
     return RunSettings(model=str(planted.folder), output=output, **options)
@@ -680,3 +681,426 @@ def test_prompts_to_evaluate_on_can_be_given(planted: Planted, tmp_path: Path) -
     record = abliterate.run(settings(planted, tmp_path / "out", prompts=prompt_settings(planted, eval_harmful=spec)))
     assert [answer.prompt for answer in behaviour(record).answers["before"]["harmful"]] == texts
     assert (behaviour(record).before.harmful.refusals, behaviour(record).before.harmful.n) == (2, 3)
+
+
+# --- what is edited, and how
+
+
+def target_of(tmp_path: Path, **changes: Any) -> OutputSettings:
+    return OutputSettings(out=tmp_path / "out", **changes)
+
+
+def changed(before: Path, after: Path) -> set[str]:
+    """Names below `model.` of the tensors that differ."""
+    old, new = weights(before), weights(after)
+    assert old.keys() == new.keys()
+    return {name.removesuffix(".weight") for name, tensor in old.items() if not torch.equal(tensor, new[name])}
+
+
+def attention(*blocks: int) -> set[str]:
+    return {f"model.layers.{block}.self_attn.o_proj" for block in blocks}
+
+
+def mlp(*blocks: int) -> set[str]:
+    return {f"model.layers.{block}.mlp.down_proj" for block in blocks}
+
+
+EMBEDDING = {"model.embed_tokens"}
+ALL = range(BLOCKS)
+CHOICES: dict[str, tuple[dict[str, str], set[str]]] = {
+    "one block": ({"layers": "1"}, attention(1) | mlp(1)),
+    "ranges of blocks": ({"layers": "-1,3-"}, attention(0, 1, 3, 4) | mlp(0, 1, 3, 4)),
+    "attention": ({"components": "attention"}, attention(*ALL)),
+    "two components": ({"components": "mlp, embedding"}, mlp(*ALL) | EMBEDDING),
+    "a component in blocks": ({"components": "mlp", "layers": "2-4"}, mlp(2, 3, 4)),
+    "blocks and the embedding": ({"components": "attention,embedding", "layers": "2"}, attention(2) | EMBEDDING),
+    "strength 0 by kind": ({"strengths": "mlp=0"}, attention(*ALL) | EMBEDDING),
+    "strength 0 by name": ({"strengths": "*.o_proj=0"}, mlp(*ALL) | EMBEDDING),
+    "strength 0 in blocks": ({"strengths": "@1-4=0"}, attention(0) | mlp(0) | EMBEDDING),
+    "the last rule wins": ({"strengths": "mlp=0,mlp@1+3=1"}, attention(*ALL) | mlp(1, 3) | EMBEDDING),
+    "a rule adds to what is chosen": ({"layers": "1", "strengths": "mlp@4=1"}, attention(1) | mlp(1, 4)),
+}
+
+
+@pytest.mark.parametrize(("options", "expected"), CHOICES.values(), ids=CHOICES)
+def test_only_what_is_chosen_is_edited(
+    options: dict[str, str], expected: set[str], planted: Planted, out: Path, tmp_path: Path
+) -> None:
+    editing = EditSettings(**options)  # type: ignore[arg-type]
+    file = out / "direction.safetensors"
+    record = abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=editing)
+    assert changed(planted.folder, tmp_path / "out") == expected
+    assert record.plan is not None
+    assert record.plan.variant == options
+    assert {name.removesuffix(".weight") for name, s in record.plan.strengths.items() if s != 0} == expected
+    left = {*record.plan.strengths, *record.plan.left_alone}
+    assert len(left) == 2 * BLOCKS + 1, "every writer is accounted for"
+
+
+def test_strengths_of_single_writers_are_those_asked_for(planted: Planted, out: Path, tmp_path: Path) -> None:
+    editing = EditSettings(strength=0.25, strengths="attention=0.8,mlp@2-3=-1,model.embed_tokens=1.5")
+    file = out / "direction.safetensors"
+    abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=editing)
+    before, after, r = weights(planted.folder), weights(tmp_path / "out"), load_direction(file).basis[0]
+    expected = {f"{name}.weight": 0.8 for name in attention(*ALL)} | {f"{name}.weight": 0.25 for name in mlp(0, 1, 4)}
+    expected |= {f"{name}.weight": -1.0 for name in mlp(2, 3)}
+    for name, strength in expected.items():
+        assert torch.allclose(r @ after[name], (1 - strength) * (r @ before[name]), atol=1e-5), name
+    name = "model.embed_tokens.weight"
+    assert torch.allclose(after[name] @ r, -0.5 * (before[name] @ r), atol=1e-5)
+
+
+def columns(tensors: dict[str, torch.Tensor], name: str) -> torch.Tensor:
+    """Vectors of the stream that a writer writes, as rows."""
+    tensor = tensors[f"{name}.weight"]
+    return tensor if "embed" in name else tensor.T
+
+
+WRITERS = sorted(attention(*ALL) | mlp(*ALL) | EMBEDDING)
+
+
+def test_norm_preserving_edit_keeps_the_length_of_every_vector(planted: Planted, out: Path, tmp_path: Path) -> None:
+    file = out / "direction.safetensors"
+    editing = EditSettings(norm_preserving=True)
+    abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=editing)
+    before, after, plain = weights(planted.folder), weights(tmp_path / "out"), weights(out)
+    r = load_direction(file).basis[0]
+    for name in WRITERS:
+        assert float((columns(after, name) @ r).abs().max()) < 1e-5, name
+        lengths = columns(before, name).norm(dim=1)
+        assert torch.allclose(columns(after, name).norm(dim=1), lengths, rtol=1e-4), name
+    shorter = columns(before, WRITERS[-1]).norm(dim=1) - columns(plain, WRITERS[-1]).norm(dim=1)
+    assert float(shorter.max()) > 1e-4, "the control: without it they are shorter"
+
+
+def test_biprojected_edit_leaves_the_harmless_mean_of_every_layer_alone(
+    planted: Planted, out: Path, tmp_path: Path
+) -> None:
+    file = out / "direction.safetensors"
+    direction = load_direction(file)
+    assert direction.candidates is not None
+    position = direction.metadata["chosen"]["position"]
+    means = direction.candidates.harmless_mean[-1 - position]
+    abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=EditSettings(biprojected=True))
+    before, after, plain = weights(planted.folder), weights(tmp_path / "out"), weights(out)
+    moved = 0.0
+    for name in WRITERS:
+        site = 0 if "embed" in name else int(name.split(".")[2]) + 1
+        mean = means[site] / means[site].norm()
+        change = columns(after, name) - columns(before, name)
+        assert float((change @ mean).abs().max()) < 1e-5, name
+        assert float(change.abs().max()) > 1e-4, name
+        moved = max(moved, float(((columns(plain, name) - columns(before, name)) @ mean).abs().max()))
+    assert moved > 1e-3, "the control: a plain edit does not"
+
+
+def along(session: pipeline.Session, vector: torch.Tensor) -> torch.Tensor:
+    """What is in the stream along a vector, for all harmful test prompts, positions and sites."""
+    found: list[torch.Tensor] = []
+
+    def consume(_: int, __: list[int], values: torch.Tensor) -> None:
+        found.append((values.float() @ vector).flatten())
+
+    session.stream(session.encoded["harmful", "test"], consume, lambda _: None)
+    return torch.cat(found)
+
+
+def test_affine_edit_puts_back_what_harmless_prompts_have(planted: Planted, out: Path, tmp_path: Path) -> None:
+    """In weights: the part along r is a constant everywhere in the stream, and not zero."""
+    file = out / "direction.safetensors"
+    direction = load_direction(file)
+    assert direction.candidates is not None
+    site = direction.metadata["chosen"]
+    mean = direction.candidates.harmless_mean[-1 - site["position"], site["layer"]]
+    abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=EditSettings(affine=True))
+    edited = pipeline.open_session(
+        str(tmp_path / "out"), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu")
+    )
+    r = direction.basis[0]
+    found = along(edited, r)
+    assert abs(float(mean @ r)) > 0.01
+    assert torch.allclose(found, (mean @ r).expand_as(found), atol=1e-4)
+    plain = pipeline.open_session(str(out), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu"))
+    assert float(along(plain, r).abs().max()) < 1e-4, "the control: a plain edit puts nothing back"
+
+
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
+    "blocks and components": ({}, {"layers": "1-3", "components": "attention"}, {}, 0),
+    "blocks that do not write it": ({}, {"layers": "3-4"}, {}, 24),
+    "norm-preserving and bi-projected": ({}, {"norm_preserving": True, "biprojected": True, "layers": "1-3"}, {}, 0),
+    "affine": ({}, {"affine": True}, {}, 0),
+    "strengths": ({}, {"strengths": "mlp=0.5,attention@1=1.2"}, {}, 0),
+    "SVD of rank 2": ({"subspace": "svd", "rank": 2}, {}, {}, 0),
+    "clusters of rank 2": ({"subspace": "clusters", "rank": 2}, {}, {}, 0),
+    "LEACE": ({"subspace": "leace", "max_kl": 1.0}, {}, {}, 0),
+    "small files": ({}, {}, {"shard_size": "40kB"}, 0),
+}
+
+
+@pytest.mark.parametrize(("finding", "editing", "output", "left"), RUNS.values(), ids=RUNS)
+def test_what_a_run_measures_is_what_it_saves(
+    finding: dict[str, Any],
+    editing: dict[str, Any],
+    output: dict[str, Any],
+    left: int,
+    planted: Planted,
+    tmp_path: Path,
+) -> None:
+    job = settings(
+        planted, tmp_path / "out", finding=FindSettings(**finding), editing=EditSettings(**editing), **output
+    )
+    record = abliterate.run(job)
+    assert record.plan is not None
+    assert record.plan.variant == editing
+    assert record.plan.rank == finding.get("rank", 1)
+    assert read_record(tmp_path / "out") == record
+    assert behaviour(record).after.harmful.refusals == left
+    assert behaviour(record).after.harmless.refusals == 0
+    edited = pipeline.open_session(
+        str(tmp_path / "out"), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu")
+    )
+    saved, _, _ = pipeline.evaluate(edited, EvalSettings())
+    part = pipeline.answer_parts(saved, keep=False)
+    assert part == behaviour(record).answers["after"]
+    assert abliterate.compare(tmp_path / "out").intact
+
+
+@pytest.mark.parametrize("subspace", ["svd", "clusters", "leace"])
+def test_subspaces_hold_the_planted_direction(session: pipeline.Session, planted: Planted, subspace: Any) -> None:
+    rank = 1 if subspace == "leace" else 2
+    finding = FindSettings(subspace=subspace, rank=rank)
+    direction = pipeline.choose(session, pipeline.find(session, finding), finding).direction
+    assert direction.basis.shape == (rank, D_MODEL)
+    assert float((direction.basis @ planted.direction).norm()) > 0.99
+    assert (direction.reader is not None) == (subspace == "leace")
+    if direction.reader is not None:
+        assert float(direction.reader[0] @ direction.basis[0]) == pytest.approx(1, abs=1e-4)
+        assert float(torch.cosine_similarity(direction.reader[0], direction.basis[0], dim=0)) < 0.99, "oblique"
+
+
+# --- adapters and vectors
+
+
+def test_lora_of_a_run_is_an_adapter_that_peft_loads(
+    planted: Planted, session: pipeline.Session, out: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    record = abliterate.run(settings(planted, tmp_path / "out", realisation="lora"))
+    assert record.plan is not None
+    assert (record.plan.realisation, record.plan.edits) == ("lora", [])
+    assert record.output_sha256 == {
+        name: hashlib.sha256((tmp_path / "out" / name).read_bytes()).hexdigest()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert not list((tmp_path / "out").glob("model*"))
+    assert behaviour(record).after.harmful.refusals == 0 < behaviour(record).before.harmful.refusals
+    base = AutoModelForCausalLM.from_pretrained(planted.folder)
+    ids = torch.tensor([session.encoded["harmful", "test"].prefix + session.encoded["harmful", "test"].suffixes[0]])
+    with torch.inference_mode():
+        before = base(ids).logits
+        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "out")(ids).logits
+        edited = AutoModelForCausalLM.from_pretrained(out)(ids).logits
+    assert torch.allclose(adapted, edited, atol=1e-4)
+    assert not torch.allclose(before, edited, atol=1e-2)
+
+
+def test_gguf_lora_holds_the_change_of_every_weight(planted: Planted, out: Path, tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    file = out / "direction.safetensors"
+    output = target_of(tmp_path, realisation="gguf-lora")
+    record = abliterate.apply(str(planted.folder), file, output)
+    assert record.plan is not None
+    assert record.plan.files == ["abliteration-lora.gguf"]
+    tensors = {t.name: torch.tensor(t.data) for t in GGUFReader(tmp_path / "out" / "abliteration-lora.gguf").tensors}
+    assert len(tensors) == 2 * len(WRITERS)
+    before, after = weights(planted.folder), weights(out)
+    for block in ALL:
+        a, b = (tensors[f"blk.{block}.attn_output.weight.lora_{part}"] for part in "ab")
+        name = f"model.layers.{block}.self_attn.o_proj.weight"
+        assert torch.allclose(before[name] + b @ a, after[name], atol=1e-5)
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_control_vector_is_measured_as_what_it_is(planted: Planted, out: Path, tmp_path: Path, strength: float) -> None:
+    """It adds: what a run says of it is not what the ablation of the same direction would do."""
+    from gguf import GGUFReader
+
+    editing = EditSettings(strength=strength)
+    record = abliterate.run(settings(planted, tmp_path / "out", realisation="control-vector", editing=editing))
+    site = chosen(record)
+    (tensor,) = GGUFReader(tmp_path / "out" / "control-vector.gguf").tensors
+    candidates = load_direction(out / "direction.safetensors").candidates
+    assert candidates is not None
+    vector = -strength * candidates.at(site.layer, site.position)
+    assert torch.allclose(torch.tensor(tensor.data).flatten(), vector, atol=1e-5)
+    live = open_session(planted)
+    with abliterate.addition(live.blocks[site.layer], vector[None]):
+        steered = live.answers(EvalSettings().max_new_tokens, "steered")
+    assert pipeline.answer_parts(steered, keep=False) == behaviour(record).answers["after"]
+    if strength < 0:
+        assert behaviour(record).after.harmless.refusals > 0, "the control: an ablation can not do this"
+
+
+INCOMPATIBLE: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] = {
+    "scaled columns as LoRA": ({}, {"norm_preserving": True}, {"realisation": "lora"}, "norm-preserving .*o_proj"),
+    "scaled columns as GGUF": ({}, {"norm_preserving": True}, {"realisation": "gguf-lora"}, "norm-preserving .*o_proj"),
+    "scaled columns as vector": ({}, {"norm_preserving": True}, {"realisation": "control-vector"}, "it adds a vector"),
+    "affine vector": ({}, {"affine": True}, {"realisation": "control-vector"}, "it adds a vector"),
+    "bi-projected vector": ({}, {"biprojected": True}, {"realisation": "control-vector"}, "it adds one vector"),
+    "vectors of a subspace": (
+        {"subspace": "svd", "rank": 2},
+        {},
+        {"realisation": "control-vector"},
+        "it adds one vector",
+    ),
+    "LEACE as vector": ({"subspace": "leace"}, {}, {"realisation": "control-vector"}, "it adds a vector"),
+    "files of an adapter": ({}, {}, {"realisation": "lora", "shard_size": "1GB"}, "--shard-size.*found lora"),
+    "constant without a holder": (
+        {},
+        {"affine": True, "components": "attention"},
+        {},
+        "o_proj.*bias to hold a constant",
+    ),
+    "not tied": ({}, {"untie": True}, {}, "--untie: expected an embedding tied to the head"),
+    "rank without a subspace": ({"rank": 2}, {}, {}, "--rank 2: expected --subspace svd or clusters"),
+    "rank of LEACE": ({"subspace": "leace", "rank": 2}, {}, {}, "--rank 2: .*found leace"),
+    "bi-projected subspace": ({"subspace": "svd", "rank": 2}, {"biprojected": True}, {}, "--biprojected: expected one"),
+    "bi-projected LEACE": ({"subspace": "leace"}, {"biprojected": True}, {}, "--biprojected: .*LEACE"),
+    "no such block": ({}, {"layers": str(BLOCKS)}, {}, "--layers 5: expected blocks 0 to 4"),
+    "nothing chosen": ({}, {"components": "experts"}, {}, "expected at least one writer to edit"),
+    "no such writer": ({}, {"strengths": "*.conv=1"}, {}, r"--strengths \*\.conv=1"),
+}
+
+
+@pytest.mark.parametrize(("finding", "editing", "output", "message"), INCOMPATIBLE.values(), ids=INCOMPATIBLE)
+def test_what_cannot_be_done_is_said_before_anything_is_measured(
+    finding: dict[str, Any],
+    editing: dict[str, Any],
+    output: dict[str, Any],
+    message: str,
+    planted: Planted,
+    tmp_path: Path,
+) -> None:
+    job = settings(
+        planted, tmp_path / "out", finding=FindSettings(**finding), editing=EditSettings(**editing), **output
+    )
+    monitor = Monitor()
+    with pytest.raises(UsageError, match=message):
+        abliterate.run(job, monitor)
+    assert "find refusal tokens" not in monitor.timings()
+    check_nothing_left(tmp_path)
+
+
+# --- undo, and proof of what was changed
+
+
+def steps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The largest distance between two tensors in representable numbers."""
+    whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[a.dtype]
+    ordinals = []
+    for bits in (tensor.view(whole).long() for tensor in (a, b)):
+        ordinals.append(torch.where(bits < 0, torch.iinfo(whole).min - bits, bits))
+    return int((ordinals[0] - ordinals[1]).abs().max())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_undo_restores_the_original_bit_for_bit(out: Path, planted: Planted, tmp_path: Path, in_place: bool) -> None:
+    edited = Path(shutil.copytree(out, tmp_path / "out"))
+    undone = abliterate.undo(edited, target=None if in_place else tmp_path / "back")
+    assert (undone.exact, undone.steps, undone.reason) == (True, 0, None)
+    assert undone.folder == (edited if in_place else tmp_path / "back")
+    assert digest(undone.folder) == digest(planted.folder)
+    assert in_place or digest(edited) == digest(out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("editing", [{}, {"norm_preserving": True}, {"strength": -1.0}, {"affine": True}], ids=str)
+def test_undo_without_the_original_comes_within_one_step_and_says_why(
+    dtype: torch.dtype, editing: dict[str, Any], tmp_path: Path, out: Path
+) -> None:
+    planted = plant(tmp_path / "planted", dtype=dtype, shards=2)
+    edited, moved = tmp_path / "out", tmp_path / "moved"
+    file = out / "direction.safetensors"
+    abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=EditSettings(**editing))
+    planted.folder.rename(moved)
+    before = weights(moved)
+    found = weights(edited)
+    assert max(steps_apart(before[name], found[name]) for name in before) > 100, "the control"
+    given = abliterate.undo(edited, target=tmp_path / "back", source=moved)
+    assert given.exact
+    assert digest(tmp_path / "back") == digest(moved)
+    undone = abliterate.undo(edited)
+    assert (undone.exact, undone.steps) == (False, 1)
+    assert undone.reason is not None
+    assert str(planted.folder) in undone.reason
+    after = weights(edited)
+    assert {name.removesuffix(".weight") for name in undone.tensors} == set(WRITERS)
+    for name, tensor in before.items():
+        assert steps_apart(tensor, after[name]) <= (1 if name in undone.tensors else 0), name
+    assert not (edited / "abliteration.json").exists()
+    with pytest.raises(UsageError, match="expected the record"):
+        abliterate.undo(edited)
+
+
+def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
+    planted: Planted, out: Path, tmp_path: Path
+) -> None:
+    output = target_of(tmp_path, realisation="lora")
+    abliterate.apply(str(planted.folder), out / "direction.safetensors", output)
+    for act in (abliterate.undo, abliterate.compare):
+        with pytest.raises(UsageError, match="expected a model with edited weights, found lora"):
+            act(tmp_path / "out")
+        for folder in (planted.folder, tmp_path / "none"):
+            with pytest.raises(UsageError, match="expected the record of a run, found none"):
+                act(folder)
+
+
+def test_comparison_proves_every_byte_outside_the_plan(done: Record, out: Path, planted: Planted) -> None:
+    found = abliterate.compare(out)
+    assert found.intact
+    assert found.source == planted.folder
+    assert {name.removesuffix(".weight") for name in found.integrity.changed} == set(WRITERS)
+    assert found.integrity.unchanged == ()
+    assert found.integrity.sha256 == done.output_sha256
+
+
+def flip_a_bit(folder: Path, tensor: str) -> None:
+    info = open_checkpoint(folder).tensors[tensor]
+    data = bytearray(info.file.read_bytes())
+    data[info.start + 5] ^= 8
+    info.file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "damaged"),
+    [
+        ("model.layers.2.self_attn.q_proj.weight", True),
+        ("lm_head.weight", True),
+        ("model.norm.weight", True),
+        ("model.layers.2.self_attn.o_proj.weight", False),
+    ],
+)
+def test_comparison_finds_one_flipped_bit(out: Path, tmp_path: Path, tensor: str, damaged: bool) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "out"))
+    flip_a_bit(copy, tensor)
+    found = abliterate.compare(copy)
+    assert not found.intact
+    assert found.integrity.damaged == ((tensor,) if damaged else ())
+    assert found.integrity.wrong_hashes == (open_checkpoint(copy).tensors[tensor].file.name,)
+    with pytest.raises(CheckpointError, match="is not as it was written"):
+        abliterate.undo(copy)
+
+
+def test_comparison_with_an_original_that_moved_or_is_another(
+    planted: Planted, docile: Planted, out: Path, tmp_path: Path
+) -> None:
+    source = Path(shutil.copytree(planted.folder, tmp_path / "model"))
+    abliterate.apply(str(source), out / "direction.safetensors", target_of(tmp_path))
+    source.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match=r"original is not at .*model any more; give its folder with --source"):
+        abliterate.compare(tmp_path / "out")
+    assert abliterate.compare(tmp_path / "out", tmp_path / "moved").intact
+    with pytest.raises(CheckpointError, match="expected the file that was edited, found another"):
+        abliterate.compare(tmp_path / "out", docile.folder)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from abliterate.anatomy import Anatomy, Writer, names_on_disk, norms_gain, study
+from abliterate.anatomy import TOLERANCE, Anatomy, Writer, names_on_disk, norms_gain, study
 from abliterate.checkpoint import Checkpoint, open_tensor
 from abliterate.errors import AbliterateError, AnatomyError, ModelError
 from abliterate.formats import layout
@@ -31,9 +31,13 @@ _SHARED = 1 << 18
 
 _WIDTHS = ("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner", "shared_expert_intermediate_size")
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+#: How many experts a token has: fewer cannot be chosen from.
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 
 
-def study_files(files: ModelFiles, checkpoint: Checkpoint, *, trust_remote_code: bool = False) -> tuple[Anatomy, Any]:
+def study_files(
+    files: ModelFiles, checkpoint: Checkpoint, *, trust_remote_code: bool = False, max_leak: float = TOLERANCE
+) -> tuple[Anatomy, Any]:
     """Every writer of a model on disk, and its skeleton (on the meta device).
 
     Raises `AnatomyError` when a writer is not known, `ModelError` when the configuration makes no model.
@@ -51,7 +55,7 @@ def study_files(files: ModelFiles, checkpoint: Checkpoint, *, trust_remote_code:
     except Exception as error:  # configurations are checked by many hands in many ways
         reason = " ".join(str(error).split())[:240]
         raise ModelError(f"model '{files.name}': cannot be built from its configuration ({reason})") from error
-    proof = study(small)
+    proof = study(small, max_leak=max_leak)
     writers = [
         whole
         for writer in proof.writers
@@ -140,11 +144,12 @@ def _narrow(config: Any) -> Any:
     """The configuration of a copy that costs little and has the same kinds of modules."""
     small = _with_small_vocabulary(config)
     for part in (small, small.get_text_config()):
+        chosen = [value for name in _CHOSEN if isinstance(value := getattr(part, name, None), int)]
         for name, value in list(vars(part).items()):
             if any(name.endswith(width) for width in _WIDTHS) and value:
                 setattr(part, name, [_SMALL] * len(value) if isinstance(value, list | tuple) else _SMALL)
             elif name in _COUNTS and isinstance(value, int):
-                setattr(part, name, min(value, _EXPERTS))
+                setattr(part, name, min(value, max([_EXPERTS, *chosen])))
     return small
 
 

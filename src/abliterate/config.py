@@ -21,6 +21,9 @@ class FileSettings(_Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="What to measure in; auto is the stored one (bfloat16 for float16 on a CPU)."
     )
+    max_leak: Annotated[float, Field(ge=1e-3, le=1)] = Field(
+        1e-3, description="Edit a model of which some block writes this share along a direction past all its writers."
+    )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
 
 

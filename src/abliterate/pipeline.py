@@ -48,7 +48,7 @@ from abliterate.plan import Plan
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.refusals import RefusalToken
 from abliterate.selection import Scorer, Site
-from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session
+from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session, warn_of_leaks
 from abliterate.storage import how_stored
 from abliterate.surgery import weights_from
 from abliterate.undo import Undone
@@ -126,7 +126,10 @@ def apply(
         check_realisation(files, source, output)
         check_output(output.out, overwrite=output.overwrite, source=files.folder)
     with monitor.phase("know every writer"):
-        anatomy, skeleton = study_files(files, source, trust_remote_code=loading.trust_remote_code)
+        anatomy, skeleton = study_files(
+            files, source, trust_remote_code=loading.trust_remote_code, max_leak=loading.max_leak
+        )
+    warn_of_leaks(anatomy, monitor)
     plan = plan_for(anatomy, chosen, editing)
     refuse(plan, anatomy, output)
     loaded = None if how_stored(source).editable else load(files, trust_remote_code=loading.trust_remote_code)
@@ -305,16 +308,13 @@ def compare(out: Path, source: Path | None = None, monitor: Monitor | None = Non
     Raises `UsageError` when OUT has no record of edited weights or the original is not there, `CheckpointError` when
     it is another model than the one that was edited.
     """
-    record = rec.read_record(out)
-    plan = record.plan
-    if plan is None or plan.realisation != "weights":
-        raise UsageError(f"{out}: expected a model with edited weights, found {plan and plan.realisation}")
+    record, plan = _edited(out)
     origin = Path(record.model.folder) if source is None else source
     if not origin.is_dir():
         raise UsageError(f"{out}: its original is not at {origin} any more; give its folder with --source")
     with (monitor or Monitor()).phase("compare with the original"):
         for shard in open_checkpoint(origin).shards:
-            if sha256(shard.path) != record.model.source_sha256.get(shard.path.name):
+            if sha256(shard.path) != record.model.source_sha256.get(str(shard.path.relative_to(origin))):
                 raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
         found = check(
             out,
@@ -330,9 +330,19 @@ def undo(
     out: Path, *, target: Path | None = None, source: Path | None = None, monitor: Monitor | None = None
 ) -> Undone:
     """Take the edit of OUT back, in place or into `target` (see `undo.undo`)."""
+    _edited(out)
     total = sum(shard.file_bytes for shard in open_checkpoint(out).shards)
     with (monitor or Monitor()).phase("restore", total) as advance:
         return take_back(out, target=target, source=source, progress=advance)
+
+
+def _edited(out: Path) -> tuple[rec.Record, rec.PlanPart]:
+    """The record of a model whose weights were edited, and its plan."""
+    record = rec.read_record(out)
+    if record.plan is None or record.plan.realisation != "weights":
+        found = "no plan" if record.plan is None else record.plan.realisation
+        raise UsageError(f"{out}: expected a model with edited weights, found {found}")
+    return record, record.plan
 
 
 def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor, int | None]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.activations import Consumer, Keep, Progress, stream_sites
-from abliterate.anatomy import Anatomy, study
+from abliterate.anatomy import TOLERANCE, Anatomy, study
 from abliterate.blueprint import study_files
 from abliterate.checkpoint import open_checkpoint
 from abliterate.config import (
@@ -173,15 +173,27 @@ def open_model(
         renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
     with monitor.phase("know every writer"):
         anatomy = _anatomy(loaded, loading)
+    warn_of_leaks(anatomy, monitor)
     return loaded, renderer, anatomy
 
 
 def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
     """Of a live model; of one that computes with codes, from its configuration and files."""
     if not loaded.quantised:
-        return study(loaded.model)
+        return study(loaded.model, max_leak=loading.max_leak)
     checkpoint = open_checkpoint(loaded.files.folder)
-    return study_files(loaded.files, checkpoint, trust_remote_code=loading.trust_remote_code)[0]
+    trust = loading.trust_remote_code
+    return study_files(loaded.files, checkpoint, trust_remote_code=trust, max_leak=loading.max_leak)[0]
+
+
+def warn_of_leaks(anatomy: Anatomy, monitor: Monitor) -> None:
+    """Say what a larger `max_leak` has let pass."""
+    leaks = [error for error in anatomy.closure[1:] if error > TOLERANCE]
+    if leaks:
+        monitor.warn(
+            f"{len(leaks)} of {anatomy.layers} blocks write up to {max(leaks):.0%} along a direction past all their "
+            "writers: the edit is incomplete there"
+        )
 
 
 def locate_model(model: str, loading: FileSettings) -> ModelFiles:

@@ -28,10 +28,11 @@ __all__ = [
 ]
 
 
-def study(model: Any, *, seed: int = 0) -> Anatomy:
+def study(model: Any, *, seed: int = 0, max_leak: float = TOLERANCE) -> Anatomy:
     """Find every writer of a live `model` and prove that there is no other.
 
-    Costs one short forward pass, and a few of each block in float32.
+    Costs one short forward pass, and a few of each block in float32. `max_leak` lets blocks pass that write that share
+    along a direction although all their writers are edited.
 
     Raises `AnatomyError`, naming the block, for anything that is not fully understood.
     """
@@ -45,7 +46,7 @@ def study(model: Any, *, seed: int = 0) -> Anatomy:
     writers, closure = list(front), [error]
     known: dict[Any, list[Part]] = {}
     for index, (name, block, call) in enumerate(zip(names, blocks, calls, strict=True)):
-        account = close_block(block, index, name, call, basis, known)
+        account = close_block(block, index, name, call, basis, known, max_leak)
         writers += account.writers
         closure.append(account.error)
     return Anatomy(d_model, tuple(names), tuple(writers), tuple(closure))
