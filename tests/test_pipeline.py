@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
 from abliterate import pipeline
+from abliterate.anatomy import stream_out
 from abliterate.checkpoint import open_checkpoint
 from abliterate.config import (
     EditSettings,
@@ -32,10 +34,14 @@ from abliterate.config import (
 )
 from abliterate.directions import Direction, load_direction, save_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
+from abliterate.generation import end_tokens
+from abliterate.inference import can_share, hooked
 from abliterate.judging import Label, judge
 from abliterate.monitor import Monitor
 from abliterate.record import Record, read_record
-from planted import BLOCKS, D_MODEL, POSITIONS, WRITES, Planted, is_bad, plant, write_jsonl
+from families import BY_NAME, save
+from planted import BAD, BLOCKS, D_MODEL, GOOD, POSITIONS, WRITES, Planted, is_bad, plant, prompts, write_jsonl
+from zoo import ENTRIES
 
 
 def prompt_settings(planted: Planted, **changes: Any) -> PromptSettings:
@@ -214,6 +220,11 @@ def test_source_model_is_not_touched(planted: Planted, tmp_path: Path) -> None:
     before = digest(planted.folder)
     abliterate.run(settings(planted, tmp_path / "out"))
     assert digest(planted.folder) == before
+
+
+def test_public_names_are_not_hidden_by_modules_of_the_same_name() -> None:
+    hidden = [name for name in abliterate.__all__ if isinstance(getattr(abliterate, name), ModuleType)]
+    assert hidden == []
 
 
 def test_library_says_nothing_of_its_own(planted: Planted, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -726,7 +737,7 @@ CHOICES: dict[str, tuple[dict[str, str], set[str]]] = {
 def test_only_what_is_chosen_is_edited(
     options: dict[str, str], expected: set[str], planted: Planted, out: Path, tmp_path: Path
 ) -> None:
-    editing = EditSettings(**options)  # type: ignore[arg-type]
+    editing = EditSettings(**options)
     file = out / "direction.safetensors"
     record = abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=editing)
     assert changed(planted.folder, tmp_path / "out") == expected
@@ -999,16 +1010,15 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(
 def steps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
     """The largest distance between two tensors in representable numbers."""
     whole = {torch.float32: torch.int32, torch.bfloat16: torch.int16}[a.dtype]
-    ordinals = []
-    for bits in (tensor.view(whole).long() for tensor in (a, b)):
-        ordinals.append(torch.where(bits < 0, torch.iinfo(whole).min - bits, bits))
-    return int((ordinals[0] - ordinals[1]).abs().max())
+    bits = torch.stack([tensor.view(whole).long() for tensor in (a, b)])
+    first, second = torch.where(bits < 0, torch.iinfo(whole).min - bits, bits)
+    return int((first - second).abs().max())
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 def test_undo_restores_the_original_bit_for_bit(out: Path, planted: Planted, tmp_path: Path, in_place: bool) -> None:
     edited = Path(shutil.copytree(out, tmp_path / "out"))
-    undone = abliterate.undo(edited, target=None if in_place else tmp_path / "back")
+    undone = pipeline.undo(edited, target=None if in_place else tmp_path / "back")
     assert (undone.exact, undone.steps, undone.reason) == (True, 0, None)
     assert undone.folder == (edited if in_place else tmp_path / "back")
     assert digest(undone.folder) == digest(planted.folder)
@@ -1028,10 +1038,10 @@ def test_undo_without_the_original_comes_within_one_step_and_says_why(
     before = weights(moved)
     found = weights(edited)
     assert max(steps_apart(before[name], found[name]) for name in before) > 100, "the control"
-    given = abliterate.undo(edited, target=tmp_path / "back", source=moved)
+    given = pipeline.undo(edited, target=tmp_path / "back", source=moved)
     assert given.exact
     assert digest(tmp_path / "back") == digest(moved)
-    undone = abliterate.undo(edited)
+    undone = pipeline.undo(edited)
     assert (undone.exact, undone.steps) == (False, 1)
     assert undone.reason is not None
     assert str(planted.folder) in undone.reason
@@ -1041,7 +1051,7 @@ def test_undo_without_the_original_comes_within_one_step_and_says_why(
         assert steps_apart(tensor, after[name]) <= (1 if name in undone.tensors else 0), name
     assert not (edited / "abliteration.json").exists()
     with pytest.raises(UsageError, match="expected the record"):
-        abliterate.undo(edited)
+        pipeline.undo(edited)
 
 
 def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
@@ -1049,7 +1059,7 @@ def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
 ) -> None:
     output = target_of(tmp_path, realisation="lora")
     abliterate.apply(str(planted.folder), out / "direction.safetensors", output)
-    for act in (abliterate.undo, abliterate.compare):
+    for act in (pipeline.undo, abliterate.compare):
         with pytest.raises(UsageError, match="expected a model with edited weights, found lora"):
             act(tmp_path / "out")
         for folder in (planted.folder, tmp_path / "none"):
@@ -1090,7 +1100,7 @@ def test_comparison_finds_one_flipped_bit(out: Path, tmp_path: Path, tensor: str
     assert found.integrity.damaged == ((tensor,) if damaged else ())
     assert found.integrity.wrong_hashes == (open_checkpoint(copy).tensors[tensor].file.name,)
     with pytest.raises(CheckpointError, match="is not as it was written"):
-        abliterate.undo(copy)
+        pipeline.undo(copy)
 
 
 def test_comparison_with_an_original_that_moved_or_is_another(
@@ -1104,3 +1114,117 @@ def test_comparison_with_an_original_that_moved_or_is_another(
     assert abliterate.compare(tmp_path / "out", tmp_path / "moved").intact
     with pytest.raises(CheckpointError, match="expected the file that was edited, found another"):
         abliterate.compare(tmp_path / "out", docile.folder)
+
+
+# --- models of other kinds: tied embeddings, recurrent layers
+
+
+def some_prompts(folder: Path) -> PromptSettings:
+    """A few prompts that also random models tell apart. They do not refuse, so settings must take them all."""
+    bad, good = ([text + mark for text in prompts(words, 40, 1)] for words, mark in ((BAD, "!!!"), (GOOD, "~~~")))
+    named = {"harmful": bad, "harmless": good, "borderline": bad[:2]}
+    files = {name: str(write_jsonl(folder / f"{name}.jsonl", texts)) for name, texts in named.items()}
+    return PromptSettings(**files, limit=9)
+
+
+ALL_PROMPTS = FindSettings(refusal_tokens="A", all_prompts=True, max_kl=99, min_induce=-99)
+
+
+def test_untied_embedding_is_edited_and_the_head_stays(tmp_path: Path) -> None:
+    source, target = save(BY_NAME["llama-tied"].model(), tmp_path / "model"), tmp_path / "out"
+    job = RunSettings(
+        model=str(source),
+        prompts=some_prompts(tmp_path),
+        loading=ModelSettings(device="cpu"),
+        finding=ALL_PROMPTS,
+        editing=EditSettings(untie=True),
+        output=OutputSettings(out=target),
+    )
+    record = abliterate.run(job)
+    assert record.plan is not None
+    assert record.plan.copied == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert record.plan.left_alone == {}
+    before, after = weights(source), weights(target)
+    r = load_direction(target / "direction.safetensors").basis[0]
+    assert torch.equal(after["lm_head.weight"], before["model.embed_tokens.weight"])
+    assert float((after["model.embed_tokens.weight"] @ r).abs().max()) < 1e-5
+    live: Any = AutoModelForCausalLM.from_pretrained(target)
+    assert torch.equal(live.get_output_embeddings().weight, before["model.embed_tokens.weight"])
+    assert torch.equal(live.get_input_embeddings().weight, after["model.embed_tokens.weight"])
+    edited = pipeline.open_session(str(target), prompts=job.prompts, loading=job.loading)
+    saved, _, _ = pipeline.evaluate(edited, EvalSettings())
+    assert pipeline.answer_parts(saved, keep=False) == behaviour(record).answers["after"]
+    assert behaviour(record).answers["after"] != behaviour(record).answers["before"], "the control"
+    assert pipeline.compare(target).intact
+    flip_a_bit(target, "lm_head.weight")
+    assert pipeline.compare(target).integrity.damaged == ("lm_head.weight",)
+    flip_a_bit(target, "lm_head.weight")
+    assert pipeline.undo(target).exact
+    assert digest(target) == digest(source)
+
+
+def test_tied_embedding_without_the_embedding_cannot_be_untied(tmp_path: Path, out: Path) -> None:
+    source = save(BY_NAME["llama-tied"].model(), tmp_path / "model")
+    save_file({"r": torch.eye(1, 48)}, tmp_path / "r.safetensors")
+    editing = EditSettings(untie=True, components="mlp")
+    with pytest.raises(UsageError, match="--untie: expected the embedding among what is edited"):
+        abliterate.apply(str(source), tmp_path / "r.safetensors", target_of(tmp_path), editing=editing)
+
+
+def plain_means(session: pipeline.Session, name: str) -> torch.Tensor:
+    """Mean activations [positions, sites, d] from one forward pass per prompt, without cache, prefix or padding."""
+    encoded, kept = session.encoded[name, "train"], []
+    for suffix in encoded.suffixes:
+        seen: list[torch.Tensor] = []
+
+        def before(_: Any, args: Any, kwargs: Any, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(args[0] if args else kwargs["hidden_states"])
+
+        def after(_: Any, __: Any, output: Any, seen: list[torch.Tensor] = seen) -> None:
+            seen.append(stream_out(output))
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in session.blocks]
+        handles.append(session.blocks[-1].register_forward_hook(after))
+        with hooked(handles), torch.inference_mode():
+            session.model(input_ids=torch.tensor([encoded.prefix + suffix]), use_cache=False)
+        kept.append(torch.stack([hidden[0, [-1 - i for i in range(session.positions)]] for hidden in seen], dim=1))
+    return torch.stack(kept).mean(0)
+
+
+def plain_reply(session: pipeline.Session, ids: tuple[int, ...], count: int) -> tuple[int, ...]:
+    """The likeliest next token, `count` times, each from a whole forward pass."""
+    tokens = list(ids)
+    for _ in range(count):
+        with torch.inference_mode():
+            tokens.append(int(session.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tuple(tokens[len(ids) :])
+
+
+@pytest.mark.parametrize(
+    ("name", "shares"), [("jamba", False), ("mamba2", False), ("qwen3_next", False), ("llama", True)]
+)
+def test_recurrent_models_give_what_one_prompt_at_a_time_gives(name: str, shares: bool, tmp_path: Path) -> None:
+    (entry,) = (entry for entry in ENTRIES if str(entry) == name)
+    folder = save(entry.model(), tmp_path / "model")
+    session = pipeline.open_session(
+        str(folder), prompts=some_prompts(tmp_path), loading=ModelSettings(device="cpu", batch_size="16")
+    )
+    harmful = session.encoded["harmful", "test"]
+    everything = [harmful.prefix + suffix for suffix in harmful.suffixes]
+    assert len({len(ids) for ids in everything}) > 1, "or padding would not be tried"
+    assert can_share(session.model, everything) is shares
+    assert bool(harmful.prefix) is shares
+    replies = session.answers(5, "answers")["harmful"].replies
+    ends = end_tokens(session.model, session.loaded.tokenizer)
+    for ids, reply in zip(everything, replies, strict=True):
+        expected = plain_reply(session, ids, 5)
+        stop = next((i for i, token in enumerate(expected) if token in ends), 5)
+        assert reply.tokens == expected[:stop]
+    findings = pipeline.find(session, ALL_PROMPTS)
+    naive = plain_means(session, "harmful") - plain_means(session, "harmless")
+    assert torch.allclose(findings.candidates.raw, naive, atol=1e-4)
+    found = pipeline.choose(session, findings, ALL_PROMPTS)
+    plan = session.plan(found.direction)
+    with session.ablated(plan):
+        ablated = session.answers(3, "ablated")["harmful"].replies
+        assert ablated[0].tokens == plain_reply(session, everything[0], len(ablated[0].tokens))

@@ -86,6 +86,9 @@ def remove_from_weight(
     reader: Float[Tensor, "k d"] | None = None,
 ) -> Float[Tensor, "*any"]:
     """The weight table of this module's docstring, for any shape with the stream on `axis`; in float32 inside."""
-    rows = weight.float().movedim(axis, -1)
-    inside = rows @ (basis if reader is None else reader).T
-    return (rows - strength * (inside @ basis)).movedim(-1, axis).to(weight.dtype).contiguous()
+    wide = weight.float()
+    reader = basis if reader is None else reader
+    if axis in (-1, weight.dim() - 1):
+        return (wide - strength * ((wide @ reader.T) @ basis)).to(weight.dtype)
+    wide = wide.movedim(axis, -2)
+    return (wide - strength * (basis.T @ (reader @ wide))).movedim(-2, axis).to(weight.dtype).contiguous()

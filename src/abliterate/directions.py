@@ -14,7 +14,7 @@ from torch import Tensor
 
 from abliterate.activations import Moments
 from abliterate.algebra import ZERO_NORM, orthonormal, project_out
-from abliterate.checkpoint import read_shard
+from abliterate.checkpoint import Shard, read_shard
 from abliterate.errors import CheckpointError, NumericalError, UsageError
 
 
@@ -150,16 +150,15 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     if not path.is_file():
         raise UsageError(f"direction file '{path}': expected a .safetensors file, found none")
     shard = read_shard(path)  # refuses anything malformed before another library maps it
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
+    tensors = _floats(shard)
     basis = tensors.get("basis")
-    if basis is None and len(tensors) == 1:
-        basis = next(iter(tensors.values()))
-    if basis is None or not basis.is_floating_point() or basis.dim() not in (1, 2) or not basis.numel():
+    if basis is None and len(shard.tensors) == 1:
+        basis = next(iter(tensors.values()), None)
+    if basis is None or basis.dim() not in (1, 2):
+        found = ", ".join(f"{name} {list(info.shape)}" for name, info in shard.tensors.items())
         raise UsageError(
             f"direction file '{path}': expected a tensor 'basis' [k, d_model] or a single vector, found "
-            f"{', '.join(f'{name} {list(t.shape)}' for name, t in tensors.items()) or 'nothing'}"
+            f"{found or 'nothing'}"
         )
     basis = basis.float().reshape(-1, basis.shape[-1])
     if d_model is not None and basis.shape[1] != d_model:
@@ -178,6 +177,18 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     reader, put_back = _oblique(path, tensors, basis)
     rows = orthonormal(basis) if reader is None else basis
     return Direction(rows, _metadata(shard.metadata), candidates, reader, put_back)
+
+
+def _floats(shard: Shard) -> dict[str, Tensor]:
+    """The tensors that hold floats: others are no part of a direction, and torch knows not all of them."""
+    from safetensors import safe_open
+
+    with safe_open(shard.path, "pt") as file:
+        return {
+            name: file.get_tensor(name)
+            for name, info in shard.tensors.items()
+            if info.dtype in ("F64", "F32", "F16", "BF16") and info.nbytes
+        }
 
 
 def _oblique(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> tuple[Tensor | None, Tensor | None]:

@@ -24,9 +24,11 @@ SHORTEST = 1e-2
 def refuse_hooks(plan: Plan) -> None:
     """Raise `UsageError`, naming the writer, for an edit that hooks cannot hold exactly."""
     for edit in plan.edits:
-        if edit.changes and edit.keep_norms and edit.writer.weight != f"{edit.writer.module}.weight":
+        writer = edit.writer
+        unseen = writer.kind is Kind.EXPERTS or writer.weight != f"{writer.module}.weight"
+        if edit.changes and edit.keep_norms and unseen:
             raise UsageError(
-                f"writer '{edit.writer.module}': a norm-preserving edit cannot be hooks, since what its last map takes "
+                f"writer '{writer.module}': a norm-preserving edit cannot be hooks, since what its last map takes "
                 "is not seen outside; write weights, or leave it out"
             )
 

@@ -86,6 +86,7 @@ class Variant:
 
 
 _TIED = "tied to the head: editing it would edit the head"
+_BEHIND_TIED = "stands behind an embedding that is tied to the head and left alone"
 _FIXED = "has no weights: it adds fixed vectors"
 _NOT_CHOSEN = "not chosen"
 
@@ -130,7 +131,7 @@ def _reason(writer: Writer, strength: float | None, variant: Variant) -> str | N
     if not writer.parameters:
         return _FIXED
     if writer.tied and not variant.untie:
-        return _TIED
+        return _TIED if writer.weight is not None else _BEHIND_TIED
     return _NOT_CHOSEN if strength is None else None
 
 

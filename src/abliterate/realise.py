@@ -179,9 +179,12 @@ def _changes(plan: Plan, patient: Patient, output: OutputSettings) -> Changes:
         return Changes(shard_bytes=output.shard_bytes)
     model = patient.model
     embedding, head = (_name_of(model, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
+    config = {"config.json": _untied_config(patient.files.folder)}
+    if f"{head}.weight" in patient.source.tensors:
+        return Changes(output.shard_bytes, replaced=config)
     (place,) = names_on_disk(model, {f"{embedding}.weight": 1}, patient.source.tensors)[f"{embedding}.weight"]
     extra = {f"{head}.weight": patient.source.tensors[place.tensor]}
-    return Changes(output.shard_bytes, extra, {"config.json": _untied_config(patient.files.folder)})
+    return Changes(output.shard_bytes, extra, config)
 
 
 def _name_of(model: Any, part: nn.Module) -> str:

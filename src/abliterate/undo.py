@@ -1,8 +1,8 @@
 """An edit taken back: bit for bit from the original's files where they are still there, else by arithmetic.
 
 The files that surgery leaves beside an edited model say what was taken out of every vector. Adding that to the stored
-numbers and rounding gives the old ones to within one step of the stored format (`checkpoint` formats round, so the
-last bit of a number is not always the same). Tensors that were not edited come back as they are.
+numbers and rounding gives the old ones to within one step of the stored format; most are the same to the last bit.
+Tensors that were not edited come back as they are.
 """
 
 from __future__ import annotations

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from abliterate.anatomy.accounting import TOLERANCE, Part, close_block, norms_gain, random_subspace
+from abliterate.anatomy.accounting import TOLERANCE, close_block, random_subspace
 from abliterate.anatomy.blocks import check_between, find_blocks, probe, probe_ids, stream_out
 from abliterate.anatomy.front import study_front
 from abliterate.anatomy.names import Stored, names_on_disk
+from abliterate.anatomy.trial import Part, norms_gain
 from abliterate.anatomy.writers import Anatomy, Kind, Writer
 
 __all__ = [

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.algebra import before_norm, remove_from_outputs
-from abliterate.anatomy.accounting import TOLERANCE, norm_gain
+from abliterate.anatomy.accounting import TOLERANCE
+from abliterate.anatomy.trial import norm_gain
 from abliterate.anatomy.writers import Kind, Writer
 from abliterate.errors import AnatomyError
 from abliterate.inference import body, hooked, on_output

@@ -51,6 +51,8 @@ def names_on_disk(
     for name, axis in axes.items():
         shape = tuple(model.get_parameter(name).shape)
         found = [group for alias in aliases[name] for group in sources.get(alias, [])]
+        if len(own := sources.get(name, [])) == 1:  # tied in memory, and stored for each all the same
+            found = own
         mapping[name] = _layout(name, axis % len(shape), shape, found, stored)
     _refuse_shared(mapping, aliases)
     return mapping
