@@ -47,7 +47,7 @@ ORDER = (
     "refusals",
     "evaluation",
     "record",
-    "undo",
+    "restoring",
     "card",
     "session",
     "finding",

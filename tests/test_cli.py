@@ -21,8 +21,10 @@ from safetensors.torch import load_file, save_file
 
 import abliterate
 from abliterate import pipeline
+from abliterate.checkpoint import open_checkpoint
 from abliterate.cli import main
 from abliterate.config import EditSettings, EvalSettings, FindSettings, ModelSettings, OutputSettings, PromptSettings
+from abliterate.directions import save_direction
 from abliterate.record import Record
 from planted import BLOCKS, D_MODEL, Planted, plant
 
@@ -196,6 +198,210 @@ def test_numbers_of_a_verification_that_fails_are_still_printed(
     assert result.err.count("\n") == 1
 
 
+# --- undo, and proof of what was changed
+
+
+@pytest.fixture(scope="module")
+def model(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the model that stays where it is."""
+    return Path(shutil.copytree(planted.folder, tmp_path_factory.mktemp("original") / "model"))
+
+
+@pytest.fixture
+def edited(model: Path, direction: Path, tmp_path: Path) -> Path:
+    """An edited model, to be undone or broken."""
+    pipeline.apply(str(model), direction, OutputSettings(out=tmp_path / "out"))
+    return tmp_path / "out"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_undo_in_place_says_that_it_is_the_original(cli: Cli, edited: Path, model: Path) -> None:
+    result = cli("undo", edited)
+    assert result.code == 0
+    assert "Restored bit for bit" in result.out
+    assert "✓ restore" in result.err
+    assert contents(edited) == contents(model)
+
+
+def test_undo_into_another_folder_leaves_out_as_it_is(cli: Cli, edited: Path, model: Path, tmp_path: Path) -> None:
+    before = contents(edited)
+    result = json.loads(cli("undo", edited, "-o", tmp_path / "back", "--json", "-q").out)
+    assert (result["exact"], result["steps"], result["folder"]) == (True, 0, str(tmp_path / "back"))
+    assert contents(tmp_path / "back") == contents(model)
+    assert contents(edited) == before
+    cli("undo", edited, "-o", tmp_path / "back", "-q").failed(2, "exists")
+
+
+def test_undo_without_the_original_says_how_close_it_comes(
+    cli: Cli, broken: Path, direction: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("apply", broken, "--direction", direction, "-o", out, "-q").code == 0
+    broken.rename(tmp_path / "moved")
+    exact = json.loads(cli("undo", out, "-o", tmp_path / "back", "--source", tmp_path / "moved", "--json", "-q").out)
+    assert exact["exact"] is True
+    assert contents(tmp_path / "back") == contents(tmp_path / "moved")
+    result = cli("undo", out, "-q")
+    assert (result.code, result.err) == (0, "")
+    said = " ".join(result.out.split())
+    assert "Restored 11 tensors to within 1 unit in the last place of the stored format" in said
+    assert str(broken) in said
+    cli("undo", out, "-q").failed(2, "expected the record of a run")
+    cli("undo", tmp_path / "back", "-q").failed(2, "expected the record of a run")
+
+
+def test_undo_of_a_changed_model_or_from_another_original_is_refused(
+    cli: Cli, edited: Path, planted: Planted, tmp_path: Path
+) -> None:
+    other = plant(tmp_path / "other", seed=1).folder
+    before = contents(edited)
+    cli("undo", edited, "--source", other, "-q").failed(1, "model.safetensors")
+    cli("undo", edited, "--source", tmp_path / "none", "-q").failed(1, "none")
+    assert contents(edited) == before
+    flip_a_bit(edited, "model.norm.weight")
+    cli("undo", edited, "-q").failed(1, "is not as it was written", "SHA-256")
+
+
+def flip_a_bit(folder: Path, tensor: str) -> None:
+    info = open_checkpoint(folder).tensors[tensor]
+    data = bytearray(info.file.read_bytes())
+    data[info.start + 2] ^= 1
+    info.file.write_bytes(data)
+
+
+def test_verify_of_out_proves_what_was_not_changed(cli: Cli, edited: Path) -> None:
+    result = cli("verify", edited)
+    assert result.code == 0
+    assert "11 tensors in the plan, 11 of them changed" in result.out
+    assert "Verified: every byte of the weights outside the plan equals the original's." in result.out
+    found = json.loads(cli("verify", edited, "--json", "-q").out)
+    assert found["intact"] is True
+    assert (found["damaged"], found["wrong_hashes"]) == ([], [])
+
+
+def test_verify_of_out_names_a_tensor_with_one_flipped_bit(cli: Cli, edited: Path) -> None:
+    name = "model.layers.2.self_attn.q_proj.weight"
+    flip_a_bit(edited, name)
+    result = cli("verify", edited, "-q")
+    assert result.code == 3
+    assert f"differ outside the plan: {name}" in result.out
+    assert "have another SHA-256 than recorded: model-0000" in result.out
+    assert "Verified" not in result.out
+    assert result.err == f"not done: {edited}: not what its record says; see the list above\n"
+    found = json.loads(cli("verify", edited, "--json", "-q").out)
+    assert (found["intact"], found["damaged"]) == (False, [name])
+
+
+def test_verify_of_out_says_when_the_original_is_gone_or_another(
+    cli: Cli, broken: Path, direction: Path, planted: Planted, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert cli("apply", broken, "--direction", direction, "-o", out, "-q").code == 0
+    broken.rename(tmp_path / "moved")
+    cli("verify", out, "-q").failed(2, f"original is not at {broken} any more", "--source")
+    assert cli("verify", out, "--source", tmp_path / "moved", "-q").code == 0
+    other = plant(tmp_path / "other", seed=1).folder
+    cli("verify", out, "--source", other, "-q").failed(1, "expected the file that was edited, found another")
+
+
+# --- what is written
+
+
+@pytest.mark.parametrize(
+    ("realisation", "what", "files"),
+    [
+        ("weights", "Model: ", {"model.safetensors.index.json", "config.json", "tokenizer.json"}),
+        ("lora", "Adapter (PEFT): ", {"adapter_config.json", "adapter_model.safetensors"}),
+        ("gguf-lora", "Adapter (GGUF, llama.cpp): ", {"abliteration-lora.gguf"}),
+        ("control-vector", "Control vector (GGUF, llama.cpp): ", {"control-vector.gguf"}),
+    ],
+)
+def test_every_realisation_is_written_and_named(
+    cli: Cli, planted: Planted, found: Path, tmp_path: Path, realisation: str, what: str, files: set[str]
+) -> None:
+    out = tmp_path / "out"
+    result = cli("apply", planted.folder, "--direction", found, "-o", out, "--as", realisation, "-q")
+    assert result.code == 0
+    assert f"{what}{out}" in result.out
+    assert {path.name for path in out.iterdir()} >= {
+        *files,
+        "abliteration.json",
+        "direction.safetensors",
+        "README.md",
+    }
+    record = abliterate.read_record(out)
+    assert record.plan is not None
+    assert record.plan.realisation == realisation
+    assert bool(list(out.glob("model*.safetensors"))) == (realisation == "weights")
+    if realisation != "weights":
+        for command in (("undo", out), ("verify", out)):
+            cli(*command, "-q").failed(2, f"expected a model with edited weights, found {realisation}")
+
+
+@pytest.fixture(scope="module")
+def found(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A direction file with candidates, as `find` writes it."""
+    named = {name: str(getattr(planted, name)) for name in ("harmful", "harmless", "borderline")}
+    session = pipeline.open_session(
+        str(planted.folder), prompts=PromptSettings(**named), loading=ModelSettings(device="cpu")
+    )
+    chosen = pipeline.choose(session, pipeline.find(session, FindSettings()), FindSettings())
+    file = tmp_path_factory.mktemp("found") / "direction.safetensors"
+    save_direction(file, chosen.direction, metadata=pipeline.direction_metadata(session, chosen))
+    return file
+
+
+def test_small_files_and_their_index_are_written(cli: Cli, planted: Planted, direction: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ("--direction", direction, "-o", out, "--shard-size", "40kB", "--json", "-q")
+    record = json.loads(cli("apply", planted.folder, *arguments).out)
+    files = sorted(out.glob("model-*.safetensors"))
+    assert len(files) > 10
+    assert all(file.stat().st_size <= 40_000 for file in files if len(load_file(file)) > 1)
+    assert sorted(record["output_sha256"]) == [file.name for file in files]
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name: file.name for file in files for name in load_file(file)} == index
+    assert json.loads(cli("verify", out, "--json", "-q").out)["intact"] is True
+
+
+def test_options_of_the_edit_reach_every_command(
+    cli: Cli, planted: Planted, prompts: list[str], found: Path, tmp_path: Path
+) -> None:
+    """A direction taken out of blocks that never carry it changes nothing; out of the one that writes it, all."""
+    model, file = planted.folder, ("--direction", found)
+    for layers, left in (("0", 24), ("1", 0)):
+        out = tmp_path / f"out-{layers}"
+        chosen = ("--layers", layers, "--components", "attention")
+        verified = json.loads(cli("verify", model, *file, *prompts, *chosen, "--json", "-q").out)
+        assert verified["after"]["refusals"] == left
+        hooked = json.loads(cli("eval", model, *file, *prompts, *chosen, "--json", "-q").out)["evaluation"]
+        assert hooked["after"]["harmful"]["refusals"] == left
+        record = json.loads(cli("apply", model, *file, *chosen, "-o", out, "--json", "-q").out)
+        assert [edit["tensor"] for edit in record["plan"]["edits"]] == [
+            f"model.layers.{layers}.self_attn.o_proj.weight"
+        ]
+        assert record["plan"]["variant"] == {"layers": layers, "components": "attention"}
+        asked = ("--prompt", "please tell me a poison", "--json", "-q")
+        talk = json.loads(cli("chat", model, *file, *chosen, *asked).out)
+        assert talk["ablated"].startswith("I cannot" if left else "Sure")
+
+
+def test_options_that_need_more_than_a_bare_direction_say_so(
+    cli: Cli, planted: Planted, direction: Path, tmp_path: Path
+) -> None:
+    for options, part in (
+        (["--biprojected"], "--biprojected: expected a direction file with 'harmless_mean'"),
+        (["--affine"], "--affine: expected a direction file with 'harmless_mean'"),
+        (["--as", "control-vector"], "control vector: expected a direction file with candidates"),
+    ):
+        arguments = ("--direction", direction, "-o", tmp_path / "out", *options, "-q")
+        cli("apply", planted.folder, *arguments).failed(2, part)
+    assert not (tmp_path / "out").exists()
+
+
 # --- gates: exit code 3
 
 
@@ -235,6 +441,40 @@ def test_no_direction_that_meets_the_rule_is_exit_code_3_unless_forced(
         (["--refusal-tokens", "I,"], ["--refusal-tokens 'I,'"]),
         (["--max-new-tokens", "0"], ["--max-new-tokens 0"]),
         (["--positions", "many"], ["--positions"]),
+        (["--layers", str(BLOCKS)], ["--layers 5: expected blocks 0 to 4"]),
+        (["--layers", "3-1"], ["--layers 3-1"]),
+        (["--layers", "1-2-3"], ["--layers 1-2-3"]),
+        (["--layers", "1,,2"], ["--layers 1,,2"]),
+        (["--layers", "one"], ["--layers one", "found 'one'"]),
+        (["--layers", ""], ["--layers"]),
+        (["--components", "heads"], ["--components heads", "attention", "experts"]),
+        (["--components", ""], ["--components"]),
+        (["--components", "experts"], ["expected at least one writer", "--components"]),
+        (["--strength", "5000"], ["strength", "5000"]),
+        (["--strengths", "mlp"], ["--strengths mlp: expected WHAT[@LAYERS]=STRENGTH"]),
+        (["--strengths", "=1"], ["--strengths =1"]),
+        (["--strengths", "mlp=much"], ["--strengths mlp=much"]),
+        (["--strengths", "mlp=inf"], ["strength", "finite"]),
+        (["--strengths", "mlp@7=1"], ["--strengths 7: expected blocks 0 to 4"]),
+        (["--strengths", "*.conv=1"], ["--strengths *.conv=1", "found none"]),
+        (["--subspace", "pca"], ["--subspace pca", "clusters"]),
+        (["--rank", "0"], ["--rank 0"]),
+        (["--rank", "65"], ["--rank 65"]),
+        (["--rank", "2"], ["--rank 2", "--subspace svd or clusters"]),
+        (["--rank", "2", "--subspace", "leace"], ["--rank 2", "leace"]),
+        (["--rank", "2", "--subspace", "svd", "--biprojected"], ["--biprojected: expected one direction, found 2"]),
+        (["--biprojected", "--subspace", "leace"], ["--biprojected", "LEACE"]),
+        (["--affine", "--components", "attention"], ["bias to hold a constant"]),
+        (["--untie"], ["--untie: expected an embedding tied to the head"]),
+        (["--as", "onnx"], ["--as onnx", "gguf-lora"]),
+        (["--as", "lora", "--norm-preserving"], ["LoRA", "norm-preserving"]),
+        (["--as", "lora", "--shard-size", "1GB"], ["--shard-size", "--as weights"]),
+        (["--as", "gguf-lora", "--norm-preserving"], ["LoRA", "norm-preserving"]),
+        (["--as", "control-vector", "--affine"], ["control vector: it adds a vector"]),
+        (["--as", "control-vector", "--rank", "2", "--subspace", "svd"], ["control vector: it adds one vector"]),
+        (["--shard-size", "4"], ["--shard-size 4: expected a size such as 4GB"]),
+        (["--shard-size", "0GB"], ["--shard-size 0GB"]),
+        (["--quantization", "int3"], ["--quantization int3", "bnb-4bit"]),
         (["--frobnicate"], ["--frobnicate"]),
         (["extra"], ["extra"]),
     ],

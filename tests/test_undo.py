@@ -24,7 +24,7 @@ from abliterate.formats import layout, steps_apart
 from abliterate.plan import Edit, Plan
 from abliterate.record import AnatomyPart, ModelPart, PlanPart, Record, write_record
 from abliterate.surgery import Surgery, edit_checkpoint
-from abliterate.undo import Restored, restore, undo
+from abliterate.restoring import Restored, restore, undo
 from test_surgery import D, basis_of, fp8, mxfp4, names_of, plan_of, randn, write, writer
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -47,12 +47,12 @@ from abliterate.parts import (
 from abliterate.plan import Plan
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.refusals import RefusalToken
+from abliterate.restoring import Undone
+from abliterate.restoring import undo as take_back
 from abliterate.selection import Scorer, Site
 from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session, warn_of_leaks
 from abliterate.storage import how_stored
 from abliterate.surgery import weights_from
-from abliterate.undo import Undone
-from abliterate.undo import undo as take_back
 from abliterate.variants import plan_for
 
 #: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
@@ -329,7 +329,7 @@ def compare(out: Path, source: Path | None = None, monitor: Monitor | None = Non
 def undo(
     out: Path, *, target: Path | None = None, source: Path | None = None, monitor: Monitor | None = None
 ) -> Undone:
-    """Take the edit of OUT back, in place or into `target` (see `undo.undo`)."""
+    """Take the edit of OUT back, in place or into `target` (see `restoring.undo`)."""
     _edited(out)
     total = sum(shard.file_bytes for shard in open_checkpoint(out).shards)
     with (monitor or Monitor()).phase("restore", total) as advance:

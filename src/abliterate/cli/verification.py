@@ -11,7 +11,7 @@ from rich.table import Table
 
 from abliterate.card import rate
 from abliterate.pipeline import Comparison, Verification, rate_part
-from abliterate.undo import Undone
+from abliterate.restoring import Undone
 
 
 def as_dict(result: Verification) -> dict[str, Any]:

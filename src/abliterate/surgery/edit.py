@@ -25,7 +25,7 @@ from abliterate.checkpoint import (
 from abliterate.plan import Edit, Plan
 from abliterate.surgery.passes import Passage, Residual
 from abliterate.surgery.tensors import Task, tasks_of
-from abliterate.surgery.undo_files import UndoWriter
+from abliterate.surgery.undo_files import UndoWriter, merge
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,8 @@ def edit_checkpoint(
         Residual(**(left | {"shape": tuple(left["shape"])})) for note in files.notes for left in note["residuals"]
     ]
     found = {residual.tensor: residual for residual in residuals}
-    undo = tuple(note["undo"] for note in files.notes if note["undo"])
+    parts = [note["undo"] for note in files.notes if note["undo"]]
+    undo = (merge(target, parts),) if parts else ()
     return Surgery(files, tuple(found[name] for name in work.tasks), undo)
 
 

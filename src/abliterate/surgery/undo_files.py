@@ -1,7 +1,7 @@
 """What undo needs of every edited tensor, as safetensors files beside the edited model.
 
-One file for each file of weights that was edited, of the same name, so that what is finished survives a kill. For
-tensor i it holds
+One file for each file of weights while they are edited, of the same name, so that what is finished survives a kill; in
+the end one, `undo.safetensors`, with the number of the part before each name. For tensor i it holds
 
 ============== ============================ ==================================================================
 `i.removed`    F32 (F64) [matrices, k, v]   A of the v vectors of the stream in each matrix
@@ -21,9 +21,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -35,8 +36,8 @@ from abliterate.errors import CheckpointError
 from abliterate.surgery.passes import Known
 from abliterate.surgery.tensors import Task, code_dtype
 
-#: Folder of the undo files in an edited model: readers of weights that take every file of a folder must not see them.
-FOLDER = "undo"
+#: Folder of the undo files while a model is edited, and the one file they become.
+FOLDER, NAME = "undo", "undo.safetensors"
 
 _VERSION = 1
 _PAGE = 1 << 16
@@ -114,17 +115,47 @@ class UndoWriter:
 
     def close(self, name: str) -> Path:
         """Put the file in place, for the file of weights `name`; not yet flushed."""
-        said = {"version": _VERSION, "sha256": self._hash.hexdigest(), "tensors": [asdict(e) for e in self._entries]}
-        header = json.dumps({"__metadata__": {"abliterate": json.dumps(said)}, **self._header}).encode()
-        header += b" " * (-len(header) % 8)
         path = self._place / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file, self._data as data:
-            file.write(len(header).to_bytes(8, "little") + header)
-            data.seek(0)
-            shutil.copyfileobj(data, file, 1 << 20)
+        with self._data as data:
+            _put_together(path, self._header, self._entries, self._hash.hexdigest(), data)
         (self._place / ".data").unlink()
         return path
+
+
+def merge(folder: Path, names: Sequence[str]) -> str:
+    """Make one file `undo.safetensors` of the undo files `names` in a model folder, which go; returns its name."""
+    parts = [UndoFile(folder / name) for name in names]
+    entries, header, position = [], {}, 0
+    for number, part in enumerate(parts):
+        entries += [replace(e, key=f"{number}/{e.key}", basis=f"{number}/{e.basis}") for e in part.entries]
+        for name, info in part.arrays.tensors.items():
+            start = position + info.start - part.arrays.header_bytes
+            offsets = [start, start + info.nbytes]
+            header[f"{number}/{name}"] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
+        position += part.arrays.file_bytes - part.arrays.header_bytes
+    digest = hashlib.sha256()
+    with (folder / FOLDER / ".data").open("w+b") as data:
+        for part in parts:
+            for chunk in part.data():
+                digest.update(chunk)
+                data.write(chunk)
+        _put_together(folder / NAME, header, entries, digest.hexdigest(), data)
+    shutil.rmtree(folder / FOLDER)
+    return NAME
+
+
+def _put_together(
+    path: Path, arrays: Mapping[str, Any], entries: Sequence[UndoEntry], digest: str, data: IO[bytes]
+) -> None:
+    """Write an undo file: its header, then `data`."""
+    said = {"version": _VERSION, "sha256": digest, "tensors": [asdict(entry) for entry in entries]}
+    header = json.dumps({"__metadata__": {"abliterate": json.dumps(said)}, **arrays}).encode()
+    header += b" " * (-len(header) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        data.seek(0)
+        shutil.copyfileobj(data, file, 1 << 20)
 
 
 class UndoKeeper:
@@ -193,9 +224,9 @@ class UndoFile:
         Raises `CheckpointError` when it is damaged or not an undo file of this version.
         """
         self.path = path
-        self._arrays = read_shard(path)
+        self.arrays = read_shard(path)
         try:
-            said = json.loads(self._arrays.metadata["abliterate"])
+            said = json.loads(self.arrays.metadata["abliterate"])
             if said["version"] != _VERSION:
                 raise ValueError(f"version {said['version']}")
             self.entries = tuple(_entry(value) for value in said["tensors"])
@@ -207,7 +238,7 @@ class UndoFile:
 
     def array(self, name: str) -> Tensor | None:
         """One array, None where there is none of that name."""
-        info = self._arrays.tensors.get(name)
+        info = self.arrays.tensors.get(name)
         if info is None:
             return None
         with open_tensor(info) as reader:
@@ -223,7 +254,7 @@ class UndoFile:
     def exceptions(self, entry: UndoEntry) -> Exceptions:
         """The numbers of one tensor that cannot be computed."""
         counts = self.array(f"{entry.key}.counts")
-        info = self._arrays.tensors.get(f"{entry.key}.exceptions")
+        info = self.arrays.tensors.get(f"{entry.key}.exceptions")
         record = _record(code_dtype(entry.format))
         if counts is None or info is None or info.nbytes // record.itemsize < int(counts.sum()):
             raise CheckpointError(f"{self.path}: expected the exceptions of '{entry.tensor}', found too few")
@@ -231,11 +262,16 @@ class UndoFile:
 
     def _data_hash(self) -> str:
         found = hashlib.sha256()
-        with self.path.open("rb") as file:
-            file.seek(self._arrays.header_bytes)
-            while chunk := file.read(1 << 20):
-                found.update(chunk)
+        for chunk in self.data():
+            found.update(chunk)
         return found.hexdigest()
+
+    def data(self) -> Iterator[bytes]:
+        """All that follows the header."""
+        with self.path.open("rb") as file:
+            file.seek(self.arrays.header_bytes)
+            while chunk := file.read(1 << 20):
+                yield chunk
 
 
 @dataclass(frozen=True, slots=True)

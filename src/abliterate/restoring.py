@@ -34,7 +34,7 @@ from abliterate.surgery.edit import one_thread
 from abliterate.surgery.numbers import Terms, restored, taken
 from abliterate.surgery.passes import Known, terms_for
 from abliterate.surgery.tensors import Block, Grid, damaged
-from abliterate.surgery.undo_files import FOLDER, Exceptions, UndoEntry, UndoFile
+from abliterate.surgery.undo_files import Exceptions, UndoEntry, UndoFile
 
 #: The model card, which says that the model was edited.
 _CARD = "README.md"
@@ -123,7 +123,7 @@ def restore(
         for entry in kept.entries:
             rewriters[entry.tensor] = _restorer(_grid(edited, entry, path), entry, kept)
     if missing := [name for name in expected if name not in rewriters]:
-        raise CheckpointError(f"{edited.folder / FOLDER}: expected what undo needs of '{missing[0]}', found nothing")
+        raise CheckpointError(f"{edited.folder}: expected what undo needs of '{missing[0]}', found nothing")
     with one_thread():
         files = write_edited(edited, target, rewriters, progress=progress)
     return Restored(files, tuple(rewriters))
