@@ -90,7 +90,11 @@ def assert_same(found: Anatomy, live: Anatomy) -> None:
     assert max(found.closure) < 1e-4
     assert [bare(writer) for writer in found.writers] == [bare(writer) for writer in live.writers]
     for mine, other in zip(found.writers, live.writers, strict=True):
-        assert (mine.inner, mine.multiplier) == pytest.approx((other.inner, other.multiplier), rel=1e-4)
+        assert mine.inner == pytest.approx(other.inner, rel=1e-4)
+        unknown = (
+            mine.multiplier is None and mine.block is not None
+        )  # learnt, perhaps: not to be had from a narrow copy
+        assert unknown or mine.multiplier == pytest.approx(other.multiplier or 0, rel=1e-4)
         if mine.gain is None or other.gain is None:
             assert mine.gain is other.gain
         else:
@@ -126,7 +130,7 @@ def test_no_weights_are_read_but_norms(name: str, tmp_path: Path, monkeypatch: p
     opened: list[str] = []
 
     @contextmanager
-    def watched(info: TensorInfo) -> Iterator[Any]:
+    def watched(info: TensorInfo, **options: Any) -> Iterator[Any]:
         opened.append(info.name)
         with open_tensor(info) as reader:
             yield reader
@@ -146,7 +150,7 @@ def test_more_experts_than_the_narrow_copy_has(chosen: int, tmp_path: Path, monk
     save(model, tmp_path, tokenizer=False)
     studied: list[Any] = []
 
-    def watched(copy: Any) -> Anatomy:
+    def watched(copy: Any, **options: Any) -> Anatomy:
         studied.append(copy)
         return study(copy)
 

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 from abliterate.activations import MomentsFitter, ProjectionFitter, stream_sites
 from abliterate.anatomy import find_blocks, stream_out
-from abliterate.errors import NumericalError
+from abliterate.errors import ModelError, NumericalError
 from abliterate.generation import complete, end_tokens
 from abliterate.inference import (
     BatchSize,
     Encoded,
     SharedPrefix,
     auto_batch_size,
+    can_share,
     forward,
     hooked,
     in_batches,
@@ -428,3 +429,52 @@ def test_nan_stops_and_names_the_layer(layer: int) -> None:
 
 def test_windows_are_shorter_than_the_prompts() -> None:
     assert max(map(len, ragged())) > 2 * WINDOW  # or the tests above prove nothing about windows
+
+
+# --- whether prompts may share work is tried out
+
+
+@each_family
+def test_causal_models_share_their_prefix(family: Family) -> None:
+    assert can_share(model_of(family.name), ragged(), POSITIONS)
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
+def test_model_whose_cache_cannot_be_copied_does_not_share(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error("states of this layer cannot be repeated")
+
+    monkeypatch.setattr("transformers.DynamicCache.batch_repeat_interleave", fail)
+    assert not can_share(model_of("llama"), ragged(), POSITIONS)
+    monkeypatch.setattr("abliterate.inference.right_padded", fail)
+    with pytest.raises(ModelError, match=r"cannot be run on several prompts \(states of this layer"):
+        can_share(model_of("llama"), ragged(), POSITIONS)
+
+
+def test_cache_that_is_ignored_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some models take keys and values under another name and say nothing: only the logits tell."""
+    run = SharedPrefix.options
+
+    def without_cache(self: SharedPrefix, rows: int) -> dict[str, Any]:
+        return {**run(self, rows), "past_key_values": None}
+
+    monkeypatch.setattr(SharedPrefix, "options", without_cache)
+    assert not can_share(model_of("llama"), ragged(), POSITIONS)
+
+
+def test_model_that_looks_at_what_follows_is_refused() -> None:
+    model = BY_NAME["llama"].model()
+    model.model.embed_tokens.register_forward_hook(lambda _, __, output: output + output.mean(1, keepdim=True))
+    with pytest.raises(ModelError, match="a prompt's logits change with what stands behind it; expected a causal"):
+        can_share(model, ragged(), POSITIONS)
+
+
+def test_memory_running_out_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("abliterate.inference.right_padded", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        can_share(model_of("llama"), ragged(), POSITIONS)

@@ -206,6 +206,86 @@ def test_card_says_what_was_done_and_what_the_control_did() -> None:
     assert "- Warning: something to mind" in card
 
 
+def planned(**changes: Any) -> Record:
+    made = make()
+    assert made.plan is not None
+    return make(plan=made.plan.model_copy(update=changes))
+
+
+def test_card_gives_the_strengths_that_were_used_and_blames_rounding_only_for_a_full_removal() -> None:
+    several = render_card(planned(strengths={"a": 0.5, "b": 1.25, "c": 0.0, "d": 1.0}))
+    assert "3 tensors with strength 0.5 to 1.25: 0.65 % of what they wrote along the direction is left." in several
+    half = render_card(planned(strengths={"a": 0.5, "b": 0.5}))
+    assert "3 tensors with strength 0.5: 0.65 % of what they wrote along the direction is left." in half
+    assert "rounding" not in several + half
+    assert "(rounding to the stored format)" in render_card(planned(strengths={"a": 1.0, "b": 0.0}))
+
+
+def test_card_of_an_affine_edit_does_not_call_what_was_put_back_rounding() -> None:
+    card = render_card(planned(variant={"affine": True}))
+    assert "3 tensors with strength 1, what harmless prompts have along the direction put back" in card
+    assert "rounding" not in card
+    assert "- The edit: affine True." in card
+
+
+def test_card_of_a_subspace_says_how_many_directions() -> None:
+    card = render_card(planned(rank=3).model_copy(update={"settings": {"finding": {"subspace": "svd"}}}))
+    assert "along 3 directions of the residual stream" in card
+    assert "along the 3 directions is left" in card
+    assert "The edit (svd) was made around the difference of means at layer 14" in card
+    assert "one direction" not in card
+
+
+@pytest.mark.parametrize(
+    ("realisation", "files", "parts"),
+    [
+        ("lora", ["."], ["library_name: peft", "A LoRA adapter", "PeftModel.from_pretrained"]),
+        ("lora", ["plain", "biased"], ["Two adapters that belong together", "m.set_adapter(['plain', 'biased'])"]),
+        ("gguf-lora", ["a.gguf"], ["library_name: gguf", "A GGUF LoRA", "--lora a.gguf"]),
+        ("control-vector", ["v.gguf"], ["library_name: gguf", "It steers", "--control-vector v.gguf"]),
+    ],
+)
+def test_card_of_an_adapter_says_what_it_is_and_claims_no_edited_tensors(
+    realisation: str, files: list[str], parts: list[str]
+) -> None:
+    card = render_card(planned(realisation=realisation, files=files, edits=[]))
+    assert all(part in card for part in parts)
+    assert "tensors with strength" not in card
+    assert "A version of" not in card
+    assert NOTICE in card
+    assert "## How to use it" not in render_card(make())
+
+
+def test_many_writers_left_alone_for_one_reason_are_counted() -> None:
+    left = {f"model.layers.{i}.mlp": "not chosen" for i in range(5)} | {"model.embed_tokens": "tied to the head"}
+    card = render_card(planned(left_alone=left))
+    assert "- 5 writers: left alone, not chosen." in card
+    assert "- model.embed_tokens: left alone, tied to the head." in card
+
+
+def test_record_keeps_what_undo_and_adapters_need(tmp_path: Path) -> None:
+    made = planned(
+        variant={"layers": "1-3", "affine": True},
+        strengths={"w": 0.5},
+        files=["adapter_model.safetensors"],
+        copied={"lm_head.weight": "embed.weight"},
+        undo=["undo.safetensors"],
+    )
+    model = made.model.model_copy(update={"folder": "/models/one", "storage": "fp8"})
+    made = made.model_copy(update={"model": model, "output_sha256": {"a": "b"}, "left_out": ["x.bin"]})
+    write_record(made, tmp_path)
+    assert read_record(tmp_path) == made
+    old = json.loads((tmp_path / "abliteration.json").read_text())
+    for name in ("variant", "strengths", "files", "copied", "undo", "realisation"):
+        del old["plan"][name]
+    for name in ("folder", "storage"):
+        del old["model"][name]
+    (tmp_path / "abliteration.json").write_text(json.dumps(old))
+    read = read_record(tmp_path)
+    assert read.plan is not None
+    assert (read.plan.realisation, read.plan.undo, read.model.folder) == ("weights", [], "")
+
+
 def test_card_of_a_strengthened_model_does_not_say_it_was_weakened() -> None:
     record = make()
     assert record.plan is not None

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from abliterate import pipeline
-from abliterate.config import FindSettings, ModelSettings, PromptSettings
-from abliterate.directions import Candidates, Separation
-from abliterate.errors import GateNotMet
+from abliterate.config import EditSettings, FindSettings, ModelSettings, PromptSettings
+from abliterate.directions import Candidates, Direction, Separation
+from abliterate.errors import GateNotMet, UsageError
+from abliterate.finding import trial_plans
 from abliterate.inference import BatchSize
 from abliterate.plan import make_plan
 from abliterate.selection import (
@@ -262,3 +263,68 @@ def test_sites_crowded_out_by_ones_that_only_screening_let_pass_are_still_tried(
     chosen = select(scorer, Candidates(everywhere, everywhere), Separation(flat, flat), Rule()).chosen
     assert chosen is not None
     assert (chosen.layer, chosen.position) == good
+
+
+# --- directions are tried out on the writers that will be edited
+
+
+def scorer_for(session: pipeline.Session, scorer: Scorer, editing: EditSettings) -> Scorer:
+    val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
+    plan = trial_plans(session, editing)
+    return Scorer(session.model, session.anatomy, scorer.tokens, *val, session.size, plan=plan)
+
+
+@pytest.mark.parametrize(
+    ("editing", "bypasses"),
+    [
+        (EditSettings(layers=f"{WRITES}"), True),
+        (EditSettings(components="attention"), True),
+        (EditSettings(layers=f"{WRITES + 1}-"), False),
+        (EditSettings(components="mlp"), False),
+        (EditSettings(strengths=f"attention@{WRITES}=0"), False),
+    ],
+    ids=str,
+)
+def test_scores_are_those_of_the_chosen_writers(
+    session: pipeline.Session,
+    scorer: Scorer,
+    findings: pipeline.Findings,
+    editing: EditSettings,
+    bypasses: bool,
+) -> None:
+    raw = findings.candidates.at(WRITES + 1, -1)
+    chosen = scorer_for(session, scorer, editing)
+    ((bypass, induce, _),) = chosen.score(raw[None], WRITES + 1, None)
+    assert (bypass < 0) is bypasses
+    assert induce > 0, "adding is not editing"
+    plain, _ = chosen.ablate(session.plan(Direction(raw[None] / raw.norm(), {}), editing))
+    assert bypass == pytest.approx(plain, abs=1e-4)
+
+
+def test_strength_of_the_edit_does_not_change_the_search(session: pipeline.Session) -> None:
+    """Directions are compared at full strength, whatever will be done with the one that is chosen."""
+    weak = trial_plans(session, EditSettings(strength=-0.5, norm_preserving=True, affine=True, biprojected=True))
+    plan = weak(torch.eye(1, D_MODEL))
+    assert {edit.strength for edit in plan.edits} == {1.0}
+    assert not any(edit.keep_norms or edit.offset is not None for edit in plan.edits)
+
+
+def test_edit_that_chooses_nothing_is_refused_before_anything_is_run(
+    session: pipeline.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("abliterate.finding.refusal_tokens", lambda *_: pytest.fail("it was run"))
+    for editing in (EditSettings(components="experts"), EditSettings(layers="9"), EditSettings(strengths="mlp")):
+        with pytest.raises(UsageError, match=r"writer|--layers|--strengths"):
+            pipeline.find(session, FindSettings(), editing)
+    for finding in (FindSettings(rank=2), FindSettings(rank=2, subspace="leace")):
+        with pytest.raises(UsageError, match="--rank 2"):
+            pipeline.find(session, finding)
+
+
+def test_missing_extra_for_leace_is_said_before_anything_is_run(
+    session: pipeline.Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("abliterate.finding.refusal_tokens", lambda *_: pytest.fail("it was run"))
+    with pytest.raises(UsageError, match=r"pip install 'abliterate\[leace\]'"):
+        pipeline.find(session, FindSettings(subspace="leace"))

@@ -23,8 +23,8 @@ from abliterate.errors import CheckpointError, UsageError
 from abliterate.formats import layout, steps_apart
 from abliterate.plan import Edit, Plan
 from abliterate.record import AnatomyPart, ModelPart, PlanPart, Record, write_record
-from abliterate.surgery import Surgery, edit_checkpoint
 from abliterate.restoring import Restored, restore, undo
+from abliterate.surgery import Surgery, edit_checkpoint
 from test_surgery import D, basis_of, fp8, mxfp4, names_of, plan_of, randn, write, writer
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -37,7 +37,7 @@ def edit(source: Checkpoint, target: Path, plan: Plan, **names: tuple[Stored, ..
 
 def taken_back(edited: Path, target: Path) -> Restored:
     target.mkdir()
-    return restore(open_checkpoint(edited), sorted((edited / "undo").rglob("*.safetensors")), target)
+    return restore(open_checkpoint(edited), sorted(edited.glob("undo.safetensors")), target)
 
 
 def stored_bytes(checkpoint: Checkpoint, name: str) -> bytearray:
@@ -63,10 +63,10 @@ def round_trip(tensors: dict[str, Tensor], plan: Plan, **names: tuple[Stored, ..
         source, target, back = write(Path(place, "in"), tensors), Path(place, "out"), Path(place, "back")
         edit(source, target, plan, **names)
         taken_back(target, back)
-        assert not (back / "undo").exists()
+        assert not (back / "undo.safetensors").exists()
         count = sum(
             int(value.sum())
-            for path in (target / "undo").rglob("*.safetensors")
+            for path in target.glob("undo.safetensors")
             for name, value in load_file(path).items()
             if name.endswith(".counts")
         )
@@ -214,7 +214,7 @@ def test_undo_file_can_be_read_by_others(tmp_path: Path) -> None:
     weight, basis = randn(D, 10), basis_of(2)
     plan = plan_of(Edit(writer(), basis, 1.0, keep_norms=True), Edit(writer(weight="v"), basis, 0.5))
     surgery = edit(write(tmp_path / "in", {"w": weight, "v": randn(D, 10, seed=1)}), tmp_path / "out", plan)
-    assert surgery.undo == ("undo/model.safetensors",)
+    assert surgery.undo == ("undo.safetensors",)
     arrays = load_file(tmp_path / "out" / surgery.undo[0])
     by_tensor = {}
     with (tmp_path / "out" / surgery.undo[0]).open("rb") as file:
@@ -222,11 +222,11 @@ def test_undo_file_can_be_read_by_others(tmp_path: Path) -> None:
     said = json.loads(header["__metadata__"]["abliterate"])
     by_tensor = {entry["tensor"]: entry for entry in said["tensors"]}
     assert by_tensor["v"]["strength"] == 0.5
-    assert by_tensor["v"]["basis"] == by_tensor["w"]["basis"] == "basis.0"
+    assert by_tensor["v"]["basis"] == by_tensor["w"]["basis"] == "0/basis.0"
     torch.testing.assert_close(arrays[by_tensor["w"]["key"] + ".removed"][0], basis @ weight, rtol=1e-5, atol=1e-6)
     assert arrays[by_tensor["w"]["key"] + ".scales"].shape == (1, 10)
     assert by_tensor["v"]["key"] + ".scales" not in arrays
-    assert torch.equal(arrays["basis.0"], basis)
+    assert torch.equal(arrays["0/basis.0"], basis)
 
 
 @pytest.mark.parametrize("block_bytes", [400, 1 << 20])
@@ -319,7 +319,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_undo_gives_the_original_bit_for_bit(given: bool, in_place: bool, tmp_path: Path) -> None:
     out = edited_model(tmp_path, source_folder=not given)
     before, original = contents(out), contents(tmp_path / "original")
-    assert before.keys() >= {"abliteration.json", "undo/model-00001-of-00002.safetensors"}
+    assert before.keys() >= {"abliteration.json", "undo.safetensors"}
     target = None if in_place else tmp_path / "back"
     counted: list[int] = []
     undone = undo(out, target=target, source=tmp_path / "original" if given else None, progress=counted.append)
@@ -405,22 +405,22 @@ def test_undo_touches_nothing_when_the_model_is_not_the_recorded_one(
     ("what", "message"),
     [
         ("data", "its data are not what was written"),
-        ("missing", "undo/model-00002-of-00002.safetensors does not exist"),
+        ("missing", "undo.safetensors does not exist"),
         ("version", "expected an undo file of version 1"),
         ("tensors", "expected what undo needs of 'o.1', found nothing"),
     ],
 )
 def test_undo_touches_nothing_when_an_undo_file_is_wrong(what: str, message: str, tmp_path: Path) -> None:
     out = edited_model(tmp_path, source_folder=False)
-    second = out / "undo" / "model-00002-of-00002.safetensors"
+    file = out / "undo.safetensors"
     if what == "data":
-        broken(out, "undo/model-00002-of-00002.safetensors")
+        broken(out, "undo.safetensors")
     elif what == "missing":
-        second.unlink()
+        file.unlink()
     elif what == "version":
-        second.write_bytes(second.read_bytes().replace(b'\\"version\\": 1', b'\\"version\\": 2'))
+        file.write_bytes(file.read_bytes().replace(b'\\"version\\": 1', b'\\"version\\": 2'))
     else:
-        second.write_bytes((out / "undo" / "model-00001-of-00002.safetensors").read_bytes())
+        file.write_bytes(file.read_bytes().replace(b'\\"tensor\\": \\"o.1\\"', b'\\"tensor\\": \\"o.0\\"'))
     before = contents(tmp_path)
     with pytest.raises(CheckpointError, match=message):
         undo(out)

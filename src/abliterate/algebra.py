@@ -26,6 +26,9 @@ from abliterate.errors import NumericalError
 #: Norms below this are the same activation in both classes (site 0 at a template token), not a direction.
 ZERO_NORM = 1e-6
 
+#: Below this share of its old length a vector is not given it back: it was nearly all direction.
+SHORTEST = 1e-2
+
 
 def orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
     """An orthonormal basis of the span of `rows`, in float64 inside; the first row keeps its sign.

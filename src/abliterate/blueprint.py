@@ -58,10 +58,16 @@ def study_files(
     proof = study(small, max_leak=max_leak)
     writers = [
         whole
-        for writer in proof.writers
+        for writer in map(_without_learnt_factor, proof.writers)
         for whole in _in_skeleton(_with_gain(writer, small, skeleton, checkpoint), small, skeleton)
     ]
     return Anatomy(proof.d_model, proof.blocks, tuple(writers), proof.closure), skeleton
+
+
+def _without_learnt_factor(writer: Writer) -> Writer:
+    """A block's factor other than 1 may be a learnt gate, and that of the narrow copy is not the model's."""
+    known = writer.block is None or writer.multiplier == 1.0
+    return writer if known else replace(writer, multiplier=None)
 
 
 def _config(files: ModelFiles, trust_remote_code: bool) -> Any:

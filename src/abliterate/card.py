@@ -28,17 +28,17 @@ _LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "c
 _WHAT = {
     "weights": (
         "abliterated",
-        "A version of `{name}` from which one direction of the residual stream was taken out of the weights\n"
-        "with abliterate, without training.",
+        "A version of `{name}` whose weights were edited along {what} of the residual stream with abliterate,\n"
+        "without training.",
     ),
     "lora": (
         "abliteration adapter",
-        "A LoRA adapter that takes one direction of the residual stream out of what `{name}` writes to it. Made with\n"
+        "A LoRA adapter that edits what `{name}` writes to the residual stream along {what}. Made with\n"
         "abliterate, without training; the model itself is not changed.",
     ),
     "gguf-lora": (
         "abliteration adapter for llama.cpp",
-        "A GGUF LoRA that takes one direction of the residual stream out of what `{name}` writes to it. Made with\n"
+        "A GGUF LoRA that edits what `{name}` writes to the residual stream along {what}. Made with\n"
         "abliterate, without training; the model itself is not changed.",
     ),
     "control-vector": (
@@ -93,7 +93,7 @@ def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
             _front_matter(record, licence or {}),
             f"# {short}, {_WHAT[realisation][0]}",
             "",
-            _WHAT[realisation][1].format(name=short),
+            _WHAT[realisation][1].format(name=short, what=_directions(1 if record.plan is None else record.plan.rank)),
             "",
             *(_how_to_use(record.plan) if record.plan else []),
             "## What was done",
@@ -149,8 +149,10 @@ def _what_was_done(record: Record) -> list[str]:
             lines.append(f"- The edit: {asked.replace('_', '-')}.")
         lines += [f"- {what}: left alone, {why}." for what, why in grouped(record.plan.left_alone)]
     if (selection := record.selection) is not None and (site := selection.chosen) is not None:
+        subspace = record.settings.get("finding", {}).get("subspace", "mean")
+        what = "The direction is" if subspace == "mean" else f"The edit ({subspace}) was made around"
         lines.append(
-            f"- The direction is the difference of means at layer {site.layer} of {record.model.layers}, position "
+            f"- {what} the difference of means at layer {site.layer} of {record.model.layers}, position "
             f"{site.position}: bypass {site.bypass:.2f} (before: {selection.harmful:.2f}), induce {site.induce:.2f} "
             f"(before: {selection.harmless:.2f}), KL {site.kl:.3f}. A random direction of the same norm: bypass "
             f"{selection.control.bypass:.2f}, induce {selection.control.induce:.2f}."
@@ -190,11 +192,20 @@ def edited(plan: PlanPart) -> str:
     """'49 tensors with strength 1: 0.41 % of what they wrote along the direction is left'."""
     before = sum(edit.before**2 for edit in plan.edits) ** 0.5
     after = sum(edit.after**2 for edit in plan.edits) ** 0.5
-    text = f"{len(plan.edits)} tensors with strength {plan.strength:g}"
+    strengths = sorted({strength for strength in plan.strengths.values() if strength} or {plan.strength})
+    between = f"{strengths[0]:g}" if len(strengths) == 1 else f"{strengths[0]:g} to {strengths[-1]:g}"
+    text = f"{len(plan.edits)} tensors with strength {between}"
+    along = "the direction" if plan.rank == 1 else f"the {plan.rank} directions"
+    if plan.variant.get("affine"):
+        return f"{text}, what harmless prompts have along {along} put back"
     if not before:
         return text
-    left = f"{text}: {100 * after / before:.2f} % of what they wrote along the direction is left"
-    return left + (" (rounding to the stored format)" if plan.strength == 1 else "")
+    left = f"{text}: {100 * after / before:.2f} % of what they wrote along {along} is left"
+    return left + (" (rounding to the stored format)" if strengths == [1] else "")
+
+
+def _directions(rank: int) -> str:
+    return "one direction" if rank == 1 else f"{rank} directions"
 
 
 def rate(part: RatePart) -> str:

@@ -10,15 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.algebra import remove_from_outputs, remove_from_weight
+from abliterate.algebra import SHORTEST, remove_from_outputs, remove_from_weight
 from abliterate.anatomy import Kind
 from abliterate.effective import numbers
 from abliterate.errors import UsageError
 from abliterate.inference import hooked, on_output
 from abliterate.plan import Edit, Plan
-
-#: Below this share of its old length a vector is not given it back, as in `surgery.numbers`.
-SHORTEST = 1e-2
 
 
 def refuse_hooks(plan: Plan) -> None:

@@ -162,7 +162,11 @@ def _with_offset(edits: list[Edit], offset: Float[Tensor, " d"]) -> list[Edit]:
 
     An embedding, or the bias of the norm behind it; else one of the first block, best with a bias to hold it.
     """
-    plain = [edit for edit in edits if not edit.writer.post_norms and edit.writer.kind is not Kind.EXPERTS]
+    plain = [
+        edit
+        for edit in edits
+        if not edit.writer.post_norms and edit.writer.kind is not Kind.EXPERTS and edit.writer.multiplier is not None
+    ]
     front = [edit for edit in plain if edit.writer.kind is Kind.EMBEDDING and _holds_constant(edit.writer)]
     blocks = [edit for edit in plain if edit.writer.block == 0]
     carriers = front + [edit for edit in blocks if _holds_constant(edit.writer)] + blocks
@@ -172,7 +176,7 @@ def _with_offset(edits: list[Edit], offset: Float[Tensor, " d"]) -> list[Edit]:
             "edited; see --untie, --layers, --components"
         )
     carrier = carriers[0]
-    changed = replace(carrier, offset=offset / carrier.writer.multiplier)
+    changed = replace(carrier, offset=offset / (carrier.writer.multiplier or 1.0))
     return [changed if edit is carrier else edit for edit in edits]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from abliterate.algebra import orthonormal
 from abliterate.anatomy.blocks import Call
 from abliterate.anatomy.trial import Part, Trial, candidates, joined, norms_gain
-from abliterate.anatomy.writers import Writer, kind_of
+from abliterate.anatomy.writers import Kind, Writer, kind_of
 from abliterate.errors import AnatomyError, NumericalError
 from abliterate.inference import hooked
 
@@ -227,7 +227,15 @@ def close_block(
         if not error <= max_leak:
             raise AnatomyError(not_closed(name, block, error, [part.name for part in parts], {}, trial))
     _check_hooks(trial, parts, name, block, float((after - trial.stream).double().norm()))
-    return Account(tuple(_writer(trial.block, part, name, index, trial.width) for part in parts), error)
+    writers = tuple(_writer(trial.block, part, name, index, trial.width) for part in parts)
+    if index == 0:
+        writers = tuple(
+            replace(w, multiplier=None if w.kind is Kind.EXPERTS else trial.multiplier(parts, part))
+            if not w.post_norms
+            else w
+            for w, part in zip(writers, parts, strict=True)
+        )
+    return Account(writers, error)
 
 
 def build(block: nn.Module) -> tuple[tuple[str, str, tuple[int, ...]], ...]:

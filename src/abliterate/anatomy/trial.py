@@ -83,6 +83,7 @@ def _raw(module: str, own: Mapping[str, nn.Parameter], d_model: int) -> Iterator
 
 
 def joined(module: str, name: str) -> str:
+    """The name of a parameter of `module`, which may be the block itself."""
     return f"{module}.{name}" if module else name
 
 
@@ -149,6 +150,17 @@ class Trial:
                 change = _remover(self.block, part, basis)
                 handles.append(self.block.get_submodule(part.module).register_forward_hook(on_output(change)))
             yield
+
+    def multiplier(self, parts: Sequence[Part], part: Part) -> float | None:
+        """What a constant added to a part's output is multiplied by on its way out; None if not one number."""
+        added = self.basis[0] * float(self.stream.square().mean().sqrt()) * self.width**0.5
+        module = self.block.get_submodule(part.module)
+        with self.edited(parts), hooked([module.register_forward_hook(on_output(lambda y: y + added))]):
+            found = self._apart(self.run(clean=True)) @ self.basis[0] / added.norm()
+        if float(found.max() - found.min()) > 1e-2 * float(found.abs().max()):
+            return None
+        factor = float(found.mean())
+        return 1.0 if abs(factor - 1) < 1e-5 else factor
 
     def leak(self, parts: Sequence[Part], wrote: float) -> float:
         """What leaves the block along V when it enters without and `parts` are edited, relative to what it wrote."""

@@ -26,7 +26,8 @@ class Writer:
     The output of `module` is linear in what is written: hooks go there. `weight` is the map, with the stream on `axis`
     (Linear [d, n]: 0; Conv1D and embedding [n, d]: 1; experts [E, d, n]: 1, [E, n, d]: 2), `bias` [d] or [E, d] what is
     added to it. A norm's bias is a writer without a weight; fixed positions are one without either. `inner` is the
-    constant by which an embedding's module multiplies its weight, `multiplier` the one between module and stream.
+    constant by which an embedding's module multiplies its weight, `multiplier` the one between module and stream
+    (of embeddings and the first block; None where it differs from token to token).
     `gain` [d] is set when a norm y ↦ gain ⊙ y / rms(y) stands between module and stream, with `centred` when that norm
     subtracts the mean first; `post_norms` names it, or several one behind the other, and `gain` is then their product.
     `tied` marks an embedding that is also the head.
@@ -39,7 +40,7 @@ class Writer:
     axis: int
     bias: str | None
     inner: float = 1.0
-    multiplier: float = 1.0
+    multiplier: float | None = 1.0
     post_norms: tuple[str, ...] = ()
     gain: Float[Tensor, " d"] | None = None
     centred: bool = False

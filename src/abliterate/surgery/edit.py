@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from abliterate.checkpoint import (
 from abliterate.plan import Edit, Plan
 from abliterate.surgery.passes import Passage, Residual
 from abliterate.surgery.tensors import Task, tasks_of
-from abliterate.surgery.undo_files import UndoWriter, merge
+from abliterate.surgery.undo_files import FOLDER, UndoWriter, merge
+from abliterate.surgery.undo_files import NAME as UNDO
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +60,8 @@ def edit_checkpoint(
     or format or is planned twice, both before anything is written; `NumericalError` when a tensor holds or would get
     numbers that are not finite.
     """
-    work = _Work(target, tasks_of(source, plan, names), keep_undo)
+    place = target if journal is None else journal.scratch
+    work = _Work(place, tasks_of(source, plan, names), keep_undo)
     with one_thread(), contextlib.closing(work):
         files = write_edited(
             source, target, work.rewriters(), changes=changes, journal=journal, note=work.note, progress=progress
@@ -68,8 +71,11 @@ def edit_checkpoint(
     ]
     found = {residual.tensor: residual for residual in residuals}
     parts = [note["undo"] for note in files.notes if note["undo"]]
-    undo = (merge(target, parts),) if parts else ()
-    return Surgery(files, tuple(found[name] for name in work.tasks), undo)
+    if parts:
+        merge(place, parts, target / UNDO)
+    if journal is None:
+        shutil.rmtree(place / FOLDER, ignore_errors=True)
+    return Surgery(files, tuple(found[name] for name in work.tasks), (UNDO,) if parts else ())
 
 
 def removed_rows(
@@ -89,9 +95,9 @@ def removed_rows(
 class _Work:
     """The tensors of one surgery: their rewriters, and what is noted for every finished file."""
 
-    def __init__(self, target: Path, tasks: list[Task], keep_undo: bool) -> None:
+    def __init__(self, place: Path, tasks: list[Task], keep_undo: bool) -> None:
         self.tasks = {task.info.name: task for task in tasks}
-        self._target, self._keep_undo = target, keep_undo
+        self._place, self._keep_undo = place, keep_undo
         self._undo: UndoWriter | None = None
         self._residuals: list[Residual] = []
 
@@ -106,7 +112,7 @@ class _Work:
     def _rewriter(self, task: Task) -> Rewriter:
         def rewrite(reader: TensorReader) -> Iterator[memoryview]:
             if self._keep_undo and self._undo is None:
-                self._undo = UndoWriter(self._target)
+                self._undo = UndoWriter(self._place)
             keeper = self._undo.keeper(task) if self._undo else None
             passage = Passage(task, keeper)
             yield from passage.edit(reader)
@@ -121,7 +127,7 @@ class _Work:
         path = self._undo.close(name) if self._undo else None
         value = {
             "residuals": [asdict(residual) for residual in self._residuals],
-            "undo": None if path is None else str(path.relative_to(self._target)),
+            "undo": None if path is None else str(path.relative_to(self._place)),
         }
         self._undo, self._residuals = None, []
         return Note(value, () if path is None else (path,))

@@ -23,8 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-#: Below this share of its old length a vector is not given it back: it was nearly all direction.
-SHORTEST = 1e-2
+from abliterate.algebra import SHORTEST
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def refusal(edit: Edit) -> str | None:
         wrong = f"expected an offset of shape [{shape[1]}], found {list(edit.offset.shape)}"
     elif edit.offset is not None and writer.kind is Kind.EXPERTS:
         wrong = "experts are weighted by a router, so their biases cannot hold a constant; give one to another writer"
-    elif edit.offset is not None and writer.bias is None and writer.kind is not Kind.EMBEDDING:
+    elif edit.offset is not None and writer.bias is None and not (writer.kind is Kind.EMBEDDING and writer.axis == 1):
         wrong = "expected a bias to hold a constant, found none; give it to an embedding or to a writer with a bias"
     return None if wrong is None else f"writer '{writer.module}': {wrong}"
 

@@ -24,6 +24,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 import numpy as np
@@ -36,7 +37,7 @@ from abliterate.errors import CheckpointError
 from abliterate.surgery.passes import Known
 from abliterate.surgery.tensors import Task, code_dtype
 
-#: Folder of the undo files while a model is edited, and the one file they become.
+#: Folder of the undo files while a model is edited, and the one file in OUT that they become.
 FOLDER, NAME = "undo", "undo.safetensors"
 
 _VERSION = 1
@@ -62,7 +63,7 @@ class UndoWriter:
     """Writes one undo file; what does not grow with the exceptions stays in memory until `close`."""
 
     def __init__(self, folder: Path) -> None:
-        """Make the folder for undo files in the model folder `folder`, and a file there to work in."""
+        """Make a folder for undo files in `folder`, and a file there to work in."""
         self._place = folder / FOLDER
         self._place.mkdir(exist_ok=True)
         self._data = (self._place / ".data").open("w+b")
@@ -122,8 +123,8 @@ class UndoWriter:
         return path
 
 
-def merge(folder: Path, names: Sequence[str]) -> str:
-    """Make one file `undo.safetensors` of the undo files `names` in a model folder, which go; returns its name."""
+def merge(folder: Path, names: Sequence[str], target: Path) -> None:
+    """Make one undo file `target` of the undo files `names` in `folder`."""
     parts = [UndoFile(folder / name) for name in names]
     entries, header, position = [], {}, 0
     for number, part in enumerate(parts):
@@ -134,14 +135,12 @@ def merge(folder: Path, names: Sequence[str]) -> str:
             header[f"{number}/{name}"] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
         position += part.arrays.file_bytes - part.arrays.header_bytes
     digest = hashlib.sha256()
-    with (folder / FOLDER / ".data").open("w+b") as data:
+    with TemporaryFile(dir=folder) as data:
         for part in parts:
             for chunk in part.data():
                 digest.update(chunk)
                 data.write(chunk)
-        _put_together(folder / NAME, header, entries, digest.hexdigest(), data)
-    shutil.rmtree(folder / FOLDER)
-    return NAME
+        _put_together(target, header, entries, digest.hexdigest(), data)
 
 
 def _put_together(
