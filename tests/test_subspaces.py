@@ -17,7 +17,8 @@ from torch import Tensor
 
 import planted
 from abliterate.activations import MomentsFitter, stream_sites
-from abliterate.directions import Candidates, difference_of_means, orthonormal
+from abliterate.algebra import orthonormal
+from abliterate.directions import Candidates, difference_of_means
 from abliterate.errors import AbliterateError, NumericalError, UsageError
 from abliterate.inference import BatchSize, share_prefix
 from abliterate.subspaces import (

@@ -137,7 +137,9 @@ def chosen_site(direction: Direction) -> tuple[int, int] | None:
     match direction.metadata.get("chosen"):
         case {"layer": int(layer), "position": int(position)}:
             candidates = direction.candidates
-            if candidates is None or (layer < candidates.raw.shape[1] and -candidates.raw.shape[0] <= position < 0):
+            if candidates is None or (
+                0 <= layer < candidates.raw.shape[1] and -candidates.raw.shape[0] <= position < 0
+            ):
                 return layer, position
     return None
 
@@ -168,14 +170,20 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     candidates: Candidates | None = None
     if {"candidates", "harmless_mean"} <= tensors.keys():
         raw, mean = tensors["candidates"].float(), tensors["harmless_mean"].float()
-        if raw.dim() != 3 or raw.shape[2] != basis.shape[1] or raw.shape != mean.shape or not raw.isfinite().all():
+        if (
+            raw.dim() != 3
+            or raw.shape[2] != basis.shape[1]
+            or raw.shape != mean.shape
+            or not (raw + mean).isfinite().all()
+        ):
             raise UsageError(
                 f"direction file '{path}': expected finite 'candidates' and 'harmless_mean' [positions, sites, "
                 f"{basis.shape[1]}], found {list(raw.shape)} and {list(mean.shape)}"
             )
         candidates = Candidates(raw, mean)
     reader, put_back = _oblique(path, tensors, basis)
-    rows = orthonormal(basis) if reader is None else basis
+    rows = orthonormal(basis)  # raises for what is none
+    rows = rows if reader is None else basis
     return Direction(rows, _metadata(shard.metadata), candidates, reader, put_back)
 
 
