@@ -1018,7 +1018,7 @@ def steps_apart(a: torch.Tensor, b: torch.Tensor) -> int:
 @pytest.mark.parametrize("in_place", [True, False])
 def test_undo_restores_the_original_bit_for_bit(out: Path, planted: Planted, tmp_path: Path, in_place: bool) -> None:
     edited = Path(shutil.copytree(out, tmp_path / "out"))
-    undone = pipeline.undo(edited, target=None if in_place else tmp_path / "back")
+    undone = abliterate.undo(edited, target=None if in_place else tmp_path / "back")
     assert (undone.exact, undone.steps, undone.reason) == (True, 0, None)
     assert undone.folder == (edited if in_place else tmp_path / "back")
     assert digest(undone.folder) == digest(planted.folder)
@@ -1038,10 +1038,10 @@ def test_undo_without_the_original_comes_within_one_step_and_says_why(
     before = weights(moved)
     found = weights(edited)
     assert max(steps_apart(before[name], found[name]) for name in before) > 100, "the control"
-    given = pipeline.undo(edited, target=tmp_path / "back", source=moved)
+    given = abliterate.undo(edited, target=tmp_path / "back", source=moved)
     assert given.exact
     assert digest(tmp_path / "back") == digest(moved)
-    undone = pipeline.undo(edited)
+    undone = abliterate.undo(edited)
     assert (undone.exact, undone.steps) == (False, 1)
     assert undone.reason is not None
     assert str(planted.folder) in undone.reason
@@ -1051,7 +1051,7 @@ def test_undo_without_the_original_comes_within_one_step_and_says_why(
         assert steps_apart(tensor, after[name]) <= (1 if name in undone.tensors else 0), name
     assert not (edited / "abliteration.json").exists()
     with pytest.raises(UsageError, match="expected the record"):
-        pipeline.undo(edited)
+        abliterate.undo(edited)
 
 
 def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
@@ -1059,7 +1059,7 @@ def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
 ) -> None:
     output = target_of(tmp_path, realisation="lora")
     abliterate.apply(str(planted.folder), out / "direction.safetensors", output)
-    for act in (pipeline.undo, abliterate.compare):
+    for act in (abliterate.undo, abliterate.compare):
         with pytest.raises(UsageError, match="expected a model with edited weights, found lora"):
             act(tmp_path / "out")
         for folder in (planted.folder, tmp_path / "none"):
@@ -1100,7 +1100,7 @@ def test_comparison_finds_one_flipped_bit(out: Path, tmp_path: Path, tensor: str
     assert found.integrity.damaged == ((tensor,) if damaged else ())
     assert found.integrity.wrong_hashes == (open_checkpoint(copy).tensors[tensor].file.name,)
     with pytest.raises(CheckpointError, match="is not as it was written"):
-        pipeline.undo(copy)
+        abliterate.undo(copy)
 
 
 def test_comparison_with_an_original_that_moved_or_is_another(
@@ -1155,11 +1155,11 @@ def test_untied_embedding_is_edited_and_the_head_stays(tmp_path: Path) -> None:
     saved, _, _ = pipeline.evaluate(edited, EvalSettings())
     assert pipeline.answer_parts(saved, keep=False) == behaviour(record).answers["after"]
     assert behaviour(record).answers["after"] != behaviour(record).answers["before"], "the control"
-    assert pipeline.compare(target).intact
+    assert abliterate.compare(target).intact
     flip_a_bit(target, "lm_head.weight")
-    assert pipeline.compare(target).integrity.damaged == ("lm_head.weight",)
+    assert abliterate.compare(target).integrity.damaged == ("lm_head.weight",)
     flip_a_bit(target, "lm_head.weight")
-    assert pipeline.undo(target).exact
+    assert abliterate.undo(target).exact
     assert digest(target) == digest(source)
 
 

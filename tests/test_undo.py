@@ -21,6 +21,7 @@ from abliterate.anatomy import Kind, Stored, Writer
 from abliterate.checkpoint import Checkpoint, open_checkpoint, resumable
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.formats import layout, steps_apart
+from abliterate.monitor import Monitor
 from abliterate.plan import Edit, Plan
 from abliterate.record import AnatomyPart, ModelPart, PlanPart, Record, write_record
 from abliterate.restoring import Restored, restore, undo
@@ -314,6 +315,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+class _Counting(Monitor):
+    """Adds up the progress it is told of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counted: list[int] = []
+
+    def advance(self, steps: int) -> None:
+        self.counted.append(steps)
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["recorded", "given"])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_undo_gives_the_original_bit_for_bit(given: bool, in_place: bool, tmp_path: Path) -> None:
@@ -321,12 +333,12 @@ def test_undo_gives_the_original_bit_for_bit(given: bool, in_place: bool, tmp_pa
     before, original = contents(out), contents(tmp_path / "original")
     assert before.keys() >= {"abliteration.json", "undo.safetensors"}
     target = None if in_place else tmp_path / "back"
-    counted: list[int] = []
-    undone = undo(out, target=target, source=tmp_path / "original" if given else None, progress=counted.append)
+    monitor = _Counting()
+    undone = undo(out, target=target, source=tmp_path / "original" if given else None, monitor=monitor)
     assert (undone.exact, undone.steps, undone.reason) == (True, 0, None)
     assert undone.folder == (out if in_place else target)
     assert contents(undone.folder) == original
-    assert sum(counted) == sum(map(len, original.values()))
+    assert sum(monitor.counted) == sum(map(len, original.values()))
     if not in_place:
         assert contents(out) == before
 
@@ -441,7 +453,7 @@ def test_an_adapter_has_nothing_to_undo(tmp_path: Path) -> None:
     record = json.loads((out / "abliteration.json").read_text())
     record["plan"]["realisation"] = "lora"
     (out / "abliteration.json").write_text(json.dumps(record))
-    with pytest.raises(UsageError, match="nothing to undo"):
+    with pytest.raises(UsageError, match="edited weights, found lora"):
         undo(out)
 
 

@@ -30,17 +30,17 @@ if TYPE_CHECKING:
     from abliterate.pipeline import Session as Session
     from abliterate.pipeline import apply as apply
     from abliterate.pipeline import choose as choose
-    from abliterate.pipeline import compare as compare
     from abliterate.pipeline import evaluate as evaluate
     from abliterate.pipeline import find as find
     from abliterate.pipeline import open_session as open_session
     from abliterate.pipeline import run as run
-    from abliterate.pipeline import undo as undo
     from abliterate.pipeline import verify as verify
     from abliterate.plan import Plan as Plan
     from abliterate.plan import make_plan as make_plan
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
+    from abliterate.restoring import compare as compare
+    from abliterate.restoring import undo as undo
     from abliterate.variants import plan_for as plan_for
 
 _HOMES = {
@@ -53,11 +53,10 @@ _HOMES = {
     "errors": ("AbliterateError", "GateNotMet"),
     "interventions": ("ablation", "addition"),
     "judging": ("judge",),
-    "pipeline": (
-        *("Session", "apply", "choose", "compare", "evaluate", "find", "open_session", "run", "undo", "verify"),
-    ),
+    "pipeline": (*("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "verify"),),
     "plan": ("Plan", "make_plan"),
     "record": ("Record", "read_record"),
+    "restoring": ("compare", "undo"),
     "variants": ("plan_for",),
 }
 

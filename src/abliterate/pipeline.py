@@ -14,14 +14,13 @@ from torch import Tensor
 from abliterate import record as rec
 from abliterate.algebra import orthonormal
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, open_checkpoint, sha256
+from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, open_checkpoint
 from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSettings, OutputSettings, RunSettings
 from abliterate.directions import Direction, chosen_site, load_direction, save_direction
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, measure_shift
 from abliterate.finding import choose, find, find_or_force, refusal_tokens
 from abliterate.generation import complete
-from abliterate.integrity import Integrity, check
 from abliterate.interventions import addition
 from abliterate.judging import Tally, judge
 from abliterate.models import load
@@ -47,8 +46,6 @@ from abliterate.parts import (
 from abliterate.plan import Plan
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.refusals import RefusalToken
-from abliterate.restoring import Undone
-from abliterate.restoring import undo as take_back
 from abliterate.selection import Scorer, Site
 from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session, warn_of_leaks
 from abliterate.storage import how_stored
@@ -288,63 +285,6 @@ def at_site(direction: Direction, site: Site | None, d_model: int | None = None)
     return Direction(raw[None] / raw.norm(), direction.metadata | said, direction.candidates)
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How an OUT compares with the original it was made from; `source` is where that lies."""
-
-    out: Path
-    source: Path
-    integrity: Integrity
-
-    @property
-    def intact(self) -> bool:
-        """Whether every byte outside the plan equals the original's, and every hash is the recorded one."""
-        return self.integrity.ok
-
-
-def compare(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> Comparison:
-    """Compare the weights in OUT with those of the original (`source`, or where the record says it was).
-
-    Raises `UsageError` when OUT has no record of edited weights or the original is not there, `CheckpointError` when
-    it is another model than the one that was edited.
-    """
-    record, plan = _edited(out)
-    origin = Path(record.model.folder) if source is None else source
-    if not origin.is_dir():
-        raise UsageError(f"{out}: its original is not at {origin} any more; give its folder with --source")
-    with (monitor or Monitor()).phase("compare with the original"):
-        for shard in open_checkpoint(origin).shards:
-            if sha256(shard.path) != record.model.source_sha256.get(str(shard.path.relative_to(origin))):
-                raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
-        found = check(
-            out,
-            origin,
-            [edit.tensor for edit in plan.edits],
-            extra=plan.copied,
-            recorded=record.output_sha256,
-        )
-    return Comparison(out, origin, found)
-
-
-def undo(
-    out: Path, *, target: Path | None = None, source: Path | None = None, monitor: Monitor | None = None
-) -> Undone:
-    """Take the edit of OUT back, in place or into `target` (see `restoring.undo`)."""
-    _edited(out)
-    total = sum(shard.file_bytes for shard in open_checkpoint(out).shards)
-    with (monitor or Monitor()).phase("restore", total) as advance:
-        return take_back(out, target=target, source=source, progress=advance)
-
-
-def _edited(out: Path) -> tuple[rec.Record, rec.PlanPart]:
-    """The record of a model whose weights were edited, and its plan."""
-    record = rec.read_record(out)
-    if record.plan is None or record.plan.realisation != "weights":
-        found = "no plan" if record.plan is None else record.plan.realisation
-        raise UsageError(f"{out}: expected a model with edited weights, found {found}")
-    return record, record.plan
-
-
 def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor, int | None]:
     """The difference of means r behind a direction and its layer, where the file says them."""
     candidates = direction.candidates
@@ -410,7 +350,6 @@ def _shift(monitor: Monitor, session: Session, before: dict[str, Answers], base:
 
 
 __all__ = [
-    "Comparison",
     "Findings",
     "Found",
     "Session",
@@ -420,7 +359,6 @@ __all__ = [
     "at_site",
     "behaviour_part",
     "choose",
-    "compare",
     "direction_metadata",
     "evaluate",
     "evaluation_part",
@@ -430,6 +368,5 @@ __all__ = [
     "rate_part",
     "run",
     "selection_part",
-    "undo",
     "verify",
 ]

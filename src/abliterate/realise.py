@@ -34,6 +34,9 @@ from abliterate.variants import plan_for
 GGUF_LORA = "abliteration-lora.gguf"
 CONTROL_VECTOR = "control-vector.gguf"
 
+#: What undo needs is at most about this part of the edited tensors (measured: 1 % to 10 %).
+_UNDO_SHARE = 10
+
 
 @dataclass(frozen=True, slots=True)
 class Patient:
@@ -160,7 +163,8 @@ def _weights(plan: Plan, patient: Patient, staging: Staging, output: OutputSetti
     names = names_on_disk(patient.model, planned_parameters(plan), source.tensors)
     changes = _changes(plan, patient, output)
     total = bytes_to_write(source, changes)
-    ensure_space(staging.folder, total - staging.journal.kept_bytes)
+    planned = sum(source.tensors[place.tensor].nbytes for places in names.values() for place in places)
+    ensure_space(staging.folder, total - staging.journal.kept_bytes + planned // _UNDO_SHARE)
     with monitor.phase("edit weights", total) as advance:
         surgery = edit_checkpoint(
             source, staging.folder, plan, names, changes=changes, journal=staging.journal, progress=advance

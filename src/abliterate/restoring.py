@@ -29,7 +29,9 @@ from abliterate.checkpoint import (
 )
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.formats import PLAIN, layout
-from abliterate.record import Record, read_record
+from abliterate.integrity import Integrity, check
+from abliterate.monitor import Monitor
+from abliterate.record import PlanPart, Record, read_record
 from abliterate.surgery.edit import one_thread
 from abliterate.surgery.numbers import Terms, restored, taken
 from abliterate.surgery.passes import Known, terms_for
@@ -65,12 +67,54 @@ class Undone:
     reason: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """How an OUT compares with the original it was made from; `source` is where that lies."""
+
+    out: Path
+    source: Path
+    integrity: Integrity
+
+    @property
+    def intact(self) -> bool:
+        """Whether every byte outside the plan equals the original's, and every hash is the recorded one."""
+        return self.integrity.ok
+
+
+def compare(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> Comparison:
+    """Compare the weights in `out` with those of the original (`source`, or where the record says it was).
+
+    Raises `UsageError` when `out` has no record of edited weights or the original is not there, `CheckpointError` when
+    it is another model than the one that was edited.
+    """
+    record, plan = _edited(out)
+    origin = Path(record.model.folder) if source is None else source
+    if not origin.is_dir():
+        raise UsageError(f"{out}: its original is not at {origin} any more; give its folder with --source")
+    with (monitor or Monitor()).phase("compare with the original"):
+        for shard in open_checkpoint(origin).shards:
+            if sha256(shard.path) != record.model.source_sha256.get(str(shard.path.relative_to(origin))):
+                raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
+        planned = [edit.tensor for edit in plan.edits]
+        found = check(out, origin, planned, extra=plan.copied, recorded=record.output_sha256)
+    return Comparison(out, origin, found)
+
+
+def _edited(out: Path) -> tuple[Record, PlanPart]:
+    """The record of a model whose weights were edited, and its plan."""
+    record = read_record(out)
+    if record.plan is None or record.plan.realisation != "weights":
+        found = "no plan" if record.plan is None else record.plan.realisation
+        raise UsageError(f"{out}: expected a model with edited weights, found {found}")
+    return record, record.plan
+
+
 def undo(
     out: Path,
     *,
     target: Path | None = None,
     source: Path | None = None,
-    progress: Callable[[int], None] | None = None,
+    monitor: Monitor | None = None,
 ) -> Undone:
     """Take back the edit of the model in `out`, in place or into the new folder `target`.
 
@@ -80,10 +124,7 @@ def undo(
     Raises `UsageError` when `out` has no record of edited weights, `CheckpointError`, naming the file, when its weights
     are not those that the record describes, or when `source` is given and is not the model that was edited.
     """
-    record = read_record(out)
-    plan = record.plan
-    if plan is None or plan.realisation != "weights":
-        raise UsageError(f"{out}: expected a model whose weights were edited, found none; there is nothing to undo")
+    record, plan = _edited(out)
     edited = open_checkpoint(out)
     _check_hashes(edited, record.output_sha256, "is not as it was written")
     original, reason = _original(record, source)
@@ -91,14 +132,18 @@ def undo(
     place = staged(out, overwrite=True) if target is None else staged(target, source=out)
     with place as folder:
         if original is not None:
-            ensure_space(folder, bytes_to_write(original))
-            files = write_edited(original, folder, {}, progress=progress)
+            total = bytes_to_write(original)
+            ensure_space(folder, total)
+            with (monitor or Monitor()).phase("restore", total) as advance:
+                files = write_edited(original, folder, {}, progress=advance)
             _check_copies(files, record.model.source_sha256)
             return Undone(target or out, True, 0, files.written)
-        ensure_space(folder, bytes_to_write(edited))
+        total = bytes_to_write(edited)
+        ensure_space(folder, total)
         undo_files = [out / name for name in plan.undo]
         tensors = [edit.tensor for edit in plan.edits]
-        found = restore(edited, undo_files, folder, expected=tensors, progress=progress)
+        with (monitor or Monitor()).phase("restore", total) as advance:
+            found = restore(edited, undo_files, folder, expected=tensors, progress=advance)
         (folder / _CARD).unlink(missing_ok=True)
         files_left = tuple(name for name in found.files.written if name != _CARD)
         return Undone(target or out, False, 1, files_left, found.tensors, reason)

@@ -327,10 +327,10 @@ def undo(
     quiet: Quiet = False,
 ) -> None:
     """Restore the original: bit for bit where it is still there, else from what the edit kept."""
-    from abliterate import pipeline
+    from abliterate import restoring
     from abliterate.cli.verification import show_undone, undone_as_dict
 
-    undone = pipeline.undo(out, target=target, source=source, monitor=_monitor(quiet))
+    undone = restoring.undo(out, target=target, source=source, monitor=_monitor(quiet))
     if as_json:
         typer.echo(json.dumps(undone_as_dict(undone), indent=1))
     else:
@@ -343,10 +343,10 @@ def _verify_files(out: Path, source: Path | None, *, as_json: bool, quiet: bool)
 
     if not (out / FILE_NAME).is_file():
         raise UsageError(f"verify {out}: expected --direction FILE, or an OUT that holds {FILE_NAME}; found neither")
-    from abliterate import pipeline
+    from abliterate import restoring
     from abliterate.cli.verification import comparison_as_dict, show_comparison
 
-    found = pipeline.compare(out, source, _monitor(quiet))
+    found = restoring.compare(out, source, _monitor(quiet))
     if as_json:
         typer.echo(json.dumps(comparison_as_dict(found), indent=1))
     else:

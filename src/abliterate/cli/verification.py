@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from abliterate.card import rate
-from abliterate.pipeline import Comparison, Verification, rate_part
-from abliterate.restoring import Undone
+from abliterate.pipeline import Verification, rate_part
+from abliterate.restoring import Comparison, Undone
 
 
 def as_dict(result: Verification) -> dict[str, Any]:
