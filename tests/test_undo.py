@@ -417,7 +417,7 @@ def test_undo_touches_nothing_when_the_model_is_not_the_recorded_one(
     ("what", "message"),
     [
         ("data", "its data are not what was written"),
-        ("missing", "undo.safetensors does not exist"),
+        ("missing", "undo.safetensors: expected what undo needs, found none"),
         ("version", "expected an undo file of version 1"),
         ("tensors", "expected what undo needs of 'o.1', found nothing"),
     ],

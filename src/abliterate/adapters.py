@@ -277,6 +277,10 @@ def _how_held(model: Any, factor: LowRank) -> _Held:
             held = _Held.LINEAR
     if factor.bias is not None and held is not _Held.LINEAR:
         raise UsageError(f"writer '{factor.module}': PEFT holds a change of a bias for linear modules only")
+    if held is _Held.PARAMETER and factor.parameter.rpartition(".")[0] != factor.module:
+        raise UsageError(
+            f"writer '{factor.module}': PEFT cannot add to '{factor.parameter}', which others use directly"
+        )
     if held is _Held.PARAMETER and model.get_parameter(factor.parameter).dtype not in _PLAIN_DTYPES:
         raise UsageError(f"writer '{factor.module}': PEFT cannot add to the packed numbers of '{factor.parameter}'")
     return held

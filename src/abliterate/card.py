@@ -53,13 +53,21 @@ def _how_to_use(plan: PlanPart) -> list[str]:
     """How an adapter or a vector is loaded; a model is loaded like any other."""
     if plan.realisation == "weights":
         return []
-    if plan.realisation == "lora" and len(plan.files) > 1:  # PEFT allows biases only in an adapter of their own
+    if plan.realisation == "lora" and any(
+        "/" in name for name in plan.files
+    ):  # PEFT allows biases only in an adapter of their own
         how = [
             "Two adapters that belong together (`m` is the loaded model, `here` this folder):",
             "",
             "    m.load_adapter(f'{here}/plain', adapter_name='plain')",
             "    m.load_adapter(f'{here}/biased', adapter_name='biased')",
             "    m.set_adapter(['plain', 'biased'])",
+            "",
+            "or, with peft,",
+            "",
+            "    m = peft.PeftModel.from_pretrained(m, f'{here}/plain', adapter_name='plain')",
+            "    m.load_adapter(f'{here}/biased', adapter_name='biased')",
+            "    m.base_model.set_adapter(['plain', 'biased'], inference_mode=True)",
         ]
     elif plan.realisation == "lora":
         how = ["    peft.PeftModel.from_pretrained(model, here)    # or model.load_adapter(here)"]
@@ -144,6 +152,8 @@ def _what_was_done(record: Record) -> list[str]:
     if record.plan is not None:
         if record.plan.realisation == "weights":
             lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
+        elif record.plan.realisation != "control-vector":
+            lines.append(f"- {len(record.plan.strengths)} writers are changed, with strength {record.plan.strength:g}.")
         if record.plan.variant:
             asked = ", ".join(f"{name} {value}" for name, value in record.plan.variant.items())
             lines.append(f"- The edit: {asked.replace('_', '-')}.")

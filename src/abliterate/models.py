@@ -180,14 +180,31 @@ def _read_dequantised(source: _Source, config: Any, options: dict[str, Any]) -> 
     return model, report
 
 
-def auto_class(config: Any) -> Any:
-    """transformers' auto class for a configuration: the one for language models, or for images and text.
+class _Named:
+    """A model class that a configuration names, called like an auto class."""
 
-    The latter makes models that have no class for text alone; their text half is what is measured and edited.
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def from_config(self, config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self._kind._from_config(config, **options)
+
+    def from_pretrained(self, *args: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self._kind.from_pretrained(*args, **options)
+
+
+def auto_class(config: Any) -> Any:
+    """What makes the model of a configuration: the class of transformers that it names, else an auto class.
+
+    The auto classes would make some models of images and text without their towers and under other names; an adapter
+    for those would not fit the model as others load it.
     """
     import transformers
 
     library: Any = transformers
+    named = getattr(library, (getattr(config, "architectures", None) or [""])[0], None)
+    if named is not None and hasattr(named, "generate") and getattr(named, "config_class", None) is type(config):
+        return _Named(named)
     pictures = type(config) in library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if pictures and type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
         return library.AutoModelForImageTextToText

@@ -99,7 +99,7 @@ def run_record(
         anatomy=anatomy_part(session.anatomy),
         refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
         selection=selection_part(found),
-        plan=plan_part(plan, done, output, settings.editing),
+        plan=plan_part(plan, done, output, settings.editing, folder),
         evaluation=evaluation,
         warnings=monitor.warnings,
         left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
@@ -165,7 +165,7 @@ def selection_part(found: Found) -> rec.SelectionPart:
     )
 
 
-def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditSettings) -> rec.PlanPart:
+def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditSettings, folder: Path) -> rec.PlanPart:
     """What was done to which writer and tensor, and what is left."""
     surgery = done.surgery
     return rec.PlanPart(
@@ -176,7 +176,7 @@ def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditS
         strengths={edit.writer.weight or edit.writer.bias or "": edit.strength for edit in plan.edits},
         edits=[] if surgery is None else [_residual_part(residual) for residual in surgery.residuals],
         left_alone=dict(plan.left_alone),
-        files=list(done.written) if surgery is None else [],
+        files=_file_names(done, folder),
         copied=dict(done.copied),
         undo=[] if surgery is None else list(surgery.undo),
     )
@@ -196,13 +196,15 @@ def source_hashes(done: Realised, files: ModelFiles) -> dict[str, str]:
 def written_hashes(done: Realised, folder: Path) -> dict[str, str]:
     """SHA-256 of each weight file that was written, by name."""
     if done.surgery is None:
-        paths = [path for name in done.written for path in _files(folder / name)]
-        return {str(path.relative_to(folder)): sha256(path) for path in paths}
+        return {name: sha256(folder / name) for name in _file_names(done, folder)}
     return {name: found for name, found in done.surgery.files.sha256.items() if name.endswith(".safetensors")}
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(path.iterdir()) if path.is_dir() else [path]
+def _file_names(done: Realised, folder: Path) -> list[str]:
+    """The files that were written, those of adapters in their folders."""
+    paths = [folder / name for name in done.written]
+    inside = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    return [str(path.relative_to(folder)) for path in inside]
 
 
 def direction_metadata(session: Session, found: Found) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from abliterate import record as rec
 from abliterate.algebra import orthonormal
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, open_checkpoint
+from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
 from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSettings, OutputSettings, RunSettings
 from abliterate.directions import Direction, chosen_site, load_direction, save_direction
 from abliterate.errors import UsageError
@@ -50,7 +50,7 @@ from abliterate.selection import Scorer, Site
 from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session, warn_of_leaks
 from abliterate.storage import how_stored
 from abliterate.surgery import weights_from
-from abliterate.variants import plan_for
+from abliterate.variants import caveat, plan_for
 
 #: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
 _WHERE = {"strength", "layers", "components", "strengths", "untie"}
@@ -73,7 +73,8 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         source = open_checkpoint(files.folder)
         check_realisation(files, source, output)
         check_output(output.out, overwrite=output.overwrite, source=files.folder)
-        ensure_space(output.out.parent, bytes_to_write(source) if output.realisation == "weights" else 0)
+        if output.realisation == "weights":
+            ensure_space(output.out.parent, bytes_to_write(source) - left_bytes(output.out))
     session = open_session(
         files,
         loading=settings.loading,
@@ -86,6 +87,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     settings = settings.model_copy(update={"finding": finding})
     found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
     plan = session.plan(found.direction, settings.editing)
+    _say_caveat(plan, settings.editing, monitor)
     patient = Patient(files, source, session.anatomy, session.model, session.loaded)
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)
@@ -128,6 +130,7 @@ def apply(
         )
     warn_of_leaks(anatomy, monitor)
     plan = plan_for(anatomy, chosen, editing)
+    _say_caveat(plan, editing, monitor)
     refuse(plan, anatomy, output)
     loaded = None if how_stored(source).editable else load(files, trust_remote_code=loading.trust_remote_code)
     patient = Patient(files, source, anatomy, skeleton, loaded)
@@ -149,7 +152,7 @@ def apply(
                 files, skeleton, anatomy, str(skeleton.config.dtype).removeprefix("torch."), "none", hashes
             ),
             anatomy=anatomy_part(anatomy),
-            plan=plan_part(plan, done, output, editing),
+            plan=plan_part(plan, done, output, editing, staging.folder),
             warnings=monitor.warnings,
             left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
             output=str(output.out),
@@ -199,6 +202,7 @@ def verify(
     """
     chosen = at_site(direction, site, session.anatomy.d_model)
     plan = session.plan(chosen, editing)
+    _say_caveat(plan, editing, session.monitor)
     tokens = refusal_tokens(session, finding)
     ids = tuple(token.token for token in tokens)
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
@@ -268,6 +272,11 @@ def evaluate(
         after = session.answers(evaluating.max_new_tokens, "answers after")
     shift = _shift(session.monitor, session, before, Subject(origin.model), Subject(session.model, state))
     return before, after, shift
+
+
+def _say_caveat(plan: Plan, editing: EditSettings, monitor: Monitor) -> None:
+    if (text := caveat(plan, editing)) is not None:
+        monitor.warn(text)
 
 
 def at_site(direction: Direction, site: Site | None, d_model: int | None = None) -> Direction:

@@ -135,7 +135,7 @@ class PlanPart(_Part):
     strengths: dict[str, float] = {}
     edits: list[ResidualPart]
     left_alone: dict[str, str]
-    files: list[str] = Field(default=[], description="Files of an adapter or vector.")
+    files: list[str] = Field(default=[], description="All files written beside record, card and direction.")
     copied: dict[str, str] = Field(default={}, description="New tensors, each with the original's bytes of another.")
     undo: list[str] = Field(default=[], description="Files that `undo` restores the weights from.")
 
@@ -236,7 +236,9 @@ def read_record(folder: Path) -> Record:
     except OSError as error:
         raise UsageError(f"{path}: expected the record of a run, found none") from error
     except ValueError as error:
-        raise UsageError(f"{path}: expected a record of schema version {SCHEMA_VERSION}, found another") from error
+        raise UsageError(
+            f"{path}: expected a record of schema version {SCHEMA_VERSION}, found another or a damaged one"
+        ) from error
 
 
 def redact(text: str) -> str:

@@ -7,7 +7,8 @@ Tensors that were not edited come back as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from abliterate.checkpoint import (
+    INDEX_NAME,
+    OWN_RESULTS,
     Checkpoint,
     EditedFiles,
     Rewriter,
@@ -36,6 +39,7 @@ from abliterate.surgery.edit import one_thread
 from abliterate.surgery.numbers import Terms, restored, taken
 from abliterate.surgery.passes import Known, terms_for
 from abliterate.surgery.tensors import Block, Grid, damaged
+from abliterate.surgery.undo_files import NAME as UNDO
 from abliterate.surgery.undo_files import Exceptions, UndoEntry, UndoFile
 
 #: The model card, which says that the model was edited.
@@ -56,7 +60,7 @@ class Undone:
 
     `exact`: its weights are the original's, bit for bit, by their hashes. Else no number of `tensors` is more than
     `steps` numbers of the stored format away from the original's, all others are the same, and `reason` says why the
-    original's files were not taken.
+    original's files were not taken. `remains` are tensors that the edit added and files that it rewrote: they stay.
     """
 
     folder: Path
@@ -65,6 +69,7 @@ class Undone:
     files: tuple[str, ...]
     tensors: tuple[str, ...] = ()
     reason: str | None = None
+    remains: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +79,18 @@ class Comparison:
     out: Path
     source: Path
     integrity: Integrity
+    rewritten: frozenset[str]
+
+    @property
+    def other_files(self) -> tuple[str, ...]:
+        """Files beside the weights that are not as they should be: the original's, unless the edit rewrote them."""
+        wrong = (name for name, how in self.integrity.other_files.items() if how in ("different", "missing"))
+        return tuple(name for name in wrong if name not in self.rewritten)
 
     @property
     def intact(self) -> bool:
         """Whether every byte outside the plan equals the original's, and every hash is the recorded one."""
-        return self.integrity.ok
+        return self.integrity.ok and not self.other_files
 
 
 def compare(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> Comparison:
@@ -97,7 +109,12 @@ def compare(out: Path, source: Path | None = None, monitor: Monitor | None = Non
                 raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
         planned = [edit.tensor for edit in plan.edits]
         found = check(out, origin, planned, extra=plan.copied, recorded=record.output_sha256)
-    return Comparison(out, origin, found)
+    rewritten = {_CARD, *record.left_out}
+    if plan.copied or plan.variant.get("untie"):
+        rewritten |= {"config.json", INDEX_NAME}
+    if record.settings.get("output", {}).get("shard_size"):
+        rewritten.add(INDEX_NAME)
+    return Comparison(out, origin, found, frozenset(rewritten))
 
 
 def _edited(out: Path) -> tuple[Record, PlanPart]:
@@ -137,16 +154,32 @@ def undo(
             with (monitor or Monitor()).phase("restore", total) as advance:
                 files = write_edited(original, folder, {}, progress=advance)
             _check_copies(files, record.model.source_sha256)
+            if target is None:
+                _carry_along(out, folder, {*plan.files, *record.output_sha256, *files.left_out})
             return Undone(target or out, True, 0, files.written)
         total = bytes_to_write(edited)
         ensure_space(folder, total)
         undo_files = [out / name for name in plan.undo]
+        if missing := [path for path in undo_files or [out / UNDO] if not path.is_file()]:
+            raise CheckpointError(
+                f"{missing[0]}: expected what undo needs, found none; give the original with --source"
+            )
         tensors = [edit.tensor for edit in plan.edits]
         with (monitor or Monitor()).phase("restore", total) as advance:
             found = restore(edited, undo_files, folder, expected=tensors, progress=advance)
         (folder / _CARD).unlink(missing_ok=True)
         files_left = tuple(name for name in found.files.written if name != _CARD)
-        return Undone(target or out, False, 1, files_left, found.tensors, reason)
+        remains = (*plan.copied, *(("config.json",) if plan.copied else ()))
+        return Undone(target or out, False, 1, files_left, found.tensors, reason, remains)
+
+
+def _carry_along(out: Path, folder: Path, known: Collection[str]) -> None:
+    """Copy what somebody else put into `out` since it was written."""
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        name = str(path.relative_to(out))
+        if name not in known and name not in OWN_RESULTS and name != _CARD and not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, folder / name)
 
 
 def restore(

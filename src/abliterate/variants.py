@@ -28,6 +28,8 @@ def plan_for(
     means the direction file does not hold.
     """
     strength = editing.strength if strength is None else strength
+    if editing.affine and editing.biprojected:
+        raise UsageError("--affine --biprojected: expected one of them, found both")
     variant = Variant(
         profile=profile(editing, strength, anatomy),
         per_site=_per_site(direction, anatomy) if editing.biprojected else None,
@@ -40,6 +42,18 @@ def plan_for(
     if not plan.edits:
         raise UsageError("plan: expected at least one writer to edit, found none; see --layers, --components, --untie")
     return plan
+
+
+def caveat(plan: Plan, editing: EditSettings) -> str | None:
+    """Why an affine edit does not leave the stream with just the mean along the direction, where it does not."""
+    if not editing.affine:
+        return None
+    strengths = {edit.strength for edit in plan.edits}
+    alone = [name for name, _ in plan.left_alone]
+    if not alone and strengths == {plan.strength}:
+        return None
+    what = f"{alone[0]} is left alone" if alone else "strengths differ"
+    return f"--affine: {what}, so what is put back comes on top of what is left of the direction"
 
 
 def _per_site(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites 1 d"]:

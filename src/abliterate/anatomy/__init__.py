@@ -11,7 +11,7 @@ from typing import Any
 from abliterate.anatomy.accounting import TOLERANCE, close_block, random_subspace
 from abliterate.anatomy.blocks import check_between, find_blocks, probe, probe_ids, stream_out
 from abliterate.anatomy.front import study_front
-from abliterate.anatomy.names import Stored, names_on_disk
+from abliterate.anatomy.names import Stored, names_on_disk, unclaimed
 from abliterate.anatomy.trial import Part, norms_gain
 from abliterate.anatomy.writers import Anatomy, Kind, Writer
 
@@ -26,6 +26,7 @@ __all__ = [
     "norms_gain",
     "stream_out",
     "study",
+    "unclaimed",
 ]
 
 

@@ -58,6 +58,19 @@ def names_on_disk(
     return mapping
 
 
+def unclaimed(model: Any, stored: Mapping[str, _HasShape]) -> list[str]:
+    """Stored matrices that become no part of the model: layers that transformers does not load (token prediction …)."""
+    known = {*model.state_dict()}
+    packed = ("_scale", "_scale_inv", "_scales", "_blocks", "_zero_point", "_packed")
+    return [
+        source.tensor
+        for name, group in _sources(model, stored).items()
+        if name not in known
+        for source in group
+        if len(stored[source.tensor].shape) > 1 and not source.tensor.endswith(packed)
+    ]
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """A stored tensor that goes into a parameter; `merged` when many become one, `transposed` when always turned."""

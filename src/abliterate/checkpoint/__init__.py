@@ -29,7 +29,7 @@ from abliterate.checkpoint.reading import (
     read_shard,
     sha256,
 )
-from abliterate.checkpoint.staging import Staging, check_output, ensure_space, resumable, staged
+from abliterate.checkpoint.staging import Staging, check_output, ensure_space, left_bytes, resumable, staged
 from abliterate.checkpoint.writing import (
     Chunk,
     EditedFiles,
@@ -60,6 +60,7 @@ __all__ = [
     "bytes_to_write",
     "check_output",
     "ensure_space",
+    "left_bytes",
     "open_checkpoint",
     "open_tensor",
     "read_shard",

@@ -36,6 +36,13 @@ def ensure_space(target_parent: Path, needed_bytes: int) -> None:
         raise error(f"not enough disk space: {sizes}; free space or choose another -o")
 
 
+def left_bytes(out: Path) -> int:
+    """Bytes that killed runs left beside `out`: they are used or removed, so they need no new space."""
+    out = Path(os.path.abspath(out))
+    left = (path for place in out.parent.glob(f".{out.name}.partial-*") for path in place.rglob("*"))
+    return sum(path.stat().st_size for path in left if path.is_file() and not path.is_symlink())
+
+
 @dataclass(frozen=True, slots=True)
 class Staging:
     """The folder that becomes OUT, and what of it is finished already."""

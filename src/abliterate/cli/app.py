@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from pydantic import BaseModel
 from rich.console import Console
 
-from abliterate.cli.options import with_settings
+from abliterate.cli.options import flag_of, with_settings
 from abliterate.config import (
     EditSettings,
     EvalSettings,
@@ -126,6 +127,8 @@ def find(
         raise UsageError(f"-o {out}: expected a file name ending in .safetensors")
     if any(above.is_file() for above in out.absolute().parents):
         raise UsageError(f"-o {out}: expected a file in a folder, found one below a file; give another -o")
+    chooses = {"layers", "components", "strengths", "untie"}
+    _refuse_idle("find", EditSettings(**editing.model_dump(exclude=chooses)))
     from abliterate import pipeline
     from abliterate.cli.screen import show_selection
     from abliterate.directions import save_direction
@@ -168,8 +171,11 @@ def verify(
     OUT that every byte outside its plan equals the original's.
     """
     if direction is None:
+        _refuse_idle("verify OUT", loading, prompts, finding, editing, evaluating, site)
         _verify_files(Path(model), source, as_json=as_json, quiet=quiet)
         return
+    if source is not None:
+        raise UsageError("--source: expected an OUT to compare with it, found --direction")
     from abliterate import pipeline
     from abliterate.cli.verification import as_dict, show
     from abliterate.directions import load_direction
@@ -256,6 +262,8 @@ def evaluate(
     from abliterate.cli.screen import show_evaluation, show_single
     from abliterate.directions import load_direction
 
+    if direction is None:
+        _refuse_idle("eval without --direction", editing, site)
     if base is not None and direction is not None:
         raise UsageError("--base and --direction: expected one of them, found both")
     loaded = None if direction is None else load_direction(direction)
@@ -353,6 +361,17 @@ def _verify_files(out: Path, source: Path | None, *, as_json: bool, quiet: bool)
         show_comparison(found, Console())
     if not found.intact:
         raise GateNotMet(f"{out}: not what its record says; see the list above")
+
+
+def _refuse_idle(command: str, *given: BaseModel | str | None) -> None:
+    """Options that would do nothing are an error."""
+    for settings in given:
+        if isinstance(settings, BaseModel):
+            for name in settings.model_fields_set:
+                if getattr(settings, name) != type(settings).model_fields[name].default:
+                    raise UsageError(f"{flag_of(name)}: does nothing in {command}; leave it out")
+        elif settings is not None:
+            raise UsageError(f"--site: does nothing in {command}; leave it out")
 
 
 def _site(option: str | None) -> tuple[int, int] | None:

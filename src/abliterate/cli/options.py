@@ -55,7 +55,7 @@ def with_settings(*groups: type[BaseModel]) -> Callable[[Callable[..., None]], C
 
 
 def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.Parameter:
-    flag = _flag(name)
+    flag = flag_of(name)
     option: Any = typer.Option(
         *([flag, *_SHORT.get(name, [])]),
         help=field.description,
@@ -67,7 +67,8 @@ def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.P
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """The option of a field."""
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
 
 
@@ -89,6 +90,6 @@ def _build(group: type[BaseModel], values: dict[str, Any]) -> BaseModel:
         return group(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        flag = _flag(str(first["loc"][0]))
+        flag = flag_of(str(first["loc"][0]))
         reason = first["msg"].removeprefix("Value error, ")
         raise UsageError(f"{flag} {first['input']}: {reason[0].lower()}{reason[1:]}") from error

@@ -56,7 +56,13 @@ _WRONG = {
 def comparison_as_dict(found: Comparison) -> dict[str, Any]:
     """The comparison for machines."""
     integrity = asdict(found.integrity)
-    return {"intact": found.intact, "out": str(found.out), "source": str(found.source), **integrity}
+    return {
+        "intact": found.intact,
+        "out": str(found.out),
+        "source": str(found.source),
+        "not_original": list(found.other_files),
+        **integrity,
+    }
 
 
 def show_comparison(found: Comparison, console: Console) -> None:
@@ -68,15 +74,17 @@ def show_comparison(found: Comparison, console: Console) -> None:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             console.print(f"[red]{words}:[/] {', '.join(names[:5])}{more}", soft_wrap=True, highlight=False)
     planned = len(integrity.changed) + len(integrity.unchanged)
-    other = [name for name, how in integrity.other_files.items() if how != "equal"]
     console.print(
         f"{planned} tensors in the plan, {len(integrity.changed)} of them changed; "
         f"{len(integrity.sha256)} weight files hashed."
     )
-    if other:
-        console.print(f"Other files that are not the original's: {', '.join(other)}.", soft_wrap=True, highlight=False)
+    if found.other_files:
+        console.print(f"[red]not the original's:[/] {', '.join(found.other_files)}", soft_wrap=True, highlight=False)
+    rewritten = sorted(name for name in found.rewritten if integrity.other_files.get(name) == "different")
+    if rewritten:
+        console.print(f"Rewritten by the edit: {', '.join(rewritten)}.", soft_wrap=True, highlight=False)
     if found.intact:
-        console.print("Verified: every byte of the weights outside the plan equals the original's.")
+        console.print("Verified: every byte outside the plan equals the original's.")
 
 
 def undone_as_dict(undone: Undone) -> dict[str, Any]:
@@ -94,4 +102,6 @@ def show_undone(undone: Undone, console: Console) -> None:
             f"format, from what the edit kept: {undone.reason}.",
             soft_wrap=True,
         )
+    if undone.remains:
+        console.print(f"Still as the edit left it: {', '.join(undone.remains)}.", soft_wrap=True)
     console.print(f"Model: [bold]{undone.folder}[/]", soft_wrap=True)

@@ -18,14 +18,13 @@ format, shape, stream axis, strength and basis.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -118,7 +117,9 @@ class UndoWriter:
         """Put the file in place, for the file of weights `name`; not yet flushed."""
         path = self._place / name
         with self._data as data:
-            _put_together(path, self._header, self._entries, self._hash.hexdigest(), data)
+            data.seek(0)
+            chunks = iter(functools.partial(data.read, 1 << 20), b"")
+            _put_together(path, self._header, self._entries, self._hash.hexdigest(), chunks)
         (self._place / ".data").unlink()
         return path
 
@@ -135,16 +136,15 @@ def merge(folder: Path, names: Sequence[str], target: Path) -> None:
             header[f"{number}/{name}"] = {"dtype": info.dtype, "shape": list(info.shape), "data_offsets": offsets}
         position += part.arrays.file_bytes - part.arrays.header_bytes
     digest = hashlib.sha256()
-    with TemporaryFile(dir=folder) as data:
-        for part in parts:
-            for chunk in part.data():
-                digest.update(chunk)
-                data.write(chunk)
-        _put_together(target, header, entries, digest.hexdigest(), data)
+    for part in parts:
+        for chunk in part.data():
+            digest.update(chunk)
+    chunks = (chunk for part in parts for chunk in part.data())
+    _put_together(target, header, entries, digest.hexdigest(), chunks)
 
 
 def _put_together(
-    path: Path, arrays: Mapping[str, Any], entries: Sequence[UndoEntry], digest: str, data: IO[bytes]
+    path: Path, arrays: Mapping[str, Any], entries: Sequence[UndoEntry], digest: str, data: Iterable[bytes]
 ) -> None:
     """Write an undo file: its header, then `data`."""
     said = {"version": _VERSION, "sha256": digest, "tensors": [asdict(entry) for entry in entries]}
@@ -153,8 +153,7 @@ def _put_together(
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        data.seek(0)
-        shutil.copyfileobj(data, file, 1 << 20)
+        file.writelines(data)
 
 
 class UndoKeeper:
