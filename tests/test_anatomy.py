@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from abliterate.anatomy import Anatomy, Kind, Stored, Writer, find_blocks, names_on_disk, study
+from abliterate.anatomy import Anatomy, Kind, Stored, Writer, find_blocks, names_on_disk, study, unclaimed
 from abliterate.checkpoint import open_checkpoint
 from abliterate.errors import AnatomyError, CheckpointError, NumericalError
 from families import BLOCKS, BY_NAME, D_MODEL, FAMILIES, VOCAB, Family, randomise, save
@@ -749,3 +749,13 @@ def test_writer_lists_what_an_edit_changes() -> None:
     assert writer.parameters == ("a.b.weight", "a.b.bias")
     assert dataclasses.replace(writer, bias=None).parameters == ("a.b.weight",)
     assert dataclasses.replace(writer, weight=None, bias=None).parameters == ()
+
+
+def test_stored_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+    """Layers for predicting more tokens ahead lie in some checkpoints, and transformers does not load them."""
+    model = BY_NAME["llama"].model()
+    stored = dict(open_checkpoint(save(model, tmp_path)).tensors)
+    assert unclaimed(model, stored) == []
+    more = {f"model.layers.{BLOCKS}.mlp.down_proj.weight": stored["model.layers.0.mlp.down_proj.weight"]}
+    norm = {f"model.layers.{BLOCKS}.norm.weight": stored["model.norm.weight"]}
+    assert unclaimed(model, stored | more | norm) == list(more)

@@ -276,10 +276,42 @@ def test_verify_of_out_proves_what_was_not_changed(cli: Cli, edited: Path) -> No
     result = cli("verify", edited)
     assert result.code == 0
     assert "11 tensors in the plan, 11 of them changed" in result.out
-    assert "Verified: every byte of the weights outside the plan equals the original's." in result.out
+    assert "Verified: every byte outside the plan equals the original's." in result.out
     found = json.loads(cli("verify", edited, "--json", "-q").out)
     assert found["intact"] is True
     assert (found["damaged"], found["wrong_hashes"]) == ([], [])
+
+
+def test_verify_of_out_names_another_file_that_was_changed(cli: Cli, edited: Path) -> None:
+    (edited / "tokenizer.json").write_text("{}")
+    result = cli("verify", edited, "-q")
+    assert result.code == 3
+    assert "not the original's: tokenizer.json" in result.out
+    assert "Verified" not in result.out
+
+
+def test_undo_in_place_keeps_what_others_put_there(cli: Cli, edited: Path, model: Path) -> None:
+    (edited / "my-notes.txt").write_text("mine")
+    assert cli("undo", edited, "-q").code == 0
+    assert contents(edited) == {**contents(model), "my-notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["verify", "OUT", "--layers", "1-2"], "--layers"),
+        (["verify", "OUT", "--site", "1:-1"], "--site"),
+        (["verify", "OUT", "--quantization", "bnb-4bit"], "--quantization"),
+        (["verify", "OUT", "--direction", "D", "--source", "/nowhere"], "--source"),
+        (["eval", "OUT", "--strength", "3"], "--strength"),
+        (["find", "OUT", "-o", "new.safetensors", "--affine"], "--affine"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(
+    cli: Cli, edited: Path, direction: Path, arguments: list[str], option: str
+) -> None:
+    places = {"OUT": str(edited), "D": str(direction)}
+    cli(*(places.get(argument, argument) for argument in arguments), "-q").failed(2, option)
 
 
 def test_verify_of_out_names_a_tensor_with_one_flipped_bit(cli: Cli, edited: Path) -> None:
