@@ -260,16 +260,13 @@ def test_rounding_is_to_the_nearest_and_to_even(tmp_path: Path, name: str) -> No
     assert torch.equal(how.decode(how.encode(numbers, 0), 0), nearest(numbers, grid))
 
 
-def test_numbers_beyond_the_largest_are_clamped_and_counted(tmp_path: Path) -> None:
+def test_numbers_beyond_the_largest_are_clamped(tmp_path: Path) -> None:
     for name, largest in (("FP8-tensor", 448.0), ("MXFP4", 6.0)):
         how, data = stored(tmp_path, name, torch.full((1, 32), largest))
         top = float(how.decode(data, 0).max())
         numbers = torch.zeros(1, 32)
         numbers[0, :3] = torch.tensor([1.5 * top, -9 * top, torch.inf])
         assert how.decode(how.encode(numbers, 0), 0)[0, :4].tolist() == [top, -top, top, 0.0]
-        assert how.clipped(numbers, 0) == 3
-        assert how.clipped(how.decode(data, 0), 0) == 0
-    assert laid_out(tmp_path, w=numbers.half()).clipped(numbers, 0) == 0
 
 
 def test_not_a_number_is_kept_or_refused(tmp_path: Path) -> None:

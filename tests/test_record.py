@@ -239,8 +239,12 @@ def test_card_of_a_subspace_says_how_many_directions() -> None:
 @pytest.mark.parametrize(
     ("realisation", "files", "parts"),
     [
-        ("lora", ["."], ["library_name: peft", "A LoRA adapter", "PeftModel.from_pretrained"]),
-        ("lora", ["plain", "biased"], ["Two adapters that belong together", "m.set_adapter(['plain', 'biased'])"]),
+        ("lora", ["adapter_model.safetensors"], ["library_name: peft", "A LoRA adapter", "PeftModel.from_pretrained"]),
+        (
+            "lora",
+            ["biased/adapter_model.safetensors", "plain/adapter_model.safetensors"],
+            ["Two adapters that belong together", "m.set_adapter(['plain', 'biased'])"],
+        ),
         ("gguf-lora", ["a.gguf"], ["library_name: gguf", "A GGUF LoRA", "--lora a.gguf"]),
         ("control-vector", ["v.gguf"], ["library_name: gguf", "It steers", "--control-vector v.gguf"]),
     ],

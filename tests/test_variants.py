@@ -152,15 +152,15 @@ CASES: Mapping[str, Case] = {
     "components": Case(EditSettings(components="attention,state_space,experts")),
     "strengths": Case(EditSettings(strengths=_RULES), three),
     "stronger": Case(EditSettings(strength=-0.5)),
-    "zero": Case(EditSettings(strength=0, affine=True, biprojected=True, norm_preserving=True), changes=False),
+    "zero": Case(EditSettings(strength=0, affine=True, norm_preserving=True), changes=False),
     "untied": Case(EditSettings(untie=True)),
     "untied-affine": Case(EditSettings(untie=True, affine=True)),
-    "all-at-once": Case(EditSettings(norm_preserving=True, biprojected=True, affine=True, strengths=_RULES)),
+    "all-at-once": Case(EditSettings(norm_preserving=True, affine=True, strengths=_RULES)),
     "norms-of-attention": Case(
         EditSettings(norm_preserving=True, components="attention,embedding", strength=0.7), three
     ),
     "affine-subspace": Case(EditSettings(affine=True, strength=0.5), three),
-    "untied-everything": Case(EditSettings(untie=True, affine=True, norm_preserving=True, biprojected=True)),
+    "untied-everything": Case(EditSettings(untie=True, affine=True, norm_preserving=True)),
 }
 _UNTIED = ("untied", "untied-affine", "untied-everything")
 _ALL = tuple(name for name in CASES if name not in _UNTIED)

@@ -110,7 +110,7 @@ class Layout:
         """The bytes of whole rows from `first_row` on, as a new contiguous tensor whose memory they are.
 
         What decode gave comes back as the same bytes (where a scale is 0: as zero codes). Floating-point formats
-        overflow to infinity, the others are clamped (see `clipped`); FP8 keeps NaN.
+        overflow to infinity, the others are clamped; FP8 keeps NaN.
 
         Raises `NumericalError` for NaN in MXFP4, which has no code for it.
         """
@@ -138,13 +138,6 @@ class Layout:
             return rounded.mul_(scale[:, columns])
 
         return nearest
-
-    def clipped(self, numbers: Float[Tensor, "rows columns"], first_row: int) -> int:
-        """How many of the numbers lie beyond the largest that their scale can hold (FP8 and MXFP4)."""
-        if self.format in PLAIN:
-            return 0
-        limit = self._scale_grid(first_row, len(numbers)).abs_() * self._largest
-        return int((numbers.abs() > self._spread(limit)).sum())
 
     @property
     def _largest(self) -> float:

@@ -43,12 +43,6 @@ class Erasure:
     reader: Float[Tensor, "1 d"]
     mean: Float[Tensor, " d"]
 
-    @property
-    def offset(self) -> Float[Tensor, " d"]:
-        """(R μ) L: what remains to be added to x - (R x) L."""
-        constant: Tensor = (self.mean.double() @ self.reader.double().T) @ self.basis.double()
-        return constant.to(self.mean.dtype)
-
 
 @dataclass(slots=True)
 class Samples:
@@ -186,32 +180,6 @@ def biprojected(r: Float[Tensor, " d"], harmless_mean: Float[Tensor, "sites d"])
         )
     directions: Tensor = (rest / norms).to(r.dtype)
     return directions
-
-
-def offset_towards(basis: Float[Tensor, "k d"], mean: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
-    """VᵀV μ, the constant that makes of an ablation a move to μ within the subspace; rows of V orthonormal.
-
-    x' = x - VᵀV (x - μ) = (x - VᵀV x) + VᵀV μ: affine concept editing (Marshall et al. 2024, arXiv 2411.09003) with no
-    steering, where μ is the harmless mean of what is edited. Without it x' lies at the origin of the subspace, which
-    need not be where harmless prompts lie.
-    """
-    wide = basis.double()
-    return ((mean.double() @ wide.T) @ wide).to(mean.dtype)
-
-
-def angles(a: Float[Tensor, "k d"], b: Float[Tensor, "j d"]) -> Float[Tensor, " least"]:
-    """Principal angles in radians between the spans of two sets of rows, the least first; min(k, j) of them.
-
-    Principal vectors by the singular values of A Bᵀ (Björck & Golub 1973), and the angle between two of them as
-    2 atan2(‖p - q‖, ‖p + q‖) (Kahan 2006), which unlike arccos is exact for small angles.
-
-    Raises `NumericalError` when rows are not finite or not independent.
-    """
-    first, second = orthonormal(a.double()), orthonormal(b.double())
-    u, _, v = torch.linalg.svd(first @ second.T, full_matrices=False)
-    p, q = u.T @ first, v @ second
-    between: Tensor = 2 * torch.atan2((p - q).norm(dim=1), (p + q).norm(dim=1))
-    return between
 
 
 def _units(
