@@ -17,8 +17,11 @@ ROOT = Path(__file__).parents[1]
 TEXT = """# Architectures
 
 Every class that `AutoModelForCausalLM` of transformers {version} knows, and some models of text and images of which
-the text half is used, tried on tiny random models with three or four layers in which every kind of layer occurs.
-`python scripts/architectures.py` writes this table and `tests/test_zoo.py` checks it.
+the text half is used, tried on tiny random models with three or four layers in which every kind of layer occurs:
+
+{figures}
+
+`python scripts/architectures.py` writes this page and `tests/test_zoo.py` checks it.
 
 - **closes**: every writer to the residual stream is found and proved, so the model can be edited.
 - **hooks = weights**: logits under hooks and those of the edited checkpoint, loaded again, agree to 1e-4 of their size
@@ -30,18 +33,14 @@ A class that is not listed here is tried in the same way when it is loaded. What
 | class | model types | closes | hooks = weights | writers | remarks |
 | --- | --- | --- | --- | --- | --- |
 {rows}
-
-Not tried, since no tiny model of them runs on tokens alone:
-
-{unbuilt}
 """
 
 
 def main() -> None:
     """Examine every model of the zoo and write the table."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from zoo import ENTRIES, UNBUILT
-    from zoo_verdicts import examine, table
+    from zoo import ENTRIES
+    from zoo_verdicts import examine, figures, read_table, table
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -51,10 +50,9 @@ def main() -> None:
         print(f"{number}/{len(ENTRIES)} {entry}", file=sys.stderr)
         with tempfile.TemporaryDirectory() as folder:
             examined.append((entry, examine(entry, Path(folder))))
+    rows = table(examined)
     text = TEXT.format(
-        version=transformers.__version__,
-        rows="\n".join(table(examined)),
-        unbuilt="\n".join(f"- `{name}`: {reason}" for name, reason in UNBUILT.items()),
+        version=transformers.__version__, figures="\n".join(figures(read_table(rows))), rows="\n".join(rows)
     )
     (ROOT / "docs" / "architectures.md").write_text(text, encoding="utf-8")
 

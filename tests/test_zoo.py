@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -22,7 +23,7 @@ from abliterate.interventions import ablation
 from abliterate.plan import make_plan
 from zoo import ENTRIES, UNBUILT, Entry, every_kind
 from zoo_sizes import KINDS, LAYERS
-from zoo_verdicts import WHY, Verdict, cells, examine, read_table, run
+from zoo_verdicts import WHY, Verdict, cells, examine, figures, read_table, run
 
 TABLE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
@@ -136,4 +137,24 @@ def test_stored_table_says_what_holds(entry: Entry, verdict_of: Any) -> None:
 def test_stored_table_has_no_other_rows() -> None:
     stored = read_table(TABLE.read_text(encoding="utf-8").splitlines())
     assert set(stored) == {(entry.cls, str(entry)) for entry in ENTRIES}
-    assert all(name in TABLE.read_text(encoding="utf-8") for name in UNBUILT)
+
+
+def test_stored_figures_are_those_of_the_table() -> None:
+    """Which is the one of fresh verdicts, as tested above."""
+    text = TABLE.read_text(encoding="utf-8")
+    stored = read_table(text.splitlines())
+    assert "\n".join(figures(stored)) in text
+    worse = {**stored, ("LlamaForCausalLM", "llama"): ("yes", "no", "", "")}
+    assert "  - 1: hooks and weights differ" in figures(worse)
+    assert "\n".join(figures(worse)) not in text
+
+
+def test_figures_add_up() -> None:
+    lines = figures(read_table(TABLE.read_text(encoding="utf-8").splitlines()))
+    counts = [int(found[1]) for line in lines if (found := re.match(r"- (\d+)", line))]
+    reasons = [int(found[1]) for line in lines if (found := re.match(r"  - (\d+): ", line))]
+    classes, built, agreeing, others, unbuilt = counts
+    known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+    assert (classes, built) == (len(known), len(known & {entry.cls for entry in ENTRIES}))
+    assert (agreeing + others, built + unbuilt) == (built, classes)
+    assert sum(reasons) == others

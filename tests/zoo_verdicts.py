@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from abliterate.algebra import orthonormal
 from abliterate.anatomy import Anatomy, Kind, names_on_disk, stream_out, study
@@ -19,7 +20,7 @@ from abliterate.errors import AnatomyError
 from abliterate.interventions import ablation
 from abliterate.plan import Plan, Variant, make_plan
 from abliterate.surgery import edit_checkpoint, planned_parameters
-from zoo import Entry
+from zoo import UNBUILT, Entry
 
 _POST_LN = "norms stand on the residual stream itself (post-LN), so no edit of writers can keep a direction out of it"
 _SCALED = "the residual stream itself is multiplied by learned vectors, which turn every direction in it"
@@ -167,9 +168,41 @@ def table(examined: Sequence[tuple[Entry, Verdict]]) -> list[str]:
 
 
 def read_table(lines: Sequence[str]) -> dict[tuple[str, str], Cells]:
-    """What stored rows say, by class and model type."""
+    """What rows among the lines say, by class and model type."""
     found: dict[tuple[str, str], Cells] = {}
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
-    for cls, types, closes, agrees, writers, remarks in rows[2:]:
+    for cls, types, closes, agrees, writers, remarks in rows:
+        if closes not in ("yes", "no"):
+            continue  # the head of the table
         found |= {(cls, name): (closes, agrees, writers, remarks) for name in types.split(", ")}
     return found
+
+
+def figures(rows: Mapping[tuple[str, str], Cells]) -> list[str]:
+    """What a table says of all classes together, as items of Markdown; a class counts by the worst of its types."""
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    classes = set(mapping.values())
+    wrong = {pair: _shortcoming(row) for pair, row in rows.items()}
+    built = {cls for model_type, cls in mapping.items() if model_type not in UNBUILT}
+    failed = {cls: wrong[cls, name] for name, cls in mapping.items() if wrong.get((cls, name))}
+    others = [shortcoming for (cls, name), shortcoming in wrong.items() if mapping.get(name) != cls]
+    return [
+        f"- {len(classes)} classes for {len(mapping)} model types are in the mapping.",
+        f"- {_share(built, classes)} of them could be built as a tiny model.",
+        f"- {_share(built - failed.keys(), built)} of those close, and hooks and weights agree.",
+        f"- {_share(failed, built)} do not:",
+        *(f"  - {count}: {reason}" for reason, count in Counter(sorted(failed.values())).most_common()),
+        f"- {_share(classes - built, classes)} could not be built:",
+        *(f"  - {mapping[name]} (`{name}`): {reason}" for name, reason in UNBUILT.items()),
+        f"- Of {len(others)} more (second configurations of a class, models of text and images) "
+        f"{others.count('')} close and agree.",
+    ]
+
+
+def _shortcoming(row: Cells) -> str:
+    closes, agrees, _, remarks = row
+    return remarks if closes == "no" else "" if agrees == "yes" else "hooks and weights differ"
+
+
+def _share(some: Collection[str], of: Collection[str]) -> str:
+    return f"{len(some)} ({100 * len(some) / len(of):.1f} %)"

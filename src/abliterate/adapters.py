@@ -17,6 +17,7 @@ writers with and without biases becomes two adapters, which are loaded together.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -238,6 +239,7 @@ def _adapter(model: Any, factors: Sequence[LowRank], base_model: str) -> tuple[d
     parameters = [f.parameter for f in factors if held[f.parameter] is _Held.PARAMETER]
     _refuse_ambiguous(modules, [name for name, _ in model.named_modules()])
     _refuse_ambiguous(parameters, [name for name, _ in model.named_parameters()])
+    _refuse_renamed(model, [factor.module for factor in factors])
     if conv and parameters:
         raise UsageError(f"writer '{conv[0]}': PEFT cannot hold it in one adapter with '{parameters[0]}'")
     tensors: dict[str, Tensor] = {}
@@ -277,7 +279,7 @@ def _how_held(model: Any, factor: LowRank) -> _Held:
             held = _Held.LINEAR
     if factor.bias is not None and held is not _Held.LINEAR:
         raise UsageError(f"writer '{factor.module}': PEFT holds a change of a bias for linear modules only")
-    if held is _Held.PARAMETER and factor.parameter.rpartition(".")[0] != factor.module:
+    if held is _Held.PARAMETER and not _reads_itself(model, factor.parameter):
         raise UsageError(
             f"writer '{factor.module}': PEFT cannot add to '{factor.parameter}', which others use directly"
         )
@@ -298,6 +300,26 @@ def _fuses_experts(model: Any) -> bool:
     conversions = get_checkpoint_conversion_mapping(model.config.model_type) or ()
     fused = [name for conversion in conversions for name in conversion.target_patterns]
     return any(name.endswith(("gate_up_proj", "down_proj")) for name in fused)
+
+
+def _reads_itself(model: Any, parameter: str) -> bool:
+    """Whether the module that holds a parameter uses it: PEFT adds to it only while that module is called."""
+    owner, _, leaf = parameter.rpartition(".")
+    forwards = [vars(cls)["forward"] for cls in type(model.get_submodule(owner)).__mro__ if "forward" in vars(cls)]
+    return any(leaf in inspect.unwrap(forward).__code__.co_names for forward in forwards)
+
+
+def _refuse_renamed(model: Any, modules: Sequence[str]) -> None:
+    """Loaders rename an adapter's tensors as a checkpoint's, and leave out what then fits no module."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    for module in modules:
+        name = f"base_model.model.{module}.weight"
+        found = rename_source_key(name, renamings, [])[0]
+        if not name.endswith(found):  # a prefix that it takes off is put on again
+            raise UsageError(f"writer '{module}': transformers would load its adapter under another name, '{found}'")
 
 
 def _refuse_ambiguous(targets: Sequence[str], names: Sequence[str]) -> None:
