@@ -111,7 +111,10 @@ class EditSettings(_Settings):
     biprojected: bool = Field(
         False, description="For each target layer, take the direction's component along its harmless mean out."
     )
-    affine: bool = Field(False, description="Put the direction back as strong as it is in harmless prompts.")
+    affine: bool = Field(
+        False,
+        description="Put the direction back as strong as it is in harmless prompts at the chosen site, at every layer.",
+    )
     untie: bool = Field(False, description="Give the head its own copy of a tied embedding, and edit the embedding.")
 
 

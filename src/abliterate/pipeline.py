@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from abliterate import record as rec
 from abliterate.algebra import orthonormal
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
+from abliterate.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
 from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSettings, OutputSettings, RunSettings
 from abliterate.directions import Direction, chosen_site, load_direction, save_direction
 from abliterate.errors import UsageError
@@ -88,7 +89,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
     plan = session.plan(found.direction, settings.editing)
     _say_caveat(plan, settings.editing, monitor)
-    patient = Patient(files, source, session.anatomy, session.model, session.loaded)
+    patient = Patient(files, source, session.anatomy, _named_by(session, source), session.loaded)
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)
         evaluation = _evaluate(session, staging.folder, plan, done, settings.evaluating)
@@ -272,6 +273,15 @@ def evaluate(
         after = session.answers(evaluating.max_new_tokens, "answers after")
     shift = _shift(session.monitor, session, before, Subject(origin.model), Subject(session.model, state))
     return before, after, shift
+
+
+def _named_by(session: Session, source: Checkpoint) -> Any:
+    """The model that says where parameters lie on disk: a live one that computes with codes has others."""
+    if not session.loaded.quantised:
+        return session.model
+    loading = session.loading
+    trust = loading.trust_remote_code
+    return study_files(session.loaded.files, source, trust_remote_code=trust, max_leak=loading.max_leak)[1]
 
 
 def _say_caveat(plan: Plan, editing: EditSettings, monitor: Monitor) -> None:
