@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -56,8 +57,13 @@ def make_source(folder: Path) -> Path:
 
 
 def job(source: Path, out: Path, *, overwrite: bool = False) -> ck.EditedFiles:
-    """The work: rewrite tensors, gather something from each, note it shard by shard, join it at the end."""
-    growing._TELL, growing._FLUSH, growing._PIECE = 4096, 8192, 1000
+    """The work, in many small steps."""
+    with mock.patch.multiple(growing, _TELL=4096, _FLUSH=8192, _PIECE=1000):
+        return in_small_steps(source, out, overwrite=overwrite)
+
+
+def in_small_steps(source: Path, out: Path, *, overwrite: bool) -> ck.EditedFiles:
+    """Rewrite tensors, gather something from each, note it shard by shard, join it at the end."""
     gathered: dict[str, int] = {}
 
     def rewrite(reader: ck.TensorReader) -> Iterator[bytearray]:

@@ -16,6 +16,7 @@ from abliterate.activations import Moments, MomentsFitter, ProjectionFitter
 from abliterate.config import EditSettings, FindSettings
 from abliterate.directions import Candidates, Direction, Separation, difference_of_means, separation
 from abliterate.errors import GateNotMet, UsageError
+from abliterate.interventions import refuse_hooks
 from abliterate.judging import judge
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
@@ -161,6 +162,34 @@ def _samples(
     with session.monitor.phase(f"activations of {name} prompts", len(encoded)) as advance:
         session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
     return fitter.result()
+
+
+def check_planned(
+    session: Session, found: Found, plan: Plan, settings: FindSettings, editing: EditSettings, force: bool
+) -> None:
+    """Score the very plan that is to be saved, where it is more than the direction that was chosen.
+
+    Raises `GateNotMet` when it costs more KL than a direction may, unless `force`. Plans that strengthen, and those
+    that cannot be hooks, are not scored.
+    """
+    variant = editing.affine or editing.norm_preserving or editing.biprojected or plan.strength > 1
+    if plan.strength <= 0 or (settings.subspace == "mean" and not variant):
+        return
+    try:
+        refuse_hooks(plan)
+    except UsageError as error:
+        session.monitor.note(f"the edit as planned is not scored: {error}")
+        return
+    with session.monitor.phase("score the edit as planned"):
+        bypass, kl = found.findings.scorer.ablate(plan)
+    said = f"the edit as planned: bypass {bypass:.2f}, KL {kl:.3f} (at most {settings.max_kl:g})"
+    if kl <= settings.max_kl:
+        session.monitor.note(said)
+    else:
+        options = f"--max-kl {math.ceil(kl * 100) / 100:g} or --force saves it as it is"
+        _gate(
+            session.monitor, f"{said}; the chosen direction alone costs {found.selection.best.kl:.3f}; {options}", force
+        )
 
 
 def find_or_force(

@@ -20,7 +20,7 @@ from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSett
 from abliterate.directions import Direction, chosen_site, load_direction, save_direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, measure_shift
-from abliterate.finding import choose, find, find_or_force, refusal_tokens
+from abliterate.finding import check_planned, choose, find, find_or_force, refusal_tokens
 from abliterate.generation import complete
 from abliterate.interventions import addition
 from abliterate.judging import Tally, judge
@@ -89,6 +89,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
     plan = session.plan(found.direction, settings.editing)
     _say_caveat(plan, settings.editing, monitor)
+    check_planned(session, found, plan, settings.finding, settings.editing, output.force)
     patient = Patient(files, source, session.anatomy, _named_by(session, source), session.loaded)
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)

@@ -145,7 +145,7 @@ class GrowingFile:
         self._step(count)
         if self.position - self._told >= _TELL:
             self._tell()
-        if self.position - self._flushed >= _FLUSH and all(flush.done() for flush in self._flushes):
+        if self.position - self._flushed >= _FLUSH and (not self._flushes or self._flushes[-1].done()):
             self._flushed = self.position
             self._flushes.append(self._flusher.submit(sync, self.fd))
 
