@@ -280,6 +280,7 @@ import torch, transformers
 from pathlib import Path
 from abliterate.blueprint import study_files
 from abliterate.models import ModelFiles
+from abliterate.monitor import peak_memory
 
 torch.set_num_threads(1)
 config = transformers.AutoConfig.for_model(
@@ -291,15 +292,15 @@ with tempfile.TemporaryDirectory() as folder:
     anatomy, skeleton = study_files(ModelFiles("model", "folder", Path(folder)), None)
 used = resource.getrusage(resource.RUSAGE_SELF)
 parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-print(len(anatomy.writers), parameters, used.ru_utime + used.ru_stime, used.ru_maxrss)
+print(len(anatomy.writers), parameters, used.ru_utime + used.ru_stime, peak_memory() // 1024)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is counted in other units")
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of a child is counted from its parent's")
 def test_large_model_costs_little() -> None:
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", _MEASURED], capture_output=True, text=True, check=True)
     writers, parameters, seconds, kilobytes = map(float, done.stdout.split())
     assert writers == 1 + 2 * 24
     assert parameters > 5e9  # 20 GB in float32
     assert seconds < 15
-    assert kilobytes < 800 * 1024
+    assert kilobytes < 600 * 1024
