@@ -142,7 +142,7 @@ def _steps_agree(model: Any, prompts: list[tuple[int, ...]], expected: list[Floa
     try:
         batch = _Batch(model, SharedPrefix(model, ()), prompts)
         batch.forward(batch.ids)
-        step = batch.forward(batch.ids[:, -1:])
+        step = batch.forward(batch.ids[:, -1:]).float()
     except (RuntimeError, AttributeError, ValueError, IndexError, TypeError) as error:
         if is_out_of_memory(error):
             raise
@@ -201,7 +201,7 @@ class _Batch:
         return next_tokens
 
     def forward(self, fresh: Int[Tensor, "b s"]) -> Float[Tensor, "b vocab"]:
-        """Logits in float32 after the `fresh` tokens."""
+        """Logits after the `fresh` tokens."""
         if fresh is not self.ids:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(fresh), fresh.shape[1])], dim=1)
         options: dict[str, Any] = {}
@@ -210,7 +210,7 @@ class _Batch:
         last = torch.full((len(fresh), 1), fresh.shape[1] - 1, device=fresh.device)
         with cut_head(self.model, last), torch.inference_mode():
             out = self.model(input_ids=fresh, attention_mask=self.mask, **cached(self.model, self.cache), **options)
-        logits: Tensor = out.logits[:, -1].float()
+        logits: Tensor = out.logits[:, -1]
         return logits
 
     def _compact(self, going: list[int], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
@@ -230,11 +230,11 @@ class _WholeBatch(_Batch):
         self.can_compact = True
 
     def forward(self, fresh: Int[Tensor, "b s"]) -> Float[Tensor, "b vocab"]:
-        """Logits in float32 after the `fresh` tokens."""
+        """Logits after the `fresh` tokens."""
         self.all = torch.cat([self.all, fresh], dim=1)
         last = torch.full((len(fresh), 1), self.all.shape[1] - 1, device=fresh.device)
         with cut_head(self.model, last), torch.inference_mode():
-            logits: Tensor = self.model(input_ids=self.all, use_cache=False).logits[:, -1].float()
+            logits: Tensor = self.model(input_ids=self.all, use_cache=False).logits[:, -1]
         return logits
 
     def _compact(self, going: list[int], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
