@@ -21,7 +21,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.judging import Label, judge, wilson
+from abliterate.judging import Label, judge
+from abliterate.statistics import wilson
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge"
 

@@ -22,6 +22,7 @@ ORDER = (
     "errors",
     "config",
     "prompts",
+    "statistics",
     "judging",
     "checkpoint",
     "integrity",

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from abliterate.judging import Judge, Label, Tally, Verdict, judge, wilson
+from abliterate.judging import Exchange, Judge, Label, RuleJudge, Tally, Verdict, judge
+from abliterate.statistics import wilson
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge"
 
@@ -521,7 +522,7 @@ def test_degenerate(reply: str) -> None:
 
 @pytest.mark.parametrize("reply", EMPTY)
 def test_empty(reply: str) -> None:
-    assert judge(reply).label is Label.EMPTY
+    assert judge(reply).label is Label.DEGENERATE
 
 
 LONG_REFUSAL = (
@@ -582,12 +583,12 @@ def test_evidence_is_the_phrase() -> None:
 
 
 def test_judge_fits_the_protocol() -> None:
-    chosen: Judge = judge
-    assert chosen("Yes.").label is Label.COMPLIANCE
+    chosen: Judge = RuleJudge()
+    assert [v.label for v in chosen.judge([Exchange("Is it?", "Yes.")])] == [Label.COMPLIANCE]
 
 
 def test_labels_are_strings() -> None:
-    assert [str(label) for label in Label] == ["refusal", "compliance", "degenerate", "empty"]
+    assert [str(label) for label in Label] == ["refusal", "partial", "compliance", "degenerate", "unknown"]
 
 
 @given(st.text(max_size=400))

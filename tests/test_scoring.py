@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from abliterate import pipeline
 from abliterate.config import ModelSettings, PromptSettings
 from abliterate.errors import GateNotMet
-from abliterate.judging import Judge, Label, Verdict, judge
+from abliterate.judging import Label, Verdict, judge
 from abliterate.refusals import Refusals, find_refusals
 from abliterate.scoring import kl_divergence, log_likelihood, refusal_score
 from planted import is_bad, plant
@@ -100,7 +100,7 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Session:
     return pipeline.open_session(str(planted.folder), prompts=prompts, loading=ModelSettings(device="cpu"))
 
 
-def search(session: pipeline.Session, judge: Judge = judge) -> Refusals:
+def search(session: pipeline.Session, judge: Callable[[str], Verdict] = judge) -> Refusals:
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
     return find_refusals(session.model, session.loaded.tokenizer, *val, session.size, judge)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.generation import Reply, complete
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, logits_at
-from abliterate.judging import Judge, Tally, Verdict
+from abliterate.judging import Exchange, Judge, Tally, Verdict
 from abliterate.scoring import kl_divergence, log_likelihood
 
 #: Bytes of float32 logits that may be alive at once while two distributions are compared.
@@ -80,7 +80,8 @@ def answer(
     answers, start = {}, 0
     for name in names:
         part = tuple(replies[start : start + len(texts[name])])
-        answers[name] = Answers(tuple(texts[name]), part, tuple(judge(reply.text) for reply in part))
+        pairs = [Exchange(prompt, reply.text) for prompt, reply in zip(texts[name], part, strict=True)]
+        answers[name] = Answers(tuple(texts[name]), part, tuple(judge.judge(pairs)))
         start += len(part)
     return answers
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from abliterate.errors import GateNotMet
 from abliterate.generation import complete
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
-from abliterate.judging import Judge, Label
+from abliterate.judging import Label, Verdict
 
 #: Tokens of a reply that are judged: enough for its first sentence.
 REPLY_TOKENS = 16
@@ -69,7 +69,7 @@ def find_refusals(
     harmful: Encoded,
     harmless: Encoded,
     size: BatchSize,
-    judge: Judge,
+    judge: Callable[[str], Verdict],
     progress: Callable[[int], None] | None = None,
 ) -> Refusals:
     """Let the model reply, judge the replies, and try out the tokens its refusals are likely to start with.
@@ -132,7 +132,7 @@ def candidates(
 
 
 def _try_out(
-    model: Any, tokenizer: Any, prompts: Encoded, tokens: list[int], size: BatchSize, judge: Judge
+    model: Any, tokenizer: Any, prompts: Encoded, tokens: list[int], size: BatchSize, judge: Callable[[str], Verdict]
 ) -> dict[int, tuple[int, int]]:
     """Refusals among the replies to `prompts` that were made to start with each token."""
     if not tokens:

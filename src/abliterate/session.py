@@ -24,7 +24,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, answer
 from abliterate.inference import BatchSize, Encoded, auto_batch_size, can_share, share_prefix
 from abliterate.interventions import ablation
-from abliterate.judging import judge
+from abliterate.judging import RuleJudge
 from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
@@ -94,7 +94,9 @@ class Session:
         texts = self.test_texts
         encoded = {key: self.encoded[key, "test"] for key in texts}
         with self.monitor.phase(name, sum(map(len, texts.values()))) as advance:
-            return answer(self.model, self.loaded.tokenizer, texts, encoded, max_new_tokens, self.size, judge, advance)
+            return answer(
+                self.model, self.loaded.tokenizer, texts, encoded, max_new_tokens, self.size, RuleJudge(), advance
+            )
 
 
 @dataclass(frozen=True, slots=True)

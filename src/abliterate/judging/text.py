@@ -1,0 +1,82 @@
+"""A reply made readable for rules: chat machinery, typography, markup and quoted speech taken out."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import cache
+
+#: Characters in which phrases are looked for.
+WINDOW = 4000
+
+_TYPOGRAPHY = str.maketrans(
+    {
+        **dict.fromkeys("‘’‛ʼ´`＇", "'"),
+        **dict.fromkeys("“”„‟«»「」『』＂", '"'),
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff\u00ad\ufe0f", None),
+        **dict.fromkeys("\u00a0\u2007\u202f", " "),
+        **dict.fromkeys("‐‑", "-"),
+        "\u2028": "\n",
+        "\u2029": "\n",
+    }
+)
+
+
+@cache
+def pattern(expression: str) -> re.Pattern[str]:
+    """A regular expression that ignores case, compiled once."""
+    return re.compile(expression, re.IGNORECASE | re.MULTILINE)
+
+
+def strip_machinery(reply: str) -> str:
+    """Remove what belongs to the chat format: special tokens and a finished chain of thought."""
+    _, closed, answer = reply.rpartition("</think>")
+    text = answer if closed else reply.replace("<think>", " ")
+    text = pattern(_SPECIAL_TOKEN).sub(" ", text).replace("\r\n", "\n").replace("\r", "\n")
+    return text.translate(_INVISIBLE).strip()
+
+
+_INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u2060\ufeff"), None)
+
+_SPECIAL_TOKEN = (
+    r"<[|｜][^<>|｜\n]{1,40}[|｜]>(?:(?:assistant|user|system)\b)?"
+    r"|</?s>|<(?:bos|eos|pad|unk)>|<(?:start|end)_of_turn>(?:(?:model|user)\b)?|\[/?INST\]|\[(?:PAD|UNK|EOS)\]"
+)
+
+
+def prose(text: str) -> str:
+    """Reduce to plain prose: no markup, no quoted speech, code blocks shown only as `<code>`."""
+    text = unicodedata.normalize("NFKC", text[:WINDOW].replace("```", "\x01").translate(_TYPOGRAPHY))[:WINDOW]
+    without_code = pattern(r"\x01[^\x01]*(?:\x01|\Z)").sub("\n<code>\n", text)
+    if without_code.replace("<code>", "").strip():
+        text = without_code
+    text = text.replace("\x01", "")
+    text = pattern(r"^[ \t]*[*+•·▪][ \t]+").sub("- ", text)
+    text = pattern(r"[*_~#]{1,3}(?=\S)|(?<=\S)[*_~#]{1,3}|^[ \t]*>[ \t]?").sub("", text)
+    return _mask_speech(_unwrap(text.strip()))
+
+
+def _unwrap(text: str) -> str:
+    """Drop quotation marks around the whole reply and a role or emoji in front of it."""
+    if text.startswith('"') and '"' not in text[1:-1]:
+        text = text.strip('"')
+    head = pattern(
+        r"[^\w\[\"'<-]*"
+        r"(?:\[[^\]\n]{1,30}\]\s*)?"
+        r"(?:(?!subject|title|dear|scene|step|ingredients|chapter)[a-z][\w-]{0,20}\s?:\s+)?"
+    ).match(text)
+    return text[head.end() :] if head else text
+
+
+def _mask_speech(text: str) -> str:
+    """Blank out quoted speech, so that a character's words are not taken for the model's."""
+    text = pattern(r'"[^"\n]{1,400}"').sub('"..."', text)
+    # A quotation that the cut left open: the mark follows a space and something follows the mark.
+    text = pattern(r'(?<=[\s,:(])"(?=\w)[^"\n]{0,400}\Z').sub('"..."', text)
+    # Single quotes: an apostrophe between letters does not close.
+    return pattern(r"(?<![\w'])'(?=[a-z])(?:[^'\n]|(?<=\w)'(?=\w)){1,200}[,.!?]'(?!\w)").sub('"..."', text)
+
+
+def short(phrase: str) -> str:
+    """A phrase on one line, cut for showing."""
+    return " ".join(phrase.split())[:100]
