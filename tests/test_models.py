@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from abliterate.config import cache_folder
 from abliterate.errors import CheckpointError, ModelError, UsageError
-from abliterate.models import ModelFiles, cache_folder, load, locate
+from abliterate.models import ModelFiles, load, locate
 from families import BY_NAME, byte_tokenizer, save
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,6 +10,11 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 DEFAULT_STRENGTH = 1.0
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $ABLITERATE_CACHE or ~/.cache/abliterate."""
+    return Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
 
 
 class _Settings(BaseModel):

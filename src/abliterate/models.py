@@ -11,7 +11,6 @@ import hashlib
 import importlib.util
 import io
 import logging
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from abliterate.checkpoint import Checkpoint, open_checkpoint, staged
+from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
 from abliterate.storage import (
     PLAIN_STORAGE,
@@ -262,11 +262,6 @@ def _snapshot(identifier: str, trust_remote_code: bool) -> Path:
         raise ModelError(
             f"model '{identifier}': not a folder here and cannot be fetched from the hub ({_one_line(error)})"
         ) from error
-
-
-def cache_folder() -> Path:
-    """Where dequantised GGUF files are kept: $ABLITERATE_CACHE or ~/.cache/abliterate."""
-    return Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
 
 
 def _dequantised(path: Path, dtype: str) -> Path:
