@@ -2,8 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
 import torch
 from transformers.utils import logging
 
+from abliterate.config import cache_folder
+
 torch.set_num_threads(1)
 logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def replies_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Answers of the tests' models do not go into the user's cache."""
+    folder: Path = tmp_path_factory.mktemp("kept")
+
+    def place() -> Path:
+        return cache_folder() if "ABLITERATE_CACHE" in os.environ else folder
+
+    with mock.patch("abliterate.baseline.cache_folder", place):
+        yield

@@ -129,6 +129,7 @@ def test_json_is_the_record_and_quiet_says_nothing(
     record = Record.model_validate_json(result.out)
     assert record == abliterate.read_record(tmp_path / "out")
     assert record.evaluation is not None
+    assert record.evaluation.after is not None
     assert record.evaluation.after.harmful.refusals == 0
 
 

@@ -308,6 +308,59 @@ def test_one_token_at_most_is_one_token() -> None:
     assert [(*reply.tokens, reply.ended) for reply in replies] == [(token, False) for token in tokens]
 
 
+def never(rows: Sequence[int], texts: Sequence[str]) -> list[bool]:
+    return [False] * len(rows)
+
+
+@each_family
+def test_settled_replies_are_left_and_the_others_are_not_changed(family: Family) -> None:
+    model, tokenizer = with_ends(model_of(family.name)), byte_tokenizer()
+    prompts = share_prefix(ragged())
+    full = complete(model, tokenizer, prompts, 20, BatchSize(4))
+    seen: list[tuple[int, str]] = []
+
+    def odd(rows: Sequence[int], texts: Sequence[str]) -> list[bool]:
+        seen.extend(zip(rows, texts, strict=True))
+        return [row % 2 == 1 for row in rows]
+
+    found = complete(model, tokenizer, prompts, 20, BatchSize(4), settled=odd)
+    shown: dict[int, list[str]] = {row: [text for r, text in seen if r == row] for row in range(len(found))}
+    for row, (reply, whole) in enumerate(zip(found, full, strict=True)):
+        length = len(whole.tokens) + whole.ended
+        looks = [count for count in (8, 16) if count < length or (count == length and not whole.ended)]
+        if row % 2 and looks:
+            looks = looks[:1]
+            assert reply.tokens == whole.tokens[:8]
+            assert (reply.ended, reply.stopped) == (False, True)
+        else:
+            assert reply == whole
+            assert not reply.stopped
+        assert shown[row] == [tokenizer.decode(whole.tokens[:n], skip_special_tokens=True) for n in looks]
+    assert complete(model, tokenizer, prompts, 20, BatchSize(4), settled=never) == full
+
+
+def test_some_replies_are_settled_and_others_end_before() -> None:
+    """Or the test above proves nothing."""
+    model, tokenizer = with_ends(BY_NAME["llama"].model(seed=1)), byte_tokenizer()
+    prompts = share_prefix(ragged(tuple(range(1, 13)), prefix=3, seed=2))
+    found = complete(model, tokenizer, prompts, 20, BatchSize(12), settled=lambda rows, _: [row > 5 for row in rows])
+    assert {(reply.ended, reply.stopped) for reply in found} == {(True, False), (False, True), (False, False)}
+
+
+def test_rows_that_are_settled_cost_nothing_more() -> None:
+    model, tokenizer = with_ends(BY_NAME["llama"].model(), []), byte_tokenizer()
+    rows: list[int] = []
+    model.model.register_forward_pre_hook(lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True)
+    prompts = share_prefix(ragged((3,) * 6))
+    complete(model, tokenizer, prompts, 1, BatchSize(6))  # tries out how to step
+    rows.clear()
+    complete(model, tokenizer, prompts, 20, BatchSize(6), settled=lambda rows, _: [row > 1 for row in rows])
+    assert rows == [1, *[6] * 8, *[2] * 12]  # the prefix; until the first look; from then on
+    rows.clear()
+    complete(model, tokenizer, prompts, 20, BatchSize(6), settled=lambda rows, _: [True] * len(rows))
+    assert rows == [1, *[6] * 8]
+
+
 # --- batches
 
 

@@ -34,9 +34,11 @@ from abliterate.config import (
 )
 from abliterate.directions import Direction, load_direction, save_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
+from abliterate.evaluation import Subject
 from abliterate.generation import end_tokens
 from abliterate.inference import can_share, hooked
-from abliterate.judging import Label, judge
+from abliterate.judging import Label, RuleJudge, judge
+from abliterate.measuring import Sets, answers_of, examiner_of
 from abliterate.monitor import Monitor
 from abliterate.record import Record, read_record
 from families import BY_NAME, save
@@ -54,6 +56,13 @@ def settings(planted: Planted, out: Path, **changes: Any) -> RunSettings:
     loading = ModelSettings(device="cpu", batch_size="64")
     options: dict[str, Any] = {"prompts": prompt_settings(planted), "loading": loading, **changes}
     return RunSettings(model=str(planted.folder), output=output, **options)
+
+
+def asked(session: pipeline.Session, max_new_tokens: int) -> Sets:
+    """Judged answers of the live model as it is now."""
+    judge, limit = RuleJudge(), EvalSettings(max_new_tokens=max_new_tokens)
+    answering = answers_of(session, Subject(session.model), limit, judge)
+    return examiner_of(session, limit, judge).ask(answering, "answers")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -244,7 +253,7 @@ def test_record_keeps_the_contract_with_other_programs(out: Path) -> None:
     for when in ("before", "after"):
         for name in ("harmful", "harmless", "borderline"):
             part = data["evaluation"][when][name]
-            assert part.keys() == {"refusals", "degenerate", "n", "rate", "ci95"}
+            assert part.keys() >= {"refusals", "degenerate", "n", "rate", "ci95"}
             low, high = part["ci95"]
             assert 0 <= low <= part["rate"] <= high <= 1
             assert part["rate"] == part["refusals"] / part["n"]
@@ -622,10 +631,10 @@ def test_direction_is_not_verified_when_a_random_one_does_the_same(session: pipe
 
 def test_verify_leaves_the_model_as_it_was(session: pipeline.Session, out: Path) -> None:
     before = {name: tensor.clone() for name, tensor in session.model.state_dict().items()}
-    answers = [reply.tokens for reply in session.answers(8, "before")["harmful"].replies]
+    answers = [reply.tokens for reply in asked(session, 8)["harmful"].replies]
     pipeline.verify(session, load_direction(out / "direction.safetensors"))
     assert all(torch.equal(before[name], tensor) for name, tensor in session.model.state_dict().items())
-    assert [reply.tokens for reply in session.answers(8, "after")["harmful"].replies] == answers
+    assert [reply.tokens for reply in asked(session, 8)["harmful"].replies] == answers
 
 
 @pytest.mark.parametrize("site", [(BLOCKS, -1), (3, -2)])
@@ -651,26 +660,28 @@ def test_evaluation_under_hooks_and_of_the_saved_model_agree(
     session: pipeline.Session, planted: Planted, out: Path, done: Record
 ) -> None:
     plan = session.plan(load_direction(out / "direction.safetensors").basis)
-    before, hooked, shift = pipeline.evaluate(session, EvalSettings(), plan=plan)
+    here = pipeline.evaluate(session, EvalSettings(), plan=plan)
     edited = pipeline.open_session(str(out), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu"))
-    base, saved, other = pipeline.evaluate(edited, EvalSettings(), base=session)
-    assert hooked is not None
-    assert saved is not None
-    assert shift is not None
-    assert other is not None
-    for name in before:
-        assert hooked[name].replies == saved[name].replies
-        assert before[name].replies == base[name].replies
-    assert shift.kl_reply == pytest.approx(other.kl_reply, abs=1e-6)
-    assert other.kl_reply == pytest.approx(behaviour(done).shift.kl_reply, abs=1e-6)
-    assert hooked["harmful"].tally.refusals == 0 < before["harmful"].tally.refusals
+    there = pipeline.evaluate(edited, EvalSettings(), base=session)
+    assert here.after is not None
+    assert there.after is not None
+    for name in here.before:
+        assert here.after[name].replies == there.after[name].replies
+        assert here.before[name].replies == there.before[name].replies
+    first, second = (pipeline.evaluation_part(evaluation).shift for evaluation in (here, there))
+    assert first is not None
+    assert second is not None
+    assert first.kl_reply == pytest.approx(second.kl_reply, abs=1e-6)
+    assert second.kl_reply == pytest.approx(behaviour(done).shift.kl_reply, abs=1e-6)
+    assert here.after["harmful"].tally.refusals == 0 < here.before["harmful"].tally.refusals
 
 
 def test_evaluating_one_model_gives_no_shift(session: pipeline.Session) -> None:
-    answers, after, shift = pipeline.evaluate(session, EvalSettings(max_new_tokens=3))
-    assert after is None
-    assert shift is None
-    assert max(len(reply.tokens) for reply in answers["harmful"].replies) == 3
+    alone = pipeline.evaluate(session, EvalSettings(max_new_tokens=3))
+    assert alone.after is None
+    assert alone.shift is None
+    assert alone.control is None
+    assert max(len(reply.tokens) for reply in alone.before["harmful"].replies) == 3
 
 
 def test_models_with_other_tokens_are_not_compared(
@@ -870,7 +881,7 @@ def test_what_a_run_measures_is_what_it_saves(
     edited = pipeline.open_session(
         str(tmp_path / "out"), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu")
     )
-    saved, _, _ = pipeline.evaluate(edited, EvalSettings())
+    saved = pipeline.evaluate(edited, EvalSettings()).before
     part = pipeline.answer_parts(saved, keep=False)
     assert part == behaviour(record).answers["after"]
     assert abliterate.compare(tmp_path / "out").intact
@@ -948,7 +959,7 @@ def test_control_vector_is_measured_as_what_it_is(planted: Planted, out: Path, t
     assert torch.allclose(torch.tensor(tensor.data).flatten(), vector, atol=1e-5)
     live = open_session(planted)
     with abliterate.addition(live.blocks[site.layer], vector[None]):
-        steered = live.answers(EvalSettings().max_new_tokens, "steered")
+        steered = asked(live, EvalSettings().max_new_tokens)
     assert pipeline.answer_parts(steered, keep=False) == behaviour(record).answers["after"]
     if strength < 0:
         assert behaviour(record).after.harmless.refusals > 0, "the control: an ablation can not do this"
@@ -1152,7 +1163,7 @@ def test_untied_embedding_is_edited_and_the_head_stays(tmp_path: Path) -> None:
     assert torch.equal(live.get_output_embeddings().weight, before["model.embed_tokens.weight"])
     assert torch.equal(live.get_input_embeddings().weight, after["model.embed_tokens.weight"])
     edited = pipeline.open_session(str(target), prompts=job.prompts, loading=job.loading)
-    saved, _, _ = pipeline.evaluate(edited, EvalSettings())
+    saved = pipeline.evaluate(edited, EvalSettings()).before
     assert pipeline.answer_parts(saved, keep=False) == behaviour(record).answers["after"]
     assert behaviour(record).answers["after"] != behaviour(record).answers["before"], "the control"
     assert abliterate.compare(target).intact
@@ -1214,7 +1225,7 @@ def test_recurrent_models_give_what_one_prompt_at_a_time_gives(name: str, shares
     assert len({len(ids) for ids in everything}) > 1, "or padding would not be tried"
     assert can_share(session.model, everything) is shares
     assert bool(harmful.prefix) is shares
-    replies = session.answers(5, "answers")["harmful"].replies
+    replies = asked(session, 5)["harmful"].replies
     ends = end_tokens(session.model, session.loaded.tokenizer)
     for ids, reply in zip(everything, replies, strict=True):
         expected = plain_reply(session, ids, 5)
@@ -1226,5 +1237,5 @@ def test_recurrent_models_give_what_one_prompt_at_a_time_gives(name: str, shares
     found = pipeline.choose(session, findings, ALL_PROMPTS)
     plan = session.plan(found.direction)
     with session.ablated(plan):
-        ablated = session.answers(3, "ablated")["harmful"].replies
+        ablated = asked(session, 3)["harmful"].replies
         assert ablated[0].tokens == plain_reply(session, everything[0], len(ablated[0].tokens))

@@ -15,8 +15,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from abliterate.errors import PromptError
-from abliterate.prompts import ContrastiveSet, build_contrastive_set, load_prompts, normalise
-from abliterate.prompts.sources import USUAL_COLUMNS, load_builtin
+from abliterate.prompts import (
+    ContrastiveSet,
+    Prompt,
+    build_contrastive_set,
+    category_of,
+    load_prompts,
+    normalise,
+    overlap,
+)
+from abliterate.prompts.reading import CONVERSATION_COLUMNS, USUAL_COLUMNS
+from abliterate.prompts.sources import load_builtin
 
 TEXTS = ["How do I bake bread?", 'Say "hi", please', "Grüße, Jürgen: 你好", "two  words"]
 
@@ -169,11 +178,15 @@ def test_csv_prompts_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> N
         ("x.json", '{"a": 1}', "expected a JSON list of texts or objects, found an object"),
         ("x.json", "[1, 2]", "row 1: expected an object, found int"),
         ("x.json", '["a", null]', "row 1: expected an object, found str"),
-        ("x.json", '{"text": ["a", 2]}', "column 'text': expected text, found int"),
+        ("x.json", '{"text": ["a", 2]}', "row 2: column 'text': expected text or a list of {role, content}, found int"),
         ("x.jsonl", '{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
         ("x.jsonl", '{"text": "a"}\n{"goal": "b"}', "row 2 has no column 'text'; found goal"),
-        ("x.jsonl", '{"text": ["a", "b"]}', "column 'text': expected text, found a list"),
-        ("x.jsonl", '{"text": {"a": "b"}}', "column 'text': expected text, found an object"),
+        ("x.jsonl", '{"text": ["a", "b"]}', "column 'text': message 1: expected {role, content}, found a text"),
+        (
+            "x.jsonl",
+            '{"text": {"a": "b"}}',
+            "column 'text': expected text or a list of {role, content}, found an object",
+        ),
         ("x.csv", "a,b\n1,2\n", "which column? found a, b"),
         ("x.csv", 'text\n"' + "x" * 200_000 + '"\n', "field larger than field limit"),
         ("x.parquet", "PAR1 no", "not a readable Parquet file"),
@@ -200,7 +213,7 @@ def test_text_that_is_not_utf_8_is_explained(tmp_path: Path) -> None:
 
 def test_numbers_in_a_parquet_column_are_refused(tmp_path: Path) -> None:
     write_parquet(tmp_path / "x.parquet", {"text": [1, 2]})
-    assert "column 'text': expected text, found int" in fails(str(tmp_path / "x.parquet"))
+    assert "column 'text': expected text or a list of {role, content}, found int" in fails(str(tmp_path / "x.parquet"))
 
 
 def test_missing_files_and_folders_are_explained(tmp_path: Path) -> None:
@@ -208,6 +221,7 @@ def test_missing_files_and_folders_are_explained(tmp_path: Path) -> None:
     assert "found no such file" in fails(f"{tmp_path / 'none.csv'}:text")
     assert "found a folder" in fails(str(tmp_path))
     assert "no such file; expected 'builtin', FILE[:column]" in fails("buildin")
+    assert "or one of jailbreakbench, harmbench" in fails("buildin")
 
 
 def test_missing_parquet_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +269,13 @@ def test_hub_spec_names_set_config_split_and_column(hub: SimpleNamespace) -> Non
 
 def test_hub_column_that_is_not_there_or_no_text_is_refused(hub: SimpleNamespace) -> None:
     assert "no column 'text'; found goal, n" in fails("owner/set:train:text")
-    assert "column 'n': expected text, found int" in fails("owner/set:train:n")
+    assert "column 'n': expected text or a list of {role, content}, found int" in fails("owner/set:train:n")
+
+
+def test_hub_category_comes_along(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = Rows({"goal": text, "n": i, "Category": f"kind {i}"} for i, text in enumerate(TEXTS))
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", lambda *names, split: rows)
+    assert [prompt.category for prompt in load_prompts("owner/set:train:goal")] == [f"kind {i}" for i in range(4)]
 
 
 def test_hub_errors_are_one_line(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +333,9 @@ def specs(tmp_path: Path) -> Specs:
     return write
 
 
+PARTS = [f"{name} {part}" for name in ("harmful", "harmless") for part in ("train", "val", "test")] + ["borderline"]
+
+
 def many(word: str, count: int = 100) -> list[str]:
     return [f"{word} number {i}" for i in range(count)]
 
@@ -331,6 +354,7 @@ def test_set_is_cut_64_16_20_and_every_prompt_used_once(specs: Specs) -> None:
     }
     assert sorted(everything(built)) == sorted([*many("bad"), *many("good", 50), *many("edge", 7)])
     assert built.duplicates_dropped == 0
+    assert built.dropped == {}
 
 
 def test_splits_depend_on_the_seed_and_nothing_else(specs: Specs) -> None:
@@ -363,7 +387,8 @@ def test_same_prompt_in_both_sets_stays_in_the_evaluated_part(specs: Specs) -> N
     built = build_contrastive_set(**named)
     forms = [normalise(text) for text in everything(built)]
     assert len(forms) == len(set(forms)) == 100 + 100 + 40 + 1
-    assert built.duplicates_dropped == 41
+    assert built.duplicates_dropped == sum(built.dropped.values()) == 41
+    assert set(built.dropped) <= {f"{a}, also in {b}" for a in PARTS for b in PARTS if a != b}
     alone = build_contrastive_set(**specs(harmful=[*many("bad"), *(t.upper() for t in shared)], harmless=many("good")))
     assert built.harmful.test == alone.harmful.test, "the test split is claimed first, and harmful before harmless"
 
@@ -378,8 +403,23 @@ def test_prompt_of_the_evaluation_file_is_never_trained_on(specs: Specs) -> None
     assert len(learnt) == 98
     assert (len(built.harmful.train), len(built.harmful.val)) in [(84 - i, 14 + i) for i in range(3)]
     assert built.duplicates_dropped == 2
+    assert set(built.dropped) <= {"harmful train, also in harmful test", "harmful val, also in harmful test"}
     assert built.sources["eval_harmful"] == named["eval_harmful"]
     assert built.sources["eval_harmless"] == built.sources["harmless"] == named["harmless"]
+
+
+def test_dropped_prompts_are_counted_by_where_else_they_are(specs: Specs) -> None:
+    evaluated = ["a", "a?", "bad number 1", "b"]
+    named = specs(harmful=many("bad"), harmless=[*many("good"), "B!"], eval_harmful=evaluated, borderline=["A", "edge"])
+    built = build_contrastive_set(**named)
+    assert built.dropped["harmful test, twice"] == 1
+    assert built.dropped["borderline, also in harmful test"] == 1
+    assert sum(count for name, count in built.dropped.items() if name.startswith("harmful ")) == 2
+    assert sum(count for name, count in built.dropped.items() if name.startswith("harmless ")) == 1
+    assert built.duplicates_dropped == 4
+    assert overlap(built.harmful.train, evaluated) == 0
+    assert overlap(many("bad"), evaluated) == 1
+    assert overlap(["a", "A"], ["a!", "b"]) == 1
 
 
 def test_repeated_prompts_count_once(specs: Specs) -> None:
@@ -414,3 +454,134 @@ def test_builtin_test_prompts_can_evaluate_directions_from_a_file(specs: Specs) 
     built = build_contrastive_set(**specs(harmful=many("bad"), harmless=many("good")), eval_harmful="builtin")
     assert built.harmful.test == tuple(load_builtin("harmful")["test"])
     assert built.harmless.test != tuple(load_builtin("harmless")["test"])
+
+
+# --- categories
+
+
+@pytest.mark.parametrize("name", ["category", "Category", "SemanticCategory", "risk_category", "type"])
+def test_category_of_each_prompt_is_kept_in_every_format(tmp_path: Path, name: str) -> None:
+    kinds = [f"kind {i % 2}" for i in range(len(TEXTS))]
+    table = {"id": list("abcd"), "prompt": TEXTS, name: kinds}
+    rows = [dict(zip(table, row, strict=True)) for row in zip(*table.values(), strict=True)]
+    write_json(tmp_path / "rows.json", rows)
+    write_json(tmp_path / "lists.json", table)
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    write_csv(tmp_path / "x.csv", table)
+    write_parquet(tmp_path / "x.parquet", table)
+    for path in sorted(tmp_path.iterdir()):
+        prompts = load_prompts(str(path))
+        assert prompts == TEXTS, path
+        assert [prompt.category for prompt in prompts] == kinds, path
+        assert [prompt.messages for prompt in prompts] == [(("user", text),) for text in TEXTS], path
+
+
+def test_without_a_category_there_is_none(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("one\ntwo", encoding="utf-8")
+    write_jsonl(tmp_path / "x.jsonl", [{"text": "one", "category": " "}, {"text": "two", "category": ["a", "b"]}])
+    write_jsonl(tmp_path / "n.jsonl", [{"text": "one", "category": 7}, {"text": "two", "category": True}])
+    for name, kinds in (("x.txt", [None, None]), ("x.jsonl", [None, None]), ("n.jsonl", ["7", None])):
+        assert [prompt.category for prompt in load_prompts(str(tmp_path / name))] == kinds, name
+
+
+def test_most_telling_category_column_is_taken(tmp_path: Path) -> None:
+    row = {"Behavior": "x", "prompt": "one", "FunctionalCategory": "standard", "SemanticCategory": "illegal"}
+    write_jsonl(tmp_path / "x.jsonl", [row])
+    assert load_prompts(str(tmp_path / "x.jsonl"))[0].category == "illegal"
+
+
+def test_blank_prompts_take_their_category_with_them(tmp_path: Path) -> None:
+    write_csv(tmp_path / "x.csv", {"text": ["", "b", " ", "d"], "category": ["1", "2", "3", "4"]})
+    assert [(p, p.category) for p in load_prompts(str(tmp_path / "x.csv"))] == [("b", "2"), ("d", "4")]
+
+
+def test_builtin_prompts_have_categories_and_sets_keep_them() -> None:
+    built = build_contrastive_set()
+    groups = [getattr(s, part) for s in (built.harmful, built.harmless) for part in ("train", "val", "test")]
+    for group in (*groups, built.borderline):
+        assert all(isinstance(prompt, Prompt) and prompt.category for prompt in group)
+        assert len({prompt.category for prompt in group}) > 5
+
+
+# --- conversations
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is lye?"},
+    {"role": "assistant", "content": "A strong base."},
+    {"role": "user", "content": "How is it made?"},
+]
+
+
+@pytest.mark.parametrize("column", CONVERSATION_COLUMNS)
+def test_conversations_are_read_with_roles_and_system_message(tmp_path: Path, column: str) -> None:
+    rows = [{"id": i, "category": "chemistry", column: talk} for i, talk in enumerate((TALK, TALK[1:]))]
+    write_jsonl(tmp_path / "x.jsonl", rows)
+    write_parquet(tmp_path / "x.parquet", {key: [row[key] for row in rows] for key in ("id", "category", column)})
+    for name in ("x.jsonl", "x.parquet"):
+        first, second = load_prompts(str(tmp_path / name))
+        assert first.messages == tuple((message["role"], message["content"]) for message in TALK)
+        assert second.messages == first.messages[1:]
+        assert first.category == "chemistry"
+        assert first == "[system]\nBe brief.\n\n" + second
+
+
+def test_everything_said_makes_a_conversation_what_it_is() -> None:
+    said = (("user", "Hello"), ("assistant", "Hi"), ("user", "How is it made?"))
+    talk = Prompt.conversation(said, "a")
+    others = [
+        Prompt("How is it made?"),
+        Prompt.conversation((("user", "Hello"), ("assistant", "Good day"), ("user", "How is it made?"))),
+        Prompt.conversation((("user", "Hello"), ("user", "Hi"), ("user", "How is it made?"))),
+        Prompt.conversation((("system", "Hello"), *said[1:])),
+        Prompt.conversation(said[::2]),
+    ]
+    assert talk == Prompt.conversation(said, "another category")
+    assert hash(talk) == hash(Prompt.conversation(said))
+    assert len({normalise(prompt) for prompt in (talk, *others)}) == len({talk, *others}) == 6
+    assert Prompt.conversation((("user", "Hello"),)) == Prompt("Hello") == "Hello"
+
+
+def test_prompt_is_a_string_whose_methods_give_strings() -> None:
+    prompt = Prompt("Hello", "greeting")
+    assert isinstance(prompt, str)
+    assert (prompt.category, prompt.messages) == ("greeting", (("user", "Hello"),))
+    assert (category_of(prompt), category_of("Hello")) == ("greeting", None)
+    assert type(prompt.upper()) is type(prompt + "!") is str
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [
+        (TALK[:3], "expected the last message to be the user's, found assistant; leave the reply out"),
+        (TALK[:1], "expected the last message to be the user's, found system"),
+        (TALK[1:3] + TALK[:2], "message 3: expected the system's message first"),
+        ([{"role": "tool", "content": "x"}], "message 1: expected a role of system, user, assistant, found 'tool'"),
+        ([{"role": "user", "content": " "}], "message 1: expected text from the user, found none"),
+        ([{"role": "user"}], "message 1: expected {role, content}, found dict"),
+        ([{"from": "human", "value": "x"}], "message 1: expected {role, content}, found dict"),
+        (["first", "second"], "message 1: expected {role, content}, found a text"),
+        ([1], "message 1: expected {role, content}, found int"),
+        ([["user", "x"]], "message 1: expected {role, content}, found list"),
+        ({"role": "user", "content": "x"}, "expected text or a list of {role, content}, found an object"),
+    ],
+)
+def test_conversation_that_is_none_is_explained_in_one_line(tmp_path: Path, value: object, part: str) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}, {"messages": value}])
+    message = fails(str(tmp_path / "x.jsonl"))
+    assert "row 2: column 'messages': " in message
+    assert part in message
+
+
+def test_turns_with_one_text_are_an_instruction_and_empty_ones_none(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"turns": [" one "]}, {"turns": []}, {"turns": None}])
+    assert load_prompts(str(tmp_path / "x.jsonl")) == ["one"]
+
+
+def test_conversations_go_through_a_set_whole(specs: Specs) -> None:
+    talks = [[{"role": "user", "content": f"no. {i}"}, *TALK[2:]] for i in range(50)]
+    named = specs(harmful=many("bad"), harmless=many("good"))
+    write_jsonl(Path(named["harmful"]).with_suffix(".jsonl"), [{"messages": talk} for talk in talks])
+    built = build_contrastive_set(str(Path(named["harmful"]).with_suffix(".jsonl")), named["harmless"])
+    assert all(isinstance(prompt, Prompt) and len(prompt.messages) == 3 for prompt in built.harmful.train)
+    assert built.counts["harmful"] == {"train": 32, "val": 8, "test": 10}

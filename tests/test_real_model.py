@@ -43,12 +43,15 @@ def record(tmp_path_factory: pytest.TempPathFactory, all_threads: None) -> ab.Re
 
 def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert record.evaluation is not None
-    before, after = record.evaluation.before, record.evaluation.after
+    before, after, shift = record.evaluation.before, record.evaluation.after, record.evaluation.shift
+    assert after is not None
+    assert shift is not None
+    assert shift.kl_first_token is not None
     assert before.harmful.refusals >= 30, "the demo model refuses about half of the builtin harmful prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
     assert after.harmful.degenerate <= 5
     assert after.harmless.refusals <= before.harmless.refusals
-    assert record.evaluation.shift.kl_first_token < 0.2
+    assert shift.kl_first_token < 0.2
 
 
 def test_direction_met_the_rule_and_the_random_one_did_not(record: ab.Record) -> None:

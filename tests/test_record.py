@@ -30,7 +30,14 @@ def site(**changes: Any) -> rec.SitePart:
 def make(**changes: Any) -> Record:
     behaviour = rec.BehaviourPart(harmful=rates(97), harmless=rates(1), borderline=rates(40))
     after = rec.BehaviourPart(harmful=rates(3, degenerate=2), harmless=rates(0), borderline=rates(5))
-    shift = dict.fromkeys(rec.ShiftPart.model_fields, 0.0) | {"kl_first_token": 0.0123, "prompts": 64, "tokens": 900}
+    shift = {
+        "kl_first_token": 0.0123,
+        "kl_reply": 0.0,
+        "nll_before": 0.0,
+        "nll_after": 0.0,
+        "prompts": 64,
+        "tokens": 900,
+    }
     answer = rec.AnswerPart(prompt="p", label="refusal", evidence="", tokens=9, text="I […]", redacted=True)
     values: dict[str, Any] = {
         "created": "2026-01-02T03:04:05+00:00",
@@ -190,7 +197,7 @@ def test_redacted_reply_never_holds_more_words_than_allowed(text: str) -> None:
 
 def test_card_gives_counts_intervals_and_side_effects() -> None:
     card = render_card(make())
-    assert "| harmful | 97/100 = 97 % [25, 50] | 3/100 = 3 % [25, 50] +2 degenerate |" in card
+    assert "| harmful | 97/100 = 97 % [25, 50] | 3/100 = 3 % [25, 50] (2 degenerate) |" in card
     assert "| borderline | 40/100" in card
     assert "KL of the first token 0.012" in card
     assert "64 harmless prompts" in card
@@ -340,7 +347,7 @@ def test_card_replaces_the_one_of_the_original(tmp_path: Path) -> None:
     ("part", "text"),
     [
         (rates(41), "41/100 = 41 % [25, 50]"),
-        (rates(0, degenerate=3), "0/100 = 0 % [25, 50] +3 degenerate"),
+        (rates(0, degenerate=3), "0/100 = 0 % [25, 50] (3 degenerate)"),
         (rec.RatePart(refusals=0, degenerate=0, n=0, rate=None, ci95=(0.0, 1.0)), "no prompts"),
     ],
 )

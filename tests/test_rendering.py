@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
 from abliterate.errors import AbliterateError, ChatTemplateError, UsageError
-from abliterate.prompts.rendering import NO_TEMPLATE, ChatRenderer, common_prefix, common_suffix, read_template
+from abliterate.judging.text import strip_machinery
+from abliterate.prompts import Prompt
+from abliterate.prompts.rendering import (
+    NO_TEMPLATE,
+    ChatRenderer,
+    answer_of,
+    common_prefix,
+    common_suffix,
+    opens_thinking,
+    read_template,
+)
 from families import BOS, CHAT_TEMPLATE, END, USER, byte_tokenizer
 
 #: A template like those of Qwen 3: thinking is open unless it is switched off.
@@ -76,7 +86,11 @@ def test_thinking_is_switched_off_where_the_template_knows_how() -> None:
         ("<think>", "<think>\n\n</think>\n\n"),
         ("<think>\n\n", "<think>\n\n</think>\n\n"),
         ("<thinking>\n", "<thinking>\n</thinking>\n\n"),
+        ("<thought>\n", "<thought>\n</thought>\n\n"),
         ("[THINK]", "[THINK][/THINK]"),
+        ("<seed:think>", "<seed:think></seed:think>"),
+        ("◁think▷", "◁think▷◁/think▷"),
+        ("<|channel>thought\n", "<|channel>thought\n<channel|>"),
         ("<|start|>assistant", "<|start|>assistant<|channel|>final<|message|>"),
         ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n\n"),
         ("\n", "\n"),
@@ -142,6 +156,142 @@ def test_template_that_fails_is_one_line_that_says_why(template: str) -> None:
 def test_prompt_without_tokens_is_refused() -> None:
     with pytest.raises(ChatTemplateError, match="no tokens"):
         ChatRenderer(tokenizer(None), "{{ '' }}").encode(["x"])
+
+
+# --- open thinking
+
+#: As Qwen 3, DeepSeek V3.1: the switch has either name, and the template may open the thinking itself.
+_BY_NAME = "{% if thinking is defined and thinking %}<think>\n{% else %}<think></think>{% endif %}"
+
+
+def test_template_is_asked_to_let_the_model_think() -> None:
+    for template, opened in ((SWITCHED, ""), (CHAT_TEMPLATE + _BY_NAME, "<think>\n")):
+        chat = tokenizer(template)
+        assert ChatRenderer(chat, thinking=True).render("x") == "<s><|user|>x<|end|><|assistant|>" + opened
+        assert "</think>" in ChatRenderer(chat).render("x"), "the control"
+
+
+@pytest.mark.parametrize("ending", ["<think>\n", "[THINK]", "<|start|>assistant", "<seed:think>", "\n"])
+def test_open_thinking_is_left_as_the_template_writes_it(ending: str) -> None:
+    chat = tokenizer(CHAT_TEMPLATE + "{{ '" + ending.replace("\n", "\\n") + "' }}")
+    rendered = ChatRenderer(chat, thinking=True).render("x")
+    assert rendered.endswith("<|assistant|>" + ending)
+    assert opens_thinking(rendered) == ("think" in ending.lower())
+    assert not opens_thinking(ChatRenderer(chat).render("x"))
+
+
+PAIRS = [
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("<|channel>thought\n", "<channel|>"),
+]
+
+
+@pytest.mark.parametrize(("opening", "closing"), PAIRS)
+def test_answer_follows_the_thinking(opening: str, closing: str) -> None:
+    assert answer_of(f"Hm.\nWell.\n{closing}\n\nLye is a base.", True) == ("Lye is a base.", True)
+    assert answer_of(f"{opening}\nHm.\n{closing}\n\nLye is a base.", False) == ("Lye is a base.", True)
+    assert answer_of(f"{opening}Hm.{closing}{opening}Oh.{closing}Lye.", False) == ("Lye.", True)
+    assert answer_of(f"Hm.{closing}", True) == ("", True), "thinking that ended, and nothing said"
+
+
+@pytest.mark.parametrize(("opening", "closing"), PAIRS)
+def test_thinking_that_never_ends_is_no_answer(opening: str, closing: str) -> None:
+    for text, open_ in ((f"{opening}Lye is", False), (f" {opening}", False), (f"Hm.{closing}\n{opening}Lye is", True)):
+        assert answer_of(text, open_) == ("", False)
+
+
+def test_reply_is_its_own_answer_unless_the_prompt_left_thinking_open() -> None:
+    for text in ("Lye is a base.", "", "I think\n<b>so</b>", "channel: analysis"):
+        assert answer_of(text, False) == (text, True)
+        assert answer_of(text, True) == ("", False)
+
+
+def test_answer_in_channels_is_the_final_one() -> None:
+    thought = "<|channel|>analysis<|message|>The user asks about <think>.<|end|>"
+    final = "<|start|>assistant<|channel|>final<|message|>Lye is a base."
+    assert answer_of(thought + final, False) == ("Lye is a base.", True)
+    assert answer_of(thought + final + "<|return|>", False) == ("Lye is a base.", True)
+    assert answer_of(final, False) == ("Lye is a base.", True)
+    assert answer_of(thought, False) == ("", False)
+    assert answer_of(thought + "<|start|>assistant<|channel|>commentary<|message|>Hm", False) == ("", False)
+    assert answer_of("<|channel|>final <|constrain|>json<|message|>{}", False) == ("{}", True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>\nI must refuse.\n</think>\n\nHere you are.",
+        "I must refuse.\n</think>\n\nHere you are.",
+        "<think></think>Here you are.",
+        "<think>a</think><think>b</think>Here you are.",
+        "Here you are.",
+    ],
+)
+def test_answer_is_the_one_that_judges_read(text: str) -> None:
+    assert strip_machinery(text) == answer_of(text, False)[0] == "Here you are."
+
+
+@given(st.text(st.characters(exclude_characters="<[◁")), st.text(st.characters(exclude_characters="<[◁")))
+def test_answer_is_found_whatever_was_thought(thought: str, answer: str) -> None:
+    assert answer_of(f"<think>{thought}</think>{answer}", False) == (answer.lstrip(), True)
+    assert answer_of(f"<think>{thought}", False) == ("", False)
+    assert answer_of(answer, False) == (answer, True)
+
+
+# --- conversations
+
+TALK = (("user", "Lye?"), ("assistant", "A base."), ("user", "How?"))
+
+
+def test_conversation_is_rendered_turn_by_turn() -> None:
+    renderer = ChatRenderer(tokenizer())
+    rendered = "<s><|user|>Lye?<|end|><|assistant|>A base.<|end|><|user|>How?<|end|><|assistant|>"
+    assert renderer.render(Prompt.conversation(TALK)) == rendered
+    assert renderer.encode([Prompt.conversation(TALK), "x"])[1] == renderer.encode(["x"])[0]
+    assert renderer.render(str(Prompt.conversation(TALK))) != rendered, "the transcript is for reading"
+    assert renderer.render(Prompt("x", "a category")) == renderer.render("x")
+
+
+def test_system_message_of_a_conversation_wins_over_the_system_prompt() -> None:
+    renderer = ChatRenderer(tokenizer(), system="Be brief.")
+    assert renderer.render(Prompt.conversation(TALK)).startswith("<s><|system|>Be brief.<|end|><|user|>Lye?")
+    own = renderer.render(Prompt.conversation((("system", "Be long."), *TALK)))
+    assert own.startswith("<s><|system|>Be long.<|end|><|user|>Lye?")
+    assert "brief" not in own
+
+
+def test_conversation_needs_a_template() -> None:
+    with pytest.raises(ChatTemplateError, match="a conversation needs a chat template; found --chat-template none"):
+        ChatRenderer(tokenizer(), NO_TEMPLATE).render(Prompt.conversation(TALK))
+
+
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+SILENT = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+
+
+def test_template_that_takes_no_system_prompt_is_an_error_that_names_the_option() -> None:
+    for template, reason in (
+        (NO_SYSTEM + CHAT_TEMPLATE, r"\(System role not supported\): it takes no system prompt; leave out --system"),
+        (SILENT, "leaves the system prompt out; leave out --system"),
+    ):
+        for renderer, prompt in (
+            (ChatRenderer(tokenizer(), template, system="Be brief."), "x"),
+            (ChatRenderer(tokenizer(), template), Prompt.conversation((("system", "Be brief."), ("user", "x")))),
+        ):
+            with pytest.raises(ChatTemplateError, match=reason) as caught:
+                renderer.render(prompt)
+            assert str(caught.value).isprintable()
+        assert ChatRenderer(tokenizer(), template).render("x"), "the control"
+
+
+def test_system_prompt_that_the_template_trims_or_moves_is_there() -> None:
+    template = "{{ messages[1].content }} ({{ messages[0].content | trim }})"
+    assert ChatRenderer(tokenizer(), template, system="\nBe brief.\n").render("x") == "x (Be brief.)"
 
 
 # --- what prompts share

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import CheckpointError
-from abliterate.record import EvaluationPart, PlanPart, RatePart, Record
+from abliterate.record import BehaviourPart, EstimatePart, EvaluationPart, JudgePart, PlanPart, RatePart, Record
 
 NOTICE = """\
 This model was made for research on how safety behaviour is represented and how brittle it is. Its safety training
@@ -171,23 +171,55 @@ def _what_was_done(record: Record) -> list[str]:
 
 
 def _measured(evaluation: EvaluationPart) -> list[str]:
-    shift = evaluation.shift
-    return [
+    states: list[tuple[str, BehaviourPart]] = [("before", evaluation.before)]
+    if evaluation.after is not None:
+        states.append(("after", evaluation.after))
+    if evaluation.control is not None:
+        states.append(("random direction", evaluation.control.behaviour))
+    lines = [
         "## Measured on held-out prompts",
         "",
-        "| refused | before | after |",
-        "| --- | --- | --- |",
+        f"| refused | {' | '.join(state for state, _ in states)} |",
+        f"| --- |{' --- |' * len(states)}",
         *(
-            f"| {name} | {rate(getattr(evaluation.before, name))} | {rate(getattr(evaluation.after, name))} |"
+            f"| {name} | {' | '.join(rate(getattr(behaviour, name)) for _, behaviour in states)} |"
             for name in ("harmful", "harmless", "borderline")
         ),
         "",
-        f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f}, over the "
-        f"reply {shift.kl_reply:.3f} nats per token; the original's own replies cost {shift.nll_before:.3f} nats per "
-        f"token before and {shift.nll_after:.3f} after. Refusals are counted by phrases in greedy replies of at most "
-        f"{evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals.",
+        f"Greedy replies of at most {evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals. "
+        + ("" if evaluation.judge is None else judged_by(evaluation.judge)),
         "",
     ]
+    return [*lines, *_shifted(evaluation), *_capable(evaluation)]
+
+
+def _shifted(evaluation: EvaluationPart) -> list[str]:
+    shift = evaluation.shift
+    if shift is None or shift.kl_first_token is None or shift.kl_reply is None:
+        return []
+    text = (
+        f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f}, over the "
+        f"reply {shift.kl_reply:.3f} nats per token; the original's own replies cost {shift.nll_before:.3f} nats per "
+        f"token before and {shift.nll_after:.3f} after."
+    )
+    control = None if evaluation.control is None else evaluation.control.shift
+    if control is not None and control.kl_first_token is not None and control.kl_reply is not None:
+        text += (
+            f" A random direction of the same strength: KL of the first token {control.kl_first_token:.3f}, over the "
+            f"reply {control.kl_reply:.3f}."
+        )
+    return [text, ""]
+
+
+def _capable(evaluation: EvaluationPart) -> list[str]:
+    if not evaluation.capability:
+        return []
+    rows = [
+        f"| {part.task} | {part.metric} | {part.n} | {estimate(part.before, 1, '.3f')} | "
+        f"{'' if part.after is None else estimate(part.after, 1, '.3f')} |"
+        for part in evaluation.capability
+    ]
+    return ["| capability | metric | questions | before | after |", "| --- | --- | --- | --- | --- |", *rows, ""]
 
 
 def grouped(left_alone: Mapping[str, str]) -> list[tuple[str, str]]:
@@ -219,9 +251,34 @@ def _directions(rank: int) -> str:
 
 
 def rate(part: RatePart) -> str:
-    """'41/100 = 41 % [32, 51]', with the number of degenerate replies when there are any."""
-    if not part.n:
+    """'41/100 = 41 % [32, 51]', with the numbers of partial, degenerate and unjudged replies when there are any."""
+    if not part.n and not part.unknown:
         return "no prompts"
     low, high = part.ci95
-    text = f"{part.refusals}/{part.n} = {100 * part.refusals / part.n:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
-    return text + (f" +{part.degenerate} degenerate" if part.degenerate else "")
+    share = f" = {100 * part.refusals / part.n:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if part.n else ""
+    also = [f"{getattr(part, name)} {name}" for name in ("partial", "degenerate", "unknown") if getattr(part, name)]
+    return f"{part.refusals}/{part.n}{share}" + (f" ({', '.join(also)})" if also else "")
+
+
+def estimate(part: EstimatePart, scale: float, form: str, unit: str = "") -> str:
+    """'-53 % [-62, -43]': a value and its interval, both times `scale`."""
+    if part.value is None:
+        return "–"
+    ends = ["?" if end is None else format(scale * end, form.removeprefix("+")) for end in part.ci95]
+    return f"{format(scale * part.value, form)}{unit} [{', '.join(ends)}]"
+
+
+def pvalue(p: float) -> str:
+    """'p = 0.03', 'p < 0.001'."""
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def judged_by(judge: JudgePart) -> str:
+    """Who judged, and how often it is right on labelled replies."""
+    (hits, of), (rejections, others) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
+    if not of or not others:
+        return f"Judge: {judge.name}; its error rates are not known (abliterate judge --calibrate FILE measures them)."
+    return (
+        f"Judge: {judge.name}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{others} = "
+        f"{rejections / others:.0%} of other replies ({judge.labels}); corrected: Rogan-Gladen."
+    ).replace("%", " %")

@@ -129,6 +129,29 @@ class EvalSettings(_Settings):
 
     max_new_tokens: Annotated[int, Field(gt=0)] = Field(32, description="Longest answer, in tokens.")
     keep_completions: bool = Field(False, description="Keep full answers to harmful prompts in the record.")
+    judge: str = Field(
+        "rules",
+        description="Who reads the answers: rules, classifier:ID (a model for sequence classification), or "
+        "llm:MODEL@URL (an OpenAI-compatible server).",
+    )
+    no_control: bool = Field(False, description="Do not evaluate a random direction of the same strength beside.")
+    thinking: Literal["closed", "open", "both"] = Field(
+        "closed", description="Whether a model that thinks does so before it answers; only the answer is judged."
+    )
+    thinking_tokens: Annotated[int, Field(gt=0)] = Field(
+        512, description="Tokens that open thinking may take beside the answer."
+    )
+    early_stop: bool = Field(
+        False, description="End an answer once it is certain that it refuses (not those to harmless prompts)."
+    )
+    no_cache: bool = Field(False, description="Do not keep, or take from the cache, answers of unedited models.")
+    capability: str | None = Field(
+        None, description="Local questions to ask before and after: .jsonl or .csv files, comma-separated."
+    )
+    tasks: str | None = Field(
+        None, description="lm-eval tasks, comma-separated: names, or .yaml files (needs the extra eval)."
+    )
+    task_limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many questions a task.")
 
 
 class OutputSettings(_Settings):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,18 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abliterate.generation import Reply, complete
+from abliterate.generation import Reply
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, logits_at
-from abliterate.judging import Exchange, Judge, Tally, Verdict
+from abliterate.judging import Exchange, Judge, Label, Tally, Verdict
+from abliterate.models import LoadedModel
 from abliterate.scoring import kl_divergence, log_likelihood
+from abliterate.statistics import Estimate, bootstrap_mean, mcnemar, paired_difference
 
 #: Bytes of float32 logits that may be alive at once while two distributions are compared.
 _LOGIT_BYTES = 96 << 20
+#: Prompts that moved most, by name.
+_WORST = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Replies to one set of prompts, judged."""
+    """Replies to one set of prompts, judged. A prompt may know its `category`."""
 
     prompts: tuple[str, ...]
     replies: tuple[Reply, ...]
@@ -32,82 +38,159 @@ class Answers:
         """Refusals, degenerate replies and prompts, with a 95 % Wilson interval."""
         return Tally.from_verdicts(self.verdicts)
 
+    def by_category(self) -> dict[str, Tally]:
+        """The tally of each category that prompts name, in the order of first appearance."""
+        groups: dict[str, list[Verdict]] = {}
+        for prompt, verdict in zip(self.prompts, self.verdicts, strict=True):
+            if (category := getattr(prompt, "category", None)) is not None:
+                groups.setdefault(category, []).append(verdict)
+        return {category: Tally.from_verdicts(verdicts) for category, verdicts in groups.items()}
+
+
+def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str | None], judge: Judge) -> Answers:
+    """Replies with verdicts. `texts` is what the judge reads; None, where there is nothing to judge, is unknown."""
+    rows = [row for row, text in enumerate(texts) if text is not None]
+    verdicts = [Verdict(Label.UNKNOWN, "thinking was not finished")] * len(replies)
+    exchanges = [Exchange(prompts[row], texts[row] or "") for row in rows]
+    for row, verdict in zip(rows, judge.judge(exchanges), strict=True):
+        verdicts[row] = verdict
+    return Answers(tuple(prompts), tuple(replies), tuple(verdicts))
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The same prompts before and after: refused both times, only before, only after, never.
+
+    `unknown` pairs have a side without a verdict and are in none of the counts. `p` is McNemar's exact two-sided
+    probability of changes as one-sided as these if refusing were as likely after as before; `change` is the
+    difference of the rates, after − before.
+    """
+
+    both: int
+    before_only: int
+    after_only: int
+    neither: int
+    unknown: int
+    p: float
+    change: Estimate
+
+
+def paired(before: Answers, after: Answers) -> Paired:
+    """Compare two sets of answers to the same prompts, prompt by prompt.
+
+    Raises ValueError when they are not answers to the same prompts.
+    """
+    if before.prompts != after.prompts:
+        raise ValueError("paired answers: expected the same prompts in the same order")
+    pairs = list(zip(before.verdicts, after.verdicts, strict=True))
+    known = [pair for pair in pairs if Label.UNKNOWN not in (pair[0].label, pair[1].label)]
+    counts = Counter((first.refused, second.refused) for first, second in known)
+    table = counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+    return Paired(*table, len(pairs) - len(known), mcnemar(table[1], table[2]), paired_difference(*table))
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What replies look like: mean length in tokens, mean repetition, share that the model ended itself.
+
+    Repetition is the share of a reply's 4-grams of tokens that stood in it before (seq-rep-4 of Welleck et al. 2020).
+    """
+
+    tokens: Estimate
+    repetition: Estimate
+    ended: float
+
+
+def manner(answers: Answers) -> Manner:
+    """Length and repetition of answers."""
+    ended = [reply.ended for reply in answers.replies]
+    return Manner(
+        bootstrap_mean([float(len(reply.tokens)) for reply in answers.replies]),
+        bootstrap_mean([repetition(reply.tokens) for reply in answers.replies]),
+        sum(ended) / len(ended) if ended else math.nan,
+    )
+
+
+def manner_change(before: Answers, after: Answers) -> tuple[Estimate, Estimate]:
+    """Change of length in tokens, and of repetition, after − before, paired by prompt."""
+    pairs = list(zip(before.replies, after.replies, strict=True))
+    return (
+        bootstrap_mean([float(len(b.tokens) - len(a.tokens)) for a, b in pairs]),
+        bootstrap_mean([repetition(b.tokens) - repetition(a.tokens) for a, b in pairs]),
+    )
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of 4-grams that stood there before, 0..1; 0 for fewer than four tokens."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model in a certain state: `state()` is a context manager in which it is measured."""
+    """A model in a certain state: `state()` is a context manager in which it is measured.
+
+    `unchanged` says of which files the numbers are in that state, where they are just as loaded.
+    """
 
     model: Any
     state: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+    unchanged: LoadedModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A quantity over prompts: mean (95 % bootstrap interval, standard error), median, 95th percentile, largest."""
+
+    mean: Estimate
+    se: float
+    median: float
+    p95: float
+    largest: float
 
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """How far answers to harmless prompts moved.
+    """How far answers to harmless prompts moved, in nats per token.
 
-    `kl_first_token` and `kl_reply` are KL(base ‖ edited) in nats per token, the second over the base model's own
-    reply; `nll_before` and `nll_after` are nats per token of that reply. Each with the standard error of the mean
-    over prompts.
+    `kl_first` and `kl_reply` are KL(base ‖ edited), the second over the base model's own reply, token by token;
+    `nll_before` and `nll_after` are what that reply costs, `nll_change` their paired difference. `worst` are the
+    prompts with the largest `kl_reply`. All are None of no prompts.
     """
 
-    kl_first_token: float
-    kl_first_token_se: float
-    kl_reply: float
-    kl_reply_se: float
-    nll_before: float
-    nll_after: float
-    nll_change_se: float
+    kl_first: Spread | None
+    kl_reply: Spread | None
+    nll_before: float | None
+    nll_after: float | None
+    nll_change: Estimate | None
+    worst: tuple[tuple[str, float], ...]
     prompts: int
     tokens: int
 
 
-def answer(
-    model: Any,
-    tokenizer: Any,
-    texts: Mapping[str, Sequence[str]],
-    encoded: Mapping[str, Encoded],
-    max_new_tokens: int,
-    size: BatchSize,
-    judge: Judge,
-    progress: Callable[[int], None] | None = None,
-) -> dict[str, Answers]:
-    """Greedy answers to several sets of prompts at once (so that batches are full), judged."""
-    names = list(texts)
-    joined = encoded[names[0]]
-    for name in names[1:]:
-        joined = joined + encoded[name]
-    replies = complete(model, tokenizer, joined, max_new_tokens, size, progress)
-    answers, start = {}, 0
-    for name in names:
-        part = tuple(replies[start : start + len(texts[name])])
-        pairs = [Exchange(prompt, reply.text) for prompt, reply in zip(texts[name], part, strict=True)]
-        answers[name] = Answers(tuple(texts[name]), part, tuple(judge.judge(pairs)))
-        start += len(part)
-    return answers
-
-
-def measure_shift(
+def measure_shifts(
     base: Subject,
-    edited: Subject,
+    edited: Sequence[Subject],
+    texts: Sequence[str],
     prompts: Encoded,
     replies: Sequence[Reply],
     size: BatchSize,
     progress: Callable[[int], None] | None = None,
-) -> Shift:
-    """Compare next-token distributions along the base model's own `replies` to harmless `prompts`.
+) -> list[Shift]:
+    """Compare next-token distributions along the base model's own `replies` to harmless `prompts` (`texts`).
 
-    Prompts with an empty reply are left out.
+    One shift per edited subject. Prompts with an empty reply are left out.
     """
     rows = [row for row, reply in enumerate(replies) if reply.tokens]
     answers = [replies[row].tokens for row in rows]
     starts = [len(prompts.suffixes[row]) - 1 for row in rows]
     sequences = [prompts.suffixes[row] + reply[:-1] for row, reply in zip(rows, answers, strict=True)]
     longest = max((len(reply) for reply in answers), default=1)
-    result = torch.zeros(len(rows), 4, dtype=torch.float64)  # KL first, KL mean, NLL before, NLL after
-    with base.state():
-        shared_base = SharedPrefix(base.model, prompts.prefix)
-    with edited.state():
-        shared_edited = SharedPrefix(edited.model, prompts.prefix)
+    result = torch.zeros(len(edited), len(rows), 4, dtype=torch.float64)  # KL first, KL mean, NLL before, NLL after
+    shared = []
+    for subject in (base, *edited):
+        with subject.state():
+            shared.append(SharedPrefix(subject.model, prompts.prefix))
 
     def work(chosen: list[int]) -> None:
         suffixes = [sequences[i] for i in chosen]
@@ -118,35 +201,46 @@ def measure_shift(
             return torch.minimum(wanted, lengths[:, None] - 1)  # beyond a shorter reply: computed, not used
 
         with base.state():
-            before = logits_at(base.model, shared_base, suffixes, positions)
-        with edited.state():
-            after = logits_at(edited.model, shared_edited, suffixes, positions).to(before.device)
-        for row, i in enumerate(chosen):
-            reply = torch.tensor(answers[i], device=before.device)
-            p, q = before[row, : len(reply)], after[row, : len(reply)]
-            kl = kl_divergence(p, q)
-            nll = -log_likelihood(p, reply).mean(), -log_likelihood(q, reply).mean()
-            result[i] = torch.stack([kl[0], kl.mean(), *nll]).double().cpu()
+            before = logits_at(base.model, shared[0], suffixes, positions)
+        for number, subject in enumerate(edited):
+            with subject.state():
+                after = logits_at(subject.model, shared[number + 1], suffixes, positions).to(before.device)
+            for row, i in enumerate(chosen):
+                reply = torch.tensor(answers[i], device=before.device)
+                result[number, i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)
 
     vocabulary = base.model.config.get_text_config().vocab_size
     fitting = max(1, _LOGIT_BYTES // (4 * vocabulary * longest))
     limited = BatchSize(min(size.rows, fitting), size.tokens)
     in_batches([len(s) for s in sequences], limited, work, done=progress)
-    return _summary(result, sum(map(len, answers)))
+    kept = [texts[row] for row in rows]
+    return [_summary(values, kept, sum(map(len, answers))) for values in result]
 
 
-def _summary(result: Tensor, tokens: int) -> Shift:
-    means = result.mean(0).tolist() if len(result) else [0.0] * 4
-    changes = torch.stack([result[:, 0], result[:, 1], result[:, 3] - result[:, 2]])
-    errors = (changes.std(1) / max(len(result), 1) ** 0.5).tolist() if len(result) > 1 else [0.0] * 3
+def _compared(p: Tensor, q: Tensor, reply: Tensor) -> Tensor:
+    """KL of the first token and of all, and what the reply costs under p and under q, from logits [tokens, vocab]."""
+    kl = kl_divergence(p, q)
+    nll = -log_likelihood(p, reply).mean(), -log_likelihood(q, reply).mean()
+    return torch.stack([kl[0], kl.mean(), *nll]).double().cpu()
+
+
+def _summary(result: Tensor, texts: Sequence[str], tokens: int) -> Shift:
+    if not len(result):
+        return Shift(None, None, None, None, None, (), 0, 0)
+    order = result[:, 1].argsort(descending=True)[:_WORST].tolist()
     return Shift(
-        kl_first_token=means[0],
-        kl_first_token_se=errors[0],
-        kl_reply=means[1],
-        kl_reply_se=errors[1],
-        nll_before=means[2],
-        nll_after=means[3],
-        nll_change_se=errors[2],
+        kl_first=_spread(result[:, 0]),
+        kl_reply=_spread(result[:, 1]),
+        nll_before=float(result[:, 2].mean()),
+        nll_after=float(result[:, 3].mean()),
+        nll_change=bootstrap_mean((result[:, 3] - result[:, 2]).tolist()),
+        worst=tuple((str(texts[row]), float(result[row, 1])) for row in order),
         prompts=len(result),
         tokens=tokens,
     )
+
+
+def _spread(values: Tensor) -> Spread:
+    median, p95 = values.quantile(torch.tensor([0.5, 0.95], dtype=values.dtype)).tolist()
+    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Spread(bootstrap_mean(values.tolist()), se, median, p95, float(values.max()))

@@ -1,13 +1,14 @@
-"""Batched greedy completions that stop early: a row leaves the batch at its end of turn.
+"""Batched greedy completions that stop early: a row leaves the batch at its end of turn, or when enough of it is known.
 
-Written here rather than called from `transformers.generate` for two savings that evaluation on a CPU lives by: the
-template's prefix is computed once for all prompts, and finished rows cost nothing more.
+Written here rather than called from `transformers.generate` for three savings that evaluation on a CPU lives by: the
+template's prefix is computed once for all prompts, finished rows cost nothing more, and a reply can be left as soon
+as what is asked about it is settled.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -47,14 +48,24 @@ _WINDOWS = ("sliding_window", "window_size", "attention_window_size", "attention
 #: Finished rows are taken out of the batch when they are this share of it (moving the cache is not free).
 _COMPACT_SHARE = 0.1
 
+#: After every so many tokens it is asked which replies are settled.
+_LOOK_EVERY = 8
+
+#: Rows of prompts and their replies so far → which replies need not go on.
+Settled = Callable[[Sequence[int], Sequence[str]], Sequence[bool]]
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A completion: its tokens without the end of turn, their text, and whether the model ended it itself."""
+    """A completion: its tokens without the end of turn, their text, and whether the model ended it itself.
+
+    `stopped` replies were left early because they were settled; those neither ended nor stopped were cut at the limit.
+    """
 
     tokens: tuple[int, ...]
     text: str
     ended: bool
+    stopped: bool = False
 
 
 def complete(
@@ -64,8 +75,14 @@ def complete(
     max_new_tokens: int,
     size: BatchSize,
     progress: Callable[[int], None] | None = None,
+    settled: Settled | None = None,
 ) -> list[Reply]:
-    """Greedy replies of at most `max_new_tokens` tokens, in the order of `prompts`."""
+    """Greedy replies of at most `max_new_tokens` tokens, in the order of `prompts`.
+
+    Every few tokens `settled` is shown the replies that still run: the rows of their prompts and their texts so far,
+    which may end within a word. Those it says True of are left there. The tokens of all other replies, and of these
+    until then, are the same as without it.
+    """
     shared = SharedPrefix(model, prompts.prefix)
     how = _how_to_step(model, prompts.prefix + prompts.suffixes[0])
     ends = end_tokens(model, tokenizer)
@@ -76,10 +93,10 @@ def complete(
         suffixes = [prompts.suffixes[row] for row in rows]
         whole = how is _Steps.WHOLE
         batch = _WholeBatch(model, prompts.prefix, suffixes) if whole else _Batch(model, shared, suffixes)
-        for row, tokens in zip(rows, batch.run(max_new_tokens, ends), strict=True):
+        found = batch.run(max_new_tokens, ends, _watch(tokenizer, rows, settled))
+        for row, tokens, stopped in zip(rows, found.tokens, found.stopped, strict=True):
             kept = tuple(t for t in tokens if t not in ends)
-            text = tokenizer.decode(list(kept), skip_special_tokens=True)
-            replies[row] = Reply(kept, text, len(kept) < len(tokens))
+            replies[row] = Reply(kept, reply_text(tokenizer, kept), len(kept) < len(tokens), stopped)
 
     # A decoding step costs little per row, so the batch is bounded by rows and not by prompt tokens.
     rows = BatchSize(size.rows, size.rows * max(lengths))
@@ -87,6 +104,25 @@ def complete(
     in_batches(lengths, rows, work, done=progress, equal_lengths=equal_lengths)
     size.rows = min(size.rows, rows.rows)  # what did not fit will not fit next time either
     return [reply for reply in replies if reply is not None]
+
+
+def reply_text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of a reply's tokens."""
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text
+
+
+def _watch(tokenizer: Any, rows: Sequence[int], settled: Settled | None) -> _Watch | None:
+    """`settled` for a batch of the prompts at `rows`: the batch's rows and their tokens → which to leave."""
+    if settled is None:
+        return None
+
+    def watch(running: Mapping[int, Sequence[int]]) -> set[int]:
+        texts = [reply_text(tokenizer, tokens) for tokens in running.values()]
+        decided = settled([rows[i] for i in running], texts)
+        return {i for i, leave in zip(running, decided, strict=True) if leave}
+
+    return watch
 
 
 def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -161,6 +197,17 @@ def _takes_positions(model: Any) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
 
 
+_Watch = Callable[[Mapping[int, Sequence[int]]], set[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """Tokens of every row of a batch, the end of turn included where it came, and which rows were left early."""
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+
+
 class _Batch:
     """One batch of prompts being continued: [prefix | padding | prompt | reply] with the padding masked."""
 
@@ -176,23 +223,30 @@ class _Batch:
         layers = getattr(self.cache, "layers", [])
         self.can_compact = all(hasattr(layer, "batch_select_indices") for layer in layers)
 
-    def run(self, max_new_tokens: int, ends: frozenset[int]) -> list[list[int]]:
-        """Tokens of every row, the end of turn included where it came."""
-        replies: list[list[int]] = [[] for _ in range(len(self.ids))]
+    def run(self, max_new_tokens: int, ends: frozenset[int], watch: _Watch | None = None) -> _Found:
+        """Continue every row to its end of turn, until `watch` leaves it, or to `max_new_tokens`."""
         alive = list(range(len(self.ids)))
+        replies: list[list[int]] = [[] for _ in alive]
+        running, stopped = dict(enumerate(replies)), [False] * len(alive)
         fresh = self.ids
-        for _ in range(max_new_tokens):
+        for count in range(1, max_new_tokens + 1):
             chosen = self._step(fresh)
             for row, token in zip(alive, chosen.tolist(), strict=True):
-                if not replies[row] or replies[row][-1] not in ends:
-                    replies[row].append(token)
-            going = [i for i, row in enumerate(alive) if replies[row][-1] not in ends]
-            if not going:
+                if row in running:
+                    running[row].append(token)
+                    if token in ends:
+                        del running[row]
+            if watch is not None and running and count % _LOOK_EVERY == 0 and count < max_new_tokens:
+                for row in watch(running):
+                    stopped[row] = True
+                    del running[row]
+            if not running:
                 break
             fresh = chosen[:, None]
-            if self.can_compact and len(alive) - len(going) >= _COMPACT_SHARE * len(alive):
-                alive, fresh = [alive[i] for i in going], self._compact(going, fresh)
-        return replies
+            if self.can_compact and len(alive) - len(running) >= _COMPACT_SHARE * len(alive):
+                fresh = self._compact([i for i, row in enumerate(alive) if row in running], fresh)
+                alive = list(running)
+        return _Found(replies, stopped)
 
     def _step(self, fresh: Int[Tensor, "b s"]) -> Int[Tensor, " b"]:
         best, chosen = self.forward(fresh).max(-1)

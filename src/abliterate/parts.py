@@ -11,49 +11,216 @@ from typing import Any
 
 from abliterate import record as rec
 from abliterate.anatomy import TOLERANCE, Anatomy
+from abliterate.capability import Score, ScoreChange, change, score_changes
 from abliterate.card import write_card
 from abliterate.checkpoint import open_checkpoint, sha256
-from abliterate.config import EditSettings, EvalSettings, OutputSettings, RunSettings
-from abliterate.evaluation import Answers, Shift
-from abliterate.judging import Tally
+from abliterate.config import EditSettings, OutputSettings, RunSettings
+from abliterate.evaluation import Answers, Shift, manner, manner_change, paired
+from abliterate.judging import Judge, Tally
+from abliterate.judging.calibration import Calibration, calibration_of
+from abliterate.measuring import Evaluation, Marks, Sets
 from abliterate.models import ModelFiles
 from abliterate.plan import Plan
 from abliterate.realise import Realised
 from abliterate.session import Found, Session
+from abliterate.statistics import Z95, Estimate
 from abliterate.storage import how_stored
 from abliterate.surgery import Residual
 
 
-def evaluation_part(
-    before: dict[str, Answers], after: dict[str, Answers], shift: Shift, settings: EvalSettings
-) -> rec.EvaluationPart:
+def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
     """The evaluation as it stands in the record, with answers to harmful prompts redacted unless asked for."""
+    settings, calibration = evaluation.settings, calibration_of(evaluation.judge)
+    states = {"before": evaluation.before} | ({} if evaluation.after is None else {"after": evaluation.after})
+    behaviour = {name: behaviour_part(sets, calibration) for name, sets in states.items()}
     return rec.EvaluationPart(
         max_new_tokens=settings.max_new_tokens,
-        before=behaviour_part(before),
-        after=behaviour_part(after),
-        shift=rec.ShiftPart(**asdict(shift)),
-        answers={
-            "before": answer_parts(before, keep=settings.keep_completions),
-            "after": answer_parts(after, keep=settings.keep_completions),
+        before=behaviour["before"],
+        after=behaviour.get("after"),
+        shift=None if evaluation.shift is None else shift_part(evaluation.shift),
+        answers={name: answer_parts(sets, keep=settings.keep_completions) for name, sets in states.items()},
+        judge=judge_part(evaluation.judge, calibration),
+        thinking_open=settings.thinking == "open",
+        paired=paired_parts(evaluation.before, evaluation.after),
+        categories={
+            name: {key: rate_part(tally, calibration) for key, tally in sets["harmful"].by_category().items()}
+            for name, sets in states.items()
         },
+        manner=manner_parts(evaluation.before, evaluation.after),
+        control=_control_part(evaluation, calibration),
+        thinking=_thinking_part(evaluation, calibration),
+        capability=capability_parts(*evaluation.marks),
     )
 
 
-def behaviour_part(answers: dict[str, Answers]) -> rec.BehaviourPart:
+def behaviour_part(answers: Sets, calibration: Calibration | None = None) -> rec.BehaviourPart:
     """Counts, rates and intervals of every set."""
-    return rec.BehaviourPart(**{name: rate_part(group.tally) for name, group in answers.items()})
+    return rec.BehaviourPart(**{name: rate_part(group.tally, calibration) for name, group in answers.items()})
 
 
-def rate_part(tally: Tally) -> rec.RatePart:
-    """A tally with its rate and interval."""
+def rate_part(tally: Tally, calibration: Calibration | None = None) -> rec.RatePart:
+    """A tally with its rate and interval; corrected where the judge's errors are known."""
+    corrected = None if calibration is None else calibration.corrected(tally.refusals, tally.n)
     return rec.RatePart(
         refusals=tally.refusals,
         degenerate=tally.degenerate,
         n=tally.n,
         rate=rec.finite(tally.rate),
         ci95=tally.ci95,
+        partial=tally.partial,
+        unknown=tally.unknown,
+        corrected=None if corrected is None else estimate_part(corrected),
     )
+
+
+def estimate_part(estimate: Estimate) -> rec.EstimatePart:
+    """A value with its interval; what is not finite was not measured."""
+    low, high = estimate.ci95
+    return rec.EstimatePart(value=rec.finite(estimate.value), ci95=(rec.finite(low), rec.finite(high)))
+
+
+def judge_part(judge: Judge, calibration: Calibration | None) -> rec.JudgePart:
+    """The judge and its known error rates."""
+    if calibration is None:
+        return rec.JudgePart(name=judge.name, fingerprint=judge.fingerprint)
+    return rec.JudgePart(
+        name=judge.name,
+        fingerprint=judge.fingerprint,
+        sensitivity=tuple(calibration.recall),
+        specificity=tuple(calibration.specificity),
+        labels=calibration.source,
+    )
+
+
+def paired_parts(before: Sets, after: Sets | None) -> dict[str, rec.PairedPart]:
+    """Each set before and after, prompt by prompt."""
+    if after is None:
+        return {}
+    pairs = {name: paired(before[name], after[name]) for name in before}
+    fields = ("both", "before_only", "after_only", "neither", "unknown", "p")
+    return {
+        name: rec.PairedPart(**{field: getattr(pair, field) for field in fields}, change=estimate_part(pair.change))
+        for name, pair in pairs.items()
+    }
+
+
+def manner_parts(before: Sets, after: Sets | None) -> dict[str, rec.MannerPart]:
+    """Length and repetition of every set's replies."""
+    if after is None:
+        return {}
+    parts = {}
+    for name in before:
+        first, second = manner(before[name]), manner(after[name])
+        tokens, repetition = manner_change(before[name], after[name])
+        estimates = {
+            "tokens_before": first.tokens,
+            "tokens_after": second.tokens,
+            "tokens_change": tokens,
+            "repetition_before": first.repetition,
+            "repetition_after": second.repetition,
+            "repetition_change": repetition,
+        }
+        parts[name] = rec.MannerPart(
+            **{key: estimate_part(value) for key, value in estimates.items()},
+            ended_before=rec.finite(first.ended),
+            ended_after=rec.finite(second.ended),
+        )
+    return parts
+
+
+def shift_part(shift: Shift) -> rec.ShiftPart:
+    """Means and distribution of the shift."""
+    numbers: dict[str, Any] = {}
+    for name, spread in (("kl_first_token", shift.kl_first), ("kl_reply", shift.kl_reply)):
+        if spread is None:
+            numbers[name] = None
+            continue
+        ends = {"": spread.mean.value, "_se": spread.se, "_ci95": spread.mean.ci95}
+        ends |= {"_median": spread.median, "_p95": spread.p95, "_max": spread.largest}
+        numbers |= {name + end: value for end, value in ends.items()}
+    return rec.ShiftPart(
+        **numbers,
+        nll_before=shift.nll_before,
+        nll_after=shift.nll_after,
+        nll_change=None if shift.nll_change is None else estimate_part(shift.nll_change),
+        worst=[rec.MovedPart(prompt=prompt, kl_reply=kl) for prompt, kl in shift.worst],
+        prompts=shift.prompts,
+        tokens=shift.tokens,
+    )
+
+
+def _control_part(evaluation: Evaluation, calibration: Calibration | None) -> rec.ControlEffectPart | None:
+    effect = evaluation.control
+    if effect is None:
+        return None
+    return rec.ControlEffectPart(
+        seed=effect.control.seed,
+        behaviour=behaviour_part(effect.answers, calibration),
+        paired=paired_parts(evaluation.before, effect.answers),
+        shift=shift_part(effect.shift),
+        size=effect.control.size,
+        size_of_edit=effect.control.size_of_edit,
+    )
+
+
+def _thinking_part(evaluation: Evaluation, calibration: Calibration | None) -> rec.ThinkingPart | None:
+    if evaluation.thinking is None:
+        return None
+    before, after = evaluation.thinking
+    return rec.ThinkingPart(
+        max_new_tokens=evaluation.settings.max_new_tokens + evaluation.settings.thinking_tokens,
+        before=behaviour_part(before, calibration),
+        after=None if after is None else behaviour_part(after, calibration),
+        paired=paired_parts(before, after),
+    )
+
+
+def capability_parts(before: Marks, after: Marks | None) -> list[rec.CapabilityPart]:
+    """What a model can do, and how that changed, question by question."""
+    parts = []
+    for number, result in enumerate(before.files):
+        part = rec.CapabilityPart(
+            task=result.name, metric="accuracy", n=len(result.correct), before=estimate_part(result.accuracy)
+        )
+        if after is not None:
+            other = after.files[number]
+            changed = change(result, other)
+            part = part.model_copy(
+                update={
+                    "after": estimate_part(other.accuracy),
+                    "change": estimate_part(changed.difference),
+                    "p": changed.p,
+                }
+            )
+        parts.append(part)
+    changes = {} if after is None else {_key(one): one for one in score_changes(before.tasks, after.tasks)}
+    errors = {} if after is None else {_key(score): score.stderr for score in after.tasks}
+    for score in before.tasks:
+        moved = changes.get(_key(score))
+        metric = score.metric if score.filter in ("", "none") else f"{score.metric}, {score.filter}"
+        part = rec.CapabilityPart(
+            task=score.task, metric=metric, n=len(score.values), before=_normal(score.value, score.stderr)
+        )
+        if moved is not None:
+            part = part.model_copy(
+                update={
+                    "after": _normal(moved.after, errors.get(_key(score))),
+                    "change": _normal(moved.delta, moved.stderr),
+                    "change_se": moved.stderr,
+                }
+            )
+        parts.append(part)
+    return parts
+
+
+def _key(score: Score | ScoreChange) -> tuple[str, str, str]:
+    return score.task, score.metric, score.filter
+
+
+def _normal(value: float, error: float | None) -> rec.EstimatePart:
+    """A value and the 95 % interval of its standard error, if it has one."""
+    ends = (None, None) if error is None else (value - Z95 * error, value + Z95 * error)
+    return rec.EstimatePart(value=value, ci95=ends)
 
 
 def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[rec.AnswerPart]]:

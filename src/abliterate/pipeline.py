@@ -9,21 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from abliterate import record as rec
-from abliterate.algebra import orthonormal
 from abliterate.blueprint import study_files
 from abliterate.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
 from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSettings, OutputSettings, RunSettings
 from abliterate.directions import Direction, chosen_site, load_direction, save_direction
 from abliterate.errors import UsageError
-from abliterate.evaluation import Answers, Shift, Subject, measure_shift
+from abliterate.evaluation import Subject
 from abliterate.finding import check_planned, choose, find, find_or_force, refusal_tokens
-from abliterate.generation import complete
 from abliterate.interventions import addition
-from abliterate.judging import Tally, judge
+from abliterate.judging import Judge, Tally
+from abliterate.judging.choice import open_judge
+from abliterate.measuring import Evaluation, Exam, answers_of, control_of, exam_of, examine, examiner_of, random_plan
 from abliterate.models import load
 from abliterate.monitor import Monitor
 from abliterate.parts import (
@@ -53,11 +52,6 @@ from abliterate.storage import how_stored
 from abliterate.surgery import weights_from
 from abliterate.variants import caveat, plan_for
 
-#: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
-_WHERE = {"strength", "layers", "components", "strengths", "untie"}
-#: Harmless test prompts whose answers are compared token by token.
-_SHIFT_PROMPTS = 64
-
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     """The whole job: find, verify, apply, evaluate. OUT appears only when all of it is done.
@@ -69,6 +63,8 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     output = settings.output
     if output is None:
         raise UsageError("run: expected an output folder, found none; give -o OUT")
+    judge = open_judge(settings.evaluating.judge, device=settings.loading.device)
+    exam = exam_of(settings.evaluating, settings.prompts.seed)
     with monitor.phase("find model"):
         files = locate_model(settings.model, settings.loading)
         source = open_checkpoint(files.folder)
@@ -93,7 +89,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     patient = Patient(files, source, session.anatomy, _named_by(session, source), session.loaded)
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)
-        evaluation = _evaluate(session, staging.folder, plan, done, settings.evaluating)
+        evaluation = evaluation_part(_evaluate(session, staging.folder, plan, done, settings, judge, exam))
         result = run_record(session, settings, output, found, plan, done, staging.folder, evaluation)
         save_direction(
             staging.folder / "direction.safetensors", found.direction, metadata=saved_metadata(session, found, result)
@@ -202,6 +198,7 @@ def verify(
     Verified means: at most half of the refusals are left, the control leaves more than half, and KL is within the
     rule.
     """
+    judge = open_judge(evaluating.judge, device=session.loading.device)
     chosen = at_site(direction, site, session.anatomy.d_model)
     plan = session.plan(chosen, editing)
     _say_caveat(plan, editing, session.monitor)
@@ -209,29 +206,23 @@ def verify(
     ids = tuple(token.token for token in tokens)
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
     scorer = Scorer(session.model, session.anatomy, ids, *val, session.size, behaving=not finding.all_prompts)
-    generator = torch.Generator().manual_seed(seed)
-    random = Direction(orthonormal(torch.randn(chosen.basis.shape, generator=generator)), {})
-    control = session.plan(random, EditSettings(**editing.model_dump(include=_WHERE)))
+    control = random_plan(session, plan, editing, seed)
     raw, layer = _raw(direction, chosen.basis, site)
     with session.monitor.phase("score"):
         bypass, kl = scorer.ablate(plan)
         bypass_control, _ = scorer.ablate(control)
         induce = None if layer is None or layer >= session.anatomy.layers else scorer.induce(raw, layer)
+    examiner = examiner_of(session, evaluating, judge, ["harmful"])
     tallies = []
     for name, trial in (
         ("answers: original", None),
         ("answers: ablated", plan),
         ("answers: random direction", control),
     ):
-        with contextlib.ExitStack() as stack:
-            if trial is not None:
-                stack.enter_context(session.ablated(trial))
-            encoded = session.encoded["harmful", "test"]
-            with session.monitor.phase(name, len(encoded)) as advance:
-                replies = complete(
-                    session.model, session.loaded.tokenizer, encoded, evaluating.max_new_tokens, session.size, advance
-                )
-            tallies.append(Tally.from_verdicts([judge(reply.text) for reply in replies]))
+        with contextlib.nullcontext() if trial is None else session.ablated(trial):
+            subject = Subject(session.model, unchanged=session.loaded if trial is None else None)
+            answering = answers_of(session, subject, evaluating, judge)
+            tallies.append(examiner.ask(answering, name)["harmful"].tally)
     before, after, random_after = tallies
     halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals
     return Verification(
@@ -255,25 +246,27 @@ def evaluate(
     *,
     base: Session | None = None,
     plan: Plan | None = None,
-) -> tuple[dict[str, Answers], dict[str, Answers] | None, Shift | None]:
+    editing: EditSettings = EditSettings(),
+    seed: int = 0,
+) -> Evaluation:
     """Answers to held-out prompts of one model; or of two states, before and after, with the shift between them.
 
-    `plan` compares the session's model with itself under hooks; `base` with another model of the same tokenizer.
+    `plan` compares the session's model with itself under hooks, beside a random direction on the same writers;
+    `base` with another model of the same tokenizer.
     """
-    if base is None and plan is None:
-        return session.answers(evaluating.max_new_tokens, "answers"), None, None
-    origin = base or session
-    if origin.encoded != session.encoded:
+    exam = exam_of(evaluating, seed)
+    examiner = examiner_of(session, evaluating, open_judge(evaluating.judge, device=session.loading.device))
+    if plan is not None:
+        original = Subject(session.model, unchanged=session.loaded)
+        edited = Subject(session.model, functools.partial(session.ablated, plan))
+        control = None if evaluating.no_control else control_of(session, plan, editing, seed, original)
+        return examine(session, examiner, exam, original, edited, control)
+    if base is None:
+        return examine(session, examiner, exam, Subject(session.model, unchanged=session.loaded))
+    if base.encoded != session.encoded:
         raise UsageError("--base: expected a model with the same tokenizer and chat template, found another one")
-    before = origin.answers(evaluating.max_new_tokens, "answers before")
-
-    def state() -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext() if plan is None else session.ablated(plan)
-
-    with state():
-        after = session.answers(evaluating.max_new_tokens, "answers after")
-    shift = _shift(session.monitor, session, before, Subject(origin.model), Subject(session.model, state))
-    return before, after, shift
+    there, here = (Subject(one.model, unchanged=one.loaded) for one in (base, session))
+    return examine(session, examiner, exam, there, here)
 
 
 def _named_by(session: Session, source: Checkpoint) -> Any:
@@ -327,27 +320,30 @@ def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor
     return raw, layer
 
 
-def _evaluate(session: Session, folder: Path, plan: Plan, done: Realised, settings: EvalSettings) -> rec.EvaluationPart:
+def _evaluate(
+    session: Session, folder: Path, plan: Plan, done: Realised, settings: RunSettings, judge: Judge, exam: Exam
+) -> Evaluation:
     """Before: the original weights. After: the tensors that were saved, read back from disk.
 
-    Where no weights were saved, or live ones are quantised, after is what was written as hooks.
+    Where no weights were saved, or live ones are quantised, after is what was written as hooks. Vectors that are added
+    have no control.
     """
-    before = session.answers(settings.max_new_tokens, "answers before")
+    examiner = examiner_of(session, settings.evaluating, judge)
+
+    def examined(base: Subject, edited: Subject) -> Evaluation:
+        control = None
+        if not (settings.evaluating.no_control or done.vectors):
+            control = control_of(session, plan, settings.editing, settings.prompts.seed, base)
+        return examine(session, examiner, exam, base, edited, control)
+
+    if done.names is None or session.loaded.quantised:
+        hooks = functools.partial(_hooked, session, plan, done)
+        return examined(Subject(session.model, unchanged=session.loaded), Subject(session.model, hooks))
     with contextlib.ExitStack() as stack:
-        if done.names is None or session.loaded.quantised:
-            hooks = functools.partial(_hooked, session, plan, done)
-            with hooks():
-                after = session.answers(settings.max_new_tokens, "answers after")
-            edited = Subject(session.model, hooks)
-            shift = _shift(session.monitor, session, before, Subject(session.model), edited)
-            return evaluation_part(before, after, shift, settings)
         with session.monitor.phase("read edited weights back"):
             stack.enter_context(untied(session.model, plan))
             saved = stack.enter_context(weights_from(session.model, folder, plan, done.names))
-        after = session.answers(settings.max_new_tokens, "answers after")
-        base = Subject(session.model, saved.original)
-        shift = _shift(session.monitor, session, before, base, Subject(session.model))
-    return evaluation_part(before, after, shift, settings)
+        return examined(Subject(session.model, saved.original, session.loaded), Subject(session.model))
 
 
 @contextlib.contextmanager
@@ -359,14 +355,6 @@ def _hooked(session: Session, plan: Plan, done: Realised) -> Iterator[None]:
         for layer, vector in done.vectors.items():
             stack.enter_context(addition(session.blocks[layer], vector[None]))
         yield
-
-
-def _shift(monitor: Monitor, session: Session, before: dict[str, Answers], base: Subject, edited: Subject) -> Shift:
-    encoded = session.encoded["harmless", "test"]
-    rows = range(min(_SHIFT_PROMPTS, len(encoded)))
-    replies = [before["harmless"].replies[row] for row in rows]
-    with monitor.phase("shift on harmless prompts", len(rows)) as advance:
-        return measure_shift(base, edited, encoded.take(rows), replies, session.size, advance)
 
 
 __all__ = [

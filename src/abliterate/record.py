@@ -140,14 +140,29 @@ class PlanPart(_Part):
     undo: list[str] = Field(default=[], description="Files that `undo` restores the weights from.")
 
 
+class EstimatePart(_Part):
+    """A value with its 95 % interval; null where nothing was measured."""
+
+    value: float | None
+    ci95: tuple[float | None, float | None]
+
+
 class RatePart(_Part):
-    """Refusals among `n` replies with a 95 % Wilson interval; `degenerate` replies count as not refused."""
+    """Refusals among `n` judged replies with a 95 % Wilson interval; `degenerate` replies count as not refused.
+
+    `partial` of the `refusals` turn down only a part; `unknown` replies have no verdict and are not in `n`.
+    `corrected` is the rate with the judge's known errors taken out (Rogan and Gladen 1978), null where they are not
+    known.
+    """
 
     refusals: int
     degenerate: int
     n: int
     rate: float | None
     ci95: tuple[float, float]
+    partial: int = 0
+    unknown: int = 0
+    corrected: EstimatePart | None = None
 
 
 class BehaviourPart(_Part):
@@ -158,18 +173,106 @@ class BehaviourPart(_Part):
     borderline: RatePart
 
 
-class ShiftPart(_Part):
-    """How far answers to harmless prompts moved (see `evaluation.Shift`)."""
+class JudgePart(_Part):
+    """Who judged, and how often it is right: [right, of how many] labelled replies; null where it was not measured."""
 
-    kl_first_token: float
-    kl_first_token_se: float
+    name: str
+    fingerprint: str
+    sensitivity: tuple[int, int] | None = None
+    specificity: tuple[int, int] | None = None
+    labels: str | None = Field(None, description="The labelled replies that its error rates come from.")
+
+
+class PairedPart(_Part):
+    """The same prompts before and after (see `evaluation.Paired`)."""
+
+    both: int
+    before_only: int
+    after_only: int
+    neither: int
+    unknown: int
+    p: float
+    change: EstimatePart
+
+
+class MannerPart(_Part):
+    """Length and repetition of replies: before and after, and the change paired by prompt."""
+
+    tokens_before: EstimatePart
+    tokens_after: EstimatePart
+    tokens_change: EstimatePart
+    repetition_before: EstimatePart
+    repetition_after: EstimatePart
+    repetition_change: EstimatePart
+    ended_before: float | None
+    ended_after: float | None
+
+
+class MovedPart(_Part):
+    """A harmless prompt and how far its answer moved."""
+
+    prompt: str
     kl_reply: float
-    kl_reply_se: float
-    nll_before: float
-    nll_after: float
-    nll_change_se: float
+
+
+class ShiftPart(_Part):
+    """How far answers to harmless prompts moved (see `evaluation.Shift`): means, and how they are distributed."""
+
+    kl_first_token: float | None
+    kl_first_token_se: float | None = None
+    kl_first_token_ci95: tuple[float, float] | None = None
+    kl_first_token_median: float | None = None
+    kl_first_token_p95: float | None = None
+    kl_first_token_max: float | None = None
+    kl_reply: float | None
+    kl_reply_se: float | None = None
+    kl_reply_ci95: tuple[float, float] | None = None
+    kl_reply_median: float | None = None
+    kl_reply_p95: float | None = None
+    kl_reply_max: float | None = None
+    nll_before: float | None
+    nll_after: float | None
+    nll_change_se: float | None = None
+    nll_change: EstimatePart | None = None
+    worst: list[MovedPart] = []
     prompts: int
     tokens: int
+
+
+class ControlEffectPart(_Part):
+    """What a random direction does in the edit's place: same writers, same strengths.
+
+    `size` and `size_of_edit` are ‖W' − W‖ / ‖W‖ over all weights of the edited writers.
+    """
+
+    seed: int
+    behaviour: BehaviourPart
+    paired: dict[str, PairedPart]
+    shift: ShiftPart | None
+    size: float | None = None
+    size_of_edit: float | None = None
+
+
+class CapabilityPart(_Part):
+    """One metric of one task; `change` is paired by question, after − before, `p` McNemar's for right and wrong."""
+
+    task: str
+    metric: str
+    n: int
+    before: EstimatePart
+    after: EstimatePart | None = None
+    change: EstimatePart | None = None
+    change_se: float | None = None
+    p: float | None = None
+
+
+class ThinkingPart(_Part):
+    """The same prompts with the model's thinking open; only what follows the thinking is judged."""
+
+    max_new_tokens: int
+    before: BehaviourPart
+    after: BehaviourPart | None = None
+    paired: dict[str, PairedPart] = {}
 
 
 class AnswerPart(_Part):
@@ -184,13 +287,23 @@ class AnswerPart(_Part):
 
 
 class EvaluationPart(_Part):
-    """Behaviour before and after, on held-out prompts."""
+    """Behaviour before and after, on held-out prompts; of one model alone only `before`."""
 
     max_new_tokens: int
     before: BehaviourPart
-    after: BehaviourPart
-    shift: ShiftPart
-    answers: dict[Literal["before", "after"], dict[str, list[AnswerPart]]]
+    after: BehaviourPart | None = None
+    shift: ShiftPart | None = None
+    answers: dict[str, dict[str, list[AnswerPart]]]
+    judge: JudgePart | None = None
+    thinking_open: bool = Field(False, description="Whether the model was thinking before these answers.")
+    paired: dict[str, PairedPart] = {}
+    categories: dict[str, dict[str, RatePart]] = Field(
+        default={}, description="before, after → category of harmful prompts → refusals."
+    )
+    manner: dict[str, MannerPart] = {}
+    control: ControlEffectPart | None = None
+    thinking: ThinkingPart | None = None
+    capability: list[CapabilityPart] = []
 
 
 class Record(_Part):

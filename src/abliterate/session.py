@@ -21,10 +21,8 @@ from abliterate.config import (
 )
 from abliterate.directions import Candidates, Direction, Separation
 from abliterate.errors import UsageError
-from abliterate.evaluation import Answers, answer
 from abliterate.inference import BatchSize, Encoded, auto_batch_size, can_share, share_prefix
 from abliterate.interventions import ablation
-from abliterate.judging import RuleJudge
 from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
@@ -47,6 +45,7 @@ class Session:
     """
 
     loaded: LoadedModel
+    renderer: ChatRenderer
     anatomy: Anatomy
     prompts: ContrastiveSet
     encoded: dict[tuple[str, str], Encoded]
@@ -88,15 +87,6 @@ class Session:
         return stream_sites(
             self.model, self.blocks, prompts, self.positions, consume, self.size, keep=keep, progress=progress
         )
-
-    def answers(self, max_new_tokens: int, name: str) -> dict[str, Answers]:
-        """Judged greedy answers to the held-out prompts of all sets."""
-        texts = self.test_texts
-        encoded = {key: self.encoded[key, "test"] for key in texts}
-        with self.monitor.phase(name, sum(map(len, texts.values()))) as advance:
-            return answer(
-                self.model, self.loaded.tokenizer, texts, encoded, max_new_tokens, self.size, RuleJudge(), advance
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +146,7 @@ def open_session(
         f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, books close to {max(anatomy.closure):.0e}; "
         f"{len(shared.prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
     )
-    return Session(loaded, anatomy, contrast, encoded, wanted, size, loading, monitor)
+    return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, monitor)
 
 
 def open_model(

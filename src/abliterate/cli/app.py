@@ -259,7 +259,7 @@ def evaluate(
 ) -> None:
     """Refusals on held-out prompts; with --base or --direction also what changed."""
     from abliterate import pipeline
-    from abliterate.cli.screen import show_evaluation, show_single
+    from abliterate.cli.evaluating import show_evaluation
     from abliterate.directions import load_direction
 
     if direction is None:
@@ -274,22 +274,92 @@ def evaluate(
     plan = None
     if loaded is not None:
         plan = session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), editing)
-    before, after, shift = pipeline.evaluate(session, evaluating, base=other, plan=plan)
-    if after is None or shift is None:
-        parts = {name: pipeline.rate_part(group.tally) for name, group in before.items()}
-        if as_json:
-            rates = {name: part.model_dump(mode="json") for name, part in parts.items()}
-            answers = pipeline.answer_parts(before, keep=evaluating.keep_completions)
-            listed = {name: [part.model_dump(mode="json") for part in group] for name, group in answers.items()}
-            typer.echo(json.dumps({"evaluation": {"before": rates, "answers": {"before": listed}}}, indent=1))
-        else:
-            show_single(parts, Console())
-        return
-    part = pipeline.evaluation_part(before, after, shift, evaluating)
+    evaluation = pipeline.evaluate(session, evaluating, base=other, plan=plan, editing=editing, seed=prompts.seed)
+    part = pipeline.evaluation_part(evaluation)
     if as_json:
         typer.echo(json.dumps({"evaluation": part.model_dump(mode="json")}, indent=1))
     else:
         show_evaluation(part, Console())
+
+
+@app.command()
+@with_settings(ModelSettings, PromptSettings, EvalSettings)
+def compare(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Two or more of MODEL, MODEL+DIRECTION.safetensors, MODEL+ADAPTER_FOLDER; the first is the reference.",
+            show_default=False,
+        ),
+    ],
+    csv: Annotated[Path | None, typer.Option(help="Also write the table to this file.", show_default=False)] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Several models or plans side by side on the same prompts, each compared with the first."""
+    if csv is not None and (csv.is_dir() or not csv.absolute().parent.is_dir()):
+        raise UsageError(f"--csv {csv}: expected a file in a folder that exists")
+    from abliterate import comparing
+    from abliterate.cli import comparison
+    from abliterate.judging.choice import open_judge
+
+    entries = comparing.compare(
+        models, loading=loading, prompts=prompts, evaluating=evaluating, monitor=_monitor(quiet)
+    )
+    result = comparison.as_dict(entries, open_judge(evaluating.judge, device=loading.device))
+    if csv is not None:
+        csv.write_text(comparison.as_csv(result), encoding="utf-8")
+    if as_json:
+        typer.echo(json.dumps(result, indent=1))
+    else:
+        comparison.show(result, Console())
+
+
+@app.command()
+def judge(
+    *,
+    replies: Annotated[
+        Path | None,
+        typer.Argument(help="Replies to judge: .csv or .jsonl with prompt, response.", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Labelled replies: .csv or .jsonl with prompt, response, label.", show_default=False),
+    ] = None,
+    spec: Annotated[str, typer.Option("--judge", help="rules, classifier:ID, or llm:MODEL@URL.")] = "rules",
+    errors: Annotated[bool, typer.Option(help="List the replies that it calls otherwise than labelled.")] = False,
+    device: Annotated[str, typer.Option(help="Where a classifier runs: auto, cpu, cuda …")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge replies in a file; or, with --calibrate, measure how often a judge is right and remember it."""
+    if (replies is None) == (calibrate is None):
+        raise UsageError("judge: expected a file of replies, or --calibrate FILE; found both or neither")
+    from abliterate.cli import judging as shown
+    from abliterate.judging import calibration
+    from abliterate.judging.choice import open_judge
+
+    if replies is not None:
+        rows = shown.label_file(open_judge(spec, device=device), replies)
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else shown.as_csv(rows), nl=as_json)
+        return
+    if calibrate is None:
+        return
+    labelled = calibration.read_labelled(calibrate)
+    chosen = open_judge(spec, device=device)
+    verdicts = chosen.judge(labelled.exchanges)
+    result = calibration.compare(chosen, labelled, verdicts, calibrate)
+    stored = calibration.store(result)
+    if as_json:
+        typer.echo(json.dumps(shown.calibration_as_dict(result, stored), indent=1))
+        return
+    shown.show_calibration(result, Console(), stored)
+    if errors:
+        shown.show_errors(labelled, verdicts, Console())
 
 
 @app.command()

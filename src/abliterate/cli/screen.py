@@ -10,9 +10,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from abliterate.card import edited, grouped, rate
+from abliterate.card import edited, grouped
+from abliterate.cli.evaluating import show_evaluation
 from abliterate.monitor import Monitor
-from abliterate.record import EvaluationPart, RatePart, Record, SelectionPart
+from abliterate.record import Record, SelectionPart
 
 #: Phases counted in bytes: a bar without the numbers.
 _BYTES = {"edit weights"}
@@ -82,32 +83,6 @@ def show_run(record: Record, console: Console) -> None:
     if record.output is not None:
         what = "Model" if record.plan is None else _WHAT[record.plan.realisation]
         console.print(f"{what}: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
-
-
-def show_evaluation(part: EvaluationPart, console: Console) -> None:
-    """Refusals before and after, and the shift on harmless prompts."""
-    table = Table(title="Refusals on held-out prompts (95 % Wilson interval)", title_justify="left")
-    for column in ("prompts", "before", "after"):
-        table.add_column(column)
-    for name in ("harmful", "harmless", "borderline"):
-        table.add_row(name, rate(getattr(part.before, name)), rate(getattr(part.after, name)))
-    console.print(table)
-    shift = part.shift
-    console.print(
-        f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f} "
-        f"± {shift.kl_first_token_se:.3f}, over the reply {shift.kl_reply:.3f} ± {shift.kl_reply_se:.3f} nats per "
-        f"token; the original's own replies: {shift.nll_before:.3f} → {shift.nll_after:.3f} nats per token."
-    )
-
-
-def show_single(parts: dict[str, RatePart], console: Console) -> None:
-    """Refusals of one model."""
-    table = Table(title="Refusals on held-out prompts (95 % Wilson interval)", title_justify="left")
-    table.add_column("prompts")
-    table.add_column("refused")
-    for name, part in parts.items():
-        table.add_row(name, rate(part))
-    console.print(table)
 
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:

@@ -9,6 +9,11 @@ from abliterate.judging.text import WINDOW, pattern, short
 #: Loops tend to start late and to run to the end: so many characters of it are searched for them.
 _TAIL = 2400
 _RULE_CHARACTERS = frozenset("-=_*#.~+|/\\<> \t\n─━═│┃█▓▒░—–·•:")
+# What is left of a tool call that calls nothing, and line ends that were written out.
+_DEBRIS = r'</?[a-z_|]{2,30}>|"(?:name|arguments|parameters|function|type)"|\\[nrt]|\bnull\b'
+_LITTLE = frozenset(
+    "a an and are as at be but by for from he i in is it its of on or she that the they this to was we with you".split()
+)
 _MAX_PERIOD_WORDS = 40
 _MAX_PERIOD_CHARS = 120
 
@@ -37,7 +42,23 @@ def _find_garbage(text: str) -> str:
     marks = sum(unicodedata.category(c) in ("Pc", "Pd", "Ps", "Pe", "Po", "Sm", "Sc", "Sk") for c in visible)
     if len(visible) >= 24 and marks > 0.75 * len(visible):
         return "mostly punctuation"
+    without, debris = pattern(_DEBRIS).subn(" ", text)
+    if debris and not pattern(r"\w").search(without):
+        return "markup without content"
+    if _is_salad(text):
+        return "words without sense"
     return "mixed scripts" if _is_script_salad(text) else ""
+
+
+def _is_salad(text: str) -> bool:
+    """Whether the text is only little words without a mark between them, or mostly words without a vowel."""
+    words = pattern(r"[a-z]+").findall(text[:1200])
+    if len(words) < 12 or not text.isascii():
+        return False
+    if len(words) >= 16 and all(word.casefold() in _LITTLE for word in words) and not pattern(r"[.,;!?]").search(text):
+        return True
+    long = [word for word in words if len(word) >= 3 and not word.isupper()]
+    return len(long) >= 8 and sum(not pattern(r"[aeiouy]").search(word) for word in long) > 0.5 * len(long)
 
 
 def _is_script_salad(text: str) -> bool:

@@ -57,13 +57,21 @@ def prose(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Drop quotation marks around the whole reply and a role or emoji in front of it."""
+    """Drop quotation marks around the whole reply, the shell of a JSON object, and a role or emoji in front."""
+    while len(text) > 6 and text.startswith('"""') and text.endswith('"""'):
+        text = text[3:-3].strip()
+    if text.startswith("{"):
+        text = "\n".join(pattern(r'"[\w-]+"\s*:\s*"((?:[^"\\]|\\.){1,2000})').findall(text)) or text
     if text.startswith('"') and '"' not in text[1:-1]:
         text = text.strip('"')
+    # With a second name at a line's start the first one is a speaker in a script.
+    if len(pattern(r"^[a-z][\w .'-]{0,20}:(?=\s)").findall(text[:1200])) > 1:
+        return text
     head = pattern(
         r"[^\w\[\"'<-]*"
         r"(?:\[[^\]\n]{1,30}\]\s*)?"
-        r"(?:(?!subject|title|dear|scene|step|ingredients|chapter)[a-z][\w-]{0,20}\s?:\s+)?"
+        r"(?:(?:short|quick|brief|final|my)\s+(?:answer|response|reply|note)\s?:\s+)?"
+        r"(?:(?!subject|title|dear|scene|step|ingredients|chapter|refused|blocked|denied|rejected|error|usage)[a-z][\w-]{0,20}\s?:\s+)?"
     ).match(text)
     return text[head.end() :] if head else text
 

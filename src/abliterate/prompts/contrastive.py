@@ -6,10 +6,12 @@ import hashlib
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 from abliterate.errors import PromptError
+from abliterate.prompts.prompt import Prompt
 from abliterate.prompts.sources import BUILTIN, SetName, SplitName, load_builtin, load_prompts
 
 #: Shares of a set without splits of its own that go to train and val; the rest is test.
@@ -36,15 +38,21 @@ class Split:
 class ContrastiveSet:
     """Harmful, harmless and borderline instructions, disjoint and without duplicates.
 
-    `borderline` prompts are safe but sound dangerous; they are only evaluated on. `duplicates_dropped` counts
-    prompts left out because their normalised text had been seen in another split or set.
+    The texts are `Prompt`s. `borderline` prompts are safe but sound dangerous; they are only evaluated on. `dropped`
+    counts prompts left out because their normalised text had been seen in another split or set, by where that was
+    ("harmful train, also in harmful test").
     """
 
     harmful: Split
     harmless: Split
     borderline: tuple[str, ...]
     sources: dict[str, str]
-    duplicates_dropped: int
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def duplicates_dropped(self) -> int:
+        """How many prompts were left out in all."""
+        return sum(self.dropped.values())
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -77,6 +85,31 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", folded)) or folded.strip()
 
 
+def overlap(one: Iterable[str], other: Iterable[str]) -> int:
+    """How many different prompts `one` shares with `other`, as de-duplication sees them."""
+    return len(set(map(normalise, one)) & set(map(normalise, other)))
+
+
+class _Claims:
+    """Who has which prompt: whoever comes first keeps it."""
+
+    def __init__(self) -> None:
+        self._holders: dict[str, str] = {}
+        self.dropped: Counter[str] = Counter()
+
+    def claim(self, prompts: Iterable[Prompt], name: str) -> tuple[Prompt, ...]:
+        """Those that nobody has yet; the others are counted."""
+        kept = []
+        for prompt in prompts:
+            key = normalise(prompt)
+            if (holder := self._holders.get(key)) is not None:
+                self.dropped[f"{name}, twice" if holder == name else f"{name}, also in {holder}"] += 1
+                continue
+            self._holders[key] = name
+            kept.append(prompt)
+        return tuple(kept)
+
+
 def build_contrastive_set(
     harmful: str = BUILTIN,
     harmless: str = BUILTIN,
@@ -100,28 +133,14 @@ def build_contrastive_set(
         "harmful": _parts("harmful", harmful, eval_harmful, seed),
         "harmless": _parts("harmless", harmless, eval_harmless, seed),
     }
-    border = load_builtin("borderline")["test"] if borderline == BUILTIN else load_prompts(borderline)
-    seen: set[str] = set()
-    dropped = 0
-
-    def claim(texts: Iterable[str]) -> tuple[str, ...]:
-        nonlocal dropped
-        kept = []
-        for text in texts:
-            key = normalise(text)
-            if key in seen:
-                dropped += 1
-                continue
-            seen.add(key)
-            kept.append(text)
-        return tuple(kept)
-
-    claimed: dict[tuple[str, str], tuple[str, ...]] = {}
+    border = load_builtin("borderline")["test"] if borderline == BUILTIN else load_prompts(borderline, "borderline")
+    claims = _Claims()
+    claimed: dict[tuple[str, str], tuple[Prompt, ...]] = {}
     for part in ("test", "val", "train"):
         for name, splits in parts.items():
-            claimed[name, part] = claim(splits[part])
+            claimed[name, part] = claims.claim(splits[part], f"{name} {part}")
         if part == "test":
-            border_kept = claim(border)
+            border_kept = claims.claim(border, "borderline")
     for (name, part), texts in claimed.items():
         if not texts:
             raise PromptError(
@@ -140,15 +159,15 @@ def build_contrastive_set(
             "eval_harmless": eval_harmless or harmless,
             "borderline": borderline,
         },
-        duplicates_dropped=dropped,
+        dropped=dict(claims.dropped),
     )
 
 
-def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[SplitName, list[str]]:
+def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[SplitName, list[Prompt]]:
     if spec == BUILTIN:
         parts = load_builtin(name)
     else:
-        texts = _unique(load_prompts(spec))
+        texts = _unique(load_prompts(spec, name))
         random.Random(seed).shuffle(texts)
         del texts[MOST_PROMPTS:]
         if eval_spec is None:
@@ -157,9 +176,9 @@ def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[S
             first, second = round(len(texts) * (1 - VAL_SHARE)), len(texts)
         parts = {"train": texts[:first], "val": texts[first:second], "test": texts[second:]}
     if eval_spec is not None:
-        parts["test"] = load_builtin(name)["test"] if eval_spec == BUILTIN else load_prompts(eval_spec)
+        parts["test"] = load_builtin(name)["test"] if eval_spec == BUILTIN else load_prompts(eval_spec, name)
     return parts
 
 
-def _unique(texts: list[str]) -> list[str]:
+def _unique(texts: list[Prompt]) -> list[Prompt]:
     return list({normalise(text): text for text in reversed(texts)}.values())[::-1]

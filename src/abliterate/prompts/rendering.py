@@ -1,4 +1,4 @@
-"""Instructions → chat prompts → token ids, so that position -1 is where the answer starts."""
+"""Prompts → chat prompts → token ids, so that position -1 is where the answer starts."""
 
 from __future__ import annotations
 
@@ -8,30 +8,40 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import ChatTemplateError, UsageError
+from abliterate.prompts.prompt import Message, messages_of
+from abliterate.prompts.thinking import answer_of, close_thinking, opens_thinking
+
+__all__ = [
+    "NO_TEMPLATE",
+    "ChatRenderer",
+    "answer_of",
+    "common_prefix",
+    "common_suffix",
+    "opens_thinking",
+    "read_template",
+]
 
 #: `--chat-template none`: the instruction is the prompt.
 NO_TEMPLATE = "none"
 
-#: Endings of a rendered prompt after which the model would first think, and what closes that part.
-_OPEN_ENDINGS = (
-    ("<think>", "\n\n</think>\n\n"),
-    ("<thinking>", "\n</thinking>\n\n"),
-    ("[THINK]", "[/THINK]"),
-    ("<|start|>assistant", "<|channel|>final<|message|>"),
+_WITHOUT_SYSTEM = (
+    "leave out --system (and system messages of conversations), or give --chat-template FILE with one that takes it"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ChatRenderer:
-    """Renders one instruction as the chat prompt whose last token the answer follows.
+    """Renders a prompt as the chat prompt whose last token the answer follows.
 
     `template` is a Jinja chat template, None for the tokenizer's own, or `NO_TEMPLATE`. `system` is an optional
-    system prompt.
+    system prompt; a conversation that brings one of its own keeps that. With `thinking` the template is asked to let
+    the model think, and thinking that it opens is left open; otherwise it is closed, and the answer comes next.
     """
 
     tokenizer: Any
     template: str | None = None
     system: str | None = None
+    thinking: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a tokenizer without a chat template unless one was given."""
@@ -44,21 +54,49 @@ class ChatRenderer:
             raise ChatTemplateError("a system prompt needs a chat template; found --chat-template none")
 
     def render(self, instruction: str) -> str:
-        """The chat prompt as text, thinking closed."""
+        """The chat prompt as text: of a string one message of the user, of a `Prompt` all its messages.
+
+        Raises `ChatTemplateError` when the template cannot render them, or leaves the system prompt out.
+        """
+        messages = messages_of(instruction)
         if self.template == NO_TEMPLATE:
+            if len(messages) > 1:
+                raise ChatTemplateError("a conversation needs a chat template; found --chat-template none")
             return instruction
-        messages = [{"role": "system", "content": self.system}] if self.system else []
-        messages.append({"role": "user", "content": instruction})
+        if self.system and messages[0][0] != "system":
+            messages = (("system", self.system), *messages)
+        text = self._apply(messages)
+        if messages[0][0] == "system" and messages[0][1].strip() not in text:
+            raise ChatTemplateError(f"the chat template leaves the system prompt out; {_WITHOUT_SYSTEM}")
+        return text if self.thinking else close_thinking(text)
+
+    def _apply(self, messages: Sequence[Message]) -> str:
+        """What the template makes of the messages; if it fails, with the reason and what to do."""
+        try:
+            return self._template_text(messages)
+        except Exception as error:  # jinja2 errors, and whatever a template raises on purpose
+            reason = " ".join(str(error).split())[:200]
+            if messages[0][0] == "system" and self._renders(messages[1:]):
+                raise ChatTemplateError(
+                    f"the chat template cannot render a prompt ({reason}): it takes no system prompt; {_WITHOUT_SYSTEM}"
+                ) from error
+            raise ChatTemplateError(f"the chat template cannot render a prompt ({reason})") from error
+
+    def _renders(self, messages: Sequence[Message]) -> bool:
+        try:
+            self._template_text(messages)
+        except Exception:
+            return False
+        return True
+
+    def _template_text(self, messages: Sequence[Message]) -> str:
         options: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
         if self.template is not None:
             options["chat_template"] = self.template
-        try:
-            # Templates name the switch differently; one that knows neither ignores both.
-            text = self.tokenizer.apply_chat_template(messages, enable_thinking=False, thinking=False, **options)
-        except Exception as error:  # jinja2 errors, and whatever a template raises on purpose
-            reason = " ".join(str(error).split())[:200]
-            raise ChatTemplateError(f"the chat template cannot render a prompt ({reason})") from error
-        return _close_thinking(str(text))
+        # Templates name the switch differently; one that knows neither ignores both.
+        switches = {"enable_thinking": self.thinking, "thinking": self.thinking}
+        chat = [{"role": role, "content": content} for role, content in messages]
+        return str(self.tokenizer.apply_chat_template(chat, **switches, **options))
 
     def encode(self, instructions: Iterable[str]) -> list[list[int]]:
         """Token ids of each rendered prompt. A template writes its own BOS, so none is added to it."""
@@ -71,14 +109,6 @@ class ChatRenderer:
             if not tokens:
                 raise ChatTemplateError(f"the prompt {text!r} has no tokens; give longer prompts")
         return ids
-
-
-def _close_thinking(text: str) -> str:
-    stripped = text.rstrip()
-    for opening, closing in _OPEN_ENDINGS:
-        if stripped.endswith(opening):
-            return stripped + closing
-    return text
 
 
 def read_template(option: str | None) -> str | None:

@@ -1,0 +1,176 @@
+"""How an evaluation is shown: rates and their changes, the shift on harmless prompts, control, capability."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.card import estimate, judged_by, pvalue, rate
+from abliterate.record import (
+    BehaviourPart,
+    CapabilityPart,
+    ControlEffectPart,
+    EstimatePart,
+    EvaluationPart,
+    MannerPart,
+    PairedPart,
+    RatePart,
+    ShiftPart,
+)
+
+SETS = ("harmful", "harmless", "borderline")
+
+#: What a row of rates stands for: its name, the rates, and how each prompt changed.
+State = tuple[str, BehaviourPart, dict[str, PairedPart]]
+
+
+def show_evaluation(part: EvaluationPart, console: Console) -> None:
+    """All that was measured; of one model alone, its rates."""
+    _show_rates(part, console)
+    if part.thinking is not None:
+        title = "The same with the model's thinking open"
+        states: list[State] = [("before", part.thinking.before, {})]
+        if part.thinking.after is not None:
+            states.append(("after", part.thinking.after, part.thinking.paired))
+        console.print(_rates(title, states))
+    _show_categories(part, console)
+    if part.shift is not None:
+        _show_shift(part.shift, part.control, console)
+    if "harmless" in part.manner:
+        _show_manner(part.manner["harmless"], console)
+    if part.capability:
+        console.print(capability_table(part.capability))
+
+
+def _show_rates(part: EvaluationPart, console: Console) -> None:
+    alone = part.after is None
+    states: list[State] = [("" if alone else "before", part.before, {})]
+    if part.after is not None:
+        states.append(("after", part.after, part.paired))
+    if part.control is not None:
+        states.append(("random direction", part.control.behaviour, part.control.paired))
+    console.print(_rates("Refusals on held-out prompts", states))
+    if part.judge is not None:
+        console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
+
+
+def _rates(title: str, states: list[State]) -> Table:
+    """One row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change."""
+    corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
+    table = Table(title=title, title_justify="left")
+    table.add_column("prompts")
+    if len(states) > 1:
+        table.add_column("")
+    table.add_column("refused [95 %]")
+    if corrected:
+        table.add_column("corrected")
+    if len(states) > 1:
+        table.add_column("change")
+    for name in SETS:
+        for number, (state, behaviour, pairs) in enumerate(states):
+            part: RatePart = getattr(behaviour, name)
+            cells = [name if number == 0 else ""]
+            if len(states) > 1:
+                cells.append(state)
+            cells.append(rate(part))
+            if corrected:
+                cells.append("" if part.corrected is None else percent(part.corrected))
+            if len(states) > 1:
+                cells.append(_change(pairs.get(name)))
+            table.add_row(*cells, end_section=number == len(states) - 1)
+    return table
+
+
+def percent(part: EstimatePart, signed: bool = False) -> str:
+    """'54 % [43, 64]'."""
+    return estimate(part, 100, "+.0f" if signed else ".0f", " %")
+
+
+def _change(pair: PairedPart | None) -> str:
+    return "" if pair is None else f"{percent(pair.change, signed=True)}, {pvalue(pair.p)}"
+
+
+def _show_categories(part: EvaluationPart, console: Console) -> None:
+    before, after = part.categories.get("before", {}), part.categories.get("after", {})
+    if not before:
+        return
+    table = Table(title="Harmful prompts by category", title_justify="left")
+    for column in ("category", "before", "after") if after else ("category", "refused"):
+        table.add_column(column)
+    for name, first in before.items():
+        cells = [escape(name.replace("_", " ")), rate(first)]
+        table.add_row(*cells, *([rate(after[name])] if name in after else []))
+    console.print(table)
+
+
+def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console) -> None:
+    title = f"Shift on {shift.prompts} harmless prompts, nats per token [95 %]"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "mean", "median", "p95", "worst"):
+        table.add_column(column, justify="right" if column in ("median", "p95", "worst") else "left")
+    rows = [("", shift)]
+    if control is not None and control.shift is not None:
+        rows.append((", random direction", control.shift))
+    for name, key in (("KL of the first token", "kl_first_token"), ("KL over the reply", "kl_reply")):
+        for end, one in rows:
+            values = [getattr(one, f"{key}_{which}") for which in ("median", "p95", "max")]
+            table.add_row(name + end, _mean(one, key), *("" if value is None else f"{value:.3f}" for value in values))
+    for end, one in rows:
+        if one.nll_before is not None and one.nll_change is not None:
+            text = f"{one.nll_before:.3f}, change {estimate(one.nll_change, 1, '+.3f')}"
+            table.add_row("own replies cost" + end, text, "", "", "")
+    console.print(table)
+    if shift.worst:
+        listed = "; ".join(f"{moved.kl_reply:.3f} {moved.prompt!r}" for moved in shift.worst)
+        console.print(f"[dim]Moved most (KL over the reply): {escape(listed)}.[/]", highlight=False)
+    if control is not None and control.size is not None and control.size_of_edit is not None:
+        console.print(
+            f"[dim]The edit changes the weights it edits by {100 * control.size_of_edit:.1f} % of their norm, the "
+            f"random direction by {100 * control.size:.1f} %.[/]",
+            highlight=False,
+        )
+
+
+def _mean(shift: ShiftPart, key: str) -> str:
+    value, ends = getattr(shift, key), getattr(shift, f"{key}_ci95")
+    if value is None:
+        return ""
+    return f"{value:.3f}" + ("" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
+
+
+def _show_manner(part: MannerPart, console: Console) -> None:
+    console.print(
+        f"Harmless replies: {_value(part.tokens_before, '.1f')} → {_value(part.tokens_after, '.1f')} tokens "
+        f"(change {estimate(part.tokens_change, 1, '+.1f')}); repeated 4-grams "
+        f"{_value(part.repetition_before, '.1%')} → {_value(part.repetition_after, '.1%')} "
+        f"(change {estimate(part.repetition_change, 100, '+.1f', ' %')}).",
+        highlight=False,
+    )
+
+
+def _value(part: EstimatePart, form: str) -> str:
+    return "–" if part.value is None else format(part.value, form).replace("%", " %")
+
+
+def capability_table(parts: list[CapabilityPart]) -> Table:
+    """Scores of every task, before and after."""
+    table = Table(title="Capability [95 %]", title_justify="left")
+    changed = any(part.after is not None for part in parts)
+    scores = ("before", "after", "change ± SE") if changed else ("score",)
+    for column in ("task", "metric", "n", *scores):
+        table.add_column(column, justify="right" if column == "n" else "left")
+    for part in parts:
+        cells = [escape(part.task), escape(part.metric), str(part.n), estimate(part.before, 1, ".3f")]
+        if changed:
+            cells.append("" if part.after is None else estimate(part.after, 1, ".3f"))
+            cells.append(_capability_change(part))
+        table.add_row(*cells)
+    return table
+
+
+def _capability_change(part: CapabilityPart) -> str:
+    if part.change is None or part.change.value is None:
+        return ""
+    error = "" if part.change_se is None else f" ± {part.change_se:.3f}"
+    return f"{part.change.value:+.3f}{error}" + ("" if part.p is None else f", {pvalue(part.p)}")

@@ -1,0 +1,317 @@
+"""An evaluation: the original, the edited model and a random control, on the same held-out prompts.
+
+`Examiner` asks and judges, whoever answers; `examine` does it with live models, where next-token distributions can be
+compared too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from abliterate.algebra import orthonormal
+from abliterate.baseline import keep, kept_replies, key_of
+from abliterate.capability import Score, Task, TaskResult, check, lm_eval_tasks, load_tasks
+from abliterate.config import EditSettings, EvalSettings
+from abliterate.directions import Direction
+from abliterate.errors import UsageError
+from abliterate.evaluation import Answers, Shift, Subject, judged, measure_shifts
+from abliterate.generation import Reply, Settled, complete
+from abliterate.inference import Encoded, share_prefix
+from abliterate.judging import Exchange, Judge, RuleJudge
+from abliterate.monitor import Monitor
+from abliterate.plan import Plan
+from abliterate.prompts import ChatRenderer
+from abliterate.prompts.rendering import answer_of
+from abliterate.session import Session
+
+#: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
+_WHERE = {"strength", "layers", "components", "strengths", "untie"}
+#: Harmless test prompts whose answers are compared token by token.
+SHIFT_PROMPTS = 64
+
+Sets = dict[str, Answers]
+
+
+class Answering(Protocol):
+    """Whatever gives greedy replies to encoded prompts: at most so many tokens, reporting progress.
+
+    It may leave replies that are settled.
+    """
+
+    def __call__(
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], settled: Settled | None, /
+    ) -> list[Reply]:
+        """Replies in the order of the prompts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Examiner:
+    """Held-out prompts by set, as text and as tokens, and who judges the replies."""
+
+    renderer: ChatRenderer
+    texts: Mapping[str, Sequence[str]]
+    closed: Mapping[str, Encoded]
+    settings: EvalSettings
+    judge: Judge
+    monitor: Monitor
+
+    def ask(self, answering: Answering, name: str, *, thinking: bool = False) -> Sets:
+        """Judged replies to the prompts of all sets, with the model's thinking closed or open."""
+        encoded = self.open if thinking else self.closed
+        limit = self.settings.max_new_tokens + (self.settings.thinking_tokens if thinking else 0)
+        joined = functools.reduce(Encoded.__add__, encoded.values())
+        settled = None if thinking else self._settled()
+        sets, start = {}, 0
+        with self.monitor.phase(name, len(joined)) as advance:
+            replies = answering(joined, limit, advance, settled)
+            for key, texts in self.texts.items():
+                part = replies[start : start + len(texts)]
+                sets[key] = judged(texts, part, [self._read(reply, thinking) for reply in part], self.judge)
+                start += len(part)
+        return sets
+
+    def _settled(self) -> Settled | None:
+        """Which replies need not go on: refusals, and none to harmless prompts, whose length is measured."""
+        judge = self.judge
+        if not self.settings.early_stop or not isinstance(judge, RuleJudge):
+            return None
+        prompts = [(key, text) for key, texts in self.texts.items() for text in texts]
+
+        def settled(rows: Sequence[int], replies: Sequence[str]) -> list[bool]:
+            decided = judge.settled(
+                [Exchange(prompts[row][1], reply) for row, reply in zip(rows, replies, strict=True)]
+            )
+            return [prompts[row][0] != "harmless" and known for row, known in zip(rows, decided, strict=True)]
+
+        return settled
+
+    @property
+    def open(self) -> Mapping[str, Encoded]:
+        """The prompts rendered with the thinking left open."""
+        renderer = replace(self.renderer, thinking=True)
+        sequences = [ids for texts in self.texts.values() for ids in renderer.encode(texts)]
+        shared, encoded, start = share_prefix(sequences, share=bool(self._prefix)), {}, 0
+        for key, texts in self.texts.items():
+            encoded[key] = shared.take(range(start, start + len(texts)))
+            start += len(texts)
+        return encoded
+
+    @property
+    def _prefix(self) -> tuple[int, ...]:
+        return next(iter(self.closed.values())).prefix
+
+    def _read(self, reply: Reply, thinking: bool) -> str | None:
+        """What the judge reads: the reply, or what follows its thinking; None when that never ended."""
+        if not thinking:
+            return reply.text
+        # Some models mark their thinking with special tokens, which `reply.text` leaves out.
+        text, finished = answer_of(self.renderer.tokenizer.decode(list(reply.tokens)), True)
+        return text if finished else None
+
+
+@dataclass(frozen=True, slots=True)
+class Marks:
+    """Results of an exam."""
+
+    files: tuple[TaskResult, ...] = ()
+    tasks: tuple[Score, ...] = ()
+
+
+NO_MARKS = Marks()
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    """Questions on what a model can do: local files, and tasks of lm-eval."""
+
+    files: tuple[Task, ...] = ()
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+
+    def take(self, session: Session, subject: Subject, name: str) -> Marks:
+        """The results of a model in its state."""
+        if not (self.files or self.tasks):
+            return NO_MARKS
+        questions = sum(len(task.items) for task in self.files)
+        tokenizer = session.loaded.tokenizer
+        with subject.state(), session.monitor.phase(name, questions or None) as advance:
+            return Marks(
+                tuple(check(subject.model, tokenizer, session.renderer, self.files, session.size, advance)),
+                tuple(lm_eval_tasks(subject.model, tokenizer, self.tasks, limit=self.limit)) if self.tasks else (),
+            )
+
+
+def exam_of(settings: EvalSettings, seed: int = 0) -> Exam:
+    """The exam that settings ask for, read before any model is loaded.
+
+    Raises `UsageError` for a file that holds no questions, and when the extra for lm-eval is missing.
+    """
+    if settings.tasks and importlib.util.find_spec("lm_eval") is None:
+        raise UsageError("--tasks: it needs an extra; pip install 'abliterate[eval]'")
+    files = load_tasks([Path(name) for name in _names(settings.capability)], settings.task_limit, seed)
+    return Exam(tuple(files), _names(settings.tasks), settings.task_limit)
+
+
+def _names(option: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (option or "").split(",") if name.strip())
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A random direction in the edit's place. Sizes are relative changes of the edited weights."""
+
+    subject: Subject
+    seed: int
+    size: float | None
+    size_of_edit: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class ControlEffect:
+    """What the control did."""
+
+    control: Control
+    answers: Sets
+    shift: Shift
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """All that was measured; of one model alone only `before`. `thinking` has the answers with open thinking."""
+
+    settings: EvalSettings
+    judge: Judge
+    before: Sets
+    after: Sets | None = None
+    shift: Shift | None = None
+    control: ControlEffect | None = None
+    thinking: tuple[Sets, Sets | None] | None = None
+    marks: tuple[Marks, Marks | None] = (NO_MARKS, None)
+
+
+def examiner_of(session: Session, settings: EvalSettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:
+    """An examiner with the held-out prompts of a session: of all its sets, or of those named."""
+    texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
+    encoded = {name: session.encoded[name, "test"] for name in texts}
+    return Examiner(session.renderer, texts, encoded, settings, judge, session.monitor)
+
+
+def examine(
+    session: Session,
+    examiner: Examiner,
+    exam: Exam,
+    base: Subject,
+    edited: Subject | None = None,
+    control: Control | None = None,
+) -> Evaluation:
+    """Ask the original, the edited model and the control the same, and compare their distributions."""
+    modes = {"closed": (False,), "open": (True,), "both": (False, True)}[examiner.settings.thinking]
+
+    def ask(subject: Subject, name: str, thinking: bool = modes[0]) -> Sets:
+        with subject.state():
+            answering = answers_of(session, subject, examiner.settings, examiner.judge)
+            return examiner.ask(answering, name, thinking=thinking)
+
+    before = ask(base, "answers" if edited is None else "answers before")
+    after = None if edited is None else ask(edited, "answers after")
+    shown = None if control is None else ask(control.subject, "answers: random direction")
+    shifts: list[Shift] = []
+    if edited is not None:
+        shifts = shift_of(session, examiner, base, [edited] + ([] if control is None else [control.subject]), before)
+    thinking = None
+    if len(modes) > 1:
+        first = ask(base, "answers before, thinking", True)
+        thinking = first, None if edited is None else ask(edited, "answers after, thinking", True)
+    marks = exam.take(session, base, "capability before")
+    return Evaluation(
+        examiner.settings,
+        examiner.judge,
+        before,
+        after,
+        shifts[0] if shifts else None,
+        None if control is None or shown is None else ControlEffect(control, shown, shifts[1]),
+        thinking,
+        (marks, None if edited is None else exam.take(session, edited, "capability after")),
+    )
+
+
+def answers_of(session: Session, subject: Subject, settings: EvalSettings, judge: Judge) -> Answering:
+    """Replies of a live model in the state in which it is; those of unchanged models are kept and taken up again."""
+
+    def answering(
+        prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], settled: Settled | None, /
+    ) -> list[Reply]:
+        tokenizer, key = session.loaded.tokenizer, None
+        if subject.unchanged is not None and not settings.no_cache:
+            stopping = "" if settled is None else judge.fingerprint
+            key = key_of(subject.unchanged, prompts, max_new_tokens, stopping=stopping)
+        if (kept := kept_replies(key, tokenizer)) is not None:
+            session.monitor.note("answers of the unchanged model taken from the cache (--no-cache asks again)")
+            progress(len(kept))
+            return kept
+        replies = complete(subject.model, tokenizer, prompts, max_new_tokens, session.size, progress, settled)
+        keep(key, replies)
+        return replies
+
+    return answering
+
+
+def shift_of(
+    session: Session, examiner: Examiner, base: Subject, edited: Sequence[Subject], before: Sets
+) -> list[Shift]:
+    """How far answers to harmless prompts moved, for each of `edited`."""
+    encoded = examiner.open["harmless"] if examiner.settings.thinking == "open" else examiner.closed["harmless"]
+    answers = before["harmless"]
+    rows = range(min(SHIFT_PROMPTS, len(encoded)))
+    texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
+    with session.monitor.phase("shift on harmless prompts", len(rows)) as advance:
+        return measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
+
+
+def control_of(session: Session, plan: Plan, editing: EditSettings, seed: int, base: Subject) -> Control:
+    """A random direction on the same writers at the same strengths, as hooks on `base`."""
+    other = random_plan(session, plan, editing, seed)
+    sizes = (relative_change(session.model, one) for one in (other, plan))
+    return Control(_hooked(session, base, other), seed, *sizes)
+
+
+def random_plan(session: Session, plan: Plan, editing: EditSettings, seed: int) -> Plan:
+    """`plan` with random orthonormal directions in place of its own, plain where it is a variant."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = orthonormal(torch.randn(plan.direction.shape, generator=generator))
+    return session.plan(Direction(basis, {}), EditSettings(**editing.model_dump(include=_WHERE)))
+
+
+def relative_change(model: Any, plan: Plan) -> float | None:
+    """‖s L R W‖ / ‖W‖ over all weights that a plan edits; None where live weights are codes."""
+    taken = total = 0.0
+    for edit in plan.edits:
+        if edit.writer.weight is None:
+            continue
+        weight = model.get_parameter(edit.writer.weight).detach()
+        if not weight.is_floating_point():
+            return None
+        rows = weight.movedim(edit.writer.axis, -1).float()
+        inside = rows @ edit.reads.T.to(rows.device)
+        gram = (edit.basis @ edit.basis.T).to(rows.device)
+        taken += edit.strength**2 * float(((inside @ gram) * inside).sum())
+        total += float(rows.square().sum())
+    return (taken / total) ** 0.5 if total else None
+
+
+def _hooked(session: Session, base: Subject, plan: Plan) -> Subject:
+    @contextlib.contextmanager
+    def state() -> Iterator[None]:
+        with base.state(), session.ablated(plan):
+            yield
+
+    return Subject(base.model, state)
