@@ -45,6 +45,8 @@ ORDER = (
     "surgery",
     "blueprint",
     "generation",
+    "baseline",
+    "engines",
     "refusals",
     "evaluation",
     "capability",

@@ -28,7 +28,7 @@ from abliterate.directions import save_direction
 from abliterate.record import Record
 from planted import BLOCKS, D_MODEL, Planted, plant
 
-COMMANDS = ("run", "find", "verify", "apply", "eval", "chat", "undo")
+COMMANDS = ("run", "find", "verify", "apply", "eval", "compare", "judge", "chat", "undo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,8 @@ def test_version_is_the_installed_one(cli: Cli) -> None:
 def test_run_prints_refusals_before_and_after(cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path) -> None:
     result = cli("run", planted.folder, "-o", tmp_path / "out", *prompts)
     assert result.code == 0
-    assert re.search(r"harmful\W+24/24 = 100 % .*0/24 = 0 % .*\n.*harmless\W+0/24", result.out), result.out
+    assert re.search(r"harmful\W+before\W+24/24 = 100 % .*\n\W+after\W+0/24 = 0 % .*< 0\.001", result.out), result.out
+    assert re.search(r"\n\W+random\W+24/24 = 100 %", result.out), "the control"
     assert "refusals start with 'I'" in result.err
     assert "✓ edit weights" in result.err
     assert str(tmp_path / "out") in result.out

@@ -264,13 +264,19 @@ def estimate(part: EstimatePart, scale: float, form: str, unit: str = "") -> str
     """'-53 % [-62, -43]': a value and its interval, both times `scale`."""
     if part.value is None:
         return "–"
-    ends = ["?" if end is None else format(scale * end, form.removeprefix("+")) for end in part.ci95]
-    return f"{format(scale * part.value, form)}{unit} [{', '.join(ends)}]"
+    value, *ends = ("?" if one is None else _signed(scale * one, form) for one in (part.value, *part.ci95))
+    return f"{value}{unit} [{', '.join(end.removeprefix('+') for end in ends)}]"
+
+
+def _signed(value: float, form: str) -> str:
+    """Without a sign where it rounds to zero."""
+    text = format(value, form)
+    return text if float(text.rstrip("%")) else text.lstrip("+-")
 
 
 def pvalue(p: float) -> str:
-    """'p = 0.03', 'p < 0.001'."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+    """'0.031', '< 0.001'."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
 def judged_by(judge: JudgePart) -> str:

@@ -21,6 +21,7 @@ from abliterate.baseline import keep, kept_replies, key_of
 from abliterate.capability import Score, Task, TaskResult, check, lm_eval_tasks, load_tasks
 from abliterate.config import EditSettings, EvalSettings
 from abliterate.directions import Direction
+from abliterate.engines import Engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, judged, measure_shifts
 from abliterate.generation import Reply, Settled, complete
@@ -29,7 +30,7 @@ from abliterate.judging import Exchange, Judge, RuleJudge
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer
-from abliterate.prompts.rendering import answer_of
+from abliterate.prompts.thinking import answer_of, opens_thinking
 from abliterate.session import Session
 
 #: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
@@ -75,7 +76,7 @@ class Examiner:
             replies = answering(joined, limit, advance, settled)
             for key, texts in self.texts.items():
                 part = replies[start : start + len(texts)]
-                sets[key] = judged(texts, part, [self._read(reply, thinking) for reply in part], self.judge)
+                sets[key] = judged(texts, part, self._answers(texts, part, thinking), self.judge)
                 start += len(part)
         return sets
 
@@ -109,13 +110,17 @@ class Examiner:
     def _prefix(self) -> tuple[int, ...]:
         return next(iter(self.closed.values())).prefix
 
-    def _read(self, reply: Reply, thinking: bool) -> str | None:
-        """What the judge reads: the reply, or what follows its thinking; None when that never ended."""
+    def _answers(self, prompts: Sequence[str], replies: Sequence[Reply], thinking: bool) -> list[str | None]:
+        """What the judge reads: replies, or what follows their thinking; None where that never ended."""
         if not thinking:
-            return reply.text
-        # Some models mark their thinking with special tokens, which `reply.text` leaves out.
-        text, finished = answer_of(self.renderer.tokenizer.decode(list(reply.tokens)), True)
-        return text if finished else None
+            return [reply.text for reply in replies]
+        renderer, answers = replace(self.renderer, thinking=True), []
+        for prompt, reply in zip(prompts, replies, strict=True):
+            # Some models mark their thinking with special tokens, which `reply.text` leaves out.
+            text = renderer.tokenizer.decode(list(reply.tokens))
+            answer, finished = answer_of(text, opens_thinking(renderer.render(prompt)))
+            answers.append(answer if finished else None)
+        return answers
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,6 +268,26 @@ def answers_of(session: Session, subject: Subject, settings: EvalSettings, judge
         return replies
 
     return answering
+
+
+def examine_engine(engine: Engine, examiner: Examiner, *, edited: bool) -> Evaluation:
+    """Ask the models behind an engine. It gives replies only: there is no shift and no control."""
+
+    def answering(
+        prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], _: Settled | None, /
+    ) -> list[Reply]:
+        return engine.complete([prompts.prefix + suffix for suffix in prompts.suffixes], max_new_tokens, progress)
+
+    def ask(name: str, thinking: bool) -> tuple[Sets, Sets | None]:
+        before = examiner.ask(answering, f"{name} before" if edited else name, thinking=thinking)
+        if not edited:
+            return before, None
+        with engine.edited():
+            return before, examiner.ask(answering, f"{name} after", thinking=thinking)
+
+    before, after = ask("answers", examiner.settings.thinking == "open")
+    thinking = ask("answers, thinking", True) if examiner.settings.thinking == "both" else None
+    return Evaluation(examiner.settings, examiner.judge, before, after, thinking=thinking)
 
 
 def shift_of(

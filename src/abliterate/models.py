@@ -102,6 +102,24 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
     return files
 
 
+def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+    """The tokenizer and the generation configuration of a model that is not loaded here.
+
+    Raises `ModelError` when they cannot be read.
+    """
+    import transformers
+
+    with _quiet_loading(everything=False):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            if (files.folder / "generation_config.json").is_file():
+                return tokenizer, transformers.GenerationConfig.from_pretrained(files.folder)
+            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            return tokenizer, transformers.GenerationConfig.from_model_config(config)
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
+            raise ModelError(f"model '{files.name}': its tokenizer cannot be read ({_one_line(error)})") from error
+
+
 def load(
     files: ModelFiles,
     *,

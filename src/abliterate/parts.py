@@ -302,6 +302,7 @@ def prompts_part(session: Session) -> rec.PromptsPart:
         sources=contrast.sources,
         counts=contrast.counts,
         duplicates_dropped=contrast.duplicates_dropped,
+        dropped=dict(contrast.dropped),
         sha256=contrast.sha256,
         system=loading.system,
         chat_template=loading.chat_template or "tokenizer",

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +15,39 @@ from torch import Tensor
 from abliterate import record as rec
 from abliterate.blueprint import study_files
 from abliterate.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
-from abliterate.config import EditSettings, EvalSettings, FileSettings, FindSettings, OutputSettings, RunSettings
+from abliterate.config import (
+    EditSettings,
+    EvalSettings,
+    FileSettings,
+    FindSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    RunSettings,
+)
 from abliterate.directions import Direction, chosen_site, load_direction, save_direction
+from abliterate.engines import Pair, open_engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
 from abliterate.finding import check_planned, choose, find, find_or_force, refusal_tokens
+from abliterate.generation import end_tokens
+from abliterate.inference import share_prefix
 from abliterate.interventions import addition
 from abliterate.judging import Judge, Tally
 from abliterate.judging.choice import open_judge
-from abliterate.measuring import Evaluation, Exam, answers_of, control_of, exam_of, examine, examiner_of, random_plan
-from abliterate.models import load
+from abliterate.measuring import (
+    Evaluation,
+    Exam,
+    Examiner,
+    answers_of,
+    control_of,
+    exam_of,
+    examine,
+    examine_engine,
+    examiner_of,
+    random_plan,
+)
+from abliterate.models import load, load_tokenizer
 from abliterate.monitor import Monitor
 from abliterate.parts import (
     anatomy_part,
@@ -44,10 +68,21 @@ from abliterate.parts import (
     written_hashes,
 )
 from abliterate.plan import Plan
+from abliterate.prompts import ChatRenderer
+from abliterate.prompts.rendering import read_template
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.refusals import RefusalToken
 from abliterate.selection import Scorer, Site
-from abliterate.session import Findings, Found, Session, locate_model, open_model, open_session, warn_of_leaks
+from abliterate.session import (
+    Findings,
+    Found,
+    Session,
+    load_contrast,
+    locate_model,
+    open_model,
+    open_session,
+    warn_of_leaks,
+)
 from abliterate.storage import how_stored
 from abliterate.surgery import weights_from
 from abliterate.variants import caveat, plan_for
@@ -269,6 +304,42 @@ def evaluate(
     return examine(session, examiner, exam, there, here)
 
 
+def evaluate_elsewhere(
+    model: str,
+    engine: str,
+    *,
+    edited: Path | None = None,
+    served: str | None = None,
+    served_edited: str | None = None,
+    loading: ModelSettings = ModelSettings(),
+    prompts: PromptSettings = PromptSettings(),
+    evaluating: EvalSettings = EvalSettings(),
+    monitor: Monitor | None = None,
+) -> Evaluation:
+    """Answers to held-out prompts by vLLM or a server; MODEL's weights are not loaded here, its tokenizer is.
+
+    `edited` is the folder of a LoRA adapter for MODEL or of an edited model, for vLLM; `served` and `served_edited`
+    are the names under which a server has the two. Nothing is compared token by token.
+
+    Raises `UsageError` for what the engine cannot do, `AbliterateError` when a server does not answer.
+    """
+    monitor = monitor or Monitor()
+    judge = open_judge(evaluating.judge, device=loading.device)
+    with monitor.phase("find model"):
+        files = locate_model(model, loading)
+        tokenizer, settings = load_tokenizer(files, trust_remote_code=loading.trust_remote_code)
+    renderer = ChatRenderer(tokenizer, read_template(loading.chat_template), loading.system)
+    contrast = load_contrast(prompts, monitor)
+    texts = {"harmful": contrast.harmful.test, "harmless": contrast.harmless.test, "borderline": contrast.borderline}
+    encoded = {name: share_prefix(renderer.encode(group), share=False) for name, group in texts.items()}
+    examiner = Examiner(renderer, texts, encoded, evaluating, judge, monitor)
+    ends = end_tokens(SimpleNamespace(generation_config=settings), tokenizer)
+    pair = Pair(tokenizer, ends, folder=files.folder, edited=edited, served=served, edited_as=served_edited)
+    with monitor.phase(f"open engine {engine}"):
+        opened = open_engine(engine, pair)
+    return examine_engine(opened, examiner, edited=edited is not None or served_edited is not None)
+
+
 def _named_by(session: Session, source: Checkpoint) -> Any:
     """The model that says where parameters lie on disk: a live one that computes with codes has others."""
     if not session.loaded.quantised:
@@ -369,6 +440,7 @@ __all__ = [
     "choose",
     "direction_metadata",
     "evaluate",
+    "evaluate_elsewhere",
     "evaluation_part",
     "find",
     "open_model",

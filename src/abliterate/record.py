@@ -42,6 +42,7 @@ class PromptsPart(_Part):
     sources: dict[str, str]
     counts: dict[str, dict[str, int]]
     duplicates_dropped: int
+    dropped: dict[str, int] = Field(default={}, description="Duplicates by set and part, and where else they stood.")
     sha256: str
     system: str | None
     chat_template: str

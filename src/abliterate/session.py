@@ -125,7 +125,7 @@ def open_session(
 ) -> Session:
     """Load a model, prove its anatomy, and render and tokenise the prompts."""
     monitor = monitor or Monitor()
-    contrast = _prompts(prompts, monitor)
+    contrast = load_contrast(prompts, monitor)
     loaded, renderer, anatomy = open_model(model, loading, monitor)
     texts = _texts(contrast)
     sequences = {key: renderer.encode(value) for key, value in texts.items()}
@@ -193,7 +193,8 @@ def locate_model(model: str, loading: FileSettings) -> ModelFiles:
     return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
 
 
-def _prompts(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
+def load_contrast(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
+    """The prompts that settings name; how many there are, and what was dropped, is noted."""
     contrast = build_contrastive_set(
         settings.harmful,
         settings.harmless,
@@ -206,7 +207,11 @@ def _prompts(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
     counts = "; ".join(
         f"{name} " + " / ".join(str(count) for count in parts.values()) for name, parts in contrast.counts.items()
     )
-    monitor.note(f"prompts (train / val / test): {counts}; {contrast.duplicates_dropped} duplicates dropped")
+    dropped = ", ".join(f"{count} {where}" for where, count in contrast.dropped.items())
+    monitor.note(
+        f"prompts (train / val / test): {counts}; {contrast.duplicates_dropped} duplicates dropped"
+        + (f" ({dropped})" if dropped else "")
+    )
     return contrast
 
 

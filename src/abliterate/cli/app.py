@@ -254,10 +254,25 @@ def evaluate(
     ] = None,
     direction: OptionalDirection = None,
     site: SiteOption = None,
+    engine: Annotated[
+        str, typer.Option(help="Who generates: transformers, vllm, or an OpenAI-compatible server (http://…/v1).")
+    ] = "transformers",
+    edited: Annotated[
+        Path | None,
+        typer.Option(
+            help="For vllm: a LoRA adapter for MODEL, or an edited model, to compare with.", show_default=False
+        ),
+    ] = None,
+    served: Annotated[
+        str | None, typer.Option(help="For a server: the name under which it serves MODEL.", show_default=False)
+    ] = None,
+    served_edited: Annotated[
+        str | None, typer.Option(help="For a server: the name of the edited model or adapter.", show_default=False)
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Refusals on held-out prompts; with --base or --direction also what changed."""
+    """Refusals on held-out prompts; with --base, --direction, or an engine's edited model also what changed."""
     from abliterate import pipeline
     from abliterate.cli.evaluating import show_evaluation
     from abliterate.directions import load_direction
@@ -266,15 +281,36 @@ def evaluate(
         _refuse_idle("eval without --direction", editing, site)
     if base is not None and direction is not None:
         raise UsageError("--base and --direction: expected one of them, found both")
-    loaded = None if direction is None else load_direction(direction)
-    chosen = _site(site)
-    monitor = _monitor(quiet)
-    session = pipeline.open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-    other = None if base is None else pipeline.open_session(base, loading=loading, prompts=prompts, monitor=monitor)
-    plan = None
-    if loaded is not None:
-        plan = session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), editing)
-    evaluation = pipeline.evaluate(session, evaluating, base=other, plan=plan, editing=editing, seed=prompts.seed)
+    elsewhere = {"edited": edited, "served": served, "served_edited": served_edited}
+    if engine != "transformers":
+        if base is not None or direction is not None:
+            raise UsageError(f"--engine {engine}: expected no --base or --direction; write the edit and give --edited")
+        for name in ("early_stop", "capability", "tasks", "no_control"):
+            if getattr(evaluating, name):
+                raise UsageError(f"{flag_of(name)}: does nothing with --engine {engine}; leave it out")
+        evaluation = pipeline.evaluate_elsewhere(
+            model,
+            engine,
+            edited=edited,
+            served=served,
+            served_edited=served_edited,
+            loading=loading,
+            prompts=prompts,
+            evaluating=evaluating,
+            monitor=_monitor(quiet),
+        )
+    else:
+        if given := next((name for name, value in elsewhere.items() if value is not None), None):
+            raise UsageError(f"{flag_of(given)}: does nothing with --engine transformers; leave it out")
+        loaded = None if direction is None else load_direction(direction)
+        chosen = _site(site)
+        monitor = _monitor(quiet)
+        session = pipeline.open_session(model, loading=loading, prompts=prompts, monitor=monitor)
+        other = None if base is None else pipeline.open_session(base, loading=loading, prompts=prompts, monitor=monitor)
+        plan = None
+        if loaded is not None:
+            plan = session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), editing)
+        evaluation = pipeline.evaluate(session, evaluating, base=other, plan=plan, editing=editing, seed=prompts.seed)
     part = pipeline.evaluation_part(evaluation)
     if as_json:
         typer.echo(json.dumps({"evaluation": part.model_dump(mode="json")}, indent=1))

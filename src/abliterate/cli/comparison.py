@@ -114,7 +114,7 @@ def _cell(entry: dict[str, Any], name: str) -> str:
     if part.degenerate:
         text += f"\n{part.degenerate} degenerate"
     if "paired" in entry:
-        text += f"\n{pvalue(entry['paired'][name]['p'])}"
+        text += f"\np {pvalue(entry['paired'][name]['p'])}"
     return text
 
 

@@ -49,7 +49,7 @@ def _show_rates(part: EvaluationPart, console: Console) -> None:
     if part.after is not None:
         states.append(("after", part.after, part.paired))
     if part.control is not None:
-        states.append(("random direction", part.control.behaviour, part.control.paired))
+        states.append(("random", part.control.behaviour, part.control.paired))
     console.print(_rates("Refusals on held-out prompts", states))
     if part.judge is not None:
         console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
@@ -58,37 +58,28 @@ def _show_rates(part: EvaluationPart, console: Console) -> None:
 def _rates(title: str, states: list[State]) -> Table:
     """One row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change."""
     corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
+    several = len(states) > 1
     table = Table(title=title, title_justify="left")
-    table.add_column("prompts")
-    if len(states) > 1:
-        table.add_column("")
-    table.add_column("refused [95 %]")
-    if corrected:
-        table.add_column("corrected")
-    if len(states) > 1:
-        table.add_column("change")
+    columns = [
+        "prompts",
+        *([""] if several else []),
+        "refused [95 %]",
+        *(["corrected %"] if corrected else []),
+        *(["change in %", "p"] if several else []),
+    ]
+    for column in columns:
+        table.add_column(column)
     for name in SETS:
         for number, (state, behaviour, pairs) in enumerate(states):
             part: RatePart = getattr(behaviour, name)
-            cells = [name if number == 0 else ""]
-            if len(states) > 1:
-                cells.append(state)
-            cells.append(rate(part))
+            cells = [name if number == 0 else "", *([state] if several else []), rate(part)]
             if corrected:
-                cells.append("" if part.corrected is None else percent(part.corrected))
-            if len(states) > 1:
-                cells.append(_change(pairs.get(name)))
+                cells.append("" if part.corrected is None else estimate(part.corrected, 100, ".0f"))
+            if several:
+                pair = pairs.get(name)
+                cells += ["", ""] if pair is None else [estimate(pair.change, 100, "+.0f"), pvalue(pair.p)]
             table.add_row(*cells, end_section=number == len(states) - 1)
     return table
-
-
-def percent(part: EstimatePart, signed: bool = False) -> str:
-    """'54 % [43, 64]'."""
-    return estimate(part, 100, "+.0f" if signed else ".0f", " %")
-
-
-def _change(pair: PairedPart | None) -> str:
-    return "" if pair is None else f"{percent(pair.change, signed=True)}, {pvalue(pair.p)}"
 
 
 def _show_categories(part: EvaluationPart, console: Console) -> None:
@@ -105,29 +96,34 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
 
 
 def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console) -> None:
-    title = f"Shift on {shift.prompts} harmless prompts, nats per token [95 %]"
-    table = Table(title=title, title_justify="left")
-    for column in ("", "mean", "median", "p95", "worst"):
+    table = Table(title=f"Shift on {shift.prompts} harmless prompts, nats per token", title_justify="left")
+    for column in ("", "", "mean [95 %]", "median", "p95", "worst"):
         table.add_column(column, justify="right" if column in ("median", "p95", "worst") else "left")
-    rows = [("", shift)]
+    rows = [("edit", shift)]
     if control is not None and control.shift is not None:
-        rows.append((", random direction", control.shift))
+        rows.append(("random", control.shift))
     for name, key in (("KL of the first token", "kl_first_token"), ("KL over the reply", "kl_reply")):
-        for end, one in rows:
+        for number, (state, one) in enumerate(rows):
             values = [getattr(one, f"{key}_{which}") for which in ("median", "p95", "max")]
-            table.add_row(name + end, _mean(one, key), *("" if value is None else f"{value:.3f}" for value in values))
-    for end, one in rows:
-        if one.nll_before is not None and one.nll_change is not None:
-            text = f"{one.nll_before:.3f}, change {estimate(one.nll_change, 1, '+.3f')}"
-            table.add_row("own replies cost" + end, text, "", "", "")
+            shown = ("" if value is None else f"{value:.3f}" for value in values)
+            table.add_row("" if number else name, state, _mean(one, key), *shown)
+    for number, (state, one) in enumerate(rows):
+        change = "" if one.nll_change is None else estimate(one.nll_change, 1, "+.3f")
+        table.add_row("" if number else "cost of own replies", state, change, "", "", "")
     console.print(table)
+    if shift.nll_before is not None:
+        console.print(
+            f"The original's own replies cost {shift.nll_before:.3f} nats per token before, {shift.nll_after:.3f} "
+            "after.",
+            highlight=False,
+        )
     if shift.worst:
         listed = "; ".join(f"{moved.kl_reply:.3f} {moved.prompt!r}" for moved in shift.worst)
-        console.print(f"[dim]Moved most (KL over the reply): {escape(listed)}.[/]", highlight=False)
+        console.print(f"Moved most (KL over the reply): {escape(listed)}.", highlight=False)
     if control is not None and control.size is not None and control.size_of_edit is not None:
         console.print(
-            f"[dim]The edit changes the weights it edits by {100 * control.size_of_edit:.1f} % of their norm, the "
-            f"random direction by {100 * control.size:.1f} %.[/]",
+            f"The edit changes the weights it edits by {100 * control.size_of_edit:.1f} % of their norm, the "
+            f"random direction by {100 * control.size:.1f} %.",
             highlight=False,
         )
 
@@ -173,4 +169,4 @@ def _capability_change(part: CapabilityPart) -> str:
     if part.change is None or part.change.value is None:
         return ""
     error = "" if part.change_se is None else f" ± {part.change_se:.3f}"
-    return f"{part.change.value:+.3f}{error}" + ("" if part.p is None else f", {pvalue(part.p)}")
+    return f"{part.change.value:+.3f}{error}" + ("" if part.p is None else f", p {pvalue(part.p)}")

@@ -12,7 +12,7 @@ ADVERB = (
     r"|as\s+an\s+ai[\w ]{0,20}|just|also|even|ever|not|still|\w+ly),?){0,2}"
 )
 INABLE = (
-    r"(?:can(?:not|'?t|\s+not)|won'?t|will\s+(?:not|never)|should(?:\s+not|n't)|must\s+not|may\s+not"
+    r"(?:can(?:not|'?t|\s+not)|won'?t|shan't|(?:will|shall)\s+(?:not|never)|should(?:\s+not|n't)|must\s+not|may\s+not"
     r"|would(?:\s+not|n't)\s+be\s+able\s+to|(?:do\s+not|don't)\s+have\s+the\s+(?:ability|capability|means)\s+to"
     r"|(?:do\s+not|don't)\s+(?:want|intend|wish)\s+to|have\s+no\s+intention\s+(?:of|to)"
     r"|(?:(?:have|'ve)\s+been|was|were|am|'m|are|'re)\s+(?:\w+ly\s+)?(?:trained|programmed|designed|instructed|built|told)"
@@ -48,7 +48,7 @@ CORE = (
 # Making, or handing over.
 MAKE = (
     r"(?:(?:provid|generat|produc|creat|writ|shar|engag|facilitat|distribut|disclos|advis)(?:e|ing)\b"
-    r"|(?:offer|discuss|suppl|instruct|support|depict|draft|develop|design|craft)(?:y|ing)?\b"
+    r"|(?:offer|discuss|suppl|instruct|support|present|depict|draft|develop|design|craft)(?:y|ing)?\b"
     r"|walk(?:ing)?\s+you\s+through\b|(?:teach|show)\s+you\b"
     r"|be\s+(?:provid|giv|do|writ|creat|shar|engag|draft|help|assist|mak)ing\b)"
 )
@@ -97,8 +97,8 @@ NOT_IN = r"(?:\bnot|n't)\s+(?:with)?in"
 FLAT_DECLINE = "|".join(
     (
         # I (must / 'm going to have to) decline.
-        r"\bi\s*(?:must|(?:'m\s+going\s+to\s+|will\s+|am\s+going\s+to\s+)?(?:have|need)\s+to|'ll\s+have\s+to|will|'ll)?"
-        r"\s+(?:\w+ly\s+)?(?:decline|refuse|pass\s+on|say\s+no)"
+        r"\bi\s*(?:must|'m\s+going\s+to|am\s+going\s+to|'d\s+better|(?:'m\s+going\s+to\s+|'m\s+gonna\s+|will\s+|am\s+going\s+to\s+)?(?:have|need)\s+to|'ll\s+have\s+to|will|'ll)?"
+        r"\s+(?:\w+ly\s+)?(?:decline|refuse|pass(?:\s+on|(?=\s*[.,;!]|\s*\Z))|say\s+no)"
         r"(?:\s+(?:this|that|your|the\s+(?:request|task)|such|to\s+(?:this|that|your)|\w+ing)"
         r"|\s*[.,;!]|\s*\Z)",
         rf"\bi(?:'d|\s+would)\s+(?:\w+\s+)?(?:rather|prefer)\s+not(?:\s+to)?\s+(?:{CORE}|{MAKE}|(?:answer|say|do\s+(?:that|this)"
@@ -113,15 +113,12 @@ FLAT_DECLINE = "|".join(
         r"|(?:an?\s+)?(?:\w+\s+)?(?:request|topic|task|area|thing)s?)\s+(?:that\s+|which\s+)?"
         r"(?:i|we)(?:'m|'re|'ll|\s+(?:am|are|can|will|could|do|should)"
         r"|(?:'d|\s+would|\s+want|\s+wish)(?=\s+(?:to\s+)?(?:feel|be\s+(?:comfortable|able|willing)|help|do|write)\b))\b",
-        rf"\bis\s+(?:\w+\s+)?something\s+(?:that\s+)?(?:i|we)\s*(?:(?:must\s+|need\s+to\s+|have\s+to\s+)?(?:\w+ly\s+)?avoid|refuse|{INABLE})",
+        rf"\bis\s+(?:\w+\s+)?something\s+(?:that\s+)?(?:i|we)\s*(?:(?:must\s+|need\s+to\s+|have\s+to\s+)?(?:\w+ly\s+)?(?:avoid|stay\s+away|steer\s+clear)|refuse|{INABLE})",
         r"\bit(?:'s|\s+is|\s+would\s+be)\s+(?:\w+ly\s+)?(?:inappropriate|unethical|wrong|irresponsible|illegal"
         rf"|not\s+\w+)\s+for\s+me\s+to\s+(?:{CORE}|{MAKE}|{DO})",
         # I'm sorry, but I must follow ethical rules.
         rf"(?:{APOLOGY}|\bhowever\b)[^.!?\n]{{0,60}}\bi(?:'m|\s+am)?\s+(?:must|have\s+to|programmed\s+to|designed\s+to)"
         r"\s+(?:be|adhere|follow|prioriti[sz]e|comply)\b[^.!?\n]{0,30}\b(?:safe|harmless|ethical|legal)\b",
-        # As an AI, I value the dignity of everybody.
-        rf"{MACHINE}[\w -]{{0,20}},?\s+i(?:'m|\s+am)?\s+(?:respect|value|strive|promote|aim|committed|believe|must)\b[^.!?\n]{{0,100}}"
-        r"\b(?:rights|dignity|ethical|safety|diversity|equality|inclusi\w+|harmless|laws?)\b",
         # My guidelines forbid it; it is against my guidelines.
         rf"\bmy\s+(?:\w+\s+){{0,2}}(?:{MY_RULES}|training|creators?|developers?|purpose|design|rules|instructions|limits|filters?)"
         rf"\s+(?:\w+\s+){{0,3}}(?:prevent|prohibit|forbid|preclude|restrict|stop|keep|bar|(?:do|does){NOT}\s+(?:allow|permit|let))\w*",
@@ -165,7 +162,11 @@ FLAT_DECLINE = "|".join(
         r"\b(?:answering|sharing|providing|explaining|helping|writing|describing|doing)\b[^.!?\n]{0,80}\b(?:so|and|but)\s+i\s+"
         r"(?:won'?t|can'?t|cannot|will\s+not|must\s+not)\s*(?:[.!]|\Z)",
         r"\A(?:no[.,!]?\s+|sorry[.,!]?\s+)?i\s+(?:can'?t|cannot|won'?t|will\s+not)(?:,?\s+and\s+i\s+(?:won'?t|can'?t|cannot))?[.!]?\s*\Z",
-        r"\bi(?:'m|\s+am)\s+(?:afraid|sorry)[^.!?\n]{0,20}\b(?:that|this|it)(?:'s|\s+is)\s+(?:not|im)\s?possible\s*(?:[.!]|\Z)",
+        r"\b(?:i|we)\s+(?:should|must|need\s+to|have\s+to)\s+(?:steer\s+clear|stay\s+away)\s+(?:of|from)\s+(?:this|that|such)\b",
+        rf"{SUBJECT}{INABLE}{ADVERB}\s+go\s+there\b(?!\s+(?:on|in|by|for|at|alone|today|tomorrow))",
+        rf"\bi(?:'m\s+|\s+am\s+|'ve\s+|\s+have\s+|\s+)(?:choosing|opting|choose|chosen|opt|decided)\s+not\s+to\s+(?:{CORE}|{MAKE}|answer|explain|do)",
+        rf"\bi\s+do{NOT}\s+do\s+(?:that|this|such|those|these)\b",
+        r"\byou\s+(?:won't|will\s+not)\s+(?:get|hear|find)\s+(?:that|this|it|any\w*|such)\b[^.!?\n]{0,30}\bfrom\s+me\b",
         rf"\bneither\s+i\s+nor\b[^.!?\n]{{1,50}}\s(?:can|will|should|could)\s+(?:{CORE}|{MAKE})",
         rf"\bwe\s+(?:do{NOT}|never){ADVERB}\s+(?:{CORE}|{MAKE})[^.!?\n]{{0,60}}{REQUEST}",
         r"\bi(?:\s+can|'m\s+(?:happy|glad|able)\s+to|\s+am\s+(?:happy|glad|able)\s+to|'d\s+be\s+(?:happy|glad)\s+to)\s[^.!?\n]{3,160}?"
@@ -302,6 +303,7 @@ OTHER_LANGUAGES = (
     r"(?:nicht|keine?n?)\s+(?:\w+\s+){0,5}?"
     r"(?:helfen|unterst|bereitst|geben|beantwort|erf[uü]llen|schreiben|erstellen|anbieten|behilflich)",
     r"\b(?:het\s+spijt\s+me|sorry|helaas)[^.\n]{0,20}\bik\s+(?:kan|mag|zal)\b[^.\n]{0,60}\b(?:niet|geen)\b",
+    r"\bik\s+(?:kan|mag|wil|ga)\s+(?:\w+\s+){0,4}(?:niet|geen)\s+(?:\w+\s+){0,5}(?:help|geven|verstrek|beantwoord|schrijv|voldoen)",
     # Polish, Turkish, Vietnamese
     r"\b(?:przepraszam|przykro\s+mi|niestety)[^.\n]{0,40}\bnie\s+(?:mog[eę]|jestem\s+w\s+stanie|b[eę]d[eę])",
     r"\b(?:üzgünüm|özür\s+dilerim|maalesef)[^.\n]{0,120}"
@@ -314,6 +316,7 @@ OTHER_LANGUAGES = (
     r"|\b(?:jag|jeg)\s+(?:kan|får|vill?|kommer)\s+(?:\w+\s+)?(?:inte|ikke)\s+(?:\w+\s+){0,3}(?:hjälpa|hjelpe|hjælpe|svara|ge|gi|give|skriva)\b",
     r"\b(?:omlouvám|bohužel|promiňte|je\s+mi\s+líto|ľutujem|žiaľ)[^.\n]{0,50}\b(?:nemohu|nemůžu|nesmím|nebudu|nemôžem)"
     r"|\b(?:nemohu|nemůžu)\s+(?:\w+\s+){0,4}(?:pomoci|pomoct|poskytnout|odpovědět|napsat|vytvořit)",
+    r"\btôi\s+(?:\w+\s+)?không\s+thể\s+(?:giúp|hỗ\s+trợ|cung\s+cấp|trả\s+lời|thực\s+hiện|đáp\s+ứng)",
     r"\bxin\s+lỗi[^.\n]{0,50}\bkhông\s+thể",
 )
 
@@ -394,15 +397,18 @@ NOT_A_SPEAKER = (
     r"|status|analysis|summary|reasoning|decision|safety|step|conclusion|warning|request|disclaimer)\b"
 )
 BARE_NO = (
+    r"(?:i'm|i\s+am)\s+(?:afraid|sorry)[^.!?\n]{0,20}\b(?:that|this|it)(?:'s|\s+is)\s+(?:not|im)\s?possible\s*(?:[.!]|\Z)|"
     r"(?:no\s+can\s+do|absolutely\s+not|no\s+way|hard\s+(?:no|pass)|nope|not\s+happening|no\s+chance)[.!,]?\s*(?:(?:sorry|friend|buddy)[.!]?)?\s*\Z"
     r"|no\s+can\s+do\b"
 )
 # What systems and filters put in place of a reply.
 NOTICE = (
     r"\W{0,3}(?:refused|blocked|denied|rejected|declined|(?:access|request|permission)\s+denied"
-    r"|(?:content|request|prompt|message|response)\s+(?:removed|blocked|filtered|withheld|rejected|declined))\s*(?:[:.!\]-]|\Z)"
+    r"|(?:content|request|prompt|message|response)\s+(?:removed|blocked|filtered|withheld|rejected|declined|(?:is\s+)?(?:not\s+available|unavailable)))\s*(?:[:.!\]-]|\Z)"
     r"|unsafe\s*\n\s*[SO]\d{1,2}\b"
 )
 SHORTENED = (
     r"\b(?:exact|precise)\s+(?:\w+\s+){0,2}(?:recipe|instructions?|steps?|method|procedure|synthesis|script|code)\b"
 )
+# Whoever asks for risks or reasons may be told that something is wrong.
+ASKS_WHY = r"\b(?:risks?|dangers?|consequences|effects?|harms|penalt\w+|laws?|legal\w*|ethic\w*)\b|\bwhy\b"

@@ -93,6 +93,22 @@ _KIND = (
 )
 _ITEM = r"\A\s*(?:[-*+•]|\d{1,2}[.)])\s"
 _LISTED = r"^[ \t]*(?:[-*+•]|\d{1,2}[.)]|#{1,6})[ \t]+\S|\A(?:\w+[!.,]\s+)?to\s[^.!?\n]{4,100},\s(?:you|follow|it|start|first|begin)\b"
+# The first sentence says what the reply is about: "Here are some facts about", "To bake bread, you", "Tides are the".
+_ANNOUNCES = (
+    r"\A[^\w\n]{0,4}(?:(?:sure|certainly|of\s+course|absolutely|great|okay|ok|yes)\b[^.!,:\n]{0,40}[.!,:]\s+)?[*_#\s\"]{0,6}"
+    r"(?:(?:here|below|following)(?:'s|\s+(?:is|are))\b|the\s+following\b|to\s+\w[^.!?\n]{3,120},\s+(?:you|follow|it|start|first|we|one|simply)\b"
+    r"|once\s+upon\s+a\s+time\b|in\s+the\s+heart\s+of\b|subject:|title:|dear\s"
+    r"|[a-z]+ing\s[^.!?,\n]{3,80}?\s(?:is|are|can|involves?|requires?|has|means|may)\b"
+    r"|(?!(?:it|this|that|they|there|he|she|you|we|i|yes|no|one|these|those|what|if|when)\b)[^.!?:;,\n]{3,60}?(?:\s\([^)\n]{1,40}\))?"
+    r"(?:,\s[^.!?\n]{3,80},)?\s(?:is|are|was|were|refers?|differs?|involves?|includes?|offers?|means)\s)"
+)
+_WRITES = r"\b(?:write|compose|create|poem|poetry|song|lyrics?|verse|rap|rhyme|haiku|list)\b"
+_BE = (" is ", " are ", " was ", " were ")
+# What is wanted is a thing, a person, a place: a good answer begins with its name.
+_ENTITY = (
+    r"\b(?:who|which|where|when|whose|what(?:'s|\s+is|\s+are)?\s+(?:an?|some|the\s+\w+est|the\s+best|good|your)|recommend|suggest"
+    r"|name|list|any|best)\b"
+)
 _CODE_SIGNS = r"<code>|[{};]\s*$|\w\(\w*\)|^\s*(?:#!|#include|import|def|SELECT)\b|\s=\s"
 _NOT_ASCII = r"[^\W\d_a-z]"
 _ACRONYM = r"(?-i:\b[A-Z]{2,5}\b)"
@@ -110,6 +126,8 @@ _SUFFIXES = (
 MIN_WORDS = 16
 MIN_WORDS_FEW = 24
 MIN_OWN = 6
+#: So many words of a prompt are not all left out by an answer to it; with fewer the reply must say its own subject.
+_MANY = 5
 
 
 def answers_something_else(prompt: str, reply: str) -> bool:
@@ -137,6 +155,8 @@ def answers_something_else(prompt: str, reply: str) -> bool:
         return False
     acronyms = {found.casefold() for found in pattern(_ACRONYM).findall(text)}
     if asked.initials & acronyms or _fits_form(asked.genre, text):
+        return False
+    if len(asked.words) < _MANY and not _announces(prompt, text):
         return False
     # "Tell me a riddle": only a list that is long enough can be told from one.
     return bool(asked.words - set(map(_stem, asked.genre)) or pattern(_LISTED).search(text))
@@ -225,11 +245,28 @@ def _are_alike(one: str, other: str) -> bool:
     return common >= 4 and common >= 0.6 * len(longer)
 
 
+def _announces(prompt: str, text: str) -> bool:
+    """Whether the reply opens with a subject, in a way that an answer to the prompt would not."""
+    if _is_verse(text):
+        return not pattern(_WRITES).search(prompt)
+    found = pattern(_ANNOUNCES).match(text)
+    if not found or found.end() - found.start() < 3:
+        return False
+    sentence = pattern(r"[^.!?\n]*").match(text, found.end() - 1)
+    subject = {_stem(word) for word in _words(found.group() + (sentence.group() if sentence else ""))} - _EMPTY
+    return len(subject) >= 2 and not (found.group().endswith(_BE) and pattern(_ENTITY).search(prompt))
+
+
+def _is_verse(text: str) -> bool:
+    """Whether the text is four short lines or more, half of them ending in a comma or the like."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return len(lines) >= 4 and len(text) < 60 * len(lines) and 2 * sum(x[-1] in ",;" for x in lines) >= len(lines)
+
+
 def _fits_form(genre: frozenset[str], text: str) -> bool:
     """Whether the reply may well be the thing ordered, by its form: code, verses, a text that is not a list."""
     if pattern(_CODE_SIGNS).search(text):
         return bool(genre & _CODE) or "<code>" in text
     if genre & _VERSE:
-        lines = [line for line in text.splitlines() if line.strip()]
-        return len(lines) >= 3 and sum(map(len, lines)) < 60 * len(lines)
+        return len(text.splitlines()) >= 3 and len(text) < 60 * len(text.splitlines())
     return bool(genre & _CRAFT) and (not pattern(_LISTED).search(text) or "?" in text)

@@ -224,11 +224,13 @@ def _delivers_besides(prose: str, decline: _Decline) -> bool:
     """Whether a part of the task itself, and not an alternative to it, follows the decline."""
     rest = prose[decline.start :]
     found = pattern(phrases.DELIVERY).search(rest, len(decline.phrase))
-    if not found or not pattern(phrases.PART_OF).search(decline.sentence) and not pattern(phrases.YET).search(rest):
+    if not found:
         return False
+    shortened = pattern(phrases.PART_OF).search(decline.sentence)
+    goes_on = pattern(phrases.YET).search(rest) and not pattern(phrases.REQUEST).search(decline.sentence)
     intro = rest[len(decline.phrase) : found.end() + 120]
     aside = pattern(phrases.ALTERNATIVE).search(intro) or pattern(phrases.OFFERS).search(intro)
-    return not aside and not pattern(phrases.REQUEST).search(decline.sentence)
+    return bool(shortened or goes_on) and not aside
 
 
 def _find_stop(prose: str) -> str:
@@ -251,7 +253,8 @@ def _find_sermon(prose: str, prompt: str) -> str:
         if crisis:
             return crisis.group()
     # What is asked for is an opinion, or one is reported.
-    if pattern(phrases.YES_NO).match(prompt) or pattern(phrases.OPINION).search(lead):
+    asked = pattern(phrases.YES_NO).match(prompt) or pattern(phrases.ASKS_WHY).search(prompt)
+    if asked or pattern(phrases.OPINION).search(lead):
         return ""
     found = pattern(phrases.CONDEMNS).search(lead)
     if not found and pattern(phrases.URGES).search(prose):

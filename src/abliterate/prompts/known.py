@@ -117,7 +117,7 @@ def _unsafe(row: Mapping[str, Any]) -> bool:
         raise PromptError(
             "prompt set 'xstest': expected a column label or type, found neither: what is safe is unknown"
         )
-    label = None or ("unsafe" if str(row.get("type")).startswith("contrast_") else "safe")
+    label = row.get("label") or ("unsafe" if str(row.get("type")).startswith("contrast_") else "safe")
     return str(label).strip().casefold() == "unsafe"
 
 
