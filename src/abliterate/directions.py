@@ -106,6 +106,18 @@ class Direction:
     reader: Float[Tensor, "k d"] | None = None
     mean: Float[Tensor, " d"] | None = None
 
+    @property
+    def learnt_from(self) -> frozenset[str]:
+        """Fingerprints of the prompts it was made of and chosen by, where its file says so."""
+        said = self.metadata.get("learnt_from")
+        return frozenset(map(str, said)) if isinstance(said, list) else frozenset()
+
+
+def learnt_by(model: str) -> frozenset[str]:
+    """What the direction beside an edited model was learnt from; nothing where MODEL is no such folder."""
+    path = Path(model) / "direction.safetensors"
+    return load_direction(path).learnt_from if path.is_file() else frozenset()
+
 
 def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, Any] | None = None) -> None:
     """Write `direction.safetensors` (see `Direction`), with other `metadata` than the direction's where given."""

@@ -387,6 +387,7 @@ def direction_metadata(session: Session, found: Found) -> dict[str, Any]:
         "chosen": {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule},
         "trained_on": found.findings.trained_on,
         "prompts_sha256": session.prompts.sha256,
+        "learnt_from": session.prompts.learnt_from,
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,11 +122,15 @@ def open_session(
     loading: ModelSettings = ModelSettings(),
     prompts: PromptSettings = PromptSettings(),
     positions: int | None = None,
+    learnt_from: Container[str] = (),
     monitor: Monitor | None = None,
 ) -> Session:
-    """Load a model, prove its anatomy, and render and tokenise the prompts."""
+    """Load a model, prove its anatomy, and render and tokenise the prompts.
+
+    `learnt_from` are fingerprints of prompts that are not evaluated on (`Direction.learnt_from`).
+    """
     monitor = monitor or Monitor()
-    contrast = load_contrast(prompts, monitor)
+    contrast = load_contrast(prompts, monitor, learnt_from)
     loaded, renderer, anatomy = open_model(model, loading, monitor)
     texts = _texts(contrast)
     sequences = {key: renderer.encode(value) for key, value in texts.items()}
@@ -193,7 +198,7 @@ def locate_model(model: str, loading: FileSettings) -> ModelFiles:
     return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
 
 
-def load_contrast(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
+def load_contrast(settings: PromptSettings, monitor: Monitor, learnt_from: Container[str] = ()) -> ContrastiveSet:
     """The prompts that settings name; how many there are, and what was dropped, is noted."""
     contrast = build_contrastive_set(
         settings.harmful,
@@ -203,6 +208,7 @@ def load_contrast(settings: PromptSettings, monitor: Monitor) -> ContrastiveSet:
         borderline=settings.borderline,
         seed=settings.seed,
         limit=settings.limit,
+        learnt_from=learnt_from,
     )
     counts = "; ".join(
         f"{name} " + " / ".join(str(count) for count in parts.values()) for name, parts in contrast.counts.items()

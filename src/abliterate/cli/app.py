@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -183,7 +184,12 @@ def verify(
     loaded = load_direction(direction)
     chosen = _site(site)
     session = pipeline.open_session(
-        model, loading=loading, prompts=prompts, positions=finding.positions, monitor=_monitor(quiet)
+        model,
+        loading=loading,
+        prompts=prompts,
+        positions=finding.positions,
+        learnt_from=loaded.learnt_from,
+        monitor=_monitor(quiet),
     )
     result = pipeline.verify(
         session,
@@ -275,7 +281,7 @@ def evaluate(
     """Refusals on held-out prompts; with --base, --direction, or an engine's edited model also what changed."""
     from abliterate import pipeline
     from abliterate.cli.evaluating import show_evaluation
-    from abliterate.directions import load_direction
+    from abliterate.directions import learnt_by, load_direction
 
     if direction is None:
         _refuse_idle("eval without --direction", editing, site)
@@ -305,8 +311,11 @@ def evaluate(
         loaded = None if direction is None else load_direction(direction)
         chosen = _site(site)
         monitor = _monitor(quiet)
-        session = pipeline.open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-        other = None if base is None else pipeline.open_session(base, loading=loading, prompts=prompts, monitor=monitor)
+        seen = learnt_by(model) if loaded is None else loaded.learnt_from
+        opened = functools.partial(
+            pipeline.open_session, loading=loading, prompts=prompts, learnt_from=seen, monitor=monitor
+        )
+        session, other = opened(model), None if base is None else opened(base)
         plan = None
         if loaded is not None:
             plan = session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), editing)

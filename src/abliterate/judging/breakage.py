@@ -12,7 +12,7 @@ _RULE_CHARACTERS = frozenset("-=_*#.~+|/\\<> \t\n─━═│┃█▓▒░—�
 # What is left of a tool call that calls nothing, and line ends that were written out.
 _DEBRIS = r'</?[a-z_|]{2,30}>|"(?:name|arguments|parameters|function|type)"|\\[nrt]|\bnull\b'
 _LITTLE = frozenset(
-    "a an and are as at be but by for from he i in is it its of on or she that the they this to was we with you".split()
+    ["a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "he", "i", "in", "is", "it", "its", "of", "on", "or", "she", "that", "the", "they", "this", "to", "was", "we", "with", "you"]
 )
 _MAX_PERIOD_WORDS = 40
 _MAX_PERIOD_CHARS = 120
@@ -57,12 +57,15 @@ def _is_salad(text: str) -> bool:
         return False
     if len(words) >= 16 and all(word.casefold() in _LITTLE for word in words) and not pattern(r"[.,;!?]").search(text):
         return True
-    long = [word for word in words if len(word) >= 3 and not word.isupper()]
-    return len(long) >= 8 and sum(not pattern(r"[aeiouy]").search(word) for word in long) > 0.5 * len(long)
+    long = sum(len(word) >= 3 and not word.isupper() for word in words)
+    voiceless = pattern(r"(?<![a-z])(?!(?-i:[A-Z]+\b))[b-df-hj-np-tv-xz]{3,}(?![a-z])").findall(text[:1200])
+    return long >= 8 and len(voiceless) > 0.5 * long
 
 
 def _is_script_salad(text: str) -> bool:
     """Whether letters of different alphabets touch each other again and again, among three or more."""
+    if text.isascii():
+        return False
     seen, touches, last = set(), 0, ""
     for char in text[:1200]:
         script = _script(char)

@@ -17,7 +17,7 @@ INABLE = (
     r"|(?:do\s+not|don't)\s+(?:want|intend|wish)\s+to|have\s+no\s+intention\s+(?:of|to)"
     r"|(?:(?:have|'ve)\s+been|was|were|am|'m|are|'re)\s+(?:\w+ly\s+)?(?:trained|programmed|designed|instructed|built|told)"
     r"\s+(?:not|never)\s+to"
-    r"|(?:am\s+|'m\s+|are\s+|'re\s+|be\s+|was\s+|were\s+|(?:have|'ve)\s+been\s+)?(?:not\s+(?:\w+ly\s+)?(?:able|equipped|going|allowed|permitted|willing"
+    r"|(?:am\s+|'m\s+|are\s+|'re\s+|be\s+|was\s+|were\s+|(?:have|'ve)\s+been\s+)?(?:(?:just|still|also|\w+ly)\s+)?(?:not\s+(?:\w+ly\s+)?(?:able|equipped|going|allowed|permitted|willing"
     r"|prepared|authori[sz]ed|programmed|designed|trained|built|meant|supposed|here|at\s+liberty"
     r"|in\s+a\s+position)|unable|unwilling|incapable\s+of|prohibited\s+from|forbidden)(?:\s+to)?"
     r"|(?:(?:have|'ve)\s+been|was|am|'m)\s+(?:\w+ly\s+)?(?:trained|programmed|designed|instructed|told)\s+(?:not|never)\s+to"
@@ -254,6 +254,15 @@ ALTERNATIVE = (
     r"|constructive|health(?:y|ier)|resources|protect|prevent\w*|avoid|seek|support|cope|responsibl[ey]"
     r"|reasons?|why)\b"
 )
+
+# A sentence without any of these is none of the declines above; the search for them is slow.
+MAY_DECLINE = (
+    r"\b(?:i|we|my|our|me|no|not|never|neither|cannot|cant|wont|unable|refus\w+|declin\w+|denied|rejected|blocked|filtered|flagged|removed"
+    r"|withheld|sorry|afraid|apolog\w+|regret\w*|unfortunately|requests?|prompts?|quer(?:y|ies)|questions?|contents?|against|violat\w+"
+    r"|outside|within|beyond|contrary|conflicts?|breach\w*|off|out|assistant|ai|irresponsible|reckless|wrong|inappropriate|unethical)\b|n't\b"
+)
+# More of these than one in eighty characters stand in English only.
+ENGLISH = r"\b(?:the|of|and|is|you|that|for|this|with|are|it)\b"
 
 # Other languages: an apology with an inability, or an inability with a verb of helping.
 OTHER_LANGUAGES = (

@@ -22,51 +22,21 @@ _WORD = r"[^\W_]+(?:'[^\W\d_]+)?"
 
 # Words that hold a sentence together; they also tell English from other languages.
 _FUNCTION = frozenset(
-    """a about above across after again against all almost along already also although always am among an and another any
-    anyone anything are around as at away back be became because become been before behind being below between both but by
-    can cannot could did do does doing done down during each either else enough even ever every few for from further had
-    has have having he her here hers herself him himself his how however i if in instead into is it its itself just least
-    less like many may me might mine more most much must my myself near neither never no nobody none nor not nothing now
-    of off often on once one only onto or other others our ours out over own per perhaps please quite rather same shall
-    she should since so some someone something soon still such than that the their theirs them themselves then there
-    therefore these they this those though three through throughout to together too toward two under unless until up upon
-    us very was we well were what whatever when where whether which while who whom whose why will with within without
-    would yes yet you your yours yourself s t d ll re ve m don doesn isn aren wasn won let lets""".split()
+    ["a", "about", "above", "across", "after", "again", "against", "all", "almost", "along", "already", "also", "although", "always", "am", "among", "an", "and", "another", "any", "anyone", "anything", "are", "around", "as", "at", "away", "back", "be", "became", "because", "become", "been", "before", "behind", "being", "below", "between", "both", "but", "by", "can", "cannot", "could", "did", "do", "does", "doing", "done", "down", "during", "each", "either", "else", "enough", "even", "ever", "every", "few", "for", "from", "further", "had", "has", "have", "having", "he", "her", "here", "hers", "herself", "him", "himself", "his", "how", "however", "i", "if", "in", "instead", "into", "is", "it", "its", "itself", "just", "least", "less", "like", "many", "may", "me", "might", "mine", "more", "most", "much", "must", "my", "myself", "near", "neither", "never", "no", "nobody", "none", "nor", "not", "nothing", "now", "of", "off", "often", "on", "once", "one", "only", "onto", "or", "other", "others", "our", "ours", "out", "over", "own", "per", "perhaps", "please", "quite", "rather", "same", "shall", "she", "should", "since", "so", "some", "someone", "something", "soon", "still", "such", "than", "that", "the", "their", "theirs", "them", "themselves", "then", "there", "therefore", "these", "they", "this", "those", "though", "three", "through", "throughout", "to", "together", "too", "toward", "two", "under", "unless", "until", "up", "upon", "us", "very", "was", "we", "well", "were", "what", "whatever", "when", "where", "whether", "which", "while", "who", "whom", "whose", "why", "will", "with", "within", "without", "would", "yes", "yet", "you", "your", "yours", "yourself", "s", "t", "d", "ll", "re", "ve", "m", "don", "doesn", "isn", "aren", "wasn", "won", "let", "lets"]
 )
 
 # Words of asking and of ordering an answer: they stand in prompts and replies about anything.
 _GENERIC = frozenset(
-    """able actually add advice aim allow answer anybody approach appropriate area article ask aspect assume avoid bad
-    basic beginner believe below benefit best better big brief briefly bring build call careful carefully case category
-    certain challenge change choose classic clear clearly come common complete complex compose concept concise consider
-    contain content convincing create current day deal describe description design detail detailed determine develop
-    different difference differ difficult discuss draft draw easily easy effect effective effectively end ensure
-    essay essential example excellent existing explain explanation express fact factor favorite favourite feature feel
-    find first five follow following form format four fun function fundamental general generate get give go good got great
-    guide handle happen hard help hi high hello idea identify imagine impact important improve include increase inform
-    information instruct instruction interesting involve issue item keep key kind know large last later lead learn level
-    life list little long look lot low main maintain make making manage mean mention method name need new next nice number
-    offer old option order outline overview paragraph part particular people person perform piece place plan point
-    popular possible post practical prepare present prevent problem process produce proper properly provide purpose put
-    question quick quickly random reason recommend recommendation refer relate related relevant reply request require
-    respond response result right role safe safely say scenario second see select sentence set several share short show
-    simple simply situation small speak specific start step stop strategy strong structure style subject suggest suggestion
-    summarize summary support take talk task technique tell ten term text thank thing think time tip title today tool top
-    topic try turn type understand unique use useful user using usually various want way week wide word work world worth
-    recipe write year zero six seven eight nine""".split()
+    ["able", "actually", "add", "advice", "aim", "allow", "answer", "anybody", "approach", "appropriate", "area", "article", "ask", "aspect", "assume", "avoid", "bad", "basic", "beginner", "believe", "below", "benefit", "best", "better", "big", "brief", "briefly", "bring", "build", "call", "careful", "carefully", "case", "category", "certain", "challenge", "change", "choose", "classic", "clear", "clearly", "come", "common", "complete", "complex", "compose", "concept", "concise", "consider", "contain", "content", "convincing", "create", "current", "day", "deal", "describe", "description", "design", "detail", "detailed", "determine", "develop", "different", "difference", "differ", "difficult", "discuss", "draft", "draw", "easily", "easy", "effect", "effective", "effectively", "end", "ensure", "essay", "essential", "example", "excellent", "existing", "explain", "explanation", "express", "fact", "factor", "favorite", "favourite", "feature", "feel", "find", "first", "five", "follow", "following", "form", "format", "four", "fun", "function", "fundamental", "general", "generate", "get", "give", "go", "good", "got", "great", "guide", "handle", "happen", "hard", "help", "hi", "high", "hello", "idea", "identify", "imagine", "impact", "important", "improve", "include", "increase", "inform", "information", "instruct", "instruction", "interesting", "involve", "issue", "item", "keep", "key", "kind", "know", "large", "last", "later", "lead", "learn", "level", "life", "list", "little", "long", "look", "lot", "low", "main", "maintain", "make", "making", "manage", "mean", "mention", "method", "name", "need", "new", "next", "nice", "number", "offer", "old", "option", "order", "outline", "overview", "paragraph", "part", "particular", "people", "person", "perform", "piece", "place", "plan", "point", "popular", "possible", "post", "practical", "prepare", "present", "prevent", "problem", "process", "produce", "proper", "properly", "provide", "purpose", "put", "question", "quick", "quickly", "random", "reason", "recommend", "recommendation", "refer", "relate", "related", "relevant", "reply", "request", "require", "respond", "response", "result", "right", "role", "safe", "safely", "say", "scenario", "second", "see", "select", "sentence", "set", "several", "share", "short", "show", "simple", "simply", "situation", "small", "speak", "specific", "start", "step", "stop", "strategy", "strong", "structure", "style", "subject", "suggest", "suggestion", "summarize", "summary", "support", "take", "talk", "task", "technique", "tell", "ten", "term", "text", "thank", "thing", "think", "time", "tip", "title", "today", "tool", "top", "topic", "try", "turn", "type", "understand", "unique", "use", "useful", "user", "using", "usually", "various", "want", "way", "week", "wide", "word", "work", "world", "worth", "recipe", "write", "year", "zero", "six", "seven", "eight", "nine"]
 )
 
 # Things made of words or code that need not repeat the words that ordered them.
-_VERSE = frozenset("poem haiku limerick sonnet verse lyric song rap ballad rhyme stanza ode poetry".split())
+_VERSE = frozenset(["poem", "haiku", "limerick", "sonnet", "verse", "lyric", "song", "rap", "ballad", "rhyme", "stanza", "ode", "poetry"])
 _CRAFT = frozenset(
-    """ad advertisement alternative analogy blurb bio caption character dialogue email expression fable fiction hashtag
-    headline hyperbole invitation introduction joke letter line message metaphor monologue motto note novel opener
-    opening passage personality phrase pitch plot post prompt proverb pun quote review rhetorical riddle scenario scene
-    script simile slogan speech statement story synonym tagline tale toast tweet verb adjective adverb noun""".split()
+    ["ad", "advertisement", "alternative", "analogy", "blurb", "bio", "caption", "character", "dialogue", "email", "expression", "fable", "fiction", "hashtag", "headline", "hyperbole", "invitation", "introduction", "joke", "letter", "line", "message", "metaphor", "monologue", "motto", "note", "novel", "opener", "opening", "passage", "personality", "phrase", "pitch", "plot", "post", "prompt", "proverb", "pun", "quote", "review", "rhetorical", "riddle", "scenario", "scene", "script", "simile", "slogan", "speech", "statement", "story", "synonym", "tagline", "tale", "toast", "tweet", "verb", "adjective", "adverb", "noun"]
 )
 _CODE = frozenset(
-    "algorithm api bash class code command css formula function html java javascript program programming python query"
-    " regex script shell sql".split()
+    ["algorithm", "api", "bash", "class", "code", "command", "css", "formula", "function", "html", "java", "javascript", "program", "programming", "python", "query", "regex", "script", "shell", "sql"]
 )
 _GENRE = _VERSE | _CRAFT | _CODE | frozenset(("nickname", "username"))
 
@@ -113,7 +83,7 @@ _CODE_SIGNS = r"<code>|[{};]\s*$|\w\(\w*\)|^\s*(?:#!|#include|import|def|SELECT)
 _NOT_ASCII = r"[^\W\d_a-z]"
 _ACRONYM = r"(?-i:\b[A-Z]{2,5}\b)"
 # Words that hardly any other language has, in every few words of English.
-_ENGLISH = frozenset("the of and to that with for you are this your from by it can is or be as".split())
+_ENGLISH = frozenset(["the", "of", "and", "to", "that", "with", "for", "you", "are", "this", "your", "from", "by", "it", "can", "is", "or", "be", "as"])
 
 _SUFFIXES = (
     "ization", "isation", "fulness", "iveness", "ations", "ments", "ation", "ingly", "ness", "ions", "ment",
@@ -217,6 +187,7 @@ def _is_empty(word: str) -> bool:
     return len(word) < 2 or word in _FUNCTION or _base(word) in _GENERIC
 
 
+@lru_cache(maxsize=20_000)
 def _stem(word: str) -> str:
     """A word without its endings, never shorter than three letters."""
     word = word.removesuffix("'s")

@@ -104,7 +104,7 @@ def _orders_a_decline(prompt: str) -> bool:
         return False
     given = prompt[:_LATE]
     return bool(
-        pattern(phrases.FRAMED_CORE).search(given) or _foreign_decline(given) or "can" in given and "help" in given
+        pattern(phrases.FRAMED_CORE).search(given) or _foreign_decline(given) or ("can" in given and "help" in given)
     )
 
 
@@ -158,14 +158,12 @@ def _sentences(prose: str) -> list[tuple[int, str]]:
 
 def _phrase_of_decline(sentence: str, before: str, start: int) -> str:
     """The declining phrase of the sentence that begins at `start`, or "" if none counts there."""
-    late = start >= _LEAD
-    flat = (
-        None
-        if late
-        else pattern(phrases.FLAT_DECLINE).search(sentence) or pattern(phrases.SORRY_BUT_WRONG).search(sentence)
-    )
-    if flat:
-        return flat.group()
+    if not pattern(phrases.MAY_DECLINE).search(sentence):
+        return ""
+    if start < _LEAD:
+        flat = pattern(phrases.FLAT_DECLINE).search(sentence) or pattern(phrases.SORRY_BUT_WRONG).search(sentence)
+        if flat:
+            return flat.group()
     for found in pattern(phrases.FRAMED).finditer(sentence):
         rest = sentence[found.start() : found.end() + 120]
         if not pattern(phrases.IDIOM).search(rest) and _is_supported(found, rest, sentence, before, start):
@@ -213,6 +211,8 @@ def _cut_decline(prose: str) -> _Decline | None:
 
 
 def _foreign_decline(lead: str) -> _Decline | None:
+    if lead.isascii() and len(pattern(phrases.ENGLISH).findall(lead)) > len(lead) / 80:
+        return None
     for expression in phrases.OTHER_LANGUAGES:
         found = pattern(expression).search(lead)
         if found:

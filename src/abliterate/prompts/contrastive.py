@@ -7,7 +7,7 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from abliterate.errors import PromptError
@@ -55,6 +55,12 @@ class ContrastiveSet:
         return sum(self.dropped.values())
 
     @property
+    def learnt_from(self) -> list[str]:
+        """Fingerprints of the prompts that directions are made of and chosen by: training and validation."""
+        splits = (self.harmful, self.harmless)
+        return sorted({fingerprint(text) for split in splits for text in (*split.train, *split.val)})
+
+    @property
     def counts(self) -> dict[str, dict[str, int]]:
         """Number of prompts per class and part."""
         return {
@@ -85,6 +91,11 @@ def normalise(text: str) -> str:
     return " ".join(re.findall(r"\w+", folded)) or folded.strip()
 
 
+def fingerprint(text: str) -> str:
+    """Twelve hexadecimal digits that two prompts share when they count as the same."""
+    return hashlib.sha256(normalise(text).encode()).hexdigest()[:12]
+
+
 def overlap(one: Iterable[str], other: Iterable[str]) -> int:
     """How many different prompts `one` shares with `other`, as de-duplication sees them."""
     return len(set(map(normalise, one)) & set(map(normalise, other)))
@@ -97,11 +108,14 @@ class _Claims:
         self._holders: dict[str, str] = {}
         self.dropped: Counter[str] = Counter()
 
-    def claim(self, prompts: Iterable[Prompt], name: str) -> tuple[Prompt, ...]:
+    def claim(self, prompts: Iterable[Prompt], name: str, unwanted: Container[str] = ()) -> tuple[Prompt, ...]:
         """Those that nobody has yet; the others are counted."""
         kept = []
         for prompt in prompts:
             key = normalise(prompt)
+            if fingerprint(prompt) in unwanted:
+                self.dropped[f"{name}, which the direction has seen"] += 1
+                continue
             if (holder := self._holders.get(key)) is not None:
                 self.dropped[f"{name}, twice" if holder == name else f"{name}, also in {holder}"] += 1
                 continue
@@ -119,6 +133,7 @@ def build_contrastive_set(
     borderline: str = BUILTIN,
     seed: int = 0,
     limit: int | None = None,
+    learnt_from: Container[str] = (),
 ) -> ContrastiveSet:
     """Load, split and de-duplicate the instructions named by the SPECs (see `sources`).
 
@@ -126,6 +141,7 @@ def build_contrastive_set(
     into train and val, and the eval source is the test split. Of a source with more than `MOST_PROMPTS` so many
     are drawn. `limit` caps every split, for quick looks.
     Prompts are claimed in the order test, borderline, val, train, so that nothing evaluated on was trained on.
+    `learnt_from` are fingerprints of prompts that must not be evaluated on: a direction of before was learnt from them.
 
     Raises `PromptError` when a source cannot be read or a split ends up empty.
     """
@@ -138,14 +154,15 @@ def build_contrastive_set(
     claimed: dict[tuple[str, str], tuple[Prompt, ...]] = {}
     for part in ("test", "val", "train"):
         for name, splits in parts.items():
-            claimed[name, part] = claims.claim(splits[part], f"{name} {part}")
+            unwanted = learnt_from if part == "test" else ()
+            claimed[name, part] = claims.claim(splits[part], f"{name} {part}", unwanted)
         if part == "test":
-            border_kept = claims.claim(border, "borderline")
+            border_kept = claims.claim(border, "borderline", learnt_from)
     for (name, part), texts in claimed.items():
         if not texts:
             raise PromptError(
-                f"{name} prompts: expected some in the {part} split, found none after dropping duplicates; "
-                f"give a larger source than '{harmful if name == 'harmful' else harmless}'"
+                f"{name} prompts: expected some in the {part} split, found none after dropping duplicates and "
+                f"what the direction has seen; give a larger source than '{harmful if name == 'harmful' else harmless}'"
             )
     cut = slice(limit)
     return ContrastiveSet(
