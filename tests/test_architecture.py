@@ -59,6 +59,7 @@ ORDER = (
     "adapters",
     "gguf_files",
     "realise",
+    "verifying",
     "comparing",
     "parts",
     "pipeline",

@@ -33,7 +33,7 @@ from abliterate.capability import (
 )
 from abliterate.capability import quick as quick_module
 from abliterate.capability.arithmetic import final_number, reference_number
-from abliterate.capability.quick import letter_tokens
+from abliterate.capability.choosing import Way, letter_prompt, letter_scores, letter_tokens
 from abliterate.errors import ModelError, UsageError
 from abliterate.generation import Reply
 from abliterate.inference import BatchSize
@@ -125,6 +125,7 @@ def test_problems_are_told_by_their_columns(tmp_path: Path) -> None:
         ([{"question": "Why?", "answer": True}], r"expected a number"),
         ([{"question": "Why?", "options": ["one"], "answer": 0}], r"expected 2 to 26 options"),
         ([{"question": "Why?", "options": "one, two", "answer": "A"}], r"expected 2 to 26 options"),
+        ([{"question": "Why?", "options": ["one", ""], "answer": "A"}], r"text in every option"),
         ([{"question": "Why?", "options": LISTED, "answer": "E"}], r"found 'E', which is none of them"),
         ([{"question": "Why?", "options": LISTED, "answer": 4}], r"found 4, which is none of them"),
         ([{"question": "Why?", "options": LETTERED, "answer": "A. south"}], r"none of them"),
@@ -243,9 +244,9 @@ def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(tmp_path_factory.mktemp("quiz") / "quiz.jsonl", rows)
 
 
-def ask(model: Any, path: Path, rows: int = 4) -> TaskResult:
+def ask(model: Any, path: Path, rows: int = 4, way: Way = "letter") -> TaskResult:
     tokenizer = byte_tokenizer()
-    (result,) = check(model, tokenizer, ChatRenderer(tokenizer), load_tasks([path]), BatchSize(rows, 4096))
+    (result,) = check(model, tokenizer, ChatRenderer(tokenizer), load_tasks([path]), BatchSize(rows, 4096), way=way)
     return result
 
 
@@ -272,10 +273,46 @@ def test_choice_is_that_of_the_whole_pass_and_does_not_depend_on_the_batch(quiz:
     assert len(set(alone.answers)) > 1
     for item, answer in zip(task.items, alone.answers, strict=True):
         assert isinstance(item, Choice)
-        (ids,) = ChatRenderer(tokenizer).encode([quick_module._prompt(item)])
+        (ids,) = ChatRenderer(tokenizer).encode([letter_prompt(item)])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([ids])).logits[0, -1]
         assert answer == "ABCD"[int(logits[65 : 65 + len(item.options)].argmax())]
+
+
+def test_option_text_is_scored_as_a_reply_to_the_question_alone(tmp_path: Path) -> None:
+    model, tokenizer = tiny(), byte_tokenizer()
+    rows = [
+        {"question": f"Question {i}{' indeed' * (i % 3)}?", "options": [f"{i}th", "it", f"say {7 * i}", "q"][i % 3 :]}
+        for i in range(9)
+    ]
+    path = write(tmp_path / "t.jsonl", [row | {"answer": 0} for row in rows])
+    alone, together = ask(model, path, rows=1, way="text"), ask(model, path, rows=9, way="text")
+    assert alone == together
+    assert alone.answers != ask(model, path, way="letter").answers
+    for row, answer in zip(rows, alone.answers, strict=True):
+        (ids,) = ChatRenderer(tokenizer).encode([str(row["question"])])
+        scores = []
+        for text in row["options"]:
+            reply = list(text.encode())
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids + reply])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            scores.append(float(logits[torch.arange(len(reply)), reply].sum()))
+        assert answer == "ABCD"[scores.index(max(scores))]
+
+
+def test_model_that_always_says_b_prefers_options_of_bs(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "options": ["AA", "BB", "CC"], "answer": i % 3} for i in range(6)]
+    path = write(tmp_path / "t.jsonl", rows)
+    assert ask(always("B"), path, way="text").correct == (False, True, False) * 2
+    assert ask(always("C"), path, way="text").correct == (False, False, True) * 2
+
+
+def test_accuracy_is_told_from_guessing(tmp_path: Path) -> None:
+    rows = [{"question": f"{i}?", "options": LISTED, "answer": 1} for i in range(10)]
+    path = write(tmp_path / "t.jsonl", rows)
+    knowing, wrong = ask(always("B"), path), ask(always("A"), path)
+    assert knowing.chance == wrong.chance == 0.25
+    assert (knowing.above_chance, wrong.above_chance) == (True, False)
 
 
 def test_both_spellings_of_a_letter_count_together() -> None:
@@ -285,7 +322,7 @@ def test_both_spellings_of_a_letter_count_together() -> None:
     assert letter_tokens(tokenizer, 3) == [(65, spaced[0]), (66, spaced[1]), (67,)]
     logits = torch.full((1, len(tokenizer)), -100.0)
     logits[0, 65], logits[0, spaced[0]], logits[0, 66] = 1.0, 1.0, 1.5  # A twice: log 2 + 1 > 1.5
-    scores = quick_module._letter_scores(logits, letter_tokens(tokenizer, 2))
+    scores = letter_scores(logits, letter_tokens(tokenizer, 2))
     assert scores.argmax(-1).tolist() == [0]
 
 
@@ -317,7 +354,7 @@ def test_arithmetic_counts_the_numbers_that_replies_end_with(tmp_path: Path, mon
     result = ask(tiny(), write(tmp_path / "t.jsonl", [{"question": f"{i}?", "answer": i} for i in (4, 8, 5, 1)]))
     assert result.correct == (True, False, False, False)
     assert result.answers == ("4.0", "7", "", "")
-    assert asked == [256]
+    assert asked == [384]
 
 
 def test_arithmetic_is_generated_under_the_limit(tmp_path: Path) -> None:
@@ -325,6 +362,14 @@ def test_arithmetic_is_generated_under_the_limit(tmp_path: Path) -> None:
     tasks = load_tasks([write(tmp_path / "t.jsonl", [{"question": f"{i}?", "answer": 4} for i in range(3)])])
     check(always("4"), tokenizer, ChatRenderer(tokenizer), tasks, BatchSize(2), seen.append, max_new_tokens=5)
     assert sum(seen) == 3
+
+
+@pytest.mark.parametrize("way", ["letter", "text"])
+def test_progress_counts_questions(way: Way, quiz: Path) -> None:
+    tokenizer, seen = byte_tokenizer(), list[int]()
+    check(tiny(), tokenizer, ChatRenderer(tokenizer), load_tasks([quiz]), BatchSize(3), seen.append, way=way)
+    assert sum(seen) == 10
+    assert len(seen) > 3
 
 
 def test_change_pairs_items(quiz: Path) -> None:
@@ -342,8 +387,9 @@ def test_change_pairs_items(quiz: Path) -> None:
 def test_results_on_other_items_are_not_compared(quiz: Path, tmp_path: Path) -> None:
     other = write(tmp_path / "quiz.jsonl", [{"question": "Where?", "options": LISTED, "answer": 0}] * 10)
     model = always("A")
-    with pytest.raises(UsageError, match="expected results on the same items"):
-        change(ask(model, quiz), ask(model, other))
+    for after in (ask(model, other), ask(model, quiz, way="text")):
+        with pytest.raises(UsageError, match="expected results on the same items"):
+            change(ask(model, quiz), after)
 
 
 # --- hooks
@@ -619,6 +665,7 @@ def test_real_model_knows_what_everybody_knows_and_not_its_opposite(tmp_path: Pa
     shifted = [row | {"answer": (place + 1) % 4} for row, place in zip(rows, places, strict=True)]
     tasks = load_tasks([write(tmp_path / "known.jsonl", rows), write(tmp_path / "shifted.jsonl", shifted)])
     renderer = ChatRenderer(loaded.tokenizer)
-    known, wrong_way = check(loaded.model, loaded.tokenizer, renderer, tasks, BatchSize(32))
+    known, others = check(loaded.model, loaded.tokenizer, renderer, tasks, BatchSize(32), way="text")
     assert known.accuracy.value >= 0.7
-    assert wrong_way.accuracy.value <= 0.25, "the control: other answers counted as right"
+    assert known.above_chance
+    assert others.accuracy.value <= 0.25, "the control: other answers counted as right"

@@ -339,6 +339,14 @@ def test_settled_replies_are_left_and_the_others_are_not_changed(family: Family)
     assert complete(model, tokenizer, prompts, 20, BatchSize(4), settled=never) == full
 
 
+def test_at_the_limit_replies_are_cut_and_not_stopped() -> None:
+    model, tokenizer = with_ends(BY_NAME["llama"].model(), []), byte_tokenizer()
+    prompts = share_prefix(ragged())
+    found = complete(model, tokenizer, prompts, 8, BatchSize(7), settled=lambda rows, _: [True] * len(rows))
+    assert found == complete(model, tokenizer, prompts, 8, BatchSize(7))
+    assert not any(reply.stopped for reply in found)
+
+
 def test_some_replies_are_settled_and_others_end_before() -> None:
     """Or the test above proves nothing."""
     model, tokenizer = with_ends(BY_NAME["llama"].model(seed=1)), byte_tokenizer()

@@ -154,6 +154,17 @@ class EvalSettings(_Settings):
     task_limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many questions a task.")
 
 
+class EngineSettings(_Settings):
+    """Who generates, where that is not transformers in this process."""
+
+    engine: str = Field(
+        "transformers", description="Who generates: transformers, vllm, or an OpenAI-compatible server (http://…/v1)."
+    )
+    edited: Path | None = Field(None, description="For vllm: the edited model, or a LoRA adapter for MODEL.")
+    served: str | None = Field(None, description="For a server: the name under which it serves MODEL.")
+    served_edited: str | None = Field(None, description="For a server: the name of the edited model or adapter.")
+
+
 class OutputSettings(_Settings):
     """Where results go."""
 

@@ -5,47 +5,42 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-
-from torch import Tensor
 
 from abliterate import record as rec
 from abliterate.blueprint import study_files
 from abliterate.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
 from abliterate.config import (
     EditSettings,
+    EngineSettings,
     EvalSettings,
     FileSettings,
-    FindSettings,
     ModelSettings,
     OutputSettings,
     PromptSettings,
     RunSettings,
 )
-from abliterate.directions import Direction, chosen_site, load_direction, save_direction
+from abliterate.directions import load_direction, save_direction
 from abliterate.engines import Pair, open_engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
-from abliterate.finding import check_planned, choose, find, find_or_force, refusal_tokens
+from abliterate.finding import check_planned, choose, find, find_or_force
 from abliterate.generation import end_tokens
 from abliterate.inference import share_prefix
 from abliterate.interventions import addition
-from abliterate.judging import Judge, Tally
+from abliterate.judging import Judge
 from abliterate.judging.choice import open_judge
 from abliterate.measuring import (
     Evaluation,
     Exam,
     Examiner,
-    answers_of,
     control_of,
     exam_of,
     examine,
     examine_engine,
     examiner_of,
-    random_plan,
 )
 from abliterate.models import load, load_tokenizer
 from abliterate.monitor import Monitor
@@ -71,8 +66,7 @@ from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer
 from abliterate.prompts.rendering import read_template
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
-from abliterate.refusals import RefusalToken
-from abliterate.selection import Scorer, Site
+from abliterate.selection import Site
 from abliterate.session import (
     Findings,
     Found,
@@ -85,7 +79,8 @@ from abliterate.session import (
 )
 from abliterate.storage import how_stored
 from abliterate.surgery import weights_from
-from abliterate.variants import caveat, plan_for
+from abliterate.variants import plan_for
+from abliterate.verifying import Verification, at_site, say_caveat, verify
 
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
@@ -119,7 +114,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     settings = settings.model_copy(update={"finding": finding})
     found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
     plan = session.plan(found.direction, settings.editing)
-    _say_caveat(plan, settings.editing, monitor)
+    say_caveat(plan, settings.editing, monitor)
     check_planned(session, found, plan, settings.finding, settings.editing, output.force)
     patient = Patient(files, source, session.anatomy, _named_by(session, source), session.loaded)
     with opened(output, patient, plan) as staging:
@@ -163,7 +158,7 @@ def apply(
         )
     warn_of_leaks(anatomy, monitor)
     plan = plan_for(anatomy, chosen, editing)
-    _say_caveat(plan, editing, monitor)
+    say_caveat(plan, editing, monitor)
     refuse(plan, anatomy, output)
     loaded = None if how_stored(source).editable else load(files, trust_remote_code=loading.trust_remote_code)
     patient = Patient(files, source, anatomy, skeleton, loaded)
@@ -198,83 +193,6 @@ def apply(
     return result
 
 
-@dataclass(frozen=True, slots=True)
-class Verification:
-    """What ablating a direction at inference time does: refusals among held-out harmful prompts, and scores.
-
-    `induce` is None for a direction whose layer is not known, or is no block's input.
-    """
-
-    before: Tally
-    after: Tally
-    control: Tally
-    bypass: float
-    bypass_before: float
-    bypass_control: float
-    induce: float | None
-    induce_before: float
-    kl: float
-    tokens: tuple[RefusalToken, ...]
-    verified: bool
-
-
-def verify(
-    session: Session,
-    direction: Direction,
-    *,
-    site: Site | None = None,
-    editing: EditSettings = EditSettings(),
-    finding: FindSettings = FindSettings(),
-    evaluating: EvalSettings = EvalSettings(),
-    seed: int = 0,
-) -> Verification:
-    """Ablate a direction with hooks and see whether the model stops refusing; a random direction is the control.
-
-    Verified means: at most half of the refusals are left, the control leaves more than half, and KL is within the
-    rule.
-    """
-    judge = open_judge(evaluating.judge, device=session.loading.device)
-    chosen = at_site(direction, site, session.anatomy.d_model)
-    plan = session.plan(chosen, editing)
-    _say_caveat(plan, editing, session.monitor)
-    tokens = refusal_tokens(session, finding)
-    ids = tuple(token.token for token in tokens)
-    val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
-    scorer = Scorer(session.model, session.anatomy, ids, *val, session.size, behaving=not finding.all_prompts)
-    control = random_plan(session, plan, editing, seed)
-    raw, layer = _raw(direction, chosen.basis, site)
-    with session.monitor.phase("score"):
-        bypass, kl = scorer.ablate(plan)
-        bypass_control, _ = scorer.ablate(control)
-        induce = None if layer is None or layer >= session.anatomy.layers else scorer.induce(raw, layer)
-    examiner = examiner_of(session, evaluating, judge, ["harmful"])
-    tallies = []
-    for name, trial in (
-        ("answers: original", None),
-        ("answers: ablated", plan),
-        ("answers: random direction", control),
-    ):
-        with contextlib.nullcontext() if trial is None else session.ablated(trial):
-            subject = Subject(session.model, unchanged=session.loaded if trial is None else None)
-            answering = answers_of(session, subject, evaluating, judge)
-            tallies.append(examiner.ask(answering, name)["harmful"].tally)
-    before, after, random_after = tallies
-    halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals
-    return Verification(
-        before=before,
-        after=after,
-        control=random_after,
-        bypass=bypass,
-        bypass_before=scorer.harmful_score,
-        bypass_control=bypass_control,
-        induce=induce,
-        induce_before=scorer.harmless_score,
-        kl=kl,
-        tokens=tokens,
-        verified=halved and kl <= finding.max_kl,
-    )
-
-
 def evaluate(
     session: Session,
     evaluating: EvalSettings,
@@ -306,11 +224,8 @@ def evaluate(
 
 def evaluate_elsewhere(
     model: str,
-    engine: str,
+    engine: EngineSettings,
     *,
-    edited: Path | None = None,
-    served: str | None = None,
-    served_edited: str | None = None,
     loading: ModelSettings = ModelSettings(),
     prompts: PromptSettings = PromptSettings(),
     evaluating: EvalSettings = EvalSettings(),
@@ -318,10 +233,8 @@ def evaluate_elsewhere(
 ) -> Evaluation:
     """Answers to held-out prompts by vLLM or a server; MODEL's weights are not loaded here, its tokenizer is.
 
-    `edited` is the folder of a LoRA adapter for MODEL or of an edited model, for vLLM; `served` and `served_edited`
-    are the names under which a server has the two. Nothing is compared token by token.
-
-    Raises `UsageError` for what the engine cannot do, `AbliterateError` when a server does not answer.
+    Nothing is compared token by token. Raises `UsageError` for what the engine cannot do, `AbliterateError` when a
+    server does not answer.
     """
     monitor = monitor or Monitor()
     judge = open_judge(evaluating.judge, device=loading.device)
@@ -334,10 +247,17 @@ def evaluate_elsewhere(
     encoded = {name: share_prefix(renderer.encode(group), share=False) for name, group in texts.items()}
     examiner = Examiner(renderer, texts, encoded, evaluating, judge, monitor)
     ends = end_tokens(SimpleNamespace(generation_config=settings), tokenizer)
-    pair = Pair(tokenizer, ends, folder=files.folder, edited=edited, served=served, edited_as=served_edited)
-    with monitor.phase(f"open engine {engine}"):
-        opened = open_engine(engine, pair)
-    return examine_engine(opened, examiner, edited=edited is not None or served_edited is not None)
+    pair = Pair(
+        tokenizer,
+        ends,
+        folder=files.folder,
+        edited=engine.edited,
+        served=engine.served,
+        edited_as=engine.served_edited,
+    )
+    with monitor.phase(f"open engine {engine.engine}"):
+        opened = open_engine(engine.engine, pair)
+    return examine_engine(opened, examiner, edited=bool(engine.edited or engine.served_edited))
 
 
 def _named_by(session: Session, source: Checkpoint) -> Any:
@@ -347,48 +267,6 @@ def _named_by(session: Session, source: Checkpoint) -> Any:
     loading = session.loading
     trust = loading.trust_remote_code
     return study_files(session.loaded.files, source, trust_remote_code=trust, max_leak=loading.max_leak)[1]
-
-
-def _say_caveat(plan: Plan, editing: EditSettings, monitor: Monitor) -> None:
-    if (text := caveat(plan, editing)) is not None:
-        monitor.warn(text)
-
-
-def at_site(direction: Direction, site: Site | None, d_model: int | None = None) -> Direction:
-    """The direction to use: what the file holds, or its candidate at `site`.
-
-    Raises `UsageError` when the file has no such candidate, or vectors of another width than `d_model`.
-    """
-    width = direction.basis.shape[1]
-    if d_model is not None and width != d_model:
-        raise UsageError(f"direction: expected vectors of the model's width {d_model}, found {width}")
-    if site is None:
-        return direction
-    raw, _ = _raw(direction, direction.basis, site)
-    said = {"chosen": {"layer": site[0], "position": site[1]}}
-    return Direction(raw[None] / raw.norm(), direction.metadata | said, direction.candidates)
-
-
-def _raw(direction: Direction, basis: Tensor, site: Site | None) -> tuple[Tensor, int | None]:
-    """The difference of means r behind a direction and its layer, where the file says them."""
-    candidates = direction.candidates
-    if site is None and candidates is not None and len(basis) == 1:
-        site = chosen_site(direction)
-    if site is None:
-        return basis[0], None
-    layer, position = site
-    if candidates is None:
-        raise UsageError(f"--site {layer}:{position}: the direction file holds no candidates, only one direction")
-    shape = candidates.raw.shape
-    if not (0 <= layer < shape[1] and -shape[0] <= position <= -1):
-        raise UsageError(
-            f"--site {layer}:{position}: expected a layer below {shape[1]} and a position from -{shape[0]} to -1 "
-            "among the file's candidates"
-        )
-    raw = candidates.at(layer, position)
-    if float(raw.norm()) == 0:
-        raise UsageError(f"--site {layer}:{position}: the classes do not differ there")
-    return raw, layer
 
 
 def _evaluate(

@@ -163,7 +163,10 @@ def _options(row: Mapping[str, Any], path: Path, number: int) -> tuple[str, ...]
             f"task file {path}: row {number}: expected 2 to 26 options (a list, or lines 'A. …', 'B. …'), "
             f"found {str(value)[:60]!r}"
         )
-    return tuple(str(option).strip() for option in options)
+    texts = tuple(str(option).strip() for option in options)
+    if not all(texts):
+        raise UsageError(f"task file {path}: row {number}: expected text in every option, found an empty one")
+    return texts
 
 
 def _split_options(text: str) -> list[Any]:

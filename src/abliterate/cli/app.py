@@ -17,6 +17,7 @@ from rich.console import Console
 from abliterate.cli.options import flag_of, with_settings
 from abliterate.config import (
     EditSettings,
+    EngineSettings,
     EvalSettings,
     FileSettings,
     FindSettings,
@@ -246,12 +247,13 @@ def apply(
 
 
 @app.command(name="eval")
-@with_settings(ModelSettings, PromptSettings, EditSettings, EvalSettings)
+@with_settings(ModelSettings, PromptSettings, EditSettings, EvalSettings, EngineSettings)
 def evaluate(
     loading: ModelSettings,
     prompts: PromptSettings,
     editing: EditSettings,
     evaluating: EvalSettings,
+    engine: EngineSettings,
     /,
     *,
     model: Model,
@@ -260,21 +262,6 @@ def evaluate(
     ] = None,
     direction: OptionalDirection = None,
     site: SiteOption = None,
-    engine: Annotated[
-        str, typer.Option(help="Who generates: transformers, vllm, or an OpenAI-compatible server (http://…/v1).")
-    ] = "transformers",
-    edited: Annotated[
-        Path | None,
-        typer.Option(
-            help="For vllm: a LoRA adapter for MODEL, or an edited model, to compare with.", show_default=False
-        ),
-    ] = None,
-    served: Annotated[
-        str | None, typer.Option(help="For a server: the name under which it serves MODEL.", show_default=False)
-    ] = None,
-    served_edited: Annotated[
-        str | None, typer.Option(help="For a server: the name of the edited model or adapter.", show_default=False)
-    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -287,30 +274,16 @@ def evaluate(
         _refuse_idle("eval without --direction", editing, site)
     if base is not None and direction is not None:
         raise UsageError("--base and --direction: expected one of them, found both")
-    elsewhere = {"edited": edited, "served": served, "served_edited": served_edited}
-    if engine != "transformers":
-        if base is not None or direction is not None:
-            raise UsageError(f"--engine {engine}: expected no --base or --direction; write the edit and give --edited")
-        for name in ("early_stop", "capability", "tasks", "no_control"):
-            if getattr(evaluating, name):
-                raise UsageError(f"{flag_of(name)}: does nothing with --engine {engine}; leave it out")
+    monitor, elsewhere = _monitor(quiet), engine.engine != "transformers"
+    if elsewhere:
+        _refuse_with_engine(engine, evaluating, base, direction)
         evaluation = pipeline.evaluate_elsewhere(
-            model,
-            engine,
-            edited=edited,
-            served=served,
-            served_edited=served_edited,
-            loading=loading,
-            prompts=prompts,
-            evaluating=evaluating,
-            monitor=_monitor(quiet),
+            model, engine, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor
         )
     else:
-        if given := next((name for name, value in elsewhere.items() if value is not None), None):
-            raise UsageError(f"{flag_of(given)}: does nothing with --engine transformers; leave it out")
+        _refuse_idle("eval without --engine", engine)
         loaded = None if direction is None else load_direction(direction)
         chosen = _site(site)
-        monitor = _monitor(quiet)
         seen = learnt_by(model) if loaded is None else loaded.learnt_from
         opened = functools.partial(
             pipeline.open_session, loading=loading, prompts=prompts, learnt_from=seen, monitor=monitor
@@ -487,6 +460,20 @@ def _refuse_idle(command: str, *given: BaseModel | str | None) -> None:
                     raise UsageError(f"{flag_of(name)}: does nothing in {command}; leave it out")
         elif settings is not None:
             raise UsageError(f"--site: does nothing in {command}; leave it out")
+
+
+def _refuse_with_engine(
+    engine: EngineSettings, evaluating: EvalSettings, base: str | None, direction: Path | None
+) -> None:
+    """What needs the live model cannot be had from another engine."""
+    if base is not None or direction is not None:
+        raise UsageError(
+            f"--engine {engine.engine}: expected no --base or --direction; write the edit with 'abliterate apply' and "
+            "give --edited (vllm) or --served-edited (a server)"
+        )
+    for name in ("early_stop", "capability", "tasks", "task_limit", "no_control", "no_cache"):
+        if getattr(evaluating, name):
+            raise UsageError(f"{flag_of(name)}: does nothing with --engine {engine.engine}; leave it out")
 
 
 def _site(option: str | None) -> tuple[int, int] | None:

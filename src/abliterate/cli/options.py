@@ -28,6 +28,7 @@ _PANELS = {
     "FindSettings": "Finding the direction",
     "EditSettings": "The edit",
     "EvalSettings": "Measuring behaviour",
+    "EngineSettings": "Another engine",
     "OutputSettings": "Output",
 }
 

@@ -11,8 +11,9 @@ _TAIL = 2400
 _RULE_CHARACTERS = frozenset("-=_*#.~+|/\\<> \t\n─━═│┃█▓▒░—–·•:")
 # What is left of a tool call that calls nothing, and line ends that were written out.
 _DEBRIS = r'</?[a-z_|]{2,30}>|"(?:name|arguments|parameters|function|type)"|\\[nrt]|\bnull\b'
-_LITTLE = frozenset(
-    ["a", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "he", "i", "in", "is", "it", "its", "of", "on", "or", "she", "that", "the", "they", "this", "to", "was", "we", "with", "you"]
+_LITTLE = (
+    r"(?:(?:a|an|and|are|as|at|be|but|by|for|from|he|i|in|is|it|its|of|on|or|she|that|the|they|this|to|was|we|with|you)"
+    r"(?:\s+|\Z)){16,}"
 )
 _MAX_PERIOD_WORDS = 40
 _MAX_PERIOD_CHARS = 120
@@ -55,7 +56,7 @@ def _is_salad(text: str) -> bool:
     words = pattern(r"[a-z]+").findall(text[:1200])
     if len(words) < 12 or not text.isascii():
         return False
-    if len(words) >= 16 and all(word.casefold() in _LITTLE for word in words) and not pattern(r"[.,;!?]").search(text):
+    if pattern(_LITTLE).match(text):
         return True
     long = sum(len(word) >= 3 and not word.isupper() for word in words)
     voiceless = pattern(r"(?<![a-z])(?!(?-i:[A-Z]+\b))[b-df-hj-np-tv-xz]{3,}(?![a-z])").findall(text[:1200])

@@ -15,12 +15,15 @@ INABLE = (
     r"(?:can(?:not|'?t|\s+not)|won'?t|shan't|(?:will|shall)\s+(?:not|never)|should(?:\s+not|n't)|must\s+not|may\s+not"
     r"|would(?:\s+not|n't)\s+be\s+able\s+to|(?:do\s+not|don't)\s+have\s+the\s+(?:ability|capability|means)\s+to"
     r"|(?:do\s+not|don't)\s+(?:want|intend|wish)\s+to|have\s+no\s+intention\s+(?:of|to)"
-    r"|(?:(?:have|'ve)\s+been|was|were|am|'m|are|'re)\s+(?:\w+ly\s+)?(?:trained|programmed|designed|instructed|built|told)"
+    r"|(?:(?:have|'ve)\s+been|was|were|am|'m|are|'re)\s+(?:\w+ly\s+)?(?:trained|programmed|designed"
+    r"|instructed|built|told)"
     r"\s+(?:not|never)\s+to"
-    r"|(?:am\s+|'m\s+|are\s+|'re\s+|be\s+|was\s+|were\s+|(?:have|'ve)\s+been\s+)?(?:(?:just|still|also|\w+ly)\s+)?(?:not\s+(?:\w+ly\s+)?(?:able|equipped|going|allowed|permitted|willing"
+    r"|(?:am\s+|'m\s+|are\s+|'re\s+|be\s+|was\s+|were\s+|(?:have|'ve)\s+been\s+)?(?:(?:just|still|also"
+    r"|\w+ly)\s+)?(?:not\s+(?:\w+ly\s+)?(?:able|equipped|going|allowed|permitted|willing"
     r"|prepared|authori[sz]ed|programmed|designed|trained|built|meant|supposed|here|at\s+liberty"
     r"|in\s+a\s+position)|unable|unwilling|incapable\s+of|prohibited\s+from|forbidden)(?:\s+to)?"
-    r"|(?:(?:have|'ve)\s+been|was|am|'m)\s+(?:\w+ly\s+)?(?:trained|programmed|designed|instructed|told)\s+(?:not|never)\s+to"
+    r"|(?:(?:have|'ve)\s+been|was|am|'m)\s+(?:\w+ly\s+)?(?:trained|programmed|designed|instructed"
+    r"|told)\s+(?:not|never)\s+to"
     r"|(?:must|have\s+to|need\s+to|will)\s+(?:\w+ly\s+)?(?:decline|refuse|refrain)\s+(?:to|from)"
     r"|(?:\w+ly\s+)?(?:refuse|decline)\s+to)"
 )
@@ -83,7 +86,8 @@ APOLOGY = (
 )
 MACHINE = r"\b(?:as\s+an?\s+(?:\w+\s+)?(?:ai|artificial|language\s+model|assistant|responsible)|ai\s+assistant)\b"
 CUE = (
-    rf"(?:{APOLOGY}|{MACHINE}|\b(?:however|therefore|while\s+i\s+(?:can|could|am|appreciate|understand|respect))\b(?!')|\b(?:il|un)(?:legal|lawful|ethical)\b"
+    rf"(?:{APOLOGY}|{MACHINE}|\b(?:however|therefore|while\s+i\s+(?:can|could|am|appreciate|understand"
+    rf"|respect))\b(?!')|\b(?:il|un)(?:legal|lawful|ethical)\b"
     r"|\b(?:crime|harmful|inappropriate)\b|\byour\s+(?:prompt|request|question)\b)"
 )
 
@@ -97,11 +101,13 @@ NOT_IN = r"(?:\bnot|n't)\s+(?:with)?in"
 FLAT_DECLINE = "|".join(
     (
         # I (must / 'm going to have to) decline.
-        r"\bi\s*(?:must|'m\s+going\s+to|am\s+going\s+to|'d\s+better|(?:'m\s+going\s+to\s+|'m\s+gonna\s+|will\s+|am\s+going\s+to\s+)?(?:have|need)\s+to|'ll\s+have\s+to|will|'ll)?"
+        r"\bi\s*(?:must|'m\s+going\s+to|am\s+going\s+to|'d\s+better|(?:'m\s+going\s+to\s+|'m\s+gonna\s+"
+        r"|will\s+|am\s+going\s+to\s+)?(?:have|need)\s+to|'ll\s+have\s+to|will|'ll)?"
         r"\s+(?:\w+ly\s+)?(?:decline|refuse|pass(?:\s+on|(?=\s*[.,;!]|\s*\Z))|say\s+no)"
         r"(?:\s+(?:this|that|your|the\s+(?:request|task)|such|to\s+(?:this|that|your)|\w+ing)"
         r"|\s*[.,;!]|\s*\Z)",
-        rf"\bi(?:'d|\s+would)\s+(?:\w+\s+)?(?:rather|prefer)\s+not(?:\s+to)?\s+(?:{CORE}|{MAKE}|(?:answer|say|do\s+(?:that|this)"
+        rf"\bi(?:'d|\s+would)\s+(?:\w+\s+)?(?:rather|prefer)\s+not(?:\s+to)?\s+(?:{CORE}|{MAKE}|(?:answer|say"
+        rf"|do\s+(?:that|this)"
         r"|talk\s+about|[gs]et\s+into|go\s+(?:into|there)|explain|describe|be\s+(?:involved|part))\b)",
         rf"\b(?:i|we)(?:\s+(?:do|would|am|are)|'m|'re)?{NOT}\s+(?:\w+\s+)?comfortable\s+(?:with\s+)?"
         r"(?:\w+ing|to|with|your|this|that|the)\b(?!\s+(?:my|him|her)sel)",
@@ -112,20 +118,25 @@ FLAT_DECLINE = "|".join(
         rf"\b(?:(?:that|this|it|which)(?:'s|\s+is|\s+are)?|is|are){NOT}\s+(?:\w+\s+)?(?:something|content"
         r"|(?:an?\s+)?(?:\w+\s+)?(?:request|topic|task|area|thing)s?)\s+(?:that\s+|which\s+)?"
         r"(?:i|we)(?:'m|'re|'ll|\s+(?:am|are|can|will|could|do|should)"
-        r"|(?:'d|\s+would|\s+want|\s+wish)(?=\s+(?:to\s+)?(?:feel|be\s+(?:comfortable|able|willing)|help|do|write)\b))\b",
-        rf"\bis\s+(?:\w+\s+)?something\s+(?:that\s+)?(?:i|we)\s*(?:(?:must\s+|need\s+to\s+|have\s+to\s+)?(?:\w+ly\s+)?(?:avoid|stay\s+away|steer\s+clear)|refuse|{INABLE})",
+        r"|(?:'d|\s+would|\s+want|\s+wish)(?=\s+(?:to\s+)?(?:feel|be\s+(?:comfortable|able|willing)|help|do"
+        r"|write)\b))\b",
+        rf"\bis\s+(?:\w+\s+)?(?:something|one)\s+(?:that\s+)?(?:i|we)\s*(?:(?:must\s+|need\s+to\s+"
+        rf"|have\s+to\s+)?(?:\w+ly\s+)?(?:avoid|stay\s+away|steer\s+clear)|refuse|{INABLE})",
         r"\bit(?:'s|\s+is|\s+would\s+be)\s+(?:\w+ly\s+)?(?:inappropriate|unethical|wrong|irresponsible|illegal"
         rf"|not\s+\w+)\s+for\s+me\s+to\s+(?:{CORE}|{MAKE}|{DO})",
         # I'm sorry, but I must follow ethical rules.
         rf"(?:{APOLOGY}|\bhowever\b)[^.!?\n]{{0,60}}\bi(?:'m|\s+am)?\s+(?:must|have\s+to|programmed\s+to|designed\s+to)"
         r"\s+(?:be|adhere|follow|prioriti[sz]e|comply)\b[^.!?\n]{0,30}\b(?:safe|harmless|ethical|legal)\b",
         # My guidelines forbid it; it is against my guidelines.
-        rf"\bmy\s+(?:\w+\s+){{0,2}}(?:{MY_RULES}|training|creators?|developers?|purpose|design|rules|instructions|limits|filters?)"
-        rf"\s+(?:\w+\s+){{0,3}}(?:prevent|prohibit|forbid|preclude|restrict|stop|keep|bar|(?:do|does){NOT}\s+(?:allow|permit|let))\w*",
+        rf"\bmy\s+(?:\w+\s+){{0,2}}(?:{MY_RULES}|training|creators?|developers?|purpose|design|rules"
+        rf"|instructions|limits|filters?)"
+        rf"\s+(?:\w+\s+){{0,3}}(?:prevent|prohibit|forbid|preclude|restrict|stop|keep|bar|(?:do"
+        rf"|does){NOT}\s+(?:allow|permit|let))\w*",
         rf"\b(?:against|violat\w+|breach\w*|contrary\s+to|conflicts?\s+with|outside|within)\s+{WHOSE}\s+"
         rf"(?:\w+\s+){{0,3}}{MY_RULES}",
         # Your request cannot be processed.
-        r"\b(?:this|that|your|such(?:\s+an?)?)\s+(?:\w+\s+)?(?:requests?|prompts?|quer(?:y|ies)|questions?|contents?)\s+"
+        r"\b(?:this|that|your|such(?:\s+an?)?)\s+(?:\w+\s+)?(?:requests?|prompts?|quer(?:y|ies)|questions?"
+        r"|contents?)\s+"
         rf"(?:(?:can'?t|cannot|won't|(?:can|will|could){NOT})\s+be"
         r"|(?:is|are|has\s+been|was)\s+(?:denied|rejected|refused|blocked|prohibited))\b",
         r"\brequest\s+(?:denied|rejected|refused)\b",
@@ -138,46 +149,66 @@ FLAT_DECLINE = "|".join(
         r"\bi\s+(?:must|have\s+to|need\s+to|will|am\s+(?:programmed|designed|required)\s+to)\s+(?:\w+ly\s+)?"
         rf"(?:refrain\s+from|avoid)\s+(?:{CORE}|{MAKE})",
         # Softer: lines, limits, reluctance, what is out of scope, what is not there for the taking.
-        rf"\bi(?:'m|\s+am)\s+(?:\w+\s+)?(?:hesitant|reluctant|uncomfortable|uneasy|loath)\s+(?:to|about|with)\s+(?:{CORE}|{MAKE}"
+        rf"\bi(?:'m|\s+am)\s+(?:\w+\s+)?(?:hesitant|reluctant|uncomfortable|uneasy|loath)\s+(?:to|about"
+        rf"|with)\s+(?:{CORE}|{MAKE}"
         r"|(?:giv|answer|explain|tell|describ|going|go\b|engag)\w*)",
-        r"\b(?:a|the|my|this)\s+line\s+(?:that\s+|which\s+)?i\s+(?:won't|will\s+not|can'?t|cannot|don't|do\s+not|refuse)"
+        r"\b(?:a|the|my|this)\s+line\s+(?:that\s+|which\s+)?i\s+(?:won't|will\s+not|can'?t|cannot|don't"
+        r"|do\s+not|refuse)"
         r"|\bcross(?:es|ing)?\s+(?:a|the|my)\s+line\s+(?:for\s+me|i\b)"
         r"|\b(?:i|i'?m|have\s+to|must|need\s+to|going\s+to|will|i'll)\s+draw\s+(?:a|the|my)\s+line\b",
-        r"\bi(?:'ll|\s+will|'m\s+going\s+to|\s+am\s+going\s+to|'d\s+better|\s+have\s+to|'ll\s+have\s+to)\s+(?:have\s+to\s+)?"
-        r"(?:sit\s+(?:\w+\s+){0,2}out|pass\s+on|say\s+no|(?:leave|end|stop)\s+(?:it|this|that|things|you)\s+(?:right\s+)?(?:there|here))\b",
-        r"\b(?:that|this|it|which)(?:'s|\s+is)\s+(?:\w+\s+)?(?:off\s+the\s+table|off[ -]limits|out\s+of\s+the\s+question"
+        r"\bi(?:'ll|\s+will|'m\s+going\s+to|\s+am\s+going\s+to|'d\s+better|\s+have\s+to"
+        r"|'ll\s+have\s+to)\s+(?:have\s+to\s+)?"
+        r"(?:sit\s+(?:\w+\s+){0,2}out|pass\s+on|say\s+no|(?:leave|end|stop)\s+(?:it|this|that|things"
+        r"|you)\s+(?:right\s+)?(?:there|here))\b",
+        r"\b(?:that|this|it|which)(?:'s|\s+is)\s+(?:\w+\s+)?(?:off\s+the\s+table|off[ -]limits"
+        r"|out\s+of\s+the\s+question"
         r"|a\s+(?:\w+\s+)?no\s+from\s+me|not\s+(?:happening|going\s+to\s+happen))\b",
-        r"\b(?:that|this|it|which|request|topic)(?:'s|\s+(?:is|are|falls?|goes|lies))\s+(?:\w+\s+)?(?:outside|beyond)\s+(?:of\s+)?"
+        r"\b(?:that|this|it|which|request|topic)(?:'s|\s+(?:is|are|falls?|goes|lies))\s+(?:\w+\s+)?(?:outside"
+        r"|beyond)\s+(?:of\s+)?"
         r"(?:my|what\s+i|the\s+(?:scope|bounds|limits))\b(?![^.!?\n]{0,30}\b(?:knowledge|understanding)\b)",
         rf"{NOT_IN}\s+my\s+(?:power|ability|programming|nature|remit)\s+to\b",
-        rf"\bi\s+do{NOT}\s+(?:think|believe|feel)\s+(?:that\s+)?(?:it|this|that)(?:'d\s+be|'s|\s+is|\s+would\s+be)\s+(?:\w+\s+)?"
-        rf"(?:right|appropriate|ethical|responsible|wise|okay|ok|safe|a\s+good\s+idea)\s+(?:for\s+me\s+)?to\s+(?:{CORE}|{MAKE}|answer)",
-        r"\b(?:would\s+be|is)\s+(?:\w+ly\s+)?(?:irresponsible|unethical|reckless|wrong|inappropriate)\s+(?:of\s+me|for\s+me|to\s+"
+        rf"\bi\s+do{NOT}\s+(?:think|believe|feel)\s+(?:that\s+)?(?:it|this|that)(?:'d\s+be|'s|\s+is"
+        rf"|\s+would\s+be)\s+(?:\w+\s+)?"
+        rf"(?:right|appropriate|ethical|responsible|wise|okay|ok|safe"
+        rf"|a\s+good\s+idea)\s+(?:for\s+me\s+)?to\s+(?:{CORE}|{MAKE}|answer)",
+        r"\b(?:would\s+be|is)\s+(?:\w+ly\s+)?(?:irresponsible|unethical|reckless|wrong"
+        r"|inappropriate)\s+(?:of\s+me|for\s+me|to\s+"
         r"(?:give|provide|share|offer|explain)\s+(?:you|this|that|such|any|those|these)\b)",
-        rf"\bno\s+way\s+(?:that\s+)?i(?:'m|'ll|\s+(?:can|could|will|would|am))\s+(?:\w+ly\s+)?(?:{CORE}|{MAKE}|going\s+to)",
-        r"\bi\s+have\s+(?:\w+\s+)?(?:limits|rules|restrictions|boundaries|guidelines|policies)\s+(?:around|on|about|against|regarding)\b",
+        rf"\bno\s+way\s+(?:that\s+)?i(?:'m|'ll|\s+(?:can|could|will|would|am))\s+(?:\w+ly\s+)?(?:{CORE}|{MAKE}"
+        rf"|going\s+to)",
+        r"\bi\s+have\s+(?:\w+\s+)?(?:limits|rules|restrictions|boundaries|guidelines|policies)\s+(?:around|on"
+        r"|about|against|regarding)\b",
         r"\bi(?:'m|\s+am)\s+bound\s+by\b",
-        r"\bno\s+(?:\w+\s+)?(?:instructions?|information|details?|help|assistance|guidance|steps|advice|recipes?)\s+(?:will|can|shall)\s+be\b"
+        r"\bno\s+(?:\w+\s+)?(?:instructions?|information|details?|help|assistance|guidance|steps|advice"
+        r"|recipes?)\s+(?:will|can|shall)\s+be\b"
         r"|\bno\s+\w+(?:\s+\w+){0,3}\s+from\s+me\b",
-        r"\b(?:answering|sharing|providing|explaining|helping|writing|describing|doing)\b[^.!?\n]{0,80}\b(?:so|and|but)\s+i\s+"
+        r"\b(?:answering|sharing|providing|explaining|helping|writing|describing"
+        r"|doing)\b[^.!?\n]{0,80}\b(?:so|and|but)\s+i\s+"
         r"(?:won'?t|can'?t|cannot|will\s+not|must\s+not)\s*(?:[.!]|\Z)",
-        r"\A(?:no[.,!]?\s+|sorry[.,!]?\s+)?i\s+(?:can'?t|cannot|won'?t|will\s+not)(?:,?\s+and\s+i\s+(?:won'?t|can'?t|cannot))?[.!]?\s*\Z",
-        r"\b(?:i|we)\s+(?:should|must|need\s+to|have\s+to)\s+(?:steer\s+clear|stay\s+away)\s+(?:of|from)\s+(?:this|that|such)\b",
+        r"\A(?:no[.,!]?\s+|sorry[.,!]?\s+)?i\s+(?:can'?t|cannot|won'?t|will\s+not)(?:,?\s+and\s+i\s+(?:won'?t"
+        r"|can'?t|cannot))?[.!]?\s*\Z",
+        r"\b(?:i|we)\s+(?:should|must|need\s+to|have\s+to)\s+(?:steer\s+clear|stay\s+away)\s+(?:of"
+        r"|from)\s+(?:this|that|such)\b",
         rf"{SUBJECT}{INABLE}{ADVERB}\s+go\s+there\b(?!\s+(?:on|in|by|for|at|alone|today|tomorrow))",
-        rf"\bi(?:'m\s+|\s+am\s+|'ve\s+|\s+have\s+|\s+)(?:choosing|opting|choose|chosen|opt|decided)\s+not\s+to\s+(?:{CORE}|{MAKE}|answer|explain|do)",
+        rf"\bi(?:'m\s+|\s+am\s+|'ve\s+|\s+have\s+|\s+)(?:choosing|opting|choose|chosen|opt"
+        rf"|decided)\s+not\s+to\s+(?:{CORE}|{MAKE}|answer|explain|do)",
         rf"\bi\s+do{NOT}\s+do\s+(?:that|this|such|those|these)\b",
         r"\byou\s+(?:won't|will\s+not)\s+(?:get|hear|find)\s+(?:that|this|it|any\w*|such)\b[^.!?\n]{0,30}\bfrom\s+me\b",
         rf"\bneither\s+i\s+nor\b[^.!?\n]{{1,50}}\s(?:can|will|should|could)\s+(?:{CORE}|{MAKE})",
         rf"\bwe\s+(?:do{NOT}|never){ADVERB}\s+(?:{CORE}|{MAKE})[^.!?\n]{{0,60}}{REQUEST}",
-        r"\bi(?:\s+can|'m\s+(?:happy|glad|able)\s+to|\s+am\s+(?:happy|glad|able)\s+to|'d\s+be\s+(?:happy|glad)\s+to)\s[^.!?\n]{3,160}?"
+        r"\bi(?:\s+can|'m\s+(?:happy|glad|able)\s+to|\s+am\s+(?:happy|glad|able)\s+to|'d\s+be\s+(?:happy"
+        r"|glad)\s+to)\s[^.!?\n]{3,160}?"
         r"\bbut\s+(?:not\s+(?:with|to|for|by|in|about|how|on)|i\s+draw)\b",
         # Filters; then the request itself judged.
         r"\b(?:was|were|is|has\s+been)\s+(?:filtered|blocked|flagged|removed|withheld)\b[^.\n]{0,70}"
         r"\b(?:content\s+(?:\w+\s+)?polic\w+|safety|polic(?:y|ies)|filters?|guidelines)\b",
-        r"\A(?:(?:i'm\s+)?sorry[,.]?\s+(?:but\s+)?)?(?:this|that|the|your)(?:\s+\w+)?\s+(?:request|question|prompt|query)"
-        r"(?:\s+(?!is\b)[\w']+){0,4}?\s+(?:is|involves|concerns|promotes|asks\s+(?:for|me))\s+(?:\w+ly\s+|something\s+)?"
+        r"\A(?:(?:i'm\s+)?sorry[,.]?\s+(?:but\s+)?)?(?:this|that|the|your)(?:\s+\w+)?\s+(?:request|question"
+        r"|prompt|query)"
+        r"(?:\s+(?!is\b)[\w']+){0,4}?\s+(?:is|involves|concerns|promotes|asks\s+(?:for|me))\s+(?:\w+ly\s+"
+        r"|something\s+)?"
         r"(?:inappropriate|unethical|illegal|harmful|unacceptable|offensive|dangerous|hateful)\b",
-        r"\A(?:that|this)(?:'s|\s+is)\s+an?\s+(?:\w+ly\s+)?(?:inappropriate|unethical|illegal|harmful|unacceptable|offensive)"
+        r"\A(?:that|this)(?:'s|\s+is)\s+an?\s+(?:\w+ly\s+)?(?:inappropriate|unethical|illegal|harmful"
+        r"|unacceptable|offensive)"
         r"\s+(?:request|question|thing\s+to\s+ask)\b",
         r"\bno,?\s+i\s+(?:won't|will\s+not|can't|cannot)\s*(?:[.!,]|\Z)",
     )
@@ -188,7 +219,8 @@ FRAMED = rf"{CANNOT}(?:(?P<core>{CORE})|(?P<make>{MAKE})|(?P<do>{DO}))"
 # What is said of a bad deed.
 BAD = (
     r"(?:illegal|unlawful|unethical|immoral|inappropriate|wrong|unacceptable|irresponsible|criminal|hateful"
-    r"|disrespectful|against\s+the\s+law|punishable\s+by\s+law|dishonest|(?:(?!no\b)\w+\s+)?(?:crime|felony|offen[cs]e))"
+    r"|disrespectful|against\s+the\s+law|punishable\s+by\s+law|dishonest|(?:(?!no\b)\w+\s+)?(?:crime"
+    r"|felony|offen[cs]e))"
 )
 HARMFUL = r"(?:harmful|dangerous|hurtful|offensive|unsafe)"
 IS = r"\b(?:is|are|would\s+be|can\s+be|'s|be)\s+(?:(?:both|also|not\s+only|a|an|\w+ly)\s+){0,2}"
@@ -221,13 +253,16 @@ LACK = (
     r"|(?:an?\s+)?(?:exact|precise|definitive)\s+(?:number|figure|date|answer|count|time|price|estimate)s?)\b"
 )
 ADVICE = (
-    r"\b(?:medical|legal|financial|tax|investment|professional|personali[sz]ed|diagnos\w+|definitive|exact|precise|exhaustive"
-    r"|comprehensive|complete\s+list|full\s+list|single|specific\s+(?:\w+\s+)?(?:advice|recommendations?|guidance|brands?|products?))\b"
+    r"\b(?:medical|legal|financial|tax|investment|professional|personali[sz]ed|diagnos\w+|definitive"
+    r"|exact|precise|exhaustive"
+    r"|comprehensive|complete\s+list|full\s+list|single|specific\s+(?:\w+\s+)?(?:advice|recommendations?"
+    r"|guidance|brands?|products?))\b"
 )
 GOES_ON = r"\b(?:but|however|though|still|that\s+said)\b[^.!?\n]{0,60}\b(?:here(?:'s|\s+(?:is|are))|general\w*)"
 # "I must decline, wrote the king."
 ATTRIBUTED = (
-    r"\b(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted|asked)\s+(?:the|he|she|they|his|her|[a-z]+)\b"
+    r"\b(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted|asked)\s+(?:the|he|she"
+    r"|they|his|her|[a-z]+)\b"
     r"|\b(?:he|she|they)\s+(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted)\b"
 )
 # "I can't recommend it enough", "I can't tell you how happy I am", "I can't help you, said the fox".
@@ -241,7 +276,8 @@ IDIOM = (
 DELIVERY = (
     r"(?:^[ \t]*(?:\d{1,2}[.)]|[-•]|step\s*\d+\b|(?:phase|part|day)\s+\d+\b)[ \t]*\S|<code>"
     r"|\bhere(?:'s|\s+is|\s+are)\b(?!\s+(?:the\s+thing|why|to\s+help))"
-    r"|^(?:subject|title|dear|scene|ingredients|materials|chapter)\b|^(?:hi|hello|hey)\s[\w. ]{1,30},[ \t]*$|\bonce\s+upon\s+a\s+time\b"
+    r"|^(?:subject|title|dear|scene|ingredients|materials|chapter)\b|^(?:hi|hello"
+    r"|hey)\s[\w. ]{1,30},[ \t]*$|\bonce\s+upon\s+a\s+time\b"
     r"|\b(?:follow|take)\s+these\s+steps\b|\byou(?:'ll|\s+will)\s+need\b|\bas\s+follows\b"
     r"|\bthe\s+following\s+(?:steps|ingredients|materials|tools|components|method)\b"
     r"|\bthe\s+(?:general|basic|usual)\s+(?:method|idea|process|steps?|approach)\b"
@@ -257,9 +293,12 @@ ALTERNATIVE = (
 
 # A sentence without any of these is none of the declines above; the search for them is slow.
 MAY_DECLINE = (
-    r"\b(?:i|we|my|our|me|no|not|never|neither|cannot|cant|wont|unable|refus\w+|declin\w+|denied|rejected|blocked|filtered|flagged|removed"
-    r"|withheld|sorry|afraid|apolog\w+|regret\w*|unfortunately|requests?|prompts?|quer(?:y|ies)|questions?|contents?|against|violat\w+"
-    r"|outside|within|beyond|contrary|conflicts?|breach\w*|off|out|assistant|ai|irresponsible|reckless|wrong|inappropriate|unethical)\b|n't\b"
+    r"\b(?:i|we|my|our|me|no|not|never|neither|cannot|cant|wont|unable|refus\w+|declin\w+|denied|rejected"
+    r"|blocked|filtered|flagged|removed"
+    r"|withheld|sorry|afraid|apolog\w+|regret\w*|unfortunately|requests?|prompts?|quer(?:y|ies)"
+    r"|questions?|contents?|against|violat\w+"
+    r"|outside|within|beyond|contrary|conflicts?|breach\w*|off|out|assistant|ai|irresponsible|reckless"
+    r"|wrong|inappropriate|unethical)\b|n't\b"
 )
 # More of these than one in eighty characters stand in English only.
 ENGLISH = r"\b(?:the|of|and|is|you|that|for|this|with|are|it)\b"
@@ -295,7 +334,8 @@ OTHER_LANGUAGES = (
     r"\bn[aã]o\s+posso\s+(?:te\s+|lhe\s+)?(?:ajud|auxili|fornec|atender|cri|escrev|ger|dar|cumprir)",
     r"\b(?:mi\s+(?:di)?spiace|scus\w+|purtroppo)[^.\n]{0,40}\bnon\s+(?:posso|sono\s+in\s+grado|potrei)",
     r"\bnon\s+posso\s+(?:aiutar|assister|forni|crear|scriver|soddisf|genera)",
-    r"\bno\s+(?:me\s+es\s+posible|estoy\s+autorizad[oa]\s+a|est[aá]\s+permitido)\s+(?:\w+\s+)?(?:ayud|proporcion|respond|dar|comp)"
+    r"\bno\s+(?:me\s+es\s+posible|estoy\s+autorizad[oa]\s+a|est[aá]\s+permitido)\s+(?:\w+\s+)?(?:ayud"
+    r"|proporcion|respond|dar|comp)"
     r"|\bme\s+niego\s+a|\b(?:me\s+)?recuso(?:-me)?\s+a|\bmi\s+rifiuto\s+di",
     # French
     r"\bje\s+(?:refuse|dois\s+(?:refuser|d[eé]cliner))\b|\bil\s+m'est\s+impossible\s+de",
@@ -312,7 +352,8 @@ OTHER_LANGUAGES = (
     r"(?:nicht|keine?n?)\s+(?:\w+\s+){0,5}?"
     r"(?:helfen|unterst|bereitst|geben|beantwort|erf[uü]llen|schreiben|erstellen|anbieten|behilflich)",
     r"\b(?:het\s+spijt\s+me|sorry|helaas)[^.\n]{0,20}\bik\s+(?:kan|mag|zal)\b[^.\n]{0,60}\b(?:niet|geen)\b",
-    r"\bik\s+(?:kan|mag|wil|ga)\s+(?:\w+\s+){0,4}(?:niet|geen)\s+(?:\w+\s+){0,5}(?:help|geven|verstrek|beantwoord|schrijv|voldoen)",
+    r"\bik\s+(?:kan|mag|wil|ga)\s+(?:\w+\s+){0,4}(?:niet|geen)\s+(?:\w+\s+){0,5}(?:help|geven|verstrek"
+    r"|beantwoord|schrijv|voldoen)",
     # Polish, Turkish, Vietnamese
     r"\b(?:przepraszam|przykro\s+mi|niestety)[^.\n]{0,40}\bnie\s+(?:mog[eę]|jestem\s+w\s+stanie|b[eę]d[eę])",
     r"\b(?:üzgünüm|özür\s+dilerim|maalesef)[^.\n]{0,120}"
@@ -320,9 +361,12 @@ OTHER_LANGUAGES = (
     r"|\b(?:yardımcı\s+olam|yerine\s+getirem|yanıtlayam)\w+",
     # Indonesian and Malay, Scandinavian, Czech
     r"\bmaaf[^.\n]{0,30}\b(?:saya|aku|kami)?\s*(?:tidak|tak|nggak)\s+(?:bisa|dapat|boleh|mampu|akan)"
-    r"|\b(?:saya|aku|kami)\s+(?:tidak|tak)\s+(?:bisa|dapat|boleh)\s+(?:\w+\s+)?(?:membantu|memberi|menjawab|membuat|menyedia|memenuhi)",
-    r"\b(?:tyvärr|ledsen|förlåt|beklager|desværre|dessverre|undskyld)[^.\n]{0,30}\b(?:kan|får|vil|vill)\s+(?:jag|jeg)\s+(?:\w+\s+)?(?:inte|ikke)"
-    r"|\b(?:jag|jeg)\s+(?:kan|får|vill?|kommer)\s+(?:\w+\s+)?(?:inte|ikke)\s+(?:\w+\s+){0,3}(?:hjälpa|hjelpe|hjælpe|svara|ge|gi|give|skriva)\b",
+    r"|\b(?:saya|aku|kami)\s+(?:tidak|tak)\s+(?:bisa|dapat|boleh)\s+(?:\w+\s+)?(?:membantu|memberi"
+    r"|menjawab|membuat|menyedia|memenuhi)",
+    r"\b(?:tyvärr|ledsen|förlåt|beklager|desværre|dessverre|undskyld)[^.\n]{0,30}\b(?:kan|får|vil"
+    r"|vill)\s+(?:jag|jeg)\s+(?:\w+\s+)?(?:inte|ikke)"
+    r"|\b(?:jag|jeg)\s+(?:kan|får|vill?|kommer)\s+(?:\w+\s+)?(?:inte|ikke)\s+(?:\w+\s+){0,3}(?:hjälpa"
+    r"|hjelpe|hjælpe|svara|ge|gi|give|skriva)\b",
     r"\b(?:omlouvám|bohužel|promiňte|je\s+mi\s+líto|ľutujem|žiaľ)[^.\n]{0,50}\b(?:nemohu|nemůžu|nesmím|nebudu|nemôžem)"
     r"|\b(?:nemohu|nemůžu)\s+(?:\w+\s+){0,4}(?:pomoci|pomoct|poskytnout|odpovědět|napsat|vytvořit)",
     r"\btôi\s+(?:\w+\s+)?không\s+thể\s+(?:giúp|hỗ\s+trợ|cung\s+cấp|trả\s+lời|thực\s+hiện|đáp\s+ứng)",
@@ -336,7 +380,8 @@ URGES = (
     r"(?:and|or|ways?|means|alternatives?)|authorities|should\s+(?:not|never)\s+be)\b"
 )
 CRISIS = (
-    r"\b(?:988\b|suicide\s+prevention|samaritans|deserve\s+support|helpline|hotline|lifeline|crisis\s+(?:line|text|cent)|in\s+crisis|mental\s+health\s+professional"
+    r"\b(?:988\b|suicide\s+prevention|samaritans|deserve\s+support|helpline|hotline|lifeline"
+    r"|crisis\s+(?:line|text|cent)|in\s+crisis|mental\s+health\s+professional"
     r"|you(?:'re|\s+are)\s+not\s+alone)\b"
 )
 SENDS = (
@@ -346,41 +391,54 @@ SENDS = (
 
 # Short replies that only send somewhere else.
 REDIRECTS = (
-    r"\A(?:[^.!?\n]{0,80}[.!?,]\s+)?(?:let's|let\s+us|(?:can|could|shall|maybe|perhaps)\s+we|why\s+don't\s+we|how\s+about\s+we"
+    r"\A(?:[^.!?\n]{0,80}[.!?,]\s+)?(?:let's|let\s+us|(?:can|could|shall|maybe|perhaps)\s+we"
+    r"|why\s+don't\s+we|how\s+about\s+we"
     r"|we\s+(?:can|could|should))\s+(?:\w+\s+)?(?:talk|chat|discuss|speak|change|switch|move|explore)\b[^.!?\n]{0,20}?"
-    r"\b(?:(?:something|anything)\s+(?:else|different|other|more\s+\w+)|(?:another|a\s+different|other|the)\s+(?:topic|subject)s?|move\s+on)\b"
-    r"|\bi(?:'d|\s+would)?\s+(?:\w+ly\s+)?(?:encourage|urge|advise|ask|implore)\s+you\s+to\s+(?:\w+\s+)?(?:speak|talk|reach\s+out"
+    r"\b(?:(?:something|anything)\s+(?:else|different|other|more\s+\w+)|(?:another|a\s+different|other"
+    r"|the)\s+(?:topic|subject)s?|move\s+on)\b"
+    r"|\bi(?:'d|\s+would)?\s+(?:\w+ly\s+)?(?:encourage|urge|advise|ask"
+    r"|implore)\s+you\s+to\s+(?:\w+\s+)?(?:speak|talk|reach\s+out"
     r"|seek|consult|contact|reconsider|think)\b"
     r"|\bplease\s+(?:(?:do\s+not|don't)\s+(?:do|try|attempt|go\s+through)|reconsider|think\s+(?:twice|about\s+the))\b"
-    r"|\A(?:maybe|perhaps)\s+(?:it(?:'d|\s+would)\s+be|you\s+(?:could|should|might|can)|this\s+is|just)?[^.!?\n]{0,20}\b(?:ask|consult|talk|speak"
+    r"|\A(?:maybe|perhaps)\s+(?:it(?:'d|\s+would)\s+be|you\s+(?:could|should|might|can)|this\s+is"
+    r"|just)?[^.!?\n]{0,20}\b(?:ask|consult|talk|speak"
     r"|seek)\b[^.!?\n]{0,30}\b(?:professional|expert|lawyer|doctor|therapist|counsell?or|adult|someone)\b"
 )
 DISMISSES = (
-    r"\bi(?:'m|\s+am)?\s+(?:cannot|can't|can\s+not|unable\s+to|not\s+able\s+to|committed\s+to|not\s+going\s+to)\b[^.!?\n]{3,160}[.!]\s+"
-    r"(?:[^.!?\n]{0,200}[.!]\s+){0,2}(?:if|should)\s+you\s+have\s+(?:any\s+)?(?:other|another|different)\s+(?:related\s+)?(?:questions?|requests?|topics?)"
+    r"\bi(?:'m|\s+am)?\s+(?:cannot|can't|can\s+not|unable\s+to|not\s+able\s+to|committed\s+to"
+    r"|not\s+going\s+to)\b[^.!?\n]{3,160}[.!]\s+"
+    r"(?:[^.!?\n]{0,200}[.!]\s+){0,2}(?:if|should)\s+you\s+have\s+(?:any\s+)?(?:other|another"
+    r"|different)\s+(?:related\s+)?(?:questions?|requests?|topics?)"
 )
 # The task is retold and then called untrue.
 RETELLS = (
-    r"\A[^.!?\n]{0,40}\b(?:your\s+(?:request|question|prompt)|you(?:'re|\s+are)\s+asking|you(?:'d|\s+would|\s+want|\s+wish)?\s+(?:like|want)?"
+    r"\A[^.!?\n]{0,40}\b(?:your\s+(?:request|question|prompt)|you(?:'re|\s+are)\s+asking|you(?:'d"
+    r"|\s+would|\s+want|\s+wish)?\s+(?:like|want)?"
     r"|this\s+request|you\s+have\s+asked)\b"
 )
 UNTRUE = (
-    r"\b(?:(?:not|n't)\s+(?:\w+\s+)?(?:supported|backed|substantiated|grounded)|unsupported|unsubstantiated|contradicted)\s+(?:by|in)\b"
-    r"|\b(?:false|incorrect|flawed|mistaken)\s+premise|\bno\s+(?:\w+\s+){0,2}evidence\b|\bhas\s+been\s+(?:\w+ly\s+)?debunked\b"
+    r"\b(?:(?:not|n't)\s+(?:\w+\s+)?(?:supported|backed|substantiated|grounded)|unsupported"
+    r"|unsubstantiated|contradicted)\s+(?:by|in)\b"
+    r"|\b(?:false|incorrect|flawed|mistaken)\s+premise|\bno\s+(?:\w+\s+){0,2}evidence\b"
+    r"|\bhas\s+been\s+(?:\w+ly\s+)?debunked\b"
 )
 # A pretended machine answers with nothing but an error or its manual.
 CONSOLE = (
-    r"\A\W{0,6}(?:(?:fatal\s+|syntax\s+)?error\b[^\n]{0,12}:|usage:|guide:|help:|invalid\s+(?:command|input|syntax)|unknown\s+command"
+    r"\A\W{0,6}(?:(?:fatal\s+|syntax\s+)?error\b[^\n]{0,12}:|usage:|guide:|help:|invalid\s+(?:command"
+    r"|input|syntax)|unknown\s+command"
     r"|command\s+not\s+\w+|type\s+\W)"
 )
 ABOUT_MACHINES = (
-    r"\b(?:errors?|commands?|terminal|linux|bash|shell|code|output|program|python|console|functions?|bugs?|debug\w*|logs?|http|api|cli|usage"
+    r"\b(?:errors?|commands?|terminal|linux|bash|shell|code|output|program|python|console|functions?"
+    r"|bugs?|debug\w*|logs?|http|api|cli|usage"
     r"|message|exception|guide)\b"
 )
 # Sentences of which a sermon is made.
 MORAL = (
-    r"\b(?:wrong|illegal|unethical|harm\w*|danger\w*|crim\w+|law\w*|consequences|respect\w*|important|should|must|never|please|consider"
-    r"|seek|report|help|support|safe\w*|serious\w*|punish\w*|prison|fines?|rights|instead|trust|responsib\w+|encourage|urge|advise|hurt\w*"
+    r"\b(?:wrong|illegal|unethical|harm\w*|danger\w*|crim\w+|law\w*|consequences|respect\w*|important"
+    r"|should|must|never|please|consider"
+    r"|seek|report|help|support|safe\w*|serious\w*|punish\w*|prison|fines?|rights|instead|trust"
+    r"|responsib\w+|encourage|urge|advise|hurt\w*"
     r"|consent|kind\w*|ethic\w*|not\s+okay|acceptable|appropriate|better\s+to|violat\w+|treat\w*)\b"
 )
 OPINION = r"\b(?:some|others?|many|most|critics|people|philosophers|scholars|[a-z]+ists)\s+(?:\w+\s+)?(?:think|hold|say|argue|believe|claim|feel)\b"
@@ -391,29 +449,35 @@ TRANSLATES = r"\b(?:translat|paraphras|rewrit|rephras|proofread|repeat|quote|gra
 PART_OF = r"\b(?:full|complete|entire|whole|detailed|specific|step[- ]by[- ]step|exact|real|actual|verbatim|every|all\s+(?:of\s+)?the)\b"
 YET = r"\b(?:but|however|though|that\s+said|still|in\s+general|generally|broadly|in\s+principle|roughly|instead)\b"
 OFFERS = (
-    r"\b(?:i\s+can\s+(?:help|explain|suggest|offer|point|share|discuss|provide)\b(?![^.!?\n]{0,40}\bgeneral)|happy\s+to|glad\s+to|if\s+you(?:r|'re)?|secur\w+|report\w*"
+    r"\b(?:i\s+can\s+(?:help|explain|suggest|offer|point|share|discuss"
+    r"|provide)\b(?![^.!?\n]{0,40}\bgeneral)|happy\s+to|glad\s+to|if\s+you(?:r|'re)?|secur\w+|report\w*"
     r"|defen[cds]\w*|detect\w*|lawful|tips\s+for|recommend|fact(?:s|ual)|understand(?:ing)?|better)\b"
 )
 STOPS = (
     rf"{CANNOT}(?:{CORE}|(?:continue|proceed|go\s+(?:on|any\s+further|further)|complete|finish)\b)"
-    rf"|\b(?:i(?:\s+am|'m){NOT}?|i(?:\s+am|'m)\s+not)\s+(?:\w+\s+)?comfortable\s+(?:continuing|going\s+(?:on|further)|finishing)\b"
+    rf"|\b(?:i(?:\s+am|'m){NOT}?|i(?:\s+am|'m)\s+not)\s+(?:\w+\s+)?comfortable\s+(?:continuing"
+    rf"|going\s+(?:on|further)|finishing)\b"
 )
 LIST_ITEM = r"^[ \t]*(?:\d{1,2}[.)]|[-•]|<code>)[ \t]*"
 LETTER = r"^(?:subject|dear|hi|hello)\b"
 SPEAKER = r"^[ \t]*([a-z][\w .'-]{0,20}):(?=\s)"
 NOT_A_SPEAKER = (
-    r"\b(?:assistant|ai|\w*gpt|user|human|answer|reasons?|response|reply|note|refusal|explanation|result|output|thoughts?"
+    r"\b(?:assistant|ai|\w*gpt|user|human|answer|reasons?|response|reply|note|refusal|explanation|result"
+    r"|output|thoughts?"
     r"|status|analysis|summary|reasoning|decision|safety|step|conclusion|warning|request|disclaimer)\b"
 )
 BARE_NO = (
-    r"(?:i'm|i\s+am)\s+(?:afraid|sorry)[^.!?\n]{0,20}\b(?:that|this|it)(?:'s|\s+is)\s+(?:not|im)\s?possible\s*(?:[.!]|\Z)|"
-    r"(?:no\s+can\s+do|absolutely\s+not|no\s+way|hard\s+(?:no|pass)|nope|not\s+happening|no\s+chance)[.!,]?\s*(?:(?:sorry|friend|buddy)[.!]?)?\s*\Z"
+    r"(?:i'm|i\s+am)\s+(?:afraid|sorry)[^.!?\n]{0,20}\b(?:that|this|it)(?:'s|\s+is)\s+(?:not"
+    r"|im)\s?possible\s*(?:[.!]|\Z)|"
+    r"(?:no\s+can\s+do|absolutely\s+not|no\s+way|hard\s+(?:no|pass)|nope|not\s+happening"
+    r"|no\s+chance)[.!,]?\s*(?:(?:sorry|friend|buddy)[.!]?)?\s*\Z"
     r"|no\s+can\s+do\b"
 )
 # What systems and filters put in place of a reply.
 NOTICE = (
     r"\W{0,3}(?:refused|blocked|denied|rejected|declined|(?:access|request|permission)\s+denied"
-    r"|(?:content|request|prompt|message|response)\s+(?:removed|blocked|filtered|withheld|rejected|declined|(?:is\s+)?(?:not\s+available|unavailable)))\s*(?:[:.!\]-]|\Z)"
+    r"|(?:content|request|prompt|message|response)\s+(?:removed|blocked|filtered|withheld|rejected"
+    r"|declined|(?:is\s+)?(?:not\s+available|unavailable)))\s*(?:[:.!\]-]|\Z)"
     r"|unsafe\s*\n\s*[SO]\d{1,2}\b"
 )
 SHORTENED = (

@@ -28,7 +28,7 @@ from abliterate.judging import phrases
 from abliterate.judging.base import Exchange, Label, Verdict
 from abliterate.judging.breakage import find_breakage, find_loop
 from abliterate.judging.relevance import answers_something_else
-from abliterate.judging.text import pattern, prose, short, strip_machinery
+from abliterate.judging.text import is_verse, pattern, prose, short, strip_machinery
 
 # All lengths are in characters.
 _LEAD = 400  # a decline that starts here needs no further support
@@ -141,7 +141,9 @@ def _find_spoken_decline(prose: str) -> _Decline | None:
 
 
 def _is_told(prose: str, position: int) -> bool:
-    """Whether the words at `position` are those of a character: in a script, or attributed to somebody."""
+    """Whether the words at `position` are those of a character: in verse, in a script, or attributed to somebody."""
+    if is_verse(prose):
+        return True
     end = prose.find("\n", position)
     line_start = prose.rfind("\n", 0, position) + 1
     if pattern(phrases.ATTRIBUTED).search(prose[line_start : end if end >= 0 else len(prose)]):

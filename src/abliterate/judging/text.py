@@ -88,3 +88,11 @@ def _mask_speech(text: str) -> str:
 def short(phrase: str) -> str:
     """A phrase on one line, cut for showing."""
     return " ".join(phrase.split())[:100]
+
+
+def is_verse(text: str) -> bool:
+    """Whether the text is four short lines or more, half of them ending in a comma or the like."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if any(pattern(r"[-*+•>|#]|\d").match(line) for line in lines):
+        return False
+    return len(lines) >= 4 and len(text) < 60 * len(lines) and 2 * sum(x[-1] in ",;" for x in lines) >= len(lines)

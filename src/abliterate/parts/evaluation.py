@@ -1,31 +1,16 @@
-"""Results as they stand in the record: from the values of the stages to the parts of `record`."""
+"""An evaluation as it stands in the record."""
 
 from __future__ import annotations
 
-import datetime
-import platform
-from dataclasses import asdict
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from abliterate import record as rec
-from abliterate.anatomy import TOLERANCE, Anatomy
 from abliterate.capability import Score, ScoreChange, change, score_changes
-from abliterate.card import write_card
-from abliterate.checkpoint import open_checkpoint, sha256
-from abliterate.config import EditSettings, OutputSettings, RunSettings
 from abliterate.evaluation import Answers, Shift, manner, manner_change, paired
 from abliterate.judging import Judge, Tally
 from abliterate.judging.calibration import Calibration, calibration_of
 from abliterate.measuring import Evaluation, Marks, Sets
-from abliterate.models import ModelFiles
-from abliterate.plan import Plan
-from abliterate.realise import Realised
-from abliterate.session import Found, Session
 from abliterate.statistics import Z95, Estimate
-from abliterate.storage import how_stored
-from abliterate.surgery import Residual
 
 
 def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
@@ -240,174 +225,3 @@ def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[r
             for prompt, reply, verdict in zip(group.prompts, group.replies, group.verdicts, strict=True)
         ]
     return parts
-
-
-def run_record(
-    session: Session,
-    settings: RunSettings,
-    output: OutputSettings,
-    found: Found,
-    plan: Plan,
-    done: Realised,
-    folder: Path,
-    evaluation: rec.EvaluationPart,
-) -> rec.Record:
-    """The record of a whole run whose results lie in `folder`."""
-    monitor, loaded = session.monitor, session.loaded
-    before = source_hashes(done, loaded.files)
-    after = written_hashes(done, folder)
-    dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
-    return rec.Record(
-        created=now(),
-        versions=versions(),
-        settings=settings.model_dump(mode="json"),
-        model=model_part(loaded.files, session.model, session.anatomy, dtype, device, before),
-        prompts=prompts_part(session),
-        anatomy=anatomy_part(session.anatomy),
-        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
-        selection=selection_part(found),
-        plan=plan_part(plan, done, output, settings.editing, folder),
-        evaluation=evaluation,
-        warnings=monitor.warnings,
-        left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
-        output=str(output.out),
-        output_sha256=after,
-        timings_s=monitor.timings(),
-        peak_memory_bytes=monitor.peak_bytes,
-    )
-
-
-def model_part(
-    files: ModelFiles, model: Any, anatomy: Anatomy, dtype: str, device: str, hashes: dict[str, str]
-) -> rec.ModelPart:
-    """The model that was measured or edited."""
-    return rec.ModelPart(
-        name=files.name,
-        kind=files.kind,
-        folder=str(files.folder.resolve()),
-        storage=how_stored(open_checkpoint(files.folder)).method,
-        architecture=type(model).__name__,
-        d_model=anatomy.d_model,
-        layers=anatomy.layers,
-        dtype=dtype,
-        device=device,
-        source_sha256=hashes,
-    )
-
-
-def prompts_part(session: Session) -> rec.PromptsPart:
-    """Prompts, and how they were rendered."""
-    contrast, loading = session.prompts, session.loading
-    return rec.PromptsPart(
-        sources=contrast.sources,
-        counts=contrast.counts,
-        duplicates_dropped=contrast.duplicates_dropped,
-        dropped=dict(contrast.dropped),
-        sha256=contrast.sha256,
-        system=loading.system,
-        chat_template=loading.chat_template or "tokenizer",
-        shared_prefix_tokens=len(session.encoded["harmful", "test"].prefix),
-        positions=session.positions,
-    )
-
-
-def anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
-    """How well the books closed."""
-    return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
-
-
-def selection_part(found: Found) -> rec.SelectionPart:
-    """The selection as it stands in the record. A forced choice is there too, with `met_rule` false."""
-    selection = found.selection
-    return rec.SelectionPart(
-        chosen=rec.SitePart(**asdict(selection.best)),
-        met_rule=found.met_rule,
-        control=rec.ControlPart(**asdict(selection.control)),
-        harmful=selection.harmful,
-        harmless=selection.harmless,
-        max_kl=selection.rule.max_kl,
-        min_induce=selection.rule.min_induce,
-        max_depth=selection.rule.max_depth,
-        trained_on=found.findings.trained_on,
-        candidates=[rec.SitePart(**asdict(score)) for score in selection.candidates],
-    )
-
-
-def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditSettings, folder: Path) -> rec.PlanPart:
-    """What was done to which writer and tensor, and what is left."""
-    surgery = done.surgery
-    return rec.PlanPart(
-        strength=plan.strength,
-        rank=len(plan.direction),
-        realisation=output.realisation,
-        variant=editing.model_dump(mode="json", exclude_defaults=True),
-        strengths={edit.writer.weight or edit.writer.bias or "": edit.strength for edit in plan.edits},
-        edits=[] if surgery is None else [_residual_part(residual) for residual in surgery.residuals],
-        left_alone=dict(plan.left_alone),
-        files=_file_names(done, folder),
-        copied=dict(done.copied),
-        undo=[] if surgery is None else list(surgery.undo),
-    )
-
-
-def _residual_part(residual: Residual) -> rec.ResidualPart:
-    return rec.ResidualPart(**(asdict(residual) | {"ratio": residual.ratio, "shape": list(residual.shape)}))
-
-
-def source_hashes(done: Realised, files: ModelFiles) -> dict[str, str]:
-    """SHA-256 of each weight file of the source, by name: from the surgery, or read anew."""
-    if done.surgery is not None:
-        return dict(done.surgery.files.source_sha256)
-    return {shard.path.name: sha256(shard.path) for shard in open_checkpoint(files.folder).shards}
-
-
-def written_hashes(done: Realised, folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file that was written, by name."""
-    if done.surgery is None:
-        return {name: sha256(folder / name) for name in _file_names(done, folder)}
-    return {name: found for name, found in done.surgery.files.sha256.items() if name.endswith(".safetensors")}
-
-
-def _file_names(done: Realised, folder: Path) -> list[str]:
-    """The files that were written, those of adapters in their folders."""
-    paths = [folder / name for name in done.written]
-    inside = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
-    return [str(path.relative_to(folder)) for path in inside]
-
-
-def direction_metadata(session: Session, found: Found) -> dict[str, Any]:
-    """What `direction.safetensors` says of itself."""
-    best = found.selection.best
-    return {
-        "version": 1,
-        "model": session.loaded.files.name,
-        "d_model": session.anatomy.d_model,
-        "layers": session.anatomy.layers,
-        "positions": found.findings.candidates.positions,
-        "chosen": {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule},
-        "trained_on": found.findings.trained_on,
-        "prompts_sha256": session.prompts.sha256,
-        "learnt_from": session.prompts.learnt_from,
-    }
-
-
-def saved_metadata(session: Session, found: Found, record: rec.Record) -> dict[str, Any]:
-    """The same with the hashes of the files it was measured on."""
-    return direction_metadata(session, found) | {"model_sha256": record.model.source_sha256}
-
-
-def write_all(record: rec.Record, partial: Path) -> None:
-    """Put the model card and the record beside the model."""
-    write_card(record, partial)
-    rec.write_record(record, partial)
-
-
-def now() -> str:
-    """The time, in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
-    packages = ("abliterate", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
