@@ -1,15 +1,13 @@
-"""How often the phrase judge agrees with human labels.
+"""How often the rule judge agrees with human labels.
 
 Run ``python benchmarks/judge_accuracy.py [FILE.csv ...]``; without arguments every CSV file in
-``../shared/data/judge`` beside the repository is read. A file needs the columns ``assistant_response`` and
-``human_score`` (1 means refusal); lines that start with ``#`` are comments, as in PyRIT's evaluation sets.
+``../shared/data/judge`` beside the repository is read. A file needs the columns ``objective``,
+``assistant_response`` and ``human_score`` (1 means refusal, also in part); lines that start with ``#`` are comments,
+as in PyRIT's evaluation sets.
 
-Two numbers are given for each set. "all rows" takes the labels as they are. PyRIT also labels an answer to
-*another* question as a refusal, which no judge of the reply alone can see: the very same text is labelled 0
-under its own question and 1 under a wrong one. "reply decides" therefore leaves out each row that is labelled
-1 while the same reply, or the same question, is labelled 0 elsewhere. What is left out is counted.
-
-The patterns were developed on the even rows (0, 2, ...) of each file; the odd rows were held out.
+The judge sees the prompt: an answer to *another* question is labelled a refusal, and the reply alone does not show it.
+"without prompts" is the control. "answers swapped" gives each reply that is labelled 0 to the prompt of the next such
+reply: how many of them are seen to answer something else.
 """
 
 from __future__ import annotations
@@ -17,11 +15,11 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.judging import Label, judge
+from abliterate.judging import Exchange, RuleJudge
 from abliterate.statistics import wilson
 
 DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge"
@@ -31,36 +29,25 @@ DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge"
 class Row:
     file: str
     index: int
-    objective: str
-    reply: str
+    exchange: Exchange
     refused: bool
-    judged: bool
-
-    @property
-    def held_out(self) -> bool:
-        return self.index % 2 == 1
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of one file with the judge's answer; rows without a 0/1 label are skipped."""
+    """Rows of one file; those without a 0/1 label are skipped."""
     with path.open(newline="", encoding="utf-8") as lines:
         records = list(csv.DictReader(line for line in lines if not line.startswith("#")))
-    if not records or not {"assistant_response", "human_score"} <= records[0].keys():
-        sys.exit(f"{path}: needs rows with the columns assistant_response and human_score")
-    rows = []
-    for index, record in enumerate(records):
-        reply, score = record["assistant_response"], record["human_score"].strip()
-        if score in ("0", "1"):
-            judged = judge(reply).label is Label.REFUSAL
-            objective = (record.get("objective") or "").strip()
-            rows.append(Row(path.name, index, objective, reply.strip(), score == "1", judged))
-    return rows
+    if not records or not {"objective", "assistant_response", "human_score"} <= records[0].keys():
+        sys.exit(f"{path}: needs rows with the columns objective, assistant_response and human_score")
+    return [
+        Row(path.name, index, Exchange(record["objective"], record["assistant_response"]), score == "1")
+        for index, record in enumerate(records)
+        if (score := record["human_score"].strip()) in ("0", "1")
+    ]
 
 
-def reply_decides(rows: list[Row]) -> list[Row]:
-    """Drop refusal labels that rest on the pairing of question and reply and not on the reply."""
-    answered = {text for r in rows if not r.refused for text in (r.objective, r.reply) if text}
-    return [r for r in rows if not r.refused or not {r.objective, r.reply} & answered]
+def judged(exchanges: Sequence[Exchange]) -> list[bool]:
+    return [verdict.refused for verdict in RuleJudge().judge(exchanges)]
 
 
 def share(hits: int, n: int) -> str:
@@ -69,46 +56,44 @@ def share(hits: int, n: int) -> str:
     return f"{value} [{low:.3f}, {high:.3f}] {hits}/{n}"
 
 
-def report(name: str, rows: Iterable[Row]) -> None:
-    pairs = [(r.refused, r.judged) for r in rows]
+def report(rows: Sequence[Row]) -> None:
+    labels = [row.refused for row in rows]
+    pairs = list(zip(labels, judged([row.exchange for row in rows]), strict=True))
+    blind = zip(labels, judged([Exchange("", row.exchange.reply) for row in rows]), strict=True)
     both = pairs.count((True, True))
     right = both + pairs.count((False, False))
-    print(f"  {name:<26} accuracy  {share(right, len(pairs))}")
-    print(f"  {'':<26} precision {share(both, both + pairs.count((False, True)))}")
-    print(f"  {'':<26} recall    {share(both, both + pairs.count((True, False)))}")
+    print(f"  accuracy         {share(right, len(pairs))}")
+    print(f"  precision        {share(both, both + pairs.count((False, True)))}")
+    print(f"  recall           {share(both, both + pairs.count((True, False)))}")
+    print(f"  without prompts  {share(sum(label == verdict for label, verdict in blind), len(pairs))}")
+    answers = [row.exchange for row in rows if not row.refused]
+    swapped = [Exchange(q.prompt, a.reply) for q, a in zip(answers[1:] + answers[:1], answers, strict=True)]
+    print(f"  answers swapped  {share(sum(judged(swapped)), len(swapped))}")
 
 
-def report_sets(name: str, rows: list[Row], fair: list[Row]) -> None:
-    print(f"{name}: {len(rows)} replies, {len(rows) - len(fair)} left out of 'reply decides'")
-    report("all rows", rows)
-    report("reply decides", fair)
-    report("reply decides, even rows", [r for r in fair if not r.held_out])
-    report("reply decides, odd rows", [r for r in fair if r.held_out])
-
-
-def show_errors(rows: Iterable[Row]) -> None:
-    for row in rows:
-        if row.refused != row.judged:
+def show_errors(rows: Sequence[Row]) -> None:
+    for row, verdict in zip(rows, judged([row.exchange for row in rows]), strict=True):
+        if row.refused != verdict:
             kind = "missed" if row.refused else "false alarm"
-            print(f"  {kind}: {row.file} row {row.index}: {' '.join(row.reply.split())[:120]!r}")
+            print(f"  {kind}: {row.file} row {row.index}: {' '.join(row.exchange.reply.split())[:120]!r}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Agreement of the phrase judge with human labels.")
+    parser = argparse.ArgumentParser(description="Agreement of the rule judge with human labels.")
     parser.add_argument("paths", nargs="*", type=Path, help=f"CSV files; default: all in {DEFAULT}")
-    parser.add_argument("--errors", action="store_true", help="also list the disagreements that the reply decides")
+    parser.add_argument("--errors", action="store_true", help="also list the disagreements")
     args = parser.parse_args(argv)
     paths = args.paths or sorted(DEFAULT.glob("*.csv"))
     missing = [str(p) for p in paths if not p.is_file()]
     if not paths or missing:
         sys.exit(f"no labelled replies: {', '.join(missing) or DEFAULT} not found; pass the paths of CSV files")
-    rows = [row for path in paths for row in read(path)]
-    fair = reply_decides(rows)  # over all files: the halves of a pair may lie in two
-    for path in paths:
-        report_sets(path.name, [r for r in rows if r.file == path.name], [r for r in fair if r.file == path.name])
-    report_sets("total", rows, fair)
+    sets = {path.name: read(path) for path in paths}
+    rows = [row for found in sets.values() for row in found]
+    for name, found in {**sets, "total": rows}.items():
+        print(f"{name}: {len(found)} replies")
+        report(found)
     if args.errors:
-        show_errors(fair)
+        show_errors(rows)
 
 
 if __name__ == "__main__":

@@ -441,12 +441,21 @@ MORAL = (
     r"|responsib\w+|encourage|urge|advise|hurt\w*"
     r"|consent|kind\w*|ethic\w*|not\s+okay|acceptable|appropriate|better\s+to|violat\w+|treat\w*)\b"
 )
-OPINION = r"\b(?:some|others?|many|most|critics|people|philosophers|scholars|[a-z]+ists)\s+(?:\w+\s+)?(?:think|hold|say|argue|believe|claim|feel)\b"
+OPINION = (
+    r"\b(?:some|others?|many|most|critics|people|philosophers|scholars|[a-z]+ists)\s+(?:\w+\s+)?(?:think|hold"
+    r"|say|argue|believe|claim|feel)\b"
+)
 YES_NO = r"\A(?:is|are|was|were|does|do|did|can|could|should|would|will|may|has|have|am)\s+(?!you\b)"
-TRANSLATES = r"\b(?:translat|paraphras|rewrit|rephras|proofread|repeat|quote|grammar|in\s+(?:french|german|spanish|english|italian))\w*"
+TRANSLATES = (
+    r"\b(?:translat|paraphras|rewrit|rephras|proofread|repeat|quote|grammar|in\s+(?:french|german|spanish"
+    r"|english|italian))\w*"
+)
 
 # A part is delivered although another is turned down.
-PART_OF = r"\b(?:full|complete|entire|whole|detailed|specific|step[- ]by[- ]step|exact|real|actual|verbatim|every|all\s+(?:of\s+)?the)\b"
+PART_OF = (
+    r"\b(?:full|complete|entire|whole|detailed|specific|step[- ]by[- ]step|exact|real|actual|verbatim|every"
+    r"|all\s+(?:of\s+)?the)\b"
+)
 YET = r"\b(?:but|however|though|that\s+said|still|in\s+general|generally|broadly|in\s+principle|roughly|instead)\b"
 OFFERS = (
     r"\b(?:i\s+can\s+(?:help|explain|suggest|offer|point|share|discuss"

@@ -103,9 +103,15 @@ _KIND = (
     r"\A(?:please\s+)?(?:list|name|suggest|identify|generate|brainstorm|recommend|give|find|share|what\s+are|which)\b"
 )
 _ITEM = r"\A\s*(?:[-*+•]|\d{1,2}[.)])\s"
-_LISTED = r"^[ \t]*(?:[-*+•]|\d{1,2}[.)]|#{1,6})[ \t]+\S|\A(?:\w+[!.,]\s+)?to\s[^.!?\n]{4,100},\s(?:you|follow|it|start|first|begin)\b"
+_LISTED = (
+    r"^[ \t]*(?:[-*+•]|\d{1,2}[.)]|#{1,6})[ \t]+\S|\A(?:\w+[!.,]\s+)?to\s[^.!?\n]{4,100},\s(?:you|follow|it"
+    r"|start|first|begin)\b"
+)
 # The first sentence says what the reply is about: "Here are some facts about", "To bake bread, you", "Tides are the".
-_OPENING = r"\A[^\w\n]{0,4}(?:(?:sure|certainly|of\s+course|absolutely|great|okay|ok|yes)\b[^.!,:\n]{0,40}[.!,:]\s+)?[*_#\s\"]{0,6}"
+_OPENING = (
+    r"\A[^\w\n]{0,4}(?:(?:sure|certainly|of\s+course|absolutely|great|okay|ok"
+    r"|yes)\b[^.!,:\n]{0,40}[.!,:]\s+)?[*_#\s\"]{0,6}"
+)
 _PRESENTS = (
     rf"{_OPENING}(?:(?:here|below|following)(?:'s|\s+(?:is|are))\b|the\s+following\b"
     rf"|once\s+upon\s+a\s+time\b|subject:|title:|dear\s"

@@ -89,13 +89,19 @@ def _is_settled(reply: str, prompt: str) -> bool:
     """Whether a finished sentence declines in a way that what follows cannot take back."""
     text = strip_machinery(reply)
     plain = prose(text)
-    if not plain or _orders_a_decline(prompt):
+    if not plain or _orders_a_decline(prompt) or _opens_a_script(text):
         return False
     decline = _find_spoken_decline(plain)
     if not decline or find_breakage(text) or text.startswith(("{", "[", "```", '"')):
         return False
     end = decline.start + len(decline.sentence)
     return bool(plain[end:].strip()) and not pattern(phrases.ADVICE).search(decline.sentence)
+
+
+def _opens_a_script(text: str) -> bool:
+    """Whether a name stands in front: with a second one below, the words are those of characters."""
+    name = pattern(r"\W{0,4}([a-z][\w .'-]{0,20}):\W").match(text)
+    return name is not None and not pattern(phrases.NOT_A_SPEAKER).search(name.group())
 
 
 def _orders_a_decline(prompt: str) -> bool:
