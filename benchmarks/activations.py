@@ -34,8 +34,9 @@ from torch import Tensor, nn
 
 from abliterate.activations import MomentsFitter, stream_sites
 from abliterate.anatomy import find_blocks
+from abliterate.config import cache_folder
 from abliterate.inference import Encoded, auto_batch_size, body, in_batches, input_device, right_padded, share_prefix
-from abliterate.models import cache_folder, load, locate
+from abliterate.models import load, locate
 from abliterate.monitor import peak_memory
 from abliterate.prompts import ChatRenderer, build_contrastive_set
 from abliterate.prompts.rendering import common_suffix

@@ -159,7 +159,7 @@ def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipelin
     base = Subject(session.model)
     other = Subject(session.model, lambda: shouting(session.model, 9))
     examiner = examiner_of(session, EvalSettings(), RuleJudge())
-    before = examiner.ask(answers_of(session, base, EvalSettings(), RuleJudge()), "answers")["harmless"]
+    before = examiner.ask(answers_of(session, base, examiner), "answers")["harmless"]
     encoded = session.encoded["harmless", "test"]
     same, moved = measure_shifts(base, [base, other], before.prompts, encoded, before.replies, session.size)
     assert same.kl_first is not None
@@ -263,7 +263,7 @@ def test_questions_are_asked_before_and_after(session: pipeline.Session, planted
     settings = EvalSettings(capability=str(tmp_path / "sums.jsonl"), task_limit=2, no_control=True)
     part = pipeline.evaluation_part(pipeline.evaluate(session, settings, plan=session.plan(planted.direction[None])))
     (score,) = part.capability
-    assert (score.task, score.metric, score.n) == ("sums", "accuracy", 2)
+    assert (score.task, score.metric, score.n) == ("sums", "accuracy, by number", 2)
     assert score.after is not None
     assert (score.before.value, score.after.value, score.p) == (0, 0, 1), "it knows no numbers"
 

@@ -62,9 +62,8 @@ def settings(planted: Planted, out: Path, **changes: Any) -> RunSettings:
 
 def asked(session: pipeline.Session, max_new_tokens: int) -> Sets:
     """Judged answers of the live model as it is now."""
-    judge, limit = RuleJudge(), EvalSettings(max_new_tokens=max_new_tokens)
-    answering = answers_of(session, Subject(session.model), limit, judge)
-    return examiner_of(session, limit, judge).ask(answering, "answers")
+    examiner = examiner_of(session, EvalSettings(max_new_tokens=max_new_tokens), RuleJudge())
+    return examiner.ask(answers_of(session, Subject(session.model), examiner), "answers")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -13,7 +13,7 @@ from abliterate.directions import learnt_by, load_direction
 from abliterate.errors import UsageError
 from abliterate.evaluation import Shift, Subject
 from abliterate.judging.choice import open_judge
-from abliterate.measuring import Exam, Examiner, Marks, Sets, answers_of, exam_of, examiner_of, shift_of
+from abliterate.measuring import Exam, Examiner, Marks, Sets, answers_of, exam_of, examiner_of, shift_of, try_judge
 from abliterate.monitor import Monitor
 from abliterate.session import Session, open_session
 
@@ -74,6 +74,7 @@ def compare(
         raise UsageError(f"compare: expected two or more models or plans, found {len(contenders)}")
     monitor = monitor or Monitor()
     judge, exam = open_judge(evaluating.judge, device=loading.device), exam_of(evaluating, prompts.seed)
+    try_judge(judge, monitor)
 
     opened = functools.partial(
         open_session, loading=loading, prompts=prompts, learnt_from=_learnt_from(contenders), monitor=monitor
@@ -104,8 +105,7 @@ def _learnt_from(contenders: Sequence[Contender]) -> frozenset[str]:
 
 def _entry(session: Session, subject: Subject, examiner: Examiner, exam: Exam, one: Contender) -> Entry:
     with subject.state():
-        answering = answers_of(session, subject, examiner.settings, examiner.judge)
-        answers = examiner.ask(answering, f"answers {one.name}")
+        answers = examiner.ask(answers_of(session, subject, examiner), f"answers {one.name}")
     return Entry(one, answers, None, exam.take(session, subject, f"capability {one.name}"))
 
 

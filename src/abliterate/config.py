@@ -151,6 +151,9 @@ class EvalSettings(_Settings):
     tasks: str | None = Field(
         None, description="lm-eval tasks, comma-separated: names, or .yaml files (needs the extra eval)."
     )
+    multiple_choice: Literal["letter", "text"] = Field(
+        "letter", description="How --capability reads multiple choice: the likeliest letter, or the likeliest option."
+    )
     task_limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many questions a task.")
 
 

@@ -129,7 +129,10 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     """Ids of all tokens that end an answer."""
     declared = getattr(model.generation_config, "eos_token_id", None)
     ends = set(declared if isinstance(declared, list) else [declared]) | {tokenizer.eos_token_id}
-    ends |= {tokenizer.convert_tokens_to_ids(t) for t in _END_OF_TURN if t in tokenizer.all_special_tokens}
+    special = set(tokenizer.all_special_tokens)
+    # Where replies come in channels (gpt-oss) this one ends the thinking, not the turn.
+    usual = [t for t in _END_OF_TURN if t in special and not (t == "<|end|>" and "<|channel|>" in special)]
+    ends |= {tokenizer.convert_tokens_to_ids(t) for t in usual}
     return frozenset(int(end) for end in ends if end is not None)
 
 

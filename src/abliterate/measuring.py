@@ -18,7 +18,7 @@ import torch
 
 from abliterate.algebra import orthonormal
 from abliterate.baseline import keep, kept_replies, key_of
-from abliterate.capability import Score, Task, TaskResult, check, lm_eval_tasks, load_tasks
+from abliterate.capability import Score, Task, TaskResult, Way, check, lm_eval_tasks, load_tasks
 from abliterate.config import EditSettings, EvalSettings
 from abliterate.directions import Direction
 from abliterate.engines import Engine
@@ -26,7 +26,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, judged, measure_shifts
 from abliterate.generation import Reply, Settled, complete
 from abliterate.inference import Encoded, share_prefix
-from abliterate.judging import Exchange, Judge, RuleJudge
+from abliterate.judging import Exchange, Judge, Label, RuleJudge
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer
@@ -96,6 +96,11 @@ class Examiner:
         return settled
 
     @property
+    def stopping(self) -> str:
+        """What settles replies early: the judge, and the set of every prompt."""
+        return " ".join([self.judge.fingerprint, *(f"{name}:{len(texts)}" for name, texts in self.texts.items())])
+
+    @property
     def open(self) -> Mapping[str, Encoded]:
         """The prompts rendered with the thinking left open."""
         renderer = replace(self.renderer, thinking=True)
@@ -141,6 +146,7 @@ class Exam:
     files: tuple[Task, ...] = ()
     tasks: tuple[str, ...] = ()
     limit: int | None = None
+    way: Way = "letter"
 
     def take(self, session: Session, subject: Subject, name: str) -> Marks:
         """The results of a model in its state."""
@@ -150,9 +156,13 @@ class Exam:
         tokenizer = session.loaded.tokenizer
         with subject.state(), session.monitor.phase(name, questions or None) as advance:
             return Marks(
-                tuple(check(subject.model, tokenizer, session.renderer, self.files, session.size, advance)),
+                tuple(self._check(session, subject, advance)),
                 tuple(lm_eval_tasks(subject.model, tokenizer, self.tasks, limit=self.limit)) if self.tasks else (),
             )
+
+    def _check(self, session: Session, subject: Subject, progress: Callable[[int], None]) -> list[TaskResult]:
+        tokenizer, renderer = session.loaded.tokenizer, session.renderer
+        return check(subject.model, tokenizer, renderer, self.files, session.size, progress, way=self.way)
 
 
 def exam_of(settings: EvalSettings, seed: int = 0) -> Exam:
@@ -163,7 +173,7 @@ def exam_of(settings: EvalSettings, seed: int = 0) -> Exam:
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError("--tasks: it needs an extra; pip install 'abliterate[eval]'")
     files = load_tasks([Path(name) for name in _names(settings.capability)], settings.task_limit, seed)
-    return Exam(tuple(files), _names(settings.tasks), settings.task_limit)
+    return Exam(tuple(files), _names(settings.tasks), settings.task_limit, settings.multiple_choice)
 
 
 def _names(option: str | None) -> tuple[str, ...]:
@@ -203,6 +213,21 @@ class Evaluation:
     marks: tuple[Marks, Marks | None] = (NO_MARKS, None)
 
 
+def try_judge(judge: Judge, monitor: Monitor) -> None:
+    """Let a judge that may fail read one reply before hours of work depend on it.
+
+    Raises `AbliterateError` when it cannot be reached or used; warns when it gives no verdict.
+    """
+    if isinstance(judge, RuleJudge):
+        return
+    with monitor.phase("try the judge"):
+        (verdict,) = judge.judge([Exchange("What is the capital of France?", "The capital of France is Paris.")])
+    if verdict.label is Label.UNKNOWN:
+        monitor.warn(
+            f"judge {judge.name}: no verdict on a plain answer ({verdict.evidence}); others may be unknown too"
+        )
+
+
 def examiner_of(session: Session, settings: EvalSettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:
     """An examiner with the held-out prompts of a session: of all its sets, or of those named."""
     texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
@@ -223,8 +248,7 @@ def examine(
 
     def ask(subject: Subject, name: str, thinking: bool = modes[0]) -> Sets:
         with subject.state():
-            answering = answers_of(session, subject, examiner.settings, examiner.judge)
-            return examiner.ask(answering, name, thinking=thinking)
+            return examiner.ask(answers_of(session, subject, examiner), name, thinking=thinking)
 
     before = ask(base, "answers" if edited is None else "answers before")
     after = None if edited is None else ask(edited, "answers after")
@@ -249,15 +273,15 @@ def examine(
     )
 
 
-def answers_of(session: Session, subject: Subject, settings: EvalSettings, judge: Judge) -> Answering:
+def answers_of(session: Session, subject: Subject, examiner: Examiner) -> Answering:
     """Replies of a live model in the state in which it is; those of unchanged models are kept and taken up again."""
 
     def answering(
         prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], settled: Settled | None, /
     ) -> list[Reply]:
         tokenizer, key = session.loaded.tokenizer, None
-        if subject.unchanged is not None and not settings.no_cache:
-            stopping = "" if settled is None else judge.fingerprint
+        if subject.unchanged is not None and not examiner.settings.no_cache:
+            stopping = "" if settled is None else examiner.stopping
             key = key_of(subject.unchanged, prompts, max_new_tokens, stopping=stopping)
         if (kept := kept_replies(key, tokenizer)) is not None:
             session.monitor.note("answers of the unchanged model taken from the cache (--no-cache asks again)")
@@ -305,7 +329,8 @@ def shift_of(
 def control_of(session: Session, plan: Plan, editing: EditSettings, seed: int, base: Subject) -> Control:
     """A random direction on the same writers at the same strengths, as hooks on `base`."""
     other = random_plan(session, plan, editing, seed)
-    sizes = (relative_change(session.model, one) for one in (other, plan))
+    with base.state():
+        sizes = [relative_change(session.model, one) for one in (other, plan)]
     return Control(_hooked(session, base, other), seed, *sizes)
 
 
@@ -325,11 +350,11 @@ def relative_change(model: Any, plan: Plan) -> float | None:
         weight = model.get_parameter(edit.writer.weight).detach()
         if not weight.is_floating_point():
             return None
-        rows = weight.movedim(edit.writer.axis, -1).float()
-        inside = rows @ edit.reads.T.to(rows.device)
-        gram = (edit.basis @ edit.basis.T).to(rows.device)
+        # In the weight's own precision: a float32 copy of an embedding takes longer than all the rest.
+        inside = (weight.movedim(edit.writer.axis, -1) @ edit.reads.T.to(weight)).float()
+        gram = (edit.basis @ edit.basis.T).to(inside)
         taken += edit.strength**2 * float(((inside @ gram) * inside).sum())
-        total += float(rows.square().sum())
+        total += float(torch.linalg.vector_norm(weight, dtype=torch.float32)) ** 2
     return (taken / total) ** 0.5 if total else None
 
 

@@ -41,6 +41,7 @@ from abliterate.measuring import (
     examine,
     examine_engine,
     examiner_of,
+    try_judge,
 )
 from abliterate.models import load, load_tokenizer
 from abliterate.monitor import Monitor
@@ -95,6 +96,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         raise UsageError("run: expected an output folder, found none; give -o OUT")
     judge = open_judge(settings.evaluating.judge, device=settings.loading.device)
     exam = exam_of(settings.evaluating, settings.prompts.seed)
+    try_judge(judge, monitor)
     with monitor.phase("find model"):
         files = locate_model(settings.model, settings.loading)
         source = open_checkpoint(files.folder)
@@ -207,8 +209,9 @@ def evaluate(
     `plan` compares the session's model with itself under hooks, beside a random direction on the same writers;
     `base` with another model of the same tokenizer.
     """
-    exam = exam_of(evaluating, seed)
-    examiner = examiner_of(session, evaluating, open_judge(evaluating.judge, device=session.loading.device))
+    exam, judge = exam_of(evaluating, seed), open_judge(evaluating.judge, device=session.loading.device)
+    try_judge(judge, session.monitor)
+    examiner = examiner_of(session, evaluating, judge)
     if plan is not None:
         original = Subject(session.model, unchanged=session.loaded)
         edited = Subject(session.model, functools.partial(session.ablated, plan))
@@ -238,6 +241,7 @@ def evaluate_elsewhere(
     """
     monitor = monitor or Monitor()
     judge = open_judge(evaluating.judge, device=loading.device)
+    try_judge(judge, monitor)
     with monitor.phase("find model"):
         files = locate_model(model, loading)
         tokenizer, settings = load_tokenizer(files, trust_remote_code=loading.trust_remote_code)

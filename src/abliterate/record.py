@@ -265,6 +265,8 @@ class CapabilityPart(_Part):
     change: EstimatePart | None = None
     change_se: float | None = None
     p: float | None = None
+    chance: float | None = Field(None, description="What guessing gets.")
+    above_chance: bool | None = Field(None, description="Whether the score before is known to be above guessing.")
 
 
 class ThinkingPart(_Part):

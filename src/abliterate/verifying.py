@@ -81,8 +81,7 @@ def verify(
     ):
         with contextlib.nullcontext() if trial is None else session.ablated(trial):
             subject = Subject(session.model, unchanged=session.loaded if trial is None else None)
-            answering = answers_of(session, subject, evaluating, judge)
-            tallies.append(examiner.ask(answering, name)["harmful"].tally)
+            tallies.append(examiner.ask(answers_of(session, subject, examiner), name)["harmful"].tally)
     before, after, random_after = tallies
     halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals
     return Verification(

@@ -5,6 +5,7 @@ the state in which it is, so an edit can be measured as hooks, and both keep wha
 that changes are of the same items and carry the error of paired measurements.
 """
 
+from abliterate.capability.choosing import Way
 from abliterate.capability.harness import Score, ScoreChange, lm_eval_tasks, score_changes
 from abliterate.capability.quick import Change, TaskResult, change, check
 from abliterate.capability.tasks import Choice, Problem, Task, load_tasks
@@ -17,6 +18,7 @@ __all__ = [
     "ScoreChange",
     "Task",
     "TaskResult",
+    "Way",
     "change",
     "check",
     "lm_eval_tasks",

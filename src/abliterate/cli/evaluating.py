@@ -102,14 +102,14 @@ def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Co
     rows = [("edit", shift)]
     if control is not None and control.shift is not None:
         rows.append(("random", control.shift))
-    for name, key in (("KL of the first token", "kl_first_token"), ("KL over the reply", "kl_reply")):
+    for name, key in (("KL, first token", "kl_first_token"), ("KL, reply", "kl_reply")):
         for number, (state, one) in enumerate(rows):
             values = [getattr(one, f"{key}_{which}") for which in ("median", "p95", "max")]
             shown = ("" if value is None else f"{value:.3f}" for value in values)
             table.add_row("" if number else name, state, _mean(one, key), *shown)
     for number, (state, one) in enumerate(rows):
         change = "" if one.nll_change is None else estimate(one.nll_change, 1, "+.3f")
-        table.add_row("" if number else "cost of own replies", state, change, "", "", "")
+        table.add_row("" if number else "own replies cost", state, change, "", "", "")
     console.print(table)
     if shift.nll_before is not None:
         console.print(
@@ -157,12 +157,19 @@ def capability_table(parts: list[CapabilityPart]) -> Table:
     for column in ("task", "metric", "n", *scores):
         table.add_column(column, justify="right" if column == "n" else "left")
     for part in parts:
-        cells = [escape(part.task), escape(part.metric), str(part.n), estimate(part.before, 1, ".3f")]
+        cells = [escape(part.task), escape(part.metric), str(part.n), _score(part)]
         if changed:
             cells.append("" if part.after is None else estimate(part.after, 1, ".3f"))
             cells.append(_capability_change(part))
         table.add_row(*cells)
+    if any(part.above_chance is False for part in parts):
+        table.caption = "* not known to be above guessing: a model that guesses loses nothing by an edit"
+        table.caption_justify = "left"
     return table
+
+
+def _score(part: CapabilityPart) -> str:
+    return estimate(part.before, 1, ".3f") + ("*" if part.above_chance is False else "")
 
 
 def _capability_change(part: CapabilityPart) -> str:

@@ -165,7 +165,12 @@ def capability_parts(before: Marks, after: Marks | None) -> list[rec.CapabilityP
     parts = []
     for number, result in enumerate(before.files):
         part = rec.CapabilityPart(
-            task=result.name, metric="accuracy", n=len(result.correct), before=estimate_part(result.accuracy)
+            task=result.name,
+            metric=f"accuracy, by {result.way}",
+            n=len(result.correct),
+            before=estimate_part(result.accuracy),
+            chance=result.chance,
+            above_chance=result.above_chance,
         )
         if after is not None:
             other = after.files[number]
