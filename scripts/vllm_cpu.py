@@ -70,7 +70,7 @@ def install(python: Path) -> None:
 
 def pip(python: Path, *arguments: str) -> None:
     """Run `pip install`; its output goes where the result does not."""
-    command = [python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+    command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
     subprocess.run(command, check=True, stdout=sys.stderr)
 
 

@@ -195,17 +195,20 @@ def _weights(plan: Plan, patient: Patient, staging: Staging, output: OutputSetti
 
 
 def _changes(plan: Plan, patient: Patient, output: OutputSettings) -> Changes:
-    """New shards, and an untied head with its own copy of the embedding."""
+    """New shards, and an untied head with its own copy of the embedding.
+
+    There is always an index: vLLM would take direction.safetensors and undo.safetensors beside a single file for weights.
+    """
     if not plan.untie:
-        return Changes(shard_bytes=output.shard_bytes)
+        return Changes(output.shard_bytes, indexed=True)
     model = patient.model
     embedding, head = (_name_of(model, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
     config = {"config.json": _untied_config(patient.files.folder)}
     if f"{head}.weight" in patient.source.tensors:
-        return Changes(output.shard_bytes, replaced=config)
+        return Changes(output.shard_bytes, replaced=config, indexed=True)
     (place,) = names_on_disk(model, {f"{embedding}.weight": 1}, patient.source.tensors)[f"{embedding}.weight"]
     extra = {f"{head}.weight": patient.source.tensors[place.tensor]}
-    return Changes(output.shard_bytes, extra, config)
+    return Changes(output.shard_bytes, extra, config, indexed=True)
 
 
 def _name_of(model: Any, part: nn.Module) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,11 +36,13 @@ class Changes:
     `shard_bytes`: None keeps the source's files; else the tensors are dealt out anew, in order, to files of at most
     that many bytes (a larger tensor has a file alone). `extra`: more tensors, each with the original bytes of a
     tensor of the source; they go to the end of the last shard. `replaced`: new content of other files, by name.
+    `indexed`: an index also for a single file, for readers that take every *.safetensors of a folder without one.
     """
 
     shard_bytes: int | None = None
     extra: Mapping[str, TensorInfo] = field(default_factory=dict)
     replaced: Mapping[str, bytes] = field(default_factory=dict)
+    indexed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +95,23 @@ def plan_outputs(source: Checkpoint, changes: Changes) -> Outputs:
     shards = _shards(source, changes)
     content = dict(changes.replaced)
     others, left_out = other_files(source)
-    if changes.shard_bytes is not None or (changes.extra and source.index):
+    if source.index is None or changes.shard_bytes is not None or changes.extra:
         others = [path for path in others if path != source.index]
-        if len(shards) > 1 or changes.shard_bytes is None:
-            content[INDEX_NAME] = _index(source, shards)
+        if changes.indexed or len(shards) > 1 or (source.index and changes.shard_bytes is None):
+            tensors = {**source.tensors, **changes.extra}
+            content[INDEX_NAME] = _index(source.index, {shard.name: shard.tensors for shard in shards}, tensors)
     copies = [Output(str(path.relative_to(source.folder)), b"", (_whole_file(path),), path) for path in others]
     kept = [copy for copy in copies if copy.name not in content]
     like = {copy.name: copy.like for copy in copies}
     made = [Output(name, data, (), like.get(name)) for name, data in content.items()]
+    left_out = tuple(name for name in left_out if name not in content)
     return Outputs((*(shard.output for shard in shards), *kept, *made), left_out)
+
+
+def index_of(checkpoint: Checkpoint, like: Path | None = None) -> bytes:
+    """The index that a copy with these shards gets, where the source's is `like` and cannot be kept."""
+    names = {str(shard.path.relative_to(checkpoint.folder)): shard.tensors for shard in checkpoint.shards}
+    return _index(like, names, checkpoint.tensors)
 
 
 def other_files(source: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
@@ -218,19 +228,14 @@ def _entry(name: str, info: TensorInfo, start: int) -> str:
     return f"{json.dumps(name)}:{json.dumps(entry)}"
 
 
-def _index(source: Checkpoint, shards: Sequence[_Shard]) -> bytes:
-    """An index of `shards`, with whatever else the source's says."""
+def _index(like: Path | None, names: Mapping[str, Iterable[str]], tensors: Mapping[str, TensorInfo]) -> bytes:
+    """An index of `tensors`, whose `names` are given by file, with whatever else the index `like` says."""
     content: dict[str, object] = {}
-    if source.index:
-        with open(open_source(source.index), "rb") as file:
-            content = parse_json(file.read(), source.index)
+    if like:
+        with open(open_source(like), "rb") as file:
+            content = parse_json(file.read(), like)
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
-    content["metadata"] = {**metadata, "total_size": sum(map(_data_bytes, shards))}
-    content["weight_map"] = {name: shard.name for shard in shards for name in sorted(shard.tensors)}
+    content["metadata"] = {**metadata, "total_size": sum(info.nbytes for info in tensors.values())}
+    content["weight_map"] = {name: file for file, inside in names.items() for name in sorted(inside)}
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _data_bytes(shard: _Shard) -> int:
-    spans = shard.output.spans
-    return sum(span.end - span.start for span in spans) - (0 if shard.output.head else spans[0].end)
