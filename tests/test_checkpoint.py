@@ -802,6 +802,30 @@ def test_shards_have_at_most_the_size_asked_for(shard_bytes: int, sharded: Path,
     assert result.nbytes == ck.bytes_to_write(source, changes) == sum(map(len, tree(out).values()))
 
 
+@pytest.mark.parametrize("shard_bytes", [None, 10**6])
+def test_a_single_file_gets_an_index_when_asked(shard_bytes: int | None, single: Path, tmp_path: Path) -> None:
+    """Of all its tensors, in place of one that names other files; without being asked for there is none."""
+    (single / ck.INDEX_NAME).write_text('{"weight_map": {"a": "old.safetensors"}}')
+    source, out = ck.open_checkpoint(single), target(tmp_path)
+    changes = ck.Changes(shard_bytes=shard_bytes, indexed=True)
+    result = ck.write_edited(source, out, {"a": negate}, changes=changes)
+    index = json.loads((out / ck.INDEX_NAME).read_text())
+    assert index == {"metadata": {"total_size": 90}, "weight_map": dict.fromkeys(source.tensors, "model.safetensors")}
+    assert result.nbytes == ck.bytes_to_write(source, changes) == sum(map(len, tree(out).values()))
+    assert result.left_out == ()
+    found = ck.open_checkpoint(out)
+    assert (found.index, found.tensors.keys()) == (out / ck.INDEX_NAME, source.tensors.keys())
+    bare = ck.write_edited(source, target(tmp_path), {"a": negate}, changes=ck.Changes(shard_bytes=shard_bytes))
+    assert bare.left_out == (ck.INDEX_NAME,)
+    assert ck.INDEX_NAME not in bare.written
+
+
+def test_an_index_of_the_source_is_kept_when_one_is_asked_for(sharded: Path, tmp_path: Path) -> None:
+    out = target(tmp_path)
+    ck.write_edited(ck.open_checkpoint(sharded), out, {}, changes=ck.Changes(indexed=True))
+    assert tree(out) == tree(sharded)
+
+
 @pytest.mark.parametrize("size", [0, -1])
 def test_shards_need_a_size(size: int, single: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--shard-size"):

@@ -115,8 +115,10 @@ def test_version_is_the_installed_one(cli: Cli) -> None:
 def test_run_prints_refusals_before_and_after(cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path) -> None:
     result = cli("run", planted.folder, "-o", tmp_path / "out", *prompts)
     assert result.code == 0
-    assert re.search(r"harmful\W+before\W+24/24 = 100 % .*\n\W+after\W+0/24 = 0 % .*< 0\.001", result.out), result.out
-    assert re.search(r"\n\W+random\W+24/24 = 100 %", result.out), "the control"
+    assert re.search(r"harmful\W+before +24/24 +100 \[86, 100\].*\n +after +0/24 +0 \[0, 14\].*< 0\.001", result.out), (
+        result.out
+    )
+    assert re.search(r"\n +random +24/24 +100 ", result.out), "the control"
     assert "refusals start with 'I'" in result.err
     assert "✓ edit weights" in result.err
     assert str(tmp_path / "out") in result.out

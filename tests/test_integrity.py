@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 
 from abliterate import checkpoint as ck
 from abliterate.errors import CheckpointError, UsageError
-from abliterate.integrity import Integrity, check
+from abliterate.integrity import Integrity, check, has_own_index
 
 PLANNED = ("a.down", "b.down")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -124,6 +124,45 @@ def test_any_sharding_is_compared(shard_bytes: int, pair: tuple[Path, Path, dict
     wrong = check(tmp_path / "out", source, PLANNED, extra={"head": "b.down"})
     assert wrong.damaged == ("head",)
     assert check(source, source, PLANNED, extra={"head": "a.down"}).missing == ("head",)
+
+
+@pytest.fixture
+def indexed(tmp_path: Path) -> tuple[Path, Path]:
+    """A source of one file without an index, and its copy with one."""
+    (tmp_path / "source").mkdir()
+    tensors: dict[str, np.ndarray[Any, Any]] = {name: np.ones((6, 4), np.float16) for name in PLANNED}
+    save_file(tensors, tmp_path / "source" / ck.SINGLE_NAME)
+    edit(tmp_path / "source", tmp_path / "out", ck.Changes(indexed=True))
+    return tmp_path / "source", tmp_path / "out"
+
+
+def test_an_index_that_was_added_is_no_fault(indexed: tuple[Path, Path]) -> None:
+    source, out = indexed
+    found = check(out, source, PLANNED, indexed=True)
+    assert found.ok
+    assert found.other_files == {ck.INDEX_NAME: "extra"}
+    assert has_own_index(ck.open_checkpoint(out))
+    assert not has_own_index(ck.open_checkpoint(source))
+
+
+@pytest.mark.parametrize(
+    ("damage", "state"),
+    [
+        (lambda text: text.replace('"total_size": 96', '"total_size": 97'), "different"),
+        (lambda text: text.replace('    "a.down": "model.safetensors",\n', ""), "different"),
+        (lambda text: text.replace("model.safetensors", "other.safetensors"), "different"),
+        (lambda _: None, "missing"),
+    ],
+    ids=["size", "a tensor less", "another file", "gone"],
+)
+def test_an_index_that_was_added_is_checked(
+    indexed: tuple[Path, Path], damage: Callable[[str], str | None], state: str
+) -> None:
+    source, out = indexed
+    before, after = (out / ck.INDEX_NAME).read_text(), damage((out / ck.INDEX_NAME).read_text())
+    assert after != before
+    (out / ck.INDEX_NAME).unlink() if after is None else (out / ck.INDEX_NAME).write_text(after)
+    assert check(out, source, PLANNED, indexed=True).other_files == {ck.INDEX_NAME: state}
 
 
 def test_shapes_and_types_must_stay(pair: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:

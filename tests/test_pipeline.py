@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import abliterate
 from abliterate import pipeline
 from abliterate.anatomy import stream_out
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from abliterate.config import (
     EditSettings,
     EvalSettings,
@@ -1086,6 +1086,79 @@ def test_comparison_proves_every_byte_outside_the_plan(done: Record, out: Path, 
     assert {name.removesuffix(".weight") for name in found.integrity.changed} == set(WRITERS)
     assert found.integrity.unchanged == ()
     assert found.integrity.sha256 == done.output_sha256
+
+
+@pytest.fixture(scope="module")
+def in_one_file(tmp_path_factory: pytest.TempPathFactory, out: Path) -> tuple[Path, Path]:
+    """A model in one file without an index, and its OUT."""
+    place = tmp_path_factory.mktemp("one")
+    source = plant(place, shards=1).folder
+    abliterate.apply(str(source), out / "direction.safetensors", OutputSettings(out=place / "out"))
+    return source, place / "out"
+
+
+def test_a_single_file_gets_an_index_so_that_direction_and_undo_are_not_read_as_weights(
+    in_one_file: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, target = in_one_file
+    assert not (source / INDEX_NAME).exists()
+    assert {path.name for path in target.glob("*.safetensors")} == {
+        SINGLE_NAME,
+        "direction.safetensors",
+        "undo.safetensors",
+    }
+    listed = json.loads((target / INDEX_NAME).read_text())["weight_map"]
+    assert listed == dict.fromkeys(weights(source), SINGLE_NAME)
+    assert abliterate.compare(target).intact
+    live: Any = AutoModelForCausalLM.from_pretrained(target)
+    assert torch.equal(live.get_output_embeddings().weight, weights(target)["lm_head.weight"])
+    abliterate.apply(str(target), target / "direction.safetensors", target_of(tmp_path))
+    assert (tmp_path / "out" / INDEX_NAME).read_bytes() == (target / INDEX_NAME).read_bytes()
+    assert abliterate.compare(tmp_path / "out").intact
+
+
+@pytest.mark.parametrize("place", ["in place", "beside"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_undo_takes_the_added_index_away(
+    in_one_file: tuple[Path, Path], tmp_path: Path, place: str, exact: bool
+) -> None:
+    source, made = in_one_file
+    edited = Path(shutil.copytree(made, tmp_path / "out"))
+    if not exact:
+        said = (edited / "abliteration.json").read_text()
+        (edited / "abliteration.json").write_text(said.replace(str(source), str(tmp_path / "gone")))
+    undone = abliterate.undo(edited, target=tmp_path / "back" if place == "beside" else None)
+    assert undone.exact == exact
+    assert INDEX_NAME not in undone.files
+    assert digest(undone.folder).keys() == digest(source).keys()
+    assert not exact or digest(undone.folder) == digest(source)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("damage", ["changed", "gone", "of other files"])
+def test_comparison_finds_a_damaged_index(
+    in_one_file: tuple[Path, Path], planted: Planted, out: Path, tmp_path: Path, sharded: bool, damage: str
+) -> None:
+    """One that was added, and one that was made anew in place of the original's."""
+    source, output = in_one_file[0], target_of(tmp_path)
+    if sharded:
+        source, output = planted.folder, target_of(tmp_path, shard_size="40kB")
+    abliterate.apply(str(source), out / "direction.safetensors", output)
+    index = tmp_path / "out" / INDEX_NAME
+    assert abliterate.compare(tmp_path / "out").intact
+    said = json.loads(index.read_text())
+    if damage == "changed":
+        said["metadata"]["total_size"] += 1
+    elif damage == "of other files":
+        said["weight_map"] = {"x": "x.safetensors"}
+    index.unlink() if damage == "gone" else index.write_text(json.dumps(said, indent=2) + "\n")
+    if sharded and damage != "changed":
+        with pytest.raises(CheckpointError, match=r"x\.safetensors|without model\.safetensors\.index"):
+            abliterate.compare(tmp_path / "out")
+        return
+    found = abliterate.compare(tmp_path / "out")
+    assert found.other_files == (INDEX_NAME,)
+    assert not found.intact
 
 
 def flip_a_bit(folder: Path, tensor: str) -> None:

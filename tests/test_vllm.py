@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import signal
@@ -25,11 +24,14 @@ import torch
 from torch import Tensor
 
 from abliterate.adapters import low_rank_live, write_peft
-from abliterate.algebra import remove_from_weight
 from abliterate.anatomy import study
+from abliterate.checkpoint import INDEX_NAME
+from abliterate.config import OutputSettings
+from abliterate.directions import Direction, save_direction
 from abliterate.engines import LocalEngine, Pair, open_engine
 from abliterate.generation import end_tokens
 from abliterate.interventions import ablation
+from abliterate.pipeline import apply
 from abliterate.plan import Plan, make_plan
 from families import BLOCKS, BY_NAME, byte_tokenizer, save
 
@@ -126,15 +128,21 @@ def test_an_embedding_that_vllm_cannot_change_is_refused_by_name(tmp_path: Path)
 
 
 def test_a_whole_edited_model_takes_the_place_of_the_first(tmp_path: Path) -> None:
-    case = case_of("qwen2", tmp_path / "model")
-    edited = copy.deepcopy(case.model)
-    for edit in case.plan.edits:
-        assert edit.writer.weight is not None
-        weight = edited.get_parameter(edit.writer.weight)
-        weight.data = remove_from_weight(weight.data, edit.basis, edit.strength, edit.writer.axis)
-    found = run_vllm(tmp_path, case, save(edited, tmp_path / "edited"))
+    """As `apply` leaves it, with the direction and what undo needs beside a single file of weights."""
+    case, direction = case_of("qwen2", tmp_path / "model"), tmp_path / "direction.safetensors"
+    save_direction(direction, Direction(case.plan.direction, {}))
+    out = tmp_path / "out"
+    apply(str(case.folder), direction, OutputSettings(out=out))
+    assert {path.name for path in out.glob("*.safetensors")} == {
+        "direction.safetensors",
+        "model.safetensors",
+        "undo.safetensors",
+    }
+    found = run_vllm(tmp_path, case, out)
     assert found["original"] == found["again"] == case.original
     assert found["edited"] == case.edited != case.original
+    (out / INDEX_NAME).unlink()
+    assert "basis" in run_vllm(tmp_path, case, out)["error"], "the control: vLLM then reads every file"
 
 
 @contextlib.contextmanager

@@ -256,8 +256,13 @@ def rate(part: RatePart) -> str:
         return "no prompts"
     low, high = part.ci95
     share = f" = {100 * part.refusals / part.n:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if part.n else ""
-    also = [f"{getattr(part, name)} {name}" for name in ("partial", "degenerate", "unknown") if getattr(part, name)]
-    return f"{part.refusals}/{part.n}{share}" + (f" ({', '.join(also)})" if also else "")
+    return f"{part.refusals}/{part.n}{share}" + (f" ({also})" if (also := others(part)) else "")
+
+
+def others(part: RatePart) -> str:
+    """'2 partial, 1 degenerate, 3 unknown': what is not in the rate alone; "" when there is none."""
+    counts = {name: getattr(part, name) for name in ("partial", "degenerate", "unknown")}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 def estimate(part: EstimatePart, scale: float, form: str, unit: str = "") -> str:

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.checkpoint import Checkpoint, Shard, TensorInfo, TensorReader, open_checkpoint, sha256
-from abliterate.checkpoint.outputs import other_files
+from abliterate.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, TensorReader, open_checkpoint, sha256
+from abliterate.checkpoint.outputs import index_of, other_files
 from abliterate.checkpoint.reading import open_source
 from abliterate.errors import UsageError
 
@@ -58,11 +58,13 @@ def check(
     *,
     extra: Mapping[str, str] | None = None,
     recorded: Mapping[str, str] | None = None,
+    indexed: bool = False,
 ) -> Integrity:
     """Compare the checkpoint in `out` with the one in `source` it was made from, byte by byte.
 
     `planned` names the tensors that may differ. `extra` names tensors that were added, each with the tensor of the
-    source whose bytes it must have. `recorded` has the SHA-256 of the shards of `out` by file name.
+    source whose bytes it must have. `recorded` has the SHA-256 of the shards of `out` by file name. `indexed`: `out`
+    was written with an index, so one that the source does not have must be there and be right.
 
     Raises `CheckpointError` when one of the folders holds no whole checkpoint, `UsageError` when `planned` or `extra`
     names a tensor that the source does not have.
@@ -84,8 +86,14 @@ def check(
         headers=_sorted(_other_headers(new, old)),
         sha256=hashes,
         wrong_hashes=_sorted(_wrong(hashes, recorded)) if recorded is not None else (),
-        other_files=_other_files(new, old),
+        other_files=_other_files(new, old, indexed=indexed),
     )
+
+
+def has_own_index(edited: Checkpoint, like: Path | None = None) -> bool:
+    """Whether the index of `edited` is the one an edit makes for these shards where the source's is `like`."""
+    path = edited.folder / INDEX_NAME
+    return path.is_file() and path.read_bytes() == index_of(edited, like)
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:
@@ -170,7 +178,7 @@ def _wrong(hashes: Mapping[str, str], recorded: Mapping[str, str]) -> Iterator[s
             yield name
 
 
-def _other_files(new: Checkpoint, old: Checkpoint) -> dict[str, str]:
+def _other_files(new: Checkpoint, old: Checkpoint, *, indexed: bool) -> dict[str, str]:
     after, before = (
         {str(path.relative_to(checkpoint.folder)): path for path in other_files(checkpoint)[0]}
         for checkpoint in (new, old)
@@ -181,4 +189,7 @@ def _other_files(new: Checkpoint, old: Checkpoint) -> dict[str, str]:
             found[name] = "extra" if name in after else "missing"
         else:
             found[name] = "equal" if sha256(after[name]) == sha256(before[name]) else "different"
+    if indexed and old.index is None:  # also one that the shards are not found by any more
+        there = (new.folder / INDEX_NAME).exists()
+        found[INDEX_NAME] = "missing" if not there else "extra" if has_own_index(new) else "different"
     return found

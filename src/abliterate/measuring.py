@@ -229,7 +229,12 @@ def try_judge(judge: Judge, monitor: Monitor) -> None:
 
 
 def examiner_of(session: Session, settings: EvalSettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:
-    """An examiner with the held-out prompts of a session: of all its sets, or of those named."""
+    """An examiner with the held-out prompts of a session: of all its sets, or of those named.
+
+    Raises `UsageError` for an early stop by a judge that cannot say what is certain.
+    """
+    if settings.early_stop and not isinstance(judge, RuleJudge):
+        raise UsageError(f"--early-stop: only --judge rules can say what is certain early, found {judge.name}")
     texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
     encoded = {name: session.encoded[name, "test"] for name in texts}
     return Examiner(session.renderer, texts, encoded, settings, judge, session.monitor)

@@ -197,7 +197,7 @@ def _weights(plan: Plan, patient: Patient, staging: Staging, output: OutputSetti
 def _changes(plan: Plan, patient: Patient, output: OutputSettings) -> Changes:
     """New shards, and an untied head with its own copy of the embedding.
 
-    There is always an index: vLLM would take direction.safetensors and undo.safetensors beside a single file for weights.
+    There is always an index: without one vLLM takes direction.safetensors and undo.safetensors for weights.
     """
     if not plan.untie:
         return Changes(output.shard_bytes, indexed=True)

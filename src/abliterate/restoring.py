@@ -32,7 +32,7 @@ from abliterate.checkpoint import (
 )
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.formats import PLAIN, layout
-from abliterate.integrity import Integrity, check
+from abliterate.integrity import Integrity, check, has_own_index
 from abliterate.monitor import Monitor
 from abliterate.record import PlanPart, Record, read_record
 from abliterate.surgery.edit import one_thread
@@ -104,15 +104,17 @@ def compare(out: Path, source: Path | None = None, monitor: Monitor | None = Non
     if not origin.is_dir():
         raise UsageError(f"{out}: its original is not at {origin} any more; give its folder with --source")
     with (monitor or Monitor()).phase("compare with the original"):
-        for shard in open_checkpoint(origin).shards:
+        original = open_checkpoint(origin)
+        for shard in original.shards:
             if sha256(shard.path) != record.model.source_sha256.get(str(shard.path.relative_to(origin))):
                 raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
         planned = [edit.tensor for edit in plan.edits]
-        found = check(out, origin, planned, extra=plan.copied, recorded=record.output_sha256)
+        indexed = INDEX_NAME in plan.files
+        found = check(out, origin, planned, extra=plan.copied, recorded=record.output_sha256, indexed=indexed)
     rewritten = {_CARD, *record.left_out}
     if plan.copied or plan.variant.get("untie"):
-        rewritten |= {"config.json", INDEX_NAME}
-    if record.settings.get("output", {}).get("shard_size"):
+        rewritten.add("config.json")
+    if not indexed or (original.index and has_own_index(open_checkpoint(out), original.index)):
         rewritten.add(INDEX_NAME)
     return Comparison(out, origin, found, frozenset(rewritten))
 
@@ -167,8 +169,12 @@ def undo(
         tensors = [edit.tensor for edit in plan.edits]
         with (monitor or Monitor()).phase("restore", total) as advance:
             found = restore(edited, undo_files, folder, expected=tensors, progress=advance)
-        (folder / _CARD).unlink(missing_ok=True)
-        files_left = tuple(name for name in found.files.written if name != _CARD)
+        added = {_CARD}
+        if INDEX_NAME in plan.files and len(edited.shards) == 1 and has_own_index(edited):
+            added.add(INDEX_NAME)
+        for name in added:
+            (folder / name).unlink(missing_ok=True)
+        files_left = tuple(name for name in found.files.written if name not in added)
         remains = (*plan.copied, *(("config.json",) if plan.copied else ()))
         return Undone(target or out, False, 1, files_left, found.tensors, reason, remains)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.card import estimate, judged_by, pvalue, rate
+from abliterate.card import estimate, judged_by, others, pvalue, rate
 from abliterate.record import (
     BehaviourPart,
     CapabilityPart,
@@ -18,6 +21,9 @@ from abliterate.record import (
     RatePart,
     ShiftPart,
 )
+
+#: Tables without vertical rules: six columns fit 80 characters.
+_PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 
 SETS = ("harmful", "harmless", "borderline")
 
@@ -33,7 +39,7 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
         states: list[State] = [("before", part.thinking.before, {})]
         if part.thinking.after is not None:
             states.append(("after", part.thinking.after, part.thinking.paired))
-        console.print(_rates(title, states))
+        _print_rates(title, states, console)
     _show_categories(part, console)
     if part.shift is not None:
         _show_shift(part.shift, part.control, console)
@@ -50,43 +56,49 @@ def _show_rates(part: EvaluationPart, console: Console) -> None:
         states.append(("after", part.after, part.paired))
     if part.control is not None:
         states.append(("random", part.control.behaviour, part.control.paired))
-    console.print(_rates("Refusals on held-out prompts", states))
+    _print_rates("Refusals on held-out prompts", states, console)
     if part.judge is not None:
         console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
 
 
-def _rates(title: str, states: list[State]) -> Table:
-    """One row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change."""
+def _print_rates(title: str, states: list[State], console: Console) -> None:
+    """A row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change."""
     corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
     several = len(states) > 1
-    table = Table(title=title, title_justify="left")
-    columns = [
-        "prompts",
-        *([""] if several else []),
-        "refused [95 %]",
-        *(["corrected %"] if corrected else []),
-        *(["change in %", "p"] if several else []),
-    ]
-    for column in columns:
-        table.add_column(column)
+    table = Table(title=title, title_justify="left", **_PLAIN)
+    extra = [*(["corrected"] if corrected else []), *(["change", "p"] if several else [])]
+    for column in ("prompts", "refused", "% [95 %]", *extra):
+        table.add_column(column, no_wrap=True)
+    remarks = []
     for name in SETS:
-        for number, (state, behaviour, pairs) in enumerate(states):
+        if several:
+            table.add_row(f"[bold]{name}[/]")
+        for state, behaviour, pairs in states:
             part: RatePart = getattr(behaviour, name)
-            cells = [name if number == 0 else "", *([state] if several else []), rate(part)]
+            cells = [f"  {state}" if several else name, f"{part.refusals}/{part.n}", _percent(part)]
             if corrected:
                 cells.append("" if part.corrected is None else estimate(part.corrected, 100, ".0f"))
             if several:
                 pair = pairs.get(name)
                 cells += ["", ""] if pair is None else [estimate(pair.change, 100, "+.0f"), pvalue(pair.p)]
-            table.add_row(*cells, end_section=number == len(states) - 1)
-    return table
+            table.add_row(*cells)
+            if also := others(part):
+                remarks.append(f"{name} {state}".strip() + f": {also}")
+    console.print(table)
+    if remarks:
+        console.print(f"{'; '.join(remarks)}.", highlight=False)
+
+
+def _percent(part: RatePart) -> str:
+    low, high = part.ci95
+    return f"{100 * part.refusals / part.n:.0f} [{100 * low:.0f}, {100 * high:.0f}]" if part.n else "–"
 
 
 def _show_categories(part: EvaluationPart, console: Console) -> None:
     before, after = part.categories.get("before", {}), part.categories.get("after", {})
     if not before:
         return
-    table = Table(title="Harmful prompts by category", title_justify="left")
+    table = Table(title="Harmful prompts by category", title_justify="left", **_PLAIN)
     for column in ("category", "before", "after") if after else ("category", "refused"):
         table.add_column(column)
     for name, first in before.items():
@@ -96,7 +108,9 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
 
 
 def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console) -> None:
-    table = Table(title=f"Shift on {shift.prompts} harmless prompts, nats per token", title_justify="left")
+    table = Table(
+        title=f"Shift on {shift.prompts} harmless prompts, nats per token", title_justify="left", box=SIMPLE_HEAD
+    )
     for column in ("", "", "mean [95 %]", "median", "p95", "worst"):
         table.add_column(column, justify="right" if column in ("median", "p95", "worst") else "left")
     rows = [("edit", shift)]
@@ -151,7 +165,7 @@ def _value(part: EstimatePart, form: str) -> str:
 
 def capability_table(parts: list[CapabilityPart]) -> Table:
     """Scores of every task, before and after."""
-    table = Table(title="Capability [95 %]", title_justify="left")
+    table = Table(title="Capability [95 %]", title_justify="left", **_PLAIN)
     changed = any(part.after is not None for part in parts)
     scores = ("before", "after", "change ± SE") if changed else ("score",)
     for column in ("task", "metric", "n", *scores):
