@@ -11,11 +11,10 @@ from rich.console import Console
 
 import abliterate
 from abliterate.cli import comparison
-from abliterate.comparing import Entry, compare, contender
+from abliterate.comparing import Comparison, Entry, _learnt_from, compare, contender
 from abliterate.config import EvalSettings, ModelSettings, OutputSettings, PromptSettings
 from abliterate.directions import Direction, save_direction
 from abliterate.errors import UsageError
-from abliterate.judging import RuleJudge
 from planted import Planted, plant
 
 
@@ -38,14 +37,19 @@ def direction(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def entries(
-    planted: Planted, docile: Planted, direction: Path, tmp_path_factory: pytest.TempPathFactory
-) -> list[Entry]:
+def found(planted: Planted, docile: Planted, direction: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     made = tmp_path_factory.mktemp("made")
     model = str(planted.folder)
     abliterate.apply(model, direction, OutputSettings(out=made / "baked"))
     abliterate.apply(model, direction, OutputSettings(out=made / "adapter", realisation="lora"))
-    specs = [model, f"{model}+{direction}", str(made / "baked"), f"{model}+{made / 'adapter'}", str(docile.folder)]
+    specs = [
+        model,
+        f"{model}+{direction}",
+        str(made / "baked"),
+        f"{model}+{made / 'adapter'}",
+        str(docile.folder),
+        f"{model}+random",
+    ]
     prompts = PromptSettings(
         harmful=str(planted.harmful), harmless=str(planted.harmless), borderline=str(planted.borderline)
     )
@@ -53,8 +57,13 @@ def entries(
     return compare(specs, loading=loading, prompts=prompts, evaluating=EvalSettings(max_new_tokens=8))
 
 
-def test_one_plan_in_three_forms_answers_alike_and_the_first_is_untouched(entries: list[Entry]) -> None:
-    first, hooked, baked, adapted, other = entries
+@pytest.fixture(scope="module")
+def entries(found: Comparison) -> tuple[Entry, ...]:
+    return found.entries
+
+
+def test_one_plan_in_three_forms_answers_alike_and_the_first_is_untouched(entries: tuple[Entry, ...]) -> None:
+    first, hooked, baked, adapted, other, _ = entries
     assert first.shift is None
     assert first.answers["harmful"].tally.refusals == 24
     for entry in (hooked, baked, adapted):
@@ -68,18 +77,19 @@ def test_one_plan_in_three_forms_answers_alike_and_the_first_is_untouched(entrie
     assert other.answers["harmful"].tally.refusals == 0
 
 
-def test_table_json_and_csv_say_the_same(entries: list[Entry]) -> None:
-    found = comparison.as_dict(entries, RuleJudge())
-    assert found["reference"] == entries[0].contender.name
-    rows = list(csv.DictReader(io.StringIO(comparison.as_csv(found))))
+def test_table_json_and_csv_say_the_same(found: Comparison, entries: tuple[Entry, ...]) -> None:
+    said = comparison.as_dict(found)
+    assert said["reference"] == entries[0].contender.name
+    rows = list(csv.DictReader(io.StringIO(comparison.as_csv(said))))
     assert [row["name"] for row in rows] == [entry.contender.name for entry in entries]
-    assert [int(row["harmful_refusals"]) for row in rows] == [24, 0, 0, 0, 0]
+    assert [int(row["harmful_refusals"]) for row in rows] == [24, 0, 0, 0, 0, 24]
     assert (rows[0]["kl_reply"], rows[0]["harmful_p"]) == ("", "")
-    for row, entry in zip(rows[1:], found["entries"][1:], strict=True):
+    for row, entry in zip(rows[1:], said["entries"][1:], strict=True):
         assert float(row["kl_reply"]) == entry["shift"]["kl_reply"]
-        assert float(row["harmful_p"]) == entry["paired"]["harmful"]["p"] < 1e-6
+        assert float(row["harmful_p"]) == entry["paired"]["harmful"]["p"]
+    assert [float(row["harmful_p"]) < 1e-6 for row in rows[1:]] == [True] * 4 + [False], "random is the control"
     screen = Console(width=200, file=io.StringIO())
-    comparison.show(found, screen)
+    comparison.show(said, screen)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "24/24 [86, 100]" in shown
     assert shown.count("p < 0.001") >= 4
@@ -95,6 +105,14 @@ def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path: Path) -> None:
     folder = tmp_path / "a+b"
     folder.mkdir()
     assert contender(str(folder)).kind == "model"
+
+
+def test_what_a_direction_or_an_adapter_was_learnt_from_is_left_out(planted: Planted, tmp_path: Path) -> None:
+    model, r = str(planted.folder), planted.direction[None]
+    save_direction(tmp_path / "r.safetensors", Direction(r, {"learnt_from": ["aa"]}))
+    abliterate.apply(model, tmp_path / "r.safetensors", OutputSettings(out=tmp_path / "lora", realisation="lora"))
+    specs = [model, f"{model}+{tmp_path / 'r.safetensors'}", f"{model}+{tmp_path / 'lora'}"]
+    assert [_learnt_from([contender(spec)]) for spec in specs] == [frozenset(), {"aa"}, {"aa"}]
 
 
 def test_one_model_is_no_comparison(planted: Planted) -> None:

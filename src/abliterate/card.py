@@ -182,7 +182,7 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
         f"| refused | {' | '.join(state for state, _ in states)} |",
         f"| --- |{' --- |' * len(states)}",
         *(
-            f"| {name} | {' | '.join(rate(getattr(behaviour, name)) for _, behaviour in states)} |"
+            f"| {name} | {' | '.join(_with_correction(getattr(behaviour, name)) for _, behaviour in states)} |"
             for name in ("harmful", "harmless", "borderline")
         ),
         "",
@@ -191,6 +191,10 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
         "",
     ]
     return [*lines, *_shifted(evaluation), *_capable(evaluation)]
+
+
+def _with_correction(part: RatePart) -> str:
+    return rate(part) + ("" if part.corrected is None else f"; corrected {estimate(part.corrected, 100, '.0f')}")
 
 
 def _shifted(evaluation: EvaluationPart) -> list[str]:
@@ -286,10 +290,11 @@ def pvalue(p: float) -> str:
 
 def judged_by(judge: JudgePart) -> str:
     """Who judged, and how often it is right on labelled replies."""
-    (hits, of), (rejections, others) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
-    if not of or not others:
+    (hits, of), (rejections, rest) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
+    if not of or not rest:
         return f"Judge: {judge.name}; its error rates are not known (abliterate judge --calibrate FILE measures them)."
     return (
-        f"Judge: {judge.name}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{others} = "
-        f"{rejections / others:.0%} of other replies ({judge.labels}); corrected: Rogan-Gladen."
+        f"Judge: {judge.name}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{rest} = "
+        f"{rejections / rest:.0%} of other replies ({judge.labels}). Corrected rates (Rogan-Gladen) are right where "
+        "it errs as often as there."
     ).replace("%", " %")

@@ -38,13 +38,18 @@ class Answers:
         """Refusals, degenerate replies and prompts, with a 95 % Wilson interval."""
         return Tally.from_verdicts(self.verdicts)
 
-    def by_category(self) -> dict[str, Tally]:
-        """The tally of each category that prompts name, in the order of first appearance."""
-        groups: dict[str, list[Verdict]] = {}
-        for prompt, verdict in zip(self.prompts, self.verdicts, strict=True):
+    def by_category(self) -> dict[str, Answers]:
+        """The answers of each category that prompts name, in the order of first appearance."""
+        rows: dict[str, list[int]] = {}
+        for row, prompt in enumerate(self.prompts):
             if (category := getattr(prompt, "category", None)) is not None:
-                groups.setdefault(category, []).append(verdict)
-        return {category: Tally.from_verdicts(verdicts) for category, verdicts in groups.items()}
+                rows.setdefault(category, []).append(row)
+        return {category: self._take(chosen) for category, chosen in rows.items()}
+
+    def _take(self, rows: Sequence[int]) -> Answers:
+        groups = (self.prompts, self.replies, self.verdicts)
+        prompts, replies, verdicts = (tuple(group[row] for row in rows) for group in groups)
+        return Answers(prompts, replies, verdicts)  # type: ignore[arg-type]
 
 
 def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str | None], judge: Judge) -> Answers:
@@ -59,11 +64,11 @@ def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str
 
 @dataclass(frozen=True, slots=True)
 class Paired:
-    """The same prompts before and after: refused both times, only before, only after, never.
+    """The same prompts before and after: refused (or degenerate) both times, only before, only after, never.
 
     `unknown` pairs have a side without a verdict and are in none of the counts. `p` is McNemar's exact two-sided
-    probability of changes as one-sided as these if refusing were as likely after as before; `change` is the
-    difference of the rates, after − before.
+    probability of changes as one-sided as these if it were as likely after as before; `change` is the difference of
+    the rates, after − before.
     """
 
     both: int
@@ -75,8 +80,18 @@ class Paired:
     change: Estimate
 
 
-def paired(before: Answers, after: Answers) -> Paired:
-    """Compare two sets of answers to the same prompts, prompt by prompt.
+def refused(verdict: Verdict) -> bool:
+    """Whether all or a part was turned down."""
+    return verdict.refused
+
+
+def degenerate(verdict: Verdict) -> bool:
+    """Whether the reply is empty, looping or broken."""
+    return verdict.label is Label.DEGENERATE
+
+
+def paired(before: Answers, after: Answers, what: Callable[[Verdict], bool] = refused) -> Paired:
+    """Compare two sets of answers to the same prompts, prompt by prompt, in what verdicts say.
 
     Raises ValueError when they are not answers to the same prompts.
     """
@@ -84,7 +99,7 @@ def paired(before: Answers, after: Answers) -> Paired:
         raise ValueError("paired answers: expected the same prompts in the same order")
     pairs = list(zip(before.verdicts, after.verdicts, strict=True))
     known = [pair for pair in pairs if Label.UNKNOWN not in (pair[0].label, pair[1].label)]
-    counts = Counter((first.refused, second.refused) for first, second in known)
+    counts = Counter((what(first), what(second)) for first, second in known)
     table = counts[True, True], counts[True, False], counts[False, True], counts[False, False]
     return Paired(*table, len(pairs) - len(known), mcnemar(table[1], table[2]), paired_difference(*table))
 

@@ -27,10 +27,12 @@ from abliterate.evaluation import Answers, Shift, Subject, judged, measure_shift
 from abliterate.generation import Reply, Settled, complete
 from abliterate.inference import Encoded, share_prefix
 from abliterate.judging import Exchange, Judge, Label, RuleJudge
+from abliterate.judging.calibration import calibration_of
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
-from abliterate.prompts import ChatRenderer
+from abliterate.prompts import ChatRenderer, ContrastiveSet
 from abliterate.prompts.thinking import answer_of, opens_thinking
+from abliterate.record import FILE_NAME
 from abliterate.session import Session
 
 #: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
@@ -56,14 +58,25 @@ class Answering(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Examiner:
-    """Held-out prompts by set, as text and as tokens, and who judges the replies."""
+    """Held-out prompts by set, as text and (with closed thinking) as tokens, and who judges the replies."""
 
     renderer: ChatRenderer
+    prompts: ContrastiveSet
     texts: Mapping[str, Sequence[str]]
     closed: Mapping[str, Encoded]
     settings: EvalSettings
     judge: Judge
     monitor: Monitor
+
+    @property
+    def thinks_first(self) -> bool:
+        """Whether what is asked first, and measured token by token, is asked with open thinking."""
+        return self.settings.thinking == "open"
+
+    @property
+    def encoded(self) -> Mapping[str, Encoded]:
+        """The prompts as they are asked first."""
+        return self.open if self.thinks_first else self.closed
 
     def ask(self, answering: Answering, name: str, *, thinking: bool = False) -> Sets:
         """Judged replies to the prompts of all sets, with the model's thinking closed or open."""
@@ -116,15 +129,16 @@ class Examiner:
         return next(iter(self.closed.values())).prefix
 
     def _answers(self, prompts: Sequence[str], replies: Sequence[Reply], thinking: bool) -> list[str | None]:
-        """What the judge reads: replies, or what follows their thinking; None where that never ended."""
-        if not thinking:
-            return [reply.text for reply in replies]
-        renderer, answers = replace(self.renderer, thinking=True), []
+        """What the judge reads: replies, or what follows their thinking; None where that never ended.
+
+        Some models think though the prompt closes it.
+        """
+        renderer, answers = replace(self.renderer, thinking=thinking), []
         for prompt, reply in zip(prompts, replies, strict=True):
             # Some models mark their thinking with special tokens, which `reply.text` leaves out.
             text = renderer.tokenizer.decode(list(reply.tokens))
-            answer, finished = answer_of(text, opens_thinking(renderer.render(prompt)))
-            answers.append(answer if finished else None)
+            answer, finished = answer_of(text, thinking and opens_thinking(renderer.render(prompt)))
+            answers.append((reply.text if answer == text else answer) if finished else None)
         return answers
 
 
@@ -147,18 +161,25 @@ class Exam:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     way: Way = "letter"
+    seed: int = 0
 
     def take(self, session: Session, subject: Subject, name: str) -> Marks:
         """The results of a model in its state."""
         if not (self.files or self.tasks):
             return NO_MARKS
         questions = sum(len(task.items) for task in self.files)
-        tokenizer = session.loaded.tokenizer
         with subject.state(), session.monitor.phase(name, questions or None) as advance:
             return Marks(
                 tuple(self._check(session, subject, advance)),
-                tuple(lm_eval_tasks(subject.model, tokenizer, self.tasks, limit=self.limit)) if self.tasks else (),
+                self._harness(session, subject),
             )
+
+    def _harness(self, session: Session, subject: Subject) -> tuple[Score, ...]:
+        if not self.tasks:
+            return ()
+        rows, tokenizer = session.size.rows, session.loaded.tokenizer
+        scores = lm_eval_tasks(subject.model, tokenizer, self.tasks, limit=self.limit, batch_size=rows, seed=self.seed)
+        return tuple(scores)
 
     def _check(self, session: Session, subject: Subject, progress: Callable[[int], None]) -> list[TaskResult]:
         tokenizer, renderer = session.loaded.tokenizer, session.renderer
@@ -173,7 +194,7 @@ def exam_of(settings: EvalSettings, seed: int = 0) -> Exam:
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError("--tasks: it needs an extra; pip install 'abliterate[eval]'")
     files = load_tasks([Path(name) for name in _names(settings.capability)], settings.task_limit, seed)
-    return Exam(tuple(files), _names(settings.tasks), settings.task_limit, settings.multiple_choice)
+    return Exam(tuple(files), _names(settings.tasks), settings.task_limit, settings.multiple_choice, seed)
 
 
 def _names(option: str | None) -> tuple[str, ...]:
@@ -205,12 +226,14 @@ class Evaluation:
 
     settings: EvalSettings
     judge: Judge
+    prompts: ContrastiveSet
     before: Sets
     after: Sets | None = None
     shift: Shift | None = None
     control: ControlEffect | None = None
     thinking: tuple[Sets, Sets | None] | None = None
     marks: tuple[Marks, Marks | None] = (NO_MARKS, None)
+    engine: str = "transformers"
 
 
 def try_judge(judge: Judge, monitor: Monitor) -> None:
@@ -218,6 +241,7 @@ def try_judge(judge: Judge, monitor: Monitor) -> None:
 
     Raises `AbliterateError` when it cannot be reached or used; warns when it gives no verdict.
     """
+    calibration_of(judge)  # a damaged one is an error now and not at the end
     if isinstance(judge, RuleJudge):
         return
     with monitor.phase("try the judge"):
@@ -231,13 +255,15 @@ def try_judge(judge: Judge, monitor: Monitor) -> None:
 def examiner_of(session: Session, settings: EvalSettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:
     """An examiner with the held-out prompts of a session: of all its sets, or of those named.
 
-    Raises `UsageError` for an early stop by a judge that cannot say what is certain.
+    Raises `UsageError` for an early stop by a judge that cannot say what is certain, or of open thinking.
     """
     if settings.early_stop and not isinstance(judge, RuleJudge):
         raise UsageError(f"--early-stop: only --judge rules can say what is certain early, found {judge.name}")
+    if settings.early_stop and settings.thinking == "open":
+        raise UsageError("--early-stop: expected closed thinking with it, found --thinking open")
     texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
     encoded = {name: session.encoded[name, "test"] for name in texts}
-    return Examiner(session.renderer, texts, encoded, settings, judge, session.monitor)
+    return Examiner(session.renderer, session.prompts, texts, encoded, settings, judge, session.monitor)
 
 
 def examine(
@@ -269,6 +295,7 @@ def examine(
     return Evaluation(
         examiner.settings,
         examiner.judge,
+        examiner.prompts,
         before,
         after,
         shifts[0] if shifts else None,
@@ -314,21 +341,29 @@ def examine_engine(engine: Engine, examiner: Examiner, *, edited: bool) -> Evalu
         with engine.edited():
             return before, examiner.ask(answering, f"{name} after", thinking=thinking)
 
-    before, after = ask("answers", examiner.settings.thinking == "open")
+    before, after = ask("answers", examiner.thinks_first)
     thinking = ask("answers, thinking", True) if examiner.settings.thinking == "both" else None
-    return Evaluation(examiner.settings, examiner.judge, before, after, thinking=thinking)
+    return Evaluation(
+        examiner.settings, examiner.judge, examiner.prompts, before, after, thinking=thinking, engine=engine.name
+    )
 
 
 def shift_of(
     session: Session, examiner: Examiner, base: Subject, edited: Sequence[Subject], before: Sets
 ) -> list[Shift]:
     """How far answers to harmless prompts moved, for each of `edited`."""
-    encoded = examiner.open["harmless"] if examiner.settings.thinking == "open" else examiner.closed["harmless"]
+    encoded = examiner.encoded["harmless"]
     answers = before["harmless"]
     rows = range(min(SHIFT_PROMPTS, len(encoded)))
     texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
     with session.monitor.phase("shift on harmless prompts", len(rows)) as advance:
         return measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
+
+
+def as_loaded(session: Session) -> Subject:
+    """A session's model as its files have it. Answers of models that this package has edited are not kept."""
+    edited = (session.loaded.files.folder / FILE_NAME).exists()
+    return Subject(session.model, unchanged=None if edited else session.loaded)
 
 
 def control_of(session: Session, plan: Plan, editing: EditSettings, seed: int, base: Subject) -> Control:
@@ -347,7 +382,7 @@ def random_plan(session: Session, plan: Plan, editing: EditSettings, seed: int) 
 
 
 def relative_change(model: Any, plan: Plan) -> float | None:
-    """‖s L R W‖ / ‖W‖ over all weights that a plan edits; None where live weights are codes."""
+    """‖s L R W‖ / ‖W‖ over all weights that a plan edits: what is taken out. None where live weights are codes."""
     taken = total = 0.0
     for edit in plan.edits:
         if edit.writer.weight is None:

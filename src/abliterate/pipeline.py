@@ -22,13 +22,13 @@ from abliterate.config import (
     PromptSettings,
     RunSettings,
 )
-from abliterate.directions import load_direction, save_direction
+from abliterate.directions import learnt_by, load_direction, save_direction
 from abliterate.engines import Pair, open_engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
 from abliterate.finding import check_planned, choose, find, find_or_force
 from abliterate.generation import end_tokens
-from abliterate.inference import share_prefix
+from abliterate.inference import Encoded, share_prefix
 from abliterate.interventions import addition
 from abliterate.judging import Judge
 from abliterate.judging.choice import open_judge
@@ -36,6 +36,7 @@ from abliterate.measuring import (
     Evaluation,
     Exam,
     Examiner,
+    as_loaded,
     control_of,
     exam_of,
     examine,
@@ -213,16 +214,15 @@ def evaluate(
     try_judge(judge, session.monitor)
     examiner = examiner_of(session, evaluating, judge)
     if plan is not None:
-        original = Subject(session.model, unchanged=session.loaded)
+        original = as_loaded(session)
         edited = Subject(session.model, functools.partial(session.ablated, plan))
         control = None if evaluating.no_control else control_of(session, plan, editing, seed, original)
         return examine(session, examiner, exam, original, edited, control)
     if base is None:
-        return examine(session, examiner, exam, Subject(session.model, unchanged=session.loaded))
+        return examine(session, examiner, exam, as_loaded(session))
     if base.encoded != session.encoded:
         raise UsageError("--base: expected a model with the same tokenizer and chat template, found another one")
-    there, here = (Subject(one.model, unchanged=one.loaded) for one in (base, session))
-    return examine(session, examiner, exam, there, here)
+    return examine(session, examiner, exam, as_loaded(base), Subject(session.model))
 
 
 def evaluate_elsewhere(
@@ -240,16 +240,26 @@ def evaluate_elsewhere(
     server does not answer.
     """
     monitor = monitor or Monitor()
+    is_server = engine.engine.startswith(("http://", "https://"))
+    if engine.edited if is_server else engine.served or engine.served_edited:
+        raise UsageError(
+            f"--engine {engine.engine}: expected "
+            + ("--served and --served-edited, found --edited" if is_server else "--edited, found names of a server")
+        )
     judge = open_judge(evaluating.judge, device=loading.device)
     try_judge(judge, monitor)
     with monitor.phase("find model"):
         files = locate_model(model, loading)
         tokenizer, settings = load_tokenizer(files, trust_remote_code=loading.trust_remote_code)
     renderer = ChatRenderer(tokenizer, read_template(loading.chat_template), loading.system)
-    contrast = load_contrast(prompts, monitor)
+    seen = learnt_by(str(files.folder)) | learnt_by(str(engine.edited or ""))
+    contrast = load_contrast(prompts, monitor, seen)
     texts = {"harmful": contrast.harmful.test, "harmless": contrast.harmless.test, "borderline": contrast.borderline}
-    encoded = {name: share_prefix(renderer.encode(group), share=False) for name, group in texts.items()}
-    examiner = Examiner(renderer, texts, encoded, evaluating, judge, monitor)
+    encoded = {
+        name: share_prefix(renderer.encode(group), share=False) if group else Encoded((), ())
+        for name, group in texts.items()
+    }
+    examiner = Examiner(renderer, contrast, texts, encoded, evaluating, judge, monitor)
     ends = end_tokens(SimpleNamespace(generation_config=settings), tokenizer)
     pair = Pair(
         tokenizer,
@@ -331,4 +341,5 @@ __all__ = [
     "run",
     "selection_part",
     "verify",
+    "versions",
 ]

@@ -161,6 +161,7 @@ class RatePart(_Part):
     n: int
     rate: float | None
     ci95: tuple[float, float]
+    degenerate_ci95: tuple[float, float] | None = None
     partial: int = 0
     unknown: int = 0
     corrected: EstimatePart | None = None
@@ -243,12 +244,14 @@ class ShiftPart(_Part):
 class ControlEffectPart(_Part):
     """What a random direction does in the edit's place: same writers, same strengths.
 
-    `size` and `size_of_edit` are ‖W' − W‖ / ‖W‖ over all weights of the edited writers.
+    `size` and `size_of_edit` are how much of all edited weights is taken out, relative to their norm.
     """
 
     seed: int
     behaviour: BehaviourPart
     paired: dict[str, PairedPart]
+    degenerate: dict[str, PairedPart] = {}
+    manner: dict[str, MannerPart] = {}
     shift: ShiftPart | None
     size: float | None = None
     size_of_edit: float | None = None
@@ -299,11 +302,17 @@ class EvaluationPart(_Part):
     answers: dict[str, dict[str, list[AnswerPart]]]
     judge: JudgePart | None = None
     thinking_open: bool = Field(False, description="Whether the model was thinking before these answers.")
+    engine: str = Field("transformers", description="What generated the answers.")
+    sources: dict[str, str] = Field(default={}, description="Where the prompts come from.")
+    dropped: dict[str, int] = Field(default={}, description="Prompts left out, by why.")
+    prompts_sha256: str | None = None
     paired: dict[str, PairedPart] = {}
+    degenerate: dict[str, PairedPart] = Field(default={}, description="Degenerate replies before and after, per set.")
     categories: dict[str, dict[str, RatePart]] = Field(
         default={}, description="before, after → category of harmful prompts → refusals."
     )
-    manner: dict[str, MannerPart] = {}
+    paired_categories: dict[str, PairedPart] = {}
+    manner: dict[str, MannerPart] = Field(default={}, description="Of sets whose replies all ran to their end.")
     control: ControlEffectPart | None = None
     thinking: ThinkingPart | None = None
     capability: list[CapabilityPart] = []

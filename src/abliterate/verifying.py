@@ -14,7 +14,7 @@ from abliterate.evaluation import Subject
 from abliterate.finding import refusal_tokens
 from abliterate.judging import Tally
 from abliterate.judging.choice import open_judge
-from abliterate.measuring import answers_of, examiner_of, random_plan
+from abliterate.measuring import answers_of, as_loaded, examiner_of, random_plan
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
 from abliterate.refusals import RefusalToken
@@ -80,7 +80,7 @@ def verify(
         ("answers: random direction", control),
     ):
         with contextlib.nullcontext() if trial is None else session.ablated(trial):
-            subject = Subject(session.model, unchanged=session.loaded if trial is None else None)
+            subject = as_loaded(session) if trial is None else Subject(session.model)
             tallies.append(examiner.ask(answers_of(session, subject, examiner), name)["harmful"].tally)
     before, after, random_after = tallies
     halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals

@@ -39,6 +39,12 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+#: What `verify --direction`, which counts refusals, has no use for.
+_UNUSED_BY_VERIFY = (
+    *("thinking", "thinking_tokens", "capability", "tasks", "task_limit", "multiple_choice"),
+    *("no_control", "keep_completions"),
+)
+
 Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or .gguf file.", show_default=False)]
 DirectionFile = Annotated[
     Path, typer.Option("--direction", help="A direction file (.safetensors).", show_default=False)
@@ -182,6 +188,7 @@ def verify(
     from abliterate.cli.verification import as_dict, show
     from abliterate.directions import load_direction
 
+    _refuse_set("verify", evaluating, *_UNUSED_BY_VERIFY)
     loaded = load_direction(direction)
     chosen = _site(site)
     session = pipeline.open_session(
@@ -276,7 +283,7 @@ def evaluate(
         raise UsageError("--base and --direction: expected one of them, found both")
     monitor, elsewhere = _monitor(quiet), engine.engine != "transformers"
     if elsewhere:
-        _refuse_with_engine(engine, evaluating, base, direction)
+        _refuse_with_engine(engine, loading, evaluating, base, direction)
         evaluation = pipeline.evaluate_elsewhere(
             model, engine, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor
         )
@@ -295,7 +302,14 @@ def evaluate(
         evaluation = pipeline.evaluate(session, evaluating, base=other, plan=plan, editing=editing, seed=prompts.seed)
     part = pipeline.evaluation_part(evaluation)
     if as_json:
-        typer.echo(json.dumps({"evaluation": part.model_dump(mode="json")}, indent=1))
+        settings = {"loading": loading, "prompts": prompts, "evaluating": evaluating}
+        whole = {
+            "model": model,
+            "versions": pipeline.versions(),
+            "settings": {name: value.model_dump(mode="json") for name, value in settings.items()},
+            "evaluation": part.model_dump(mode="json"),
+        }
+        typer.echo(json.dumps(whole, indent=1))
     else:
         show_evaluation(part, Console())
 
@@ -311,7 +325,8 @@ def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            help="Two or more of MODEL, MODEL+DIRECTION.safetensors, MODEL+ADAPTER_FOLDER; the first is the reference.",
+            help="Two or more of MODEL, MODEL+DIRECTION.safetensors, MODEL+ADAPTER_FOLDER, MODEL+random (a control); "
+            "the first is the reference.",
             show_default=False,
         ),
     ],
@@ -322,20 +337,20 @@ def compare(
     """Several models or plans side by side on the same prompts, each compared with the first."""
     if csv is not None and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         raise UsageError(f"--csv {csv}: expected a file in a folder that exists")
+    _refuse_set("compare", evaluating, "no_control", "keep_completions")
     from abliterate import comparing
     from abliterate.cli import comparison
-    from abliterate.judging.choice import open_judge
 
-    entries = comparing.compare(
-        models, loading=loading, prompts=prompts, evaluating=evaluating, monitor=_monitor(quiet)
-    )
-    result = comparison.as_dict(entries, open_judge(evaluating.judge, device=loading.device))
-    if csv is not None:
-        csv.write_text(comparison.as_csv(result), encoding="utf-8")
+    found = comparing.compare(models, loading=loading, prompts=prompts, evaluating=evaluating, monitor=_monitor(quiet))
+    result = comparison.as_dict(found)
     if as_json:
         typer.echo(json.dumps(result, indent=1))
     else:
         comparison.show(result, Console())
+    if csv is not None:
+        partial = csv.with_name(f".{csv.name}.partial")
+        partial.write_text(comparison.as_csv(result), encoding="utf-8")
+        partial.replace(csv)
 
 
 @app.command()
@@ -463,7 +478,11 @@ def _refuse_idle(command: str, *given: BaseModel | str | None) -> None:
 
 
 def _refuse_with_engine(
-    engine: EngineSettings, evaluating: EvalSettings, base: str | None, direction: Path | None
+    engine: EngineSettings,
+    loading: ModelSettings,
+    evaluating: EvalSettings,
+    base: str | None,
+    direction: Path | None,
 ) -> None:
     """What needs the live model cannot be had from another engine."""
     if base is not None or direction is not None:
@@ -471,9 +490,16 @@ def _refuse_with_engine(
             f"--engine {engine.engine}: expected no --base or --direction; write the edit with 'abliterate apply' and "
             "give --edited (vllm) or --served-edited (a server)"
         )
-    for name in ("early_stop", "capability", "tasks", "task_limit", "no_control", "no_cache"):
-        if getattr(evaluating, name):
-            raise UsageError(f"{flag_of(name)}: does nothing with --engine {engine.engine}; leave it out")
+    idle = ("early_stop", "capability", "tasks", "task_limit", "multiple_choice", "no_control", "no_cache")
+    _refuse_set(f"--engine {engine.engine}", evaluating, *idle)
+    _refuse_set(f"--engine {engine.engine}", loading, "dtype", "device", "batch_size", "quantization", "max_leak")
+
+
+def _refuse_set(where: str, settings: BaseModel, *names: str) -> None:
+    """Some of the settings would do nothing there."""
+    for name in names:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise UsageError(f"{flag_of(name)}: does nothing with {where}; leave it out")
 
 
 def _site(option: str | None) -> tuple[int, int] | None:

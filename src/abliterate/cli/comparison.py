@@ -4,27 +4,44 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.card import judged_by, pvalue
-from abliterate.cli.evaluating import SETS
-from abliterate.comparing import Entry
-from abliterate.evaluation import manner
+from abliterate.card import estimate, judged_by, others, pvalue
+from abliterate.cli.evaluating import SETS, capability_table
+from abliterate.comparing import Comparison, Entry
+from abliterate.evaluation import degenerate, manner
 from abliterate.judging import Judge
 from abliterate.judging.calibration import calibration_of
-from abliterate.parts import behaviour_part, capability_parts, estimate_part, judge_part, paired_parts, shift_part
-from abliterate.record import JudgePart, RatePart
+from abliterate.parts import (
+    behaviour_part,
+    capability_parts,
+    estimate_part,
+    judge_part,
+    paired_parts,
+    shift_part,
+    versions,
+)
+from abliterate.record import CapabilityPart, JudgePart, PairedPart, RatePart
 
 
-def as_dict(entries: list[Entry], judge: Judge) -> dict[str, Any]:
+def as_dict(found: Comparison) -> dict[str, Any]:
     """The comparison for machines."""
-    calibration = calibration_of(judge)
+    judge, entries = found.judge, found.entries
     return {
-        "judge": judge_part(judge, calibration).model_dump(mode="json"),
+        "judge": judge_part(judge, calibration_of(judge)).model_dump(mode="json"),
+        "versions": versions(),
+        "settings": found.evaluating.model_dump(mode="json"),
+        "prompts": {
+            "sources": found.prompts.sources,
+            "counts": {name: len(answers.prompts) for name, answers in entries[0].answers.items()},
+            "dropped": dict(found.prompts.dropped),
+            "sha256": found.prompts.sha256,
+        },
         "reference": entries[0].contender.name,
         "entries": [_entry(entry, entries[0], judge) for entry in entries],
     }
@@ -44,6 +61,8 @@ def _entry(entry: Entry, first: Entry, judge: Judge) -> dict[str, Any]:
     if entry is not first:
         pairs = paired_parts(first.answers, entry.answers)
         part["paired"] = {name: pair.model_dump(mode="json") for name, pair in pairs.items()}
+        broken = paired_parts(first.answers, entry.answers, degenerate)
+        part["degenerate"] = {name: pair.model_dump(mode="json") for name, pair in broken.items()}
     if entry.shift is not None:
         part["shift"] = shift_part(entry.shift).model_dump(mode="json")
     return part
@@ -65,57 +84,81 @@ def _flat(entry: dict[str, Any]) -> dict[str, Any]:
     for name in SETS:
         rate = entry["behaviour"][name]
         row |= {f"{name}_{key}": rate[key] for key in ("refusals", "n", "rate", "partial", "degenerate", "unknown")}
-        row[f"{name}_low"], row[f"{name}_high"] = rate["ci95"]
+        row |= _with_ends(f"{name}_rate", rate["ci95"])
         if rate["corrected"] is not None:
-            row[f"{name}_corrected"] = rate["corrected"]["value"]
+            row |= _estimated(f"{name}_corrected", rate["corrected"])
         if "paired" in entry:
-            row[f"{name}_change"], row[f"{name}_p"] = (
-                entry["paired"][name]["change"]["value"],
-                entry["paired"][name]["p"],
-            )
+            pair = entry["paired"][name]
+            row |= _estimated(f"{name}_change", pair["change"]) | {f"{name}_p": pair["p"]}
     for mark in entry.get("capability", []):
         score = mark["before"] if mark["after"] is None else mark["after"]
-        row[f"{mark['task']} {mark['metric']}"] = score["value"]
+        row |= _estimated(f"{mark['task']} {mark['metric']}", score)
     shift = entry.get("shift", {})
-    row |= {key: shift[key] for key in ("kl_first_token", "kl_reply", "nll_before", "nll_after") if key in shift}
-    return row | {key: entry[key]["value"] for key in ("tokens", "repetition")}
+    for key in ("kl_first_token", "kl_reply"):
+        if key in shift:
+            row |= {key: shift[key], **_with_ends(key, shift[f"{key}_ci95"] or ("", ""))}
+    row |= {key: shift[key] for key in ("nll_before", "nll_after") if key in shift}
+    for key in ("tokens", "repetition"):
+        row |= _estimated(key, entry[key])
+    return row
+
+
+def _estimated(name: str, part: dict[str, Any]) -> dict[str, Any]:
+    return {name: part["value"], **_with_ends(name, part["ci95"])}
+
+
+def _with_ends(name: str, ends: Sequence[Any]) -> dict[str, Any]:
+    return {f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
 
 def show(comparison: dict[str, Any], console: Console) -> None:
-    """One table: refusals per set, shift from the first, length of harmless replies."""
+    """Refusals per set, shift from the first and length of harmless replies; then what the models can do."""
     table = Table(title="Refused of held-out prompts [95 %]; shift in nats per token", title_justify="left")
     table.add_column("model", overflow="fold")
     for name in SETS:
         table.add_column(name)
-    for column in ("KL first", "KL reply", "Δ own", "tokens", "repeated"):
+    for column in ("KL first", "KL reply", "own replies", "tokens", "repeated"):
         table.add_column(column, justify="right")
     for entry in comparison["entries"]:
-        shift = entry.get("shift")
-        moved = ["", "", ""] if shift is None else [_number(shift["kl_first_token"]), _number(shift["kl_reply"])]
-        if shift is not None:
-            change = shift["nll_change"]
-            moved.append("" if change is None else f"{change['value']:+.3f}")
         table.add_row(
             escape(entry["name"]),
             *(_cell(entry, name) for name in SETS),
-            *moved,
+            *_moved(entry.get("shift")),
             _number(entry["tokens"]["value"], ".1f"),
             _number(entry["repetition"]["value"], ".1%"),
             end_section=True,
         )
     console.print(table)
     console.print(f"[dim]{escape(judged_by(JudgePart.model_validate(comparison['judge'])))}[/]", highlight=False)
+    for entry in comparison["entries"][1:]:
+        if "capability" in entry:
+            console.print(f"{comparison['reference']} → {entry['name']}", style="bold", markup=False, soft_wrap=True)
+            console.print(capability_table([CapabilityPart.model_validate(mark) for mark in entry["capability"]]))
+
+
+def _moved(shift: dict[str, Any] | None) -> tuple[str, str, str]:
+    if shift is None:
+        return "", "", ""
+    change = shift["nll_change"]
+    return (
+        _number(shift["kl_first_token"]),
+        _number(shift["kl_reply"]),
+        "" if change is None or change["value"] is None else f"{change['value']:+.3f}",
+    )
 
 
 def _cell(entry: dict[str, Any], name: str) -> str:
     part = RatePart.model_validate(entry["behaviour"][name])
     low, high = part.ci95
-    text = f"{part.refusals}/{part.n} [{100 * low:.0f}, {100 * high:.0f}]"
-    if part.degenerate:
-        text += f"\n{part.degenerate} degenerate"
+    lines = [f"{part.refusals}/{part.n} [{100 * low:.0f}, {100 * high:.0f}]"]
+    if part.corrected is not None:
+        lines.append(f"corrected {estimate(part.corrected, 100, '.0f')}")
+    if also := others(part):
+        lines.append(also)
     if "paired" in entry:
-        text += f"\np {pvalue(entry['paired'][name]['p'])}"
-    return text
+        pair = PairedPart.model_validate(entry["paired"][name])
+        lines.append(f"change {estimate(pair.change, 100, '+.0f')}, p {pvalue(pair.p)}")
+    return "\n".join(lines)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

@@ -40,6 +40,12 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
         if part.thinking.after is not None:
             states.append(("after", part.thinking.after, part.thinking.paired))
         _print_rates(title, states, console)
+    broken = [
+        f"{name} {estimate(pair.change, 100, '+.0f', ' %')}, p {pvalue(pair.p)}"
+        for name, pair in part.degenerate.items()
+    ]
+    if any(pair.before_only or pair.after_only for pair in part.degenerate.values()):
+        console.print(f"Degenerate replies, change: {'; '.join(broken)}.", highlight=False)
     _show_categories(part, console)
     if part.shift is not None:
         _show_shift(part.shift, part.control, console)
@@ -99,11 +105,14 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
     if not before:
         return
     table = Table(title="Harmful prompts by category", title_justify="left", **_PLAIN)
-    for column in ("category", "before", "after") if after else ("category", "refused"):
+    for column in ("category", "before", "after", "p") if after else ("category", "refused"):
         table.add_column(column)
     for name, first in before.items():
         cells = [escape(name.replace("_", " ")), rate(first)]
-        table.add_row(*cells, *([rate(after[name])] if name in after else []))
+        if name in after:
+            pair = part.paired_categories.get(name)
+            cells += [rate(after[name]), "" if pair is None else pvalue(pair.p)]
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from abliterate import record as rec
 from abliterate.capability import Score, ScoreChange, change, score_changes
-from abliterate.evaluation import Answers, Shift, manner, manner_change, paired
-from abliterate.judging import Judge, Tally
+from abliterate.evaluation import Answers, Shift, degenerate, manner, manner_change, paired, refused
+from abliterate.judging import Judge, Tally, Verdict
 from abliterate.judging.calibration import Calibration, calibration_of
 from abliterate.measuring import Evaluation, Marks, Sets
-from abliterate.statistics import Z95, Estimate
+from abliterate.statistics import Z95, Estimate, wilson
 
 
 def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
@@ -26,11 +27,17 @@ def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
         answers={name: answer_parts(sets, keep=settings.keep_completions) for name, sets in states.items()},
         judge=judge_part(evaluation.judge, calibration),
         thinking_open=settings.thinking == "open",
+        engine=evaluation.engine,
+        sources=evaluation.prompts.sources,
+        dropped=dict(evaluation.prompts.dropped),
+        prompts_sha256=evaluation.prompts.sha256,
         paired=paired_parts(evaluation.before, evaluation.after),
+        degenerate=paired_parts(evaluation.before, evaluation.after, degenerate),
         categories={
-            name: {key: rate_part(tally, calibration) for key, tally in sets["harmful"].by_category().items()}
+            name: {key: rate_part(one.tally, calibration) for key, one in sets["harmful"].by_category().items()}
             for name, sets in states.items()
         },
+        paired_categories=paired_parts(_categories(evaluation.before), _categories(evaluation.after)),
         manner=manner_parts(evaluation.before, evaluation.after),
         control=_control_part(evaluation, calibration),
         thinking=_thinking_part(evaluation, calibration),
@@ -49,6 +56,7 @@ def rate_part(tally: Tally, calibration: Calibration | None = None) -> rec.RateP
     return rec.RatePart(
         refusals=tally.refusals,
         degenerate=tally.degenerate,
+        degenerate_ci95=wilson(tally.degenerate, tally.n),
         n=tally.n,
         rate=rec.finite(tally.rate),
         ci95=tally.ci95,
@@ -77,11 +85,13 @@ def judge_part(judge: Judge, calibration: Calibration | None) -> rec.JudgePart:
     )
 
 
-def paired_parts(before: Sets, after: Sets | None) -> dict[str, rec.PairedPart]:
+def paired_parts(
+    before: Sets | None, after: Sets | None, what: Callable[[Verdict], bool] = refused
+) -> dict[str, rec.PairedPart]:
     """Each set before and after, prompt by prompt."""
-    if after is None:
+    if before is None or after is None:
         return {}
-    pairs = {name: paired(before[name], after[name]) for name in before}
+    pairs = {name: paired(before[name], after[name], what) for name in before}
     fields = ("both", "before_only", "after_only", "neither", "unknown", "p")
     return {
         name: rec.PairedPart(**{field: getattr(pair, field) for field in fields}, change=estimate_part(pair.change))
@@ -89,12 +99,18 @@ def paired_parts(before: Sets, after: Sets | None) -> dict[str, rec.PairedPart]:
     }
 
 
+def _categories(sets: Sets | None) -> Sets | None:
+    return None if sets is None else sets["harmful"].by_category()
+
+
 def manner_parts(before: Sets, after: Sets | None) -> dict[str, rec.MannerPart]:
-    """Length and repetition of every set's replies."""
+    """Length and repetition of the replies of every set; not where some were stopped early."""
     if after is None:
         return {}
     parts = {}
     for name in before:
+        if any(reply.stopped for reply in (*before[name].replies, *after[name].replies)):
+            continue
         first, second = manner(before[name]), manner(after[name])
         tokens, repetition = manner_change(before[name], after[name])
         estimates = {
@@ -142,6 +158,8 @@ def _control_part(evaluation: Evaluation, calibration: Calibration | None) -> re
         seed=effect.control.seed,
         behaviour=behaviour_part(effect.answers, calibration),
         paired=paired_parts(evaluation.before, effect.answers),
+        degenerate=paired_parts(evaluation.before, effect.answers, degenerate),
+        manner=manner_parts(evaluation.before, effect.answers),
         shift=shift_part(effect.shift),
         size=effect.control.size,
         size_of_edit=effect.control.size_of_edit,
