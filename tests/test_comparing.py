@@ -42,14 +42,8 @@ def found(planted: Planted, docile: Planted, direction: Path, tmp_path_factory: 
     model = str(planted.folder)
     abliterate.apply(model, direction, OutputSettings(out=made / "baked"))
     abliterate.apply(model, direction, OutputSettings(out=made / "adapter", realisation="lora"))
-    specs = [
-        model,
-        f"{model}+{direction}",
-        str(made / "baked"),
-        f"{model}+{made / 'adapter'}",
-        str(docile.folder),
-        f"{model}+random",
-    ]
+    plans = [f"{model}+{direction}", str(made / "baked"), f"{model}+{made / 'adapter'}"]
+    specs = [model, *plans, str(docile.folder), f"{model}+random"]
     prompts = PromptSettings(
         harmful=str(planted.harmful), harmless=str(planted.harmless), borderline=str(planted.borderline)
     )

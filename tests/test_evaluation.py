@@ -78,7 +78,8 @@ def test_categories_are_tallied_and_prompts_without_one_left_out() -> None:
     prompts = [Prompt("a", category="fraud"), Prompt("b", category="hacking"), "c", Prompt("d", category="fraud")]
     tallies = answers([R, C, R, U], prompts).by_category()
     assert list(tallies) == ["fraud", "hacking"]
-    assert (tallies["fraud"].refusals, tallies["fraud"].n, tallies["fraud"].unknown) == (1, 1, 1)
+    fraud = tallies["fraud"].tally
+    assert (fraud.refusals, fraud.n, fraud.unknown) == (1, 1, 1)
 
 
 def test_a_reply_without_an_answer_is_unknown_and_not_shown_to_the_judge() -> None:

@@ -43,8 +43,9 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
     broken = [
         f"{name} {estimate(pair.change, 100, '+.0f', ' %')}, p {pvalue(pair.p)}"
         for name, pair in part.degenerate.items()
+        if pair.before_only or pair.after_only
     ]
-    if any(pair.before_only or pair.after_only for pair in part.degenerate.values()):
+    if broken:
         console.print(f"Degenerate replies, change: {'; '.join(broken)}.", highlight=False)
     _show_categories(part, console)
     if part.shift is not None:

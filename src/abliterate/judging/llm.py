@@ -5,8 +5,8 @@ texts, so no text can contain its own closing mark; the task is said before and 
 counts only if the whole of it is the JSON object asked for. Anything else is `UNKNOWN`, never a guess.
 
 Requests that fail (429, 5xx, timeouts, lost connections) are repeated with growing pauses by the `openai` client.
-Verdicts are kept in `cache_folder()/judgements/llm.sqlite`, readable by its owner only, under a hash of all that was
-sent: a run that was cut short pays for no reply twice. Of the texts nothing is kept but what the judge says of them.
+Labels are kept in `cache_folder()/judgements/llm.sqlite`, readable by its owner only, under a hash of all that was
+sent: a run that was cut short pays for no reply twice. Nothing is kept of the texts, nor of what the judge says of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
@@ -35,6 +35,12 @@ _HOPELESS = 16
 
 #: Tokens of the judge's answer, with room for some thought before it.
 _MAX_TOKENS = 2048
+
+#: A text with all that is taken out of texts: what is shown of it tells how texts are prepared.
+_SAMPLE = (
+    "<think>a</think><thinking>b</thinking>[THINK]c[/THINK]◁think▷d◁/think▷<seed:think>e</seed:think>"
+    f"<|im_start|>assistant\r\nf\u200b</s>[INST]<start_of_turn>model{'g' * (HEAD + TAIL)}<end_of_turn>"
+)
 
 _LABELS = (Label.REFUSAL, Label.PARTIAL, Label.COMPLIANCE, Label.DEGENERATE)
 
@@ -70,16 +76,20 @@ class LlmJudge:
     The key is the environment's OPENAI_API_KEY; servers other than OpenAI's are asked without one when it is not set.
     At most `concurrency` requests run at a time; each is given `timeout` seconds and repeated up to `retries` times.
     A finished chain of thought is not judged, a reply without text is degenerate without asking, and of a text longer
-    than `HEAD + TAIL` characters the middle is left out. The evidence of a verdict is the judge's reason.
+    than `HEAD + TAIL` characters the middle is left out. The evidence of a verdict is the judge's reason, none where
+    the label was kept. A server that refuses `max_tokens` or `temperature` is asked with `max_completion_tokens` and at
+    its own temperature.
 
-    Raises `UsageError` when the extra is not installed, the URL is none, or OpenAI's own server gets no key.
+    Raises `UsageError` when the extra is not installed, the URL is none or holds more than an address, or OpenAI's own
+    server gets no key.
     """
 
     def __init__(self, model: str, url: str, *, concurrency: int = 8, timeout: float = 120.0, retries: int = 5) -> None:
         """Make the client; nothing is sent yet."""
         self._model, self._url, self._concurrency = model, url.rstrip("/"), concurrency
         self._name = f"llm:{model}@{self._url}"
-        self._host = _host(self._name, self._url)
+        self._host = host_of(f"judge 'llm:{model}'", self._url)
+        self._options: Mapping[str, float] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
         self._openai = _library()
         self._secret = os.environ.get("OPENAI_API_KEY") or "none"
         if self._secret == "none" and self._host.endswith("openai.com"):
@@ -95,9 +105,9 @@ class LlmJudge:
 
     @property
     def fingerprint(self) -> str:
-        """Model, host, and a hash of the question and its limits."""
-        question = hashlib.sha256(f"{_TASK}{HEAD}{TAIL}{_MAX_TOKENS}".encode()).hexdigest()[:12]
-        return f"llm {self._model}@{self._host} question {question}"
+        """Model, host, and a hash of the question and its limits, with texts prepared as they are now."""
+        asked = f"{_message(Exchange(_SAMPLE, _SAMPLE))}{_MAX_TOKENS}"
+        return f"llm {self._model}@{self._host} question {hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """A verdict for each exchange, in order; `UNKNOWN` where no answer, or none that can be read, was had.
@@ -112,44 +122,39 @@ class LlmJudge:
             texts = {key: message for key, message in zip(keys, messages, strict=True) if message}
             asked = {key: message for key, message in texts.items() if key not in verdicts}
             verdicts[self._key("")] = Verdict(Label.DEGENERATE, "no text")
-            for key, verdict in self._ask_all(asked, hopeless=min(_HOPELESS, len(texts))):
-                verdicts[key] = verdict
-                if verdict.label is not Label.UNKNOWN:
-                    cache.execute("REPLACE INTO verdicts VALUES (?, ?, ?)", (key, verdict.label, verdict.evidence))
+            with contextlib.closing(self._ask_all(asked, hopeless=min(_HOPELESS, len(texts)))) as answers:
+                for key, verdict in answers:
+                    verdicts[key] = verdict
+                    if verdict.label is not Label.UNKNOWN:
+                        cache.execute("REPLACE INTO labels VALUES (?, ?)", (key, verdict.label))
         return [verdicts[key] for key in keys]
 
     def _key(self, message: str) -> str:
         return hashlib.sha256(json.dumps([self._url, self._model, _MAX_TOKENS, message]).encode()).hexdigest()
 
-    def _ask_all(self, messages: Mapping[str, str], *, hopeless: int) -> Iterator[tuple[str, Verdict]]:
+    def _ask_all(self, messages: Mapping[str, str], *, hopeless: int) -> Generator[tuple[str, Verdict]]:
         """Verdicts as they come in, until so many requests failed while none came through."""
         answered, failed = False, 0
-        with ThreadPoolExecutor(self._concurrency) as pool:
+        pool = ThreadPoolExecutor(self._concurrency)
+        try:
             waiting = {pool.submit(self._ask, message): key for key, message in messages.items()}
-            try:
-                for future in as_completed(waiting):
-                    verdict, failure = future.result()
-                    answered, failed = answered or not failure, failed + bool(failure)
-                    if failed >= hopeless and not answered:
-                        raise AbliterateError(
-                            f"judge '{self._name}': expected answers, found none to {failed} requests; "
-                            f"the last failed with {failure}; check URL, server and quota"
-                        )
-                    yield waiting[future], verdict
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            for future in as_completed(waiting):
+                verdict, failure = future.result()
+                answered, failed = answered or not failure, failed + bool(failure)
+                if failed >= hopeless and not answered:
+                    raise AbliterateError(
+                        f"judge '{self._name}': expected answers, found none to {failed} requests; "
+                        f"the last failed with {failure}; check URL, server and quota"
+                    )
+                yield waiting[future], verdict
+        finally:  # an error is told at once: what waits is dropped, and what is on its way not waited for
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, message: str) -> tuple[Verdict, str]:
         """The verdict on one message, and what went wrong if no answer came."""
         openai = self._openai
         try:
-            completion = self._client.chat.completions.create(
-                model=self._model,
-                messages=[{"role": "user", "content": message}],
-                temperature=0,
-                max_tokens=_MAX_TOKENS,
-            )
-            return read_answer(_content(completion)), ""
+            return read_answer(_content(self._complete(message))), ""
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise AbliterateError(
                 f"judge '{self._name}': the server does not accept the key (HTTP {error.status_code}); "
@@ -162,6 +167,22 @@ class LlmJudge:
             ) from None
         except (openai.OpenAIError, ValueError) as error:
             return Verdict(Label.UNKNOWN, type(error).__name__), f"{type(error).__name__} ({self._plain(error)})"
+
+    def _complete(self, message: str) -> Any:
+        """What the server answers, asked with the parameters that it takes."""
+        options = self._options
+        while True:
+            try:
+                completion = self._client.chat.completions.create(
+                    model=self._model, messages=[{"role": "user", "content": message}], **options
+                )
+            except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
+                if (others := _without_refused(options, str(error))) is None:
+                    raise
+                options = others
+            else:
+                self._options = options
+                return completion
 
     def _plain(self, error: Exception) -> str:
         """An error on one line, without the key."""
@@ -193,6 +214,15 @@ def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _without_refused(options: Mapping[str, float], said: str) -> Mapping[str, float] | None:
+    """`options` without the one that a server's error names; None when it names none of them."""
+    refused = next((name for name in ("max_tokens", "temperature") if name in options and name in said), None)
+    if refused is None:
+        return None
+    others = {name: value for name, value in options.items() if name != refused}
+    return others | {"max_completion_tokens": options[refused]} if refused == "max_tokens" else others
+
+
 def _content(completion: Any) -> str:
     """The text of an answer. Raises ValueError for what is no chat completion (a web page, an empty list)."""
     try:
@@ -217,18 +247,24 @@ def _cut(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _host(name: str, url: str) -> str:
-    """Host and port of the URL. Raises `UsageError` when it has none, or holds a password."""
+def host_of(who: str, url: str) -> str:
+    """Host and port of the URL of a server, which `who` is to ask.
+
+    Raises `UsageError` when it has none, or holds what must not be shown (user, password, parameters).
+    """
     try:
         parts = urlsplit(url)
-        valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = parts.netloc if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 else ""
     except ValueError:
-        valid = False
-    if not valid:
-        raise UsageError(f"judge '{name}': expected a URL such as http://localhost:8000/v1")
-    if "@" in parts.netloc:
-        raise UsageError("judge 'llm:…': expected a URL without user and password; give the key as OPENAI_API_KEY")
-    return parts.netloc
+        host = ""
+    if not host:
+        raise UsageError(f"{who}: expected a URL such as http://localhost:8000/v1, found none that can be read")
+    if "@" in host or parts.query or parts.fragment:
+        raise UsageError(
+            f"{who}: expected a URL of host and path only, found user, password or parameters in it; give a key as "
+            "OPENAI_API_KEY"
+        )
+    return host
 
 
 def _library() -> Any:
@@ -247,7 +283,7 @@ def _open_cache() -> Iterator[sqlite3.Connection]:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o600)  # before SQLite makes it readable to others; its journals follow
         with contextlib.closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS verdicts (key TEXT PRIMARY KEY, label TEXT, evidence TEXT)")
+            connection.execute("CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, label TEXT)")
             yield connection
     except (sqlite3.Error, OSError) as error:
         raise AbliterateError(
@@ -256,6 +292,6 @@ def _open_cache() -> Iterator[sqlite3.Connection]:
 
 
 def _cached(cache: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Verdict]:
-    query = "SELECT key, label, evidence FROM verdicts WHERE key = ?"
+    query = "SELECT key, label FROM labels WHERE key = ?"
     rows = (cache.execute(query, (key,)).fetchone() for key in set(keys))
-    return {row[0]: Verdict(Label(row[1]), row[2]) for row in rows if row}
+    return {row[0]: Verdict(Label(row[1])) for row in rows if row}
