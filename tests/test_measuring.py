@@ -89,7 +89,8 @@ def thinking_model() -> tuple[Any, torch.Tensor]:
     spoken = ("<|assistant|>", *planted.REFUSAL, *planted.ANSWER)
     new = (*THOUGHTS, "</think>", *ONWARDS)
     with torch.no_grad():
-        known = torch.stack([r, attention.v_proj.weight[0] / 2, *(embedding[ids[word]] for word in spoken)])
+        bad = attention.v_proj.weight[0] / 2
+        known = torch.stack([r, bad, *(embedding[ids[word]] for word in spoken)])
         free = torch.linalg.svd(known)[2][len(known) :][: len(new) + 2]
         embedding -= embedding @ free.T @ free
         endless, lasting, *codes = free
@@ -97,9 +98,11 @@ def thinking_model() -> tuple[Any, torch.Tensor]:
         for word in new:
             embedding[ids[word]] = code[word]
         embedding[ids[ENDLESS]] += endless
-        attention.v_proj.weight[1] = 2 * endless
-        attention.o_proj.weight[:, 0] *= 2  # thoughts stand between what was read and the answer
-        attention.o_proj.weight[:, 1] = 4 * lasting
+        for parameter in live.model.layers.parameters():
+            if parameter.dim() == 2:
+                parameter *= 0.1  # noise adds up over a train of thought
+        attention.v_proj.weight[:2] = 2 * torch.stack([bad, endless])
+        attention.o_proj.weight[:, :2] = 4 * torch.stack([r, lasting], dim=1)
         head.zero_()
         chains = ((*THOUGHTS, "</think>"), (*planted.REFUSAL, *ONWARDS, "</s>"), (*planted.ANSWER, *ONWARDS, "</s>"))
         for word, successor in dict.fromkeys(pair for chain in chains for pair in zip(chain, chain[1:], strict=False)):
