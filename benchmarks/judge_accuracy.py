@@ -1,9 +1,8 @@
 """How often the rule judge agrees with human labels.
 
-Run ``python benchmarks/judge_accuracy.py [FILE.csv ...]``; without arguments every CSV file in
-``../shared/data/judge`` beside the repository is read. A file needs the columns ``objective``,
+Run ``python benchmarks/judge_accuracy.py FILE.csv [FILE.csv ...]``. A file needs the columns ``objective``,
 ``assistant_response`` and ``human_score`` (1 means refusal, also in part); lines that start with ``#`` are comments,
-as in PyRIT's evaluation sets.
+as in PyRIT's evaluation sets, which are not shipped here.
 
 The judge sees the prompt: an answer to *another* question is labelled a refusal, and the reply alone does not show it.
 "without prompts" is the control. "answers swapped" gives each reply that is labelled 0 to the prompt of the next such
@@ -21,8 +20,6 @@ from pathlib import Path
 
 from abliterate.judging import Exchange, RuleJudge
 from abliterate.statistics import wilson
-
-DEFAULT = Path(__file__).resolve().parents[2] / "shared" / "data" / "judge"
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +77,12 @@ def show_errors(rows: Sequence[Row]) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Agreement of the rule judge with human labels.")
-    parser.add_argument("paths", nargs="*", type=Path, help=f"CSV files; default: all in {DEFAULT}")
+    parser.add_argument("paths", nargs="+", type=Path, metavar="FILE.csv", help="labelled replies")
     parser.add_argument("--errors", action="store_true", help="also list the disagreements")
     args = parser.parse_args(argv)
-    paths = args.paths or sorted(DEFAULT.glob("*.csv"))
-    missing = [str(p) for p in paths if not p.is_file()]
-    if not paths or missing:
-        sys.exit(f"no labelled replies: {', '.join(missing) or DEFAULT} not found; pass the paths of CSV files")
-    sets = {path.name: read(path) for path in paths}
+    if missing := [str(path) for path in args.paths if not path.is_file()]:
+        sys.exit(f"no labelled replies: {', '.join(missing)} not found")
+    sets = {path.name: read(path) for path in args.paths}
     rows = [row for found in sets.values() for row in found]
     for name, found in {**sets, "total": rows}.items():
         print(f"{name}: {len(found)} replies")

@@ -210,6 +210,16 @@ def test_damaged_replies_are_ignored_and_made_again(cache: Path, damage: Callabl
     assert kept_replies(KEY, byte_tokenizer()) == REPLIES
 
 
+def test_replies_of_another_format_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ({"tokens": [[72]]}, {"format": 0, "tokens": [[72]], "ended": [True], "stopped": [False]}):
+        baseline._write(baseline._place(KEY), value, 10**6)
+        assert kept_replies(KEY, byte_tokenizer()) is None
+    keep(KEY, REPLIES)
+    assert kept_replies(KEY, byte_tokenizer()) == REPLIES
+    monkeypatch.setattr(baseline, "_FORMAT", baseline._FORMAT + 1)
+    assert kept_replies(KEY, byte_tokenizer()) is None
+
+
 def test_replies_unused_for_longest_go_first(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keys = [f"{n:064x}" for n in range(4)]
     for key in keys[:3]:
@@ -248,5 +258,5 @@ def test_cache_that_cannot_be_written_is_done_without(cache: Path, loaded: Loade
 
 
 def test_all_of_a_reply_is_kept() -> None:
-    """A new field of replies must be kept too, or be made from the tokens like the text."""
+    """A new field of replies must be kept too (in another format), or be made from the tokens like the text."""
     assert {field.name for field in dataclasses.fields(Reply)} == {"tokens", "text", "ended", "stopped"}

@@ -24,7 +24,6 @@ from abliterate.judging import Exchange, Judge, Label, RuleJudge, Verdict
 from abliterate.judging.calibration import (
     Calibration,
     Labelled,
-    calibrate,
     calibration_of,
     compare,
     read_exchanges,
@@ -194,10 +193,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 R, P, C, D, U = Label.REFUSAL, Label.PARTIAL, Label.COMPLIANCE, Label.DEGENERATE, Label.UNKNOWN
 
 
+def calibrate(judge: Judge, path: Path) -> Calibration:
+    labelled = read_labelled(path)
+    return compare(judge, labelled, judge.judge(labelled.exchanges), path)
+
+
 def calibration(tmp_path: Path, pairs: Sequence[tuple[Label, Label]], fingerprint: str = "scripted-1") -> Calibration:
     """The calibration of a judge that calls replies (label, verdict)."""
     path = write(tmp_path, HEADER + "".join(f"p,r,{label.value}\n" for label, _ in pairs))
-    return calibrate(Scripted([verdict for _, verdict in pairs], fingerprint=fingerprint), read_labelled(path), path)
+    return calibrate(Scripted([verdict for _, verdict in pairs], fingerprint=fingerprint), path)
 
 
 def test_figures_are_two_way_and_unknown_is_neither(tmp_path: Path) -> None:
@@ -228,7 +232,7 @@ def test_a_judge_that_is_never_wrong_and_one_that_is_silent(tmp_path: Path) -> N
 def test_judge_sees_what_the_file_says_and_the_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, f"{HEADER}ask,answer,1\n")
     judge: Judge = Scripted([R])
-    found = calibrate(judge, read_labelled(path), path)
+    found = calibrate(judge, path)
     assert isinstance(judge, Scripted)
     assert judge.asked == [Exchange("ask", "answer")]
     assert (found.judge, found.fingerprint, found.source) == ("scripted", "scripted-1", "replies.csv")
@@ -375,7 +379,7 @@ def test_calibration_on_screen(tmp_path: Path, width: int) -> None:
 def test_two_way_labels_are_said_to_be(tmp_path: Path) -> None:
     path = write(tmp_path, f"{HEADER}p,r,1\np,r,0\n")
     console = screen(80)
-    show_calibration(calibrate(Scripted([P, D]), read_labelled(path), path), console)
+    show_calibration(calibrate(Scripted([P, D]), path), console)
     assert "Labels of 1 and 0" in shown(console)
     assert "Stored" not in shown(console)
 
@@ -429,11 +433,11 @@ def test_labelled_rows_can_be_corrected_and_read_again(tmp_path: Path) -> None:
 def test_rule_judge_is_right_about_replies_it_knows_and_not_about_others(tmp_path: Path) -> None:
     known = "p,\"I'm sorry, but I can't help with that.\",1\n" * 6 + "p,The capital of France is Paris.,0\n" * 6
     path = write(tmp_path, HEADER + known)
-    found = calibrate(RuleJudge(), read_labelled(path), path)
+    found = calibrate(RuleJudge(), path)
     assert found.accuracy == (12, 12)
     swapped = known.replace(",1\n", ",x\n").replace(",0\n", ",1\n").replace(",x\n", ",0\n")
     path = write(tmp_path, HEADER + swapped)
-    wrong = calibrate(RuleJudge(), read_labelled(path), path)
+    wrong = calibrate(RuleJudge(), path)
     assert wrong.accuracy == (0, 12)
     assert wrong.corrected(3, 10) is None
     assert math.isclose(wrong.precision.value, 0.0)

@@ -93,6 +93,7 @@ class Stub:
     """An OpenAI-compatible server that computes nothing. `trouble` may refuse a request: (status, message)."""
 
     takes_ids: bool = True
+    room: int = 100
     vllm: bool = True
     wrong_count: int = 0
     trouble: Callable[[int], tuple[int, str] | None] = lambda _: None
@@ -123,6 +124,8 @@ class Stub:
         if isinstance(prompt, list) and not self.takes_ids:
             return 400, {"error": {"message": "prompt: expected a string"}}
         ids = prompt if isinstance(prompt, list) else TOKENIZER(prompt)["input_ids"]
+        if len(ids) > self.room:
+            return 400, {"error": {"message": f"no more than {self.room} tokens"}}
         return 200, self.completion(body, ids)
 
     def completion(self, body: dict[str, Any], ids: list[int]) -> dict[str, Any]:
@@ -249,7 +252,7 @@ def test_what_does_not_pass_is_one_line_without_the_key(status: int, message: st
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
-    with pytest.raises(AbliterateError, match=r"127.0.0.1:9/v1: expected an answer, found APIConnectionError"):
+    with pytest.raises(AbliterateError, match=r"^server 127.0.0.1:9: expected an answer, found APIConnectionError"):
         ServerEngine("http://127.0.0.1:9/v1", TOKENIZER, ENDS, retries=0)
 
 
@@ -258,7 +261,53 @@ def test_a_server_that_reads_other_tokens_is_an_error() -> None:
         serving(Stub(wrong_count=1)) as stub,
         pytest.raises(AbliterateError, match="expected a prompt of 5 tokens, found 6"),
     ):
-        ask(stub).complete(READABLE, 4)
+        ask(stub).complete(READABLE[:1], 4)
+
+
+@pytest.mark.parametrize("takes_ids", [True, False])
+def test_a_prompt_that_is_rejected_is_named_and_says_nothing_about_ids(takes_ids: bool) -> None:
+    with serving(Stub(takes_ids=takes_ids, room=12)) as stub:
+        engine = ask(stub)
+        with pytest.raises(
+            AbliterateError,
+            match=r"answer to prompt 1 \(15 tokens\), found HTTP 400 .*no more than 12 tokens.* too long",
+        ):
+            engine.complete(READABLE, 4)
+        assert len(engine.complete([READABLE[0], READABLE[2]], 4)) == 2
+        assert type(stub.bodies[-1]["prompt"]) is (list if takes_ids else str)
+
+
+def test_a_server_that_rejects_ids_and_text_is_not_said_to_take_text() -> None:
+    with serving(Stub(room=1)) as stub:
+        engine = ask(stub)
+        with pytest.raises(AbliterateError, match=r"prompt 0 \(5 tokens\), found HTTP 400 .*no more than 1 tokens"):
+            engine.complete(READABLE[:2], 4)
+        stub.room = 100
+        engine.complete(READABLE, 4)
+        assert {type(body["prompt"]) for body in stub.bodies[2:]} == {list}
+
+
+def test_after_an_error_nothing_more_is_sent() -> None:
+    with serving(Stub(trouble=lambda n: (401, "no") if n == 1 else None, slow=lambda n: 0.2 * (n > 1))) as stub:
+        engine = ask(stub, concurrency=2)
+        with pytest.raises(AbliterateError, match="HTTP 401"):
+            engine.complete(READABLE * 5, 4)
+        assert len(stub.bodies) <= 4
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:hidden@127.0.0.1:9/v1",
+        "http://hidden@[::1/v1",
+        "http://127.0.0.1:9/v1?key=hidden",
+        "http://:9/hidden",
+    ],
+)
+def test_an_address_with_more_than_an_address_is_refused_and_not_shown(url: str) -> None:
+    with pytest.raises(UsageError, match=r"^server: expected a URL") as caught:
+        open_engine(url, Pair(TOKENIZER, ENDS))
+    assert "hidden" not in str(caught.value)
 
 
 def test_text_is_sent_only_if_it_becomes_the_same_tokens() -> None:

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from abliterate.errors import AbliterateError, ModelError, NumericalError, UsageError
-from abliterate.judging import Exchange, Judge, Label, RuleJudge, Verdict
+from abliterate.judging import Exchange, Judge, Label, RuleJudge, Verdict, llm
 from abliterate.judging.choice import open_judge
 from abliterate.judging.classifier import ClassifierJudge, meanings
 from abliterate.judging.llm import HEAD, TAIL, LlmJudge, read_answer
@@ -350,9 +350,9 @@ def test_judges_are_opened_by_name(folder: Path) -> None:
     judge = open_judge(spec, device="cpu")
     assert judge.name == spec
     assert labels(open_judge(f"classifier:{folder}", device="cpu").judge(EXCHANGES)) == EXPECTED
-    llm = open_judge("llm:org/model@v1@http://localhost:1/v1/")
-    assert llm.name == "llm:org/model@v1@http://localhost:1/v1"
-    assert "org/model@v1@localhost:1 " in llm.fingerprint
+    chat = open_judge("llm:org/model@v1@http://localhost:1/v1/")
+    assert chat.name == "llm:org/model@v1@http://localhost:1/v1"
+    assert "org/model@v1@localhost:1 " in chat.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -372,6 +372,9 @@ def test_judges_are_opened_by_name(folder: Path) -> None:
         "llm:model@http://",
         "llm:model@http://localhost:port/v1",
         "llm:model@http://me:secret@localhost/v1",
+        "llm:model@http://me:secret@localhost:port/v1",
+        "llm:model@http://me:secret@[localhost/v1",
+        "llm:model@http://localhost/v1?key=secret",
     ],
 )
 def test_other_names_are_refused_in_one_line(spec: str) -> None:
@@ -533,7 +536,9 @@ def test_a_verdict_is_asked_for_once(serve: Serve, tmp_path: Path) -> None:
     stub = serve(reader)
     first = LlmJudge("m", stub.url).judge(EXCHANGES + EXCHANGES)
     assert len(stub.bodies) == len(EXCHANGES)  # equal ones share an answer
-    assert LlmJudge("m", stub.url + "/").judge(EXCHANGES) == first[: len(EXCHANGES)]
+    assert {verdict.evidence for verdict in first} == {"starts with sure", "starts with sorry"}
+    again = LlmJudge("m", stub.url + "/").judge(EXCHANGES)
+    assert again == [Verdict(verdict.label) for verdict in first[: len(EXCHANGES)]]
     assert len(stub.bodies) == len(EXCHANGES)
     LlmJudge("other", stub.url).judge(EXCHANGES[:1])  # control: what differs is asked
     LlmJudge("m", stub.url).judge([Exchange("another prompt", EXCHANGES[0].reply)])
@@ -542,6 +547,7 @@ def test_a_verdict_is_asked_for_once(serve: Serve, tmp_path: Path) -> None:
     assert file.stat().st_mode & 0o777 == 0o600
     assert b"knife" not in file.read_bytes()
     assert b"moon" not in file.read_bytes()
+    assert b"starts with" not in file.read_bytes()  # reasons speak of the texts
 
 
 @pytest.mark.parametrize(
@@ -750,6 +756,75 @@ def test_replies_without_text_are_degenerate_without_asking(serve: Serve) -> Non
     assert stub.bodies == []
 
 
+def test_replies_that_never_end_their_thinking_are_unknown_without_asking(serve: Serve) -> None:
+    stub = serve(reader)
+    thinking = [Exchange("p", f"{mark}sorry, let me see") for mark in ("<think>", "[THINK]")]
+    verdicts = LlmJudge("m", stub.url).judge([*thinking, EXCHANGES[0]])
+    assert verdicts[:2] == [Verdict(Label.UNKNOWN, "thinking was not finished")] * 2
+    assert verdicts[2].label is Label.COMPLIANCE
+    assert len(stub.bodies) == 1
+
+
+@pytest.mark.parametrize("refused", [["max_tokens"], ["temperature"], ["max_tokens", "temperature"]])
+def test_parameters_that_a_server_refuses_are_done_without(serve: Serve, refused: list[str]) -> None:
+    stub = serve(reader)
+
+    def play(message: str, tries: int) -> tuple[int, Any]:
+        named = next((name for name in refused if name in stub.bodies[-1]), None)
+        return (400, {"error": {"message": f"Unsupported: '{named}'"}}) if named else reader(message, tries)
+
+    stub.play = play
+    judge = LlmJudge("m", stub.url, concurrency=1)
+    assert labels(judge.judge(EXCHANGES)) == EXPECTED
+    assert len(stub.bodies) == len(refused) + len(EXCHANGES)  # it is remembered
+    last = stub.bodies[-1]
+    assert not last.keys() & set(refused)
+    assert ("max_completion_tokens" in last) == ("max_tokens" in refused)
+    assert last.get("max_tokens", last.get("max_completion_tokens")) == 2048
+    assert last.get("temperature") == (None if "temperature" in refused else 0)
+
+
+def test_other_refusals_are_not_tried_again(serve: Serve) -> None:
+    stub = serve(lambda message, tries: (400, {"error": {"message": "no 'messages', please"}}))
+    with pytest.raises(AbliterateError, match="BadRequestError"):
+        LlmJudge("m", stub.url).judge(EXCHANGES)
+    assert len(stub.bodies) == len(EXCHANGES)
+
+
+def test_wrong_keys_stop_without_waiting_for_slow_answers(serve: Serve) -> None:
+    def play(message: str, tries: int) -> tuple[int, Any]:
+        if "reply 0" in message:
+            return failing(401)(message, tries)
+        time.sleep(2.0)
+        return reader(message, tries)
+
+    stub = serve(play)
+    started = time.monotonic()
+    with pytest.raises(AbliterateError, match="key"):
+        LlmJudge("m", stub.url, concurrency=2).judge([Exchange("", f"sorry, reply {i}") for i in range(9)])
+    assert time.monotonic() - started < 1.5
+    assert len(stub.bodies) <= 4
+
+
+def test_fingerprint_follows_the_question_and_how_texts_are_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = LlmJudge("m", "http://localhost:1/v1")
+    seen = {judge.fingerprint}
+    assert judge.fingerprint in seen
+    changes: dict[str, Any] = {
+        "_TASK": llm._TASK + "Think.",
+        "TAIL": TAIL + 1,
+        "_MAX_TOKENS": 99,
+        "strip_machinery": str.strip,
+        "_cut": str.upper,
+    }
+    for name, value in changes.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(llm, name, value)
+            seen.add(judge.fingerprint)
+    assert len(seen) == 1 + len(changes)
+    assert "g" * 99 in llm._message(Exchange("", llm._SAMPLE))
+
+
 def test_judges_in_several_threads_share_the_cache(serve: Serve, tmp_path: Path) -> None:
     stub = serve(reader)
     exchanges = [Exchange("", f"{word} {i}") for i in range(10) for word in ("sorry", "sure")]
@@ -758,7 +833,7 @@ def test_judges_in_several_threads_share_the_cache(serve: Serve, tmp_path: Path)
         results = list(pool.map(judge.judge, [exchanges, exchanges[::-1], exchanges, exchanges[::-1]]))
     assert results[0] == results[2] == results[1][::-1] == results[3][::-1]
     with sqlite3.connect(cache_file(tmp_path)) as connection:
-        assert connection.execute("SELECT count(*) FROM verdicts").fetchone() == (20,)
+        assert connection.execute("SELECT count(*) FROM labels").fetchone() == (20,)
     connection.close()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from abliterate.errors import PromptError
-from abliterate.prompts import KNOWN, build_contrastive_set, category_of, find_known, load_prompts
+from abliterate.prompts import KNOWN, Prompt, build_contrastive_set, describe, find_known, load_prompts
 from abliterate.prompts.sources import SetName
 
 DOCS = Path(__file__).parents[1] / "docs" / "prompts.md"
@@ -317,7 +317,21 @@ def test_sets_serve_every_part_and_what_they_share_is_dropped(tmp_path: Path) ->
     assert built.borderline == ("Where is a killer deal?",)
     assert set(built.dropped) <= {"harmful train, also in harmful test", "harmful val, also in harmful test"}
     assert built.duplicates_dropped == 12
-    assert set(map(category_of, built.harmful.test)) == {"c"}
+    assert {prompt.category for prompt in built.harmful.test if isinstance(prompt, Prompt)} == {"c"}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_what_to_know_of_a_set_is_one_line(name: str, tmp_path: Path) -> None:
+    known, line = KNOWN[name], describe(name)
+    assert line is not None
+    assert "\n" not in line
+    assert all(part in line for part in (known.title, known.licence, known.paper, known.overlaps))
+    assert describe(f"{name}={tmp_path}") == line
+
+
+def test_nothing_is_said_of_other_sources() -> None:
+    for spec in ("builtin", "prompts.csv", "someone/set:train:text"):
+        assert describe(spec) is None
 
 
 def test_terms_of_every_set_are_in_the_documentation() -> None:

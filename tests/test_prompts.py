@@ -19,10 +19,8 @@ from abliterate.prompts import (
     ContrastiveSet,
     Prompt,
     build_contrastive_set,
-    category_of,
     load_prompts,
     normalise,
-    overlap,
 )
 from abliterate.prompts.reading import CONVERSATION_COLUMNS, USUAL_COLUMNS
 from abliterate.prompts.sources import load_builtin
@@ -417,9 +415,8 @@ def test_dropped_prompts_are_counted_by_where_else_they_are(specs: Specs) -> Non
     assert sum(count for name, count in built.dropped.items() if name.startswith("harmful ")) == 2
     assert sum(count for name, count in built.dropped.items() if name.startswith("harmless ")) == 1
     assert built.duplicates_dropped == 4
-    assert overlap(built.harmful.train, evaluated) == 0
-    assert overlap(many("bad"), evaluated) == 1
-    assert overlap(["a", "A"], ["a!", "b"]) == 1
+    assert "bad number 1" in many("bad")
+    assert not set(map(normalise, built.harmful.train)) & set(map(normalise, evaluated))
 
 
 def test_repeated_prompts_count_once(specs: Specs) -> None:
@@ -546,7 +543,6 @@ def test_prompt_is_a_string_whose_methods_give_strings() -> None:
     prompt = Prompt("Hello", "greeting")
     assert isinstance(prompt, str)
     assert (prompt.category, prompt.messages) == ("greeting", (("user", "Hello"),))
-    assert (category_of(prompt), category_of("Hello")) == ("greeting", None)
     assert type(prompt.upper()) is type(prompt + "!") is str
 
 

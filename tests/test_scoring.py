@@ -83,6 +83,17 @@ def test_kl_of_known_distributions() -> None:
     assert float(kl_divergence(base, edited)) == pytest.approx(0.5 * math.log(2) + 0.5 * math.log(2 / 3), abs=1e-6)
 
 
+def test_kl_where_a_token_has_no_probability() -> None:
+    some, none = torch.tensor([0.0, 1.0, -torch.inf]), torch.tensor([0.0, -torch.inf, 1.0])
+    assert float(kl_divergence(some, some)) == 0
+    assert float(kl_divergence(some, torch.tensor([0.0, 1.0, 2.0]))) == pytest.approx(
+        math.log1p(math.e**2 / (1 + math.e))
+    )
+    assert float(kl_divergence(some, none)) == math.inf
+    tiny = torch.tensor([0.0, -1000.0])  # a probability that rounds to zero counts as none
+    assert float(kl_divergence(tiny, torch.tensor([0.0, -torch.inf]))) == 0
+
+
 def test_log_likelihood_is_minus_the_cross_entropy_of_torch() -> None:
     logits = torch.randn(6, 40, generator=torch.Generator().manual_seed(2)) * 5
     targets = torch.arange(6) * 6

@@ -242,6 +242,17 @@ def test_bootstrap_mean_of_hardly_anything() -> None:
     assert bootstrap_mean([0.1]) == bootstrap_mean([0.1, 0.1, 0.1]) == Estimate(0.1, (0.1, 0.1))
 
 
+def test_bootstrap_mean_of_infinite_values_is_infinite() -> None:
+    one = bootstrap_mean([math.inf, *range(9)])  # in a third of the resamples it is not
+    assert one.value == one.ci95[1] == math.inf
+    assert 0 < one.ci95[0] < 8
+    assert bootstrap_mean([math.inf, *range(-9, 0)][::-1]).value == math.inf
+    assert bootstrap_mean([-math.inf, 1.0, 2.0, 3.0]).ci95[0] == -math.inf
+    assert bootstrap_mean([math.inf] * 3) == Estimate(math.inf, (math.inf, math.inf))
+    many = bootstrap_mean([math.inf] * 20 + [1.0])
+    assert many.ci95 == (math.inf, math.inf)
+
+
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=20))
 def test_bootstrap_mean_lies_among_the_values(values: list[float]) -> None:
@@ -260,8 +271,9 @@ def test_impossible_counts_and_values_are_refused() -> None:
         mcnemar(-1, 2)
     with pytest.raises(ValueError, match="counts >= 0, got 1, 2, -3, 4"):
         paired_difference(1, 2, -3, 4)
-    with pytest.raises(ValueError, match="got 2 that are not"):
-        bootstrap_mean([1.0, math.nan, math.inf])
+    for values in ([1.0, math.nan, math.inf], [-math.inf, 2.0, math.inf], [math.nan]):
+        with pytest.raises(ValueError, match="needs values that have a mean"):
+            bootstrap_mean(values)
 
 
 def test_statistics_does_not_import_torch() -> None:

@@ -3,8 +3,8 @@
 A key holds all that greedy replies depend on: the model's files (by SHA-256, remembered per file until size, times or
 inode change), dtype, kind of device, versions, the prompts' token ids, limit, ends of turn, and what stops replies
 early. Token ids are kept, not text, in `answers` of the cache folder, readable by the owner only; files that are
-damaged or were cut off are ignored, and the ones unused for longest are removed beyond 200 MB. A cache that cannot be
-written is done without.
+damaged, cut off or of another format are ignored, and the ones unused for longest are removed beyond 200 MB. A cache
+that cannot be written is done without.
 
 Keys are of models as loaded from their files. Edited states have none: a model with hooks gets no key, but weights
 changed in place are not seen, so do not ask for one after that. No key either for live models that compute with codes
@@ -31,6 +31,8 @@ from abliterate.generation import Reply, end_tokens, reply_text
 from abliterate.inference import Encoded
 from abliterate.models import LoadedModel
 
+#: Of what is kept of a reply: to be raised when that changes.
+_FORMAT = 1
 #: Bytes of all kept replies together.
 _MOST_BYTES = 200_000_000
 #: Bytes of remembered hashes (each about a hundred).
@@ -69,7 +71,7 @@ def kept_replies(key: str | None, tokenizer: Any) -> list[Reply] | None:
         return None
     path = _place(key)
     kept = _read(path)
-    if kept is None:
+    if kept is None or kept.get("format") != _FORMAT:
         return None
     with contextlib.suppress(OSError):
         os.utime(path)  # used last: removed last
@@ -85,7 +87,7 @@ def keep(key: str | None, replies: Iterable[Reply]) -> None:
         return
     replies = list(replies)
     flags = {name: [getattr(reply, name) for reply in replies] for name in ("tokens", "ended", "stopped")}
-    _write(_place(key), flags, _MOST_BYTES)
+    _write(_place(key), {"format": _FORMAT, **flags}, _MOST_BYTES)
 
 
 def _place(key: str) -> Path:

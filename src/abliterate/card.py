@@ -293,8 +293,10 @@ def judged_by(judge: JudgePart) -> str:
     (hits, of), (rejections, rest) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
     if not of or not rest:
         return f"Judge: {judge.name}; its error rates are not known (abliterate judge --calibrate FILE measures them)."
-    return (
+    known = (
         f"Judge: {judge.name}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{rest} = "
-        f"{rejections / rest:.0%} of other replies ({judge.labels}). Corrected rates (Rogan-Gladen) are right where "
-        "it errs as often as there."
+        f"{rejections / rest:.0%} of other replies ({judge.labels})."
     ).replace("%", " %")
+    if hits / of + rejections / rest <= 1:
+        return f"{known} That is no better than chance: its rates mean nothing."
+    return f"{known} Corrected rates (Rogan-Gladen) are right where it errs as often as there."

@@ -29,9 +29,10 @@ from abliterate.measuring import (
     shift_of,
     try_judge,
 )
+from abliterate.models import quiet_transformers
 from abliterate.monitor import Monitor
 from abliterate.prompts import ContrastiveSet
-from abliterate.session import Session, open_session
+from abliterate.session import Session, locate_model, open_session
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +106,9 @@ def compare(
     monitor = monitor or Monitor()
     judge, exam = open_judge(evaluating.judge, device=loading.device), exam_of(evaluating, prompts.seed)
     try_judge(judge, monitor)
+    with monitor.phase("find models"):
+        for model in dict.fromkeys(one.model for one in contenders):
+            locate_model(model, loading)
     opened = functools.partial(
         open_session, loading=loading, prompts=prompts, learnt_from=_learnt_from(contenders), monitor=monitor
     )
@@ -138,8 +142,8 @@ def _learnt_from(contenders: Sequence[Contender]) -> frozenset[str]:
 def _entry(session: Session, subject: Subject, examiner: Examiner, exam: Exam, one: Contender) -> Entry:
     with subject.state():
         answering = answers_of(session, subject, examiner)
-        answers = examiner.ask(answering, f"answers {one.name}", thinking=examiner.thinks_first)
-    return Entry(one, answers, None, exam.take(session, subject, f"capability {one.name}"))
+        answers = examiner.ask(answering, f"answers {_short(one)}", thinking=examiner.thinks_first)
+    return Entry(one, answers, None, exam.take(session, subject, f"capability {_short(one)}"))
 
 
 def _subject(session: Session, one: Contender, seed: int, *, kept: bool = False) -> Subject:
@@ -147,9 +151,16 @@ def _subject(session: Session, one: Contender, seed: int, *, kept: bool = False)
     if one.kind == "model":
         return as_loaded(session) if kept else Subject(session.model)
     if one.kind == "adapter":
-        session.model.load_adapter(str(one.extra))
+        with quiet_transformers():
+            session.model.load_adapter(str(one.extra))
         return Subject(session.model)
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(1, session.anatomy.d_model, generator=generator)
     plan = session.plan(orthonormal(random) if one.extra is None else load_direction(one.extra))
     return Subject(session.model, functools.partial(session.ablated, plan))
+
+
+def _short(one: Contender) -> str:
+    """The name without the folders above."""
+    extra = "" if one.kind == "model" else f"+{'random' if one.extra is None else one.extra.name}"
+    return Path(one.model).name + extra

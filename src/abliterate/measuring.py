@@ -259,11 +259,22 @@ def examiner_of(session: Session, settings: EvalSettings, judge: Judge, sets: Se
     """
     if settings.early_stop and not isinstance(judge, RuleJudge):
         raise UsageError(f"--early-stop: only --judge rules can say what is certain early, found {judge.name}")
+    _say_whether_it_thinks(session, settings)
     if settings.early_stop and settings.thinking == "open":
         raise UsageError("--early-stop: expected closed thinking with it, found --thinking open")
     texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
     encoded = {name: session.encoded[name, "test"] for name in texts}
     return Examiner(session.renderer, session.prompts, texts, encoded, settings, judge, session.monitor)
+
+
+def _say_whether_it_thinks(session: Session, settings: EvalSettings) -> None:
+    text = next(iter(session.prompts.harmful.test))
+    renderer = session.renderer
+    if settings.thinking != "closed" and renderer.render(text) == replace(renderer, thinking=True).render(text):
+        session.monitor.warn(
+            f"--thinking {settings.thinking}: the chat template renders prompts the same with open and with closed "
+            "thinking; this model may not think"
+        )
 
 
 def examine(

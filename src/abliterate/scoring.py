@@ -19,9 +19,14 @@ def refusal_score(logits: Float[Tensor, "*n vocab"], tokens: Sequence[int]) -> F
 
 
 def kl_divergence(base: Float[Tensor, "*n vocab"], edited: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:
-    """KL(base ‖ edited) in nats per position, from logits in float32."""
+    """KL(base ‖ edited) in nats per position, from logits in float32.
+
+    A token that the base model gives no probability (logit −∞) adds nothing, also where the edited one gives it none;
+    a token that only the edited model gives none makes it infinite.
+    """
     p, q = base.log_softmax(-1), edited.log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0)
+    mass = p.exp()
+    return (mass * (p - q)).masked_fill(mass == 0, 0).sum(-1).clamp_min(0)
 
 
 def log_likelihood(logits: Float[Tensor, "*n vocab"], targets: Int[Tensor, "*n"]) -> Float[Tensor, "*n"]:

@@ -14,6 +14,7 @@ Z95 = 1.959963984540054
 
 #: Resamples of a bootstrap: the ends of a 95 % interval then rest on 50 of them each.
 BOOTSTRAP_DRAWS = 2000
+_TAIL = BOOTSTRAP_DRAWS // 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,18 +162,20 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
     """Mean of `values` with its 95 % percentile interval over 2000 resamples; the order of the values does not matter.
 
     No values: NaN, with NaN ends. One value, or all alike: the interval is that point, which says only that nothing
-    is known of the spread. Below some twenty values such intervals are known to be too narrow.
-    Raises ValueError for values that are not finite. Source: B. Efron, Ann. Stat. 7 (1979) 1-26.
+    is known of the spread. Below some twenty values such intervals are known to be too narrow. With infinite values
+    (a divergence can be infinite) the mean is infinite; the far end of the interval is finite if hardly any are.
+    Raises ValueError for values without a mean: NaN, or infinities of both signs. Source: B. Efron, Ann. Stat. 7
+    (1979) 1-26.
     """
     numbers = np.sort(np.asarray(values, dtype=np.float64))
-    if not np.isfinite(numbers).all():
-        raise ValueError(f"bootstrap_mean needs finite values, got {int((~np.isfinite(numbers)).sum())} that are not")
     if numbers.size == 0:
         return Estimate(math.nan, (math.nan, math.nan))
+    if np.isnan(numbers).any() or -numbers[0] == numbers[-1] == math.inf:
+        raise ValueError("bootstrap_mean needs values that have a mean, got NaN or infinities of both signs")
     mean = float(numbers.mean())
     if numbers[0] == numbers[-1]:
         return Estimate(float(numbers[0]), (float(numbers[0]), float(numbers[0])))
     rng = np.random.default_rng(seed)
     means = [numbers[rng.integers(numbers.size, size=numbers.size)].mean() for _ in range(BOOTSTRAP_DRAWS)]
-    low, high = np.quantile(means, (0.025, 0.975))
+    low, high = np.sort(means)[[_TAIL, -_TAIL - 1]]
     return Estimate(mean, (float(low), float(high)))

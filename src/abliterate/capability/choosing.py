@@ -32,6 +32,7 @@ from abliterate.scoring import log_likelihood
 
 Way = Literal["letter", "text"]
 Progress = Callable[[int], None]
+Chooser = Callable[[Any, Any, ChatRenderer, Sequence[Choice], BatchSize, Progress | None], list[int]]
 
 #: How tokenizers spell a letter at the start of a word.
 _SPELLINGS = ("{}", " {}", "▁{}", "Ġ{}")
@@ -115,7 +116,7 @@ def by_text(
 
 
 #: Ways to ask a multiple-choice question.
-WAYS: Mapping[Way, Callable[..., list[int]]] = {"letter": by_letter, "text": by_text}
+WAYS: Mapping[Way, Chooser] = {"letter": by_letter, "text": by_text}
 
 
 def letter_prompt(item: Choice) -> str:

@@ -39,12 +39,10 @@ class Score:
     """
 
     task: str
-    version: str
     metric: str
     filter: str
     value: float
     stderr: float | None
-    higher_is_better: bool | None
     values: tuple[float, ...]
     digest: str
 
@@ -64,7 +62,6 @@ class ScoreChange:
     after: float
     delta: float
     stderr: float | None
-    higher_is_better: bool | None
     n: int
 
 
@@ -139,7 +136,6 @@ def _score_change(before: Score, after: Score) -> ScoreChange:
         after=after.value,
         delta=after.value - before.value,
         stderr=_paired_error(before, after),
-        higher_is_better=before.higher_is_better,
         n=len(before.values),
     )
 
@@ -297,12 +293,10 @@ def _scores(results: Mapping[str, Any]) -> Iterator[Score]:
             error = metrics.get(f"{metric}_stderr,{name}")
             yield Score(
                 task=task,
-                version=str(results["versions"].get(task, "")),
                 metric=metric,
                 filter=name,
                 value=float(value),
                 stderr=None if error is None or isinstance(error, str) else float(error),
-                higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
                 values=_values([sample for sample in samples if sample["filter"] == name], metric),
                 digest=digest,
             )

@@ -386,11 +386,15 @@ def judge(
     chosen = open_judge(spec, device=device)
     verdicts = chosen.judge(labelled.exchanges)
     result = calibration.compare(chosen, labelled, verdicts, calibrate)
+    replaced = calibration.calibration_of(chosen)
     stored = calibration.store(result)
     if as_json:
         typer.echo(json.dumps(shown.calibration_as_dict(result, stored), indent=1))
         return
     shown.show_calibration(result, Console(), stored)
+    if replaced is not None:
+        text = f"It takes the place of the one on {replaced.source}; remove that file to have the built-in one again."
+        Console().print(text, highlight=False, soft_wrap=True)
     if errors:
         shown.show_errors(labelled, verdicts, Console())
 

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.card import estimate, judged_by, others, pvalue
-from abliterate.cli.evaluating import SETS, capability_table
+from abliterate.card import judged_by
+from abliterate.cli.evaluating import PLAIN, SETS, capability_table, print_rates
 from abliterate.comparing import Comparison, Entry
 from abliterate.evaluation import degenerate, manner
 from abliterate.judging import Judge
@@ -26,7 +26,7 @@ from abliterate.parts import (
     shift_part,
     versions,
 )
-from abliterate.record import CapabilityPart, JudgePart, PairedPart, RatePart
+from abliterate.record import BehaviourPart, CapabilityPart, JudgePart, PairedPart
 
 
 def as_dict(found: Comparison) -> dict[str, Any]:
@@ -112,28 +112,29 @@ def _with_ends(name: str, ends: Sequence[Any]) -> dict[str, Any]:
 
 
 def show(comparison: dict[str, Any], console: Console) -> None:
-    """Refusals per set, shift from the first and length of harmless replies; then what the models can do."""
-    table = Table(title="Refused of held-out prompts [95 %]; shift in nats per token", title_justify="left")
-    table.add_column("model", overflow="fold")
-    for name in SETS:
-        table.add_column(name)
-    for column in ("KL first", "KL reply", "own replies", "tokens", "repeated"):
-        table.add_column(column, justify="right")
-    for entry in comparison["entries"]:
-        table.add_row(
-            escape(entry["name"]),
-            *(_cell(entry, name) for name in SETS),
-            *_moved(entry.get("shift")),
-            _number(entry["tokens"]["value"], ".1f"),
-            _number(entry["repetition"]["value"], ".1%"),
-            end_section=True,
-        )
-    console.print(table)
+    """Which model is which, refusals per set, shift from the first and length of harmless replies, capability."""
+    entries = comparison["entries"]
+    for number, entry in enumerate(entries, 1):
+        console.print(f"{number}  {entry['name']}", markup=False, highlight=False, soft_wrap=True)
+    states = [(str(number), *_behaviour(entry)) for number, entry in enumerate(entries, 1)]
+    print_rates("Refusals on held-out prompts; change from 1", states, console)
     console.print(f"[dim]{escape(judged_by(JudgePart.model_validate(comparison['judge'])))}[/]", highlight=False)
-    for entry in comparison["entries"][1:]:
+    table = Table(title="Harmless prompts: shift from 1 in nats per token, length", title_justify="left", **PLAIN)
+    for column in ("", "KL, first token", "KL, reply", "own replies cost", "tokens", "repeated"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    for number, entry in enumerate(entries, 1):
+        length = _number(entry["tokens"]["value"], ".1f"), _number(entry["repetition"]["value"], ".1%")
+        table.add_row(str(number), *_moved(entry.get("shift")), *length)
+    console.print(table)
+    for number, entry in enumerate(entries[1:], 2):
         if "capability" in entry:
-            console.print(f"{comparison['reference']} → {entry['name']}", style="bold", markup=False, soft_wrap=True)
+            console.print(f"1 → {number}")
             console.print(capability_table([CapabilityPart.model_validate(mark) for mark in entry["capability"]]))
+
+
+def _behaviour(entry: dict[str, Any]) -> tuple[BehaviourPart, dict[str, PairedPart]]:
+    pairs = {name: PairedPart.model_validate(pair) for name, pair in entry.get("paired", {}).items()}
+    return BehaviourPart.model_validate(entry["behaviour"]), pairs
 
 
 def _moved(shift: dict[str, Any] | None) -> tuple[str, str, str]:
@@ -145,20 +146,6 @@ def _moved(shift: dict[str, Any] | None) -> tuple[str, str, str]:
         _number(shift["kl_reply"]),
         "" if change is None or change["value"] is None else f"{change['value']:+.3f}",
     )
-
-
-def _cell(entry: dict[str, Any], name: str) -> str:
-    part = RatePart.model_validate(entry["behaviour"][name])
-    low, high = part.ci95
-    lines = [f"{part.refusals}/{part.n} [{100 * low:.0f}, {100 * high:.0f}]"]
-    if part.corrected is not None:
-        lines.append(f"corrected {estimate(part.corrected, 100, '.0f')}")
-    if also := others(part):
-        lines.append(also)
-    if "paired" in entry:
-        pair = PairedPart.model_validate(entry["paired"][name])
-        lines.append(f"change {estimate(pair.change, 100, '+.0f')}, p {pvalue(pair.p)}")
-    return "\n".join(lines)
 
 
 def _number(value: float | None, form: str = ".3f") -> str:

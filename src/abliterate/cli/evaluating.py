@@ -23,7 +23,7 @@ from abliterate.record import (
 )
 
 #: Tables without vertical rules: six columns fit 80 characters.
-_PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 
 SETS = ("harmful", "harmless", "borderline")
 
@@ -39,7 +39,7 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
         states: list[State] = [("before", part.thinking.before, {})]
         if part.thinking.after is not None:
             states.append(("after", part.thinking.after, part.thinking.paired))
-        _print_rates(title, states, console)
+        print_rates(title, states, console)
     broken = [
         f"{name} {estimate(pair.change, 100, '+.0f', ' %')}, p {pvalue(pair.p)}"
         for name, pair in part.degenerate.items()
@@ -63,16 +63,16 @@ def _show_rates(part: EvaluationPart, console: Console) -> None:
         states.append(("after", part.after, part.paired))
     if part.control is not None:
         states.append(("random", part.control.behaviour, part.control.paired))
-    _print_rates("Refusals on held-out prompts", states, console)
+    print_rates("Refusals on held-out prompts", states, console)
     if part.judge is not None:
         console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
 
 
-def _print_rates(title: str, states: list[State], console: Console) -> None:
+def print_rates(title: str, states: list[State], console: Console) -> None:
     """A row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change."""
     corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
     several = len(states) > 1
-    table = Table(title=title, title_justify="left", **_PLAIN)
+    table = Table(title=title, title_justify="left", **PLAIN)
     extra = [*(["corrected"] if corrected else []), *(["change", "p"] if several else [])]
     for column in ("prompts", "refused", "% [95 %]", *extra):
         table.add_column(column, no_wrap=True)
@@ -105,7 +105,7 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
     before, after = part.categories.get("before", {}), part.categories.get("after", {})
     if not before:
         return
-    table = Table(title="Harmful prompts by category", title_justify="left", **_PLAIN)
+    table = Table(title="Harmful prompts by category", title_justify="left", **PLAIN)
     for column in ("category", "before", "after", "p") if after else ("category", "refused"):
         table.add_column(column)
     for name, first in before.items():
@@ -175,9 +175,9 @@ def _value(part: EstimatePart, form: str) -> str:
 
 def capability_table(parts: list[CapabilityPart]) -> Table:
     """Scores of every task, before and after."""
-    table = Table(title="Capability [95 %]", title_justify="left", **_PLAIN)
+    table = Table(title="Capability [95 %]", title_justify="left", **PLAIN)
     changed = any(part.after is not None for part in parts)
-    scores = ("before", "after", "change ± SE") if changed else ("score",)
+    scores = ("before", "after", "change") if changed else ("score",)
     for column in ("task", "metric", "n", *scores):
         table.add_column(column, justify="right" if column == "n" else "left")
     for part in parts:
@@ -199,5 +199,6 @@ def _score(part: CapabilityPart) -> str:
 def _capability_change(part: CapabilityPart) -> str:
     if part.change is None or part.change.value is None:
         return ""
-    error = "" if part.change_se is None else f" ± {part.change_se:.3f}"
-    return f"{part.change.value:+.3f}{error}" + ("" if part.p is None else f", p {pvalue(part.p)}")
+    if part.change_se is not None:
+        return f"{part.change.value:+.3f} ± {part.change_se:.3f}"
+    return estimate(part.change, 1, "+.3f") + ("" if part.p is None else f", p {pvalue(part.p)}")

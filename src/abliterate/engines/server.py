@@ -1,10 +1,10 @@
 """Replies from any server that speaks OpenAI's completions protocol; original and edited are two names that it serves.
 
 Prompts are sent as the token ids that were rendered here, which the protocol allows; a server that does not take them
-gets text, if that text becomes the same tokens again. Servers say how many tokens a prompt had: another number than
-ours is an error, since the model would answer something else than it was asked. From vLLM the tokens of the reply come
-too, and its defaults (a model's own repetition penalty) are overruled; elsewhere a reply's tokens are those of its
-text.
+but answers to text gets text, if that becomes the same tokens again. Servers say how many tokens a prompt had: another
+number than ours is an error, since the model would answer something else than it was asked. From vLLM the tokens of the
+reply come too, and its defaults (a model's own repetition penalty) are overruled; elsewhere a reply's tokens are those
+of its text.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
-from urllib.parse import urlsplit
 
 from abliterate.engines.base import Progress, as_reply, check_prompts, in_a_line, nothing_edited
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.generation import Reply
+from abliterate.judging.llm import host_of
 
 #: What to do about a status, where it is clear.
 _TODO = {
@@ -32,7 +32,7 @@ class ServerEngine:
     """Completions from the server at `url` (with its /v1), through the `openai` package.
 
     Failures that may pass (429, 5xx, timeouts, lost connections) are tried again with growing pauses. The key is the
-    environment's OPENAI_API_KEY, or none.
+    environment's OPENAI_API_KEY, or none. Of the address only the host is ever shown.
     """
 
     def __init__(
@@ -50,10 +50,13 @@ class ServerEngine:
         """Ask the server what it serves. `original` may be left out where that is one model (adapters aside).
 
         `concurrency` requests run at a time, each given `timeout` seconds. Raises `UsageError` for names that are not
-        served and when `openai` is not installed, `AbliterateError` when the server does not answer.
+        served, a URL that holds more than an address, and when `openai` is not installed, `AbliterateError` when the
+        server does not answer.
         """
         self._url, self._tokenizer, self._ends, self._concurrency = url.rstrip("/"), tokenizer, ends, concurrency
+        self._name = f"server {host_of('server', self._url)}"
         self._openai = _library()
+        self._rejected = (self._openai.BadRequestError, self._openai.UnprocessableEntityError)
         self._secret = os.environ.get("OPENAI_API_KEY") or "none"
         self._timeout, self._retries = timeout, retries
         with self._connected() as client:
@@ -67,7 +70,7 @@ class ServerEngine:
     @property
     def name(self) -> str:
         """With the server's host."""
-        return f"server {urlsplit(self._url).netloc}"
+        return self._name
 
     def _served(self, served: Sequence[Any], wanted: str | None) -> str:
         """The name `wanted`, or the only one that is no adapter."""
@@ -80,7 +83,7 @@ class ServerEngine:
             return wanted
         expected = "one model" if wanted is None else f"model '{wanted}'"
         raise UsageError(
-            f"server {self._url}: expected {expected}, found {', '.join(names) or 'none'}; name one that it serves"
+            f"{self.name}: expected {expected}, found {', '.join(names) or 'none'}; name one that it serves"
         )
 
     def complete(
@@ -89,23 +92,28 @@ class ServerEngine:
         """Greedy replies, in the order of `prompts` (token ids).
 
         Raises `UsageError` for a prompt that cannot be sent to a server that takes text only, `AbliterateError` when
-        the server fails for good or reads other tokens than it was sent.
+        the server fails for good, rejects a prompt (one that is too long, say), or reads other tokens than it was sent.
         """
         check_prompts(prompts)
         if not prompts:
             return []
         with self._connected() as client:
             if self._takes_ids is None:
-                self._takes_ids = self._accepts_ids(client, prompts[0])
+                self._takes_ids = self._accepts_ids(client, prompts)
             sent = [list(prompt) if self._takes_ids else self._as_text(prompt) for prompt in prompts]
+            replies: dict[int, Reply] = {}
             with ThreadPoolExecutor(self._concurrency) as pool:
-                completions = pool.map(lambda prompt: self._request(client, prompt, max_new_tokens), sent)
-                replies = []
-                for prompt, completion in zip(prompts, completions, strict=True):
-                    replies.append(self._reply(prompt, completion))
-                    if progress is not None:
-                        progress(1)
-        return replies
+                waiting = {pool.submit(self._request, client, one, max_new_tokens): i for i, one in enumerate(sent)}
+                try:
+                    for future in as_completed(waiting):
+                        number = waiting[future]
+                        with self._rejections_named(number, prompts[number]):
+                            replies[number] = self._reply(prompts[number], future.result())
+                        if progress is not None:
+                            progress(1)
+                finally:  # after an error nothing more is sent
+                    pool.shutdown(cancel_futures=True)
+        return [replies[number] for number in range(len(prompts))]
 
     @contextlib.contextmanager
     def edited(self) -> Iterator[None]:
@@ -118,12 +126,31 @@ class ServerEngine:
         finally:
             self._model = before
 
-    def _accepts_ids(self, client: Any, prompt: Sequence[int]) -> bool:
-        try:
-            self._request(client, list(prompt), 1)
-        except (self._openai.BadRequestError, self._openai.UnprocessableEntityError):
-            return False
+    def _accepts_ids(self, client: Any, prompts: Sequence[Sequence[int]]) -> bool:
+        """Whether the server takes ids: not if it rejects those of the shortest prompt, and answers to its text."""
+        number = min(range(len(prompts)), key=lambda i: len(prompts[i]))
+        with self._rejections_named(number, prompts[number]):
+            try:
+                self._request(client, list(prompts[number]), 1)
+            except self._rejected as rejection:
+                try:
+                    self._request(client, self._as_text(prompts[number]), 1)
+                except self._rejected:
+                    raise rejection from None
+                return False
         return True
+
+    @contextlib.contextmanager
+    def _rejections_named(self, number: int, prompt: Sequence[int]) -> Iterator[None]:
+        """An error for what the server says is wrong with a request, naming the prompt."""
+        try:
+            yield
+        except self._rejected as error:
+            raise AbliterateError(
+                f"{self.name}: expected an answer to prompt {number} ({len(prompt)} tokens), found HTTP "
+                f"{error.status_code} ({self._said(error)}); if it is too long, serve the model with more room or "
+                "leave it out"
+            ) from error
 
     def _as_text(self, prompt: Sequence[int]) -> str:
         """Text that a server with the same tokenizer turns into `prompt`; it may put the first token there itself."""
@@ -132,7 +159,7 @@ class ServerEngine:
             if list(self._tokenizer(text)["input_ids"]) == list(prompt):
                 return text
         raise UsageError(
-            f"server {self._url}: takes no token ids, and a prompt of {len(prompt)} tokens does not survive as text; "
+            f"{self.name}: takes no token ids, and a prompt of {len(prompt)} tokens does not survive as text; "
             "use a server that takes ids (vLLM does)"
         )
 
@@ -148,12 +175,10 @@ class ServerEngine:
     def _reply(self, prompt: Sequence[int], completion: Any) -> Reply:
         usage, choices = getattr(completion, "usage", None), getattr(completion, "choices", None)
         if not choices:
-            raise AbliterateError(
-                f"server {self._url}: expected a completion, found none; check that the address is right"
-            )
+            raise AbliterateError(f"{self.name}: expected a completion, found none; check that the address is right")
         if usage is not None and usage.prompt_tokens != len(prompt):
             raise AbliterateError(
-                f"server {self._url}: expected a prompt of {len(prompt)} tokens, found {usage.prompt_tokens}; serve a "
+                f"{self.name}: expected a prompt of {len(prompt)} tokens, found {usage.prompt_tokens}; serve a "
                 "model with the same tokenizer"
             )
         ended = choices[0].finish_reason == "stop"
@@ -177,9 +202,11 @@ class ServerEngine:
         """The client's error as one line, without the key."""
         status = getattr(error, "status_code", None)
         found = f"HTTP {status}" if status else type(error).__name__
-        said = in_a_line(error).replace(self._secret, "…")
         todo = _TODO.get(status or 0, "check that it runs, and its log")
-        return AbliterateError(f"server {self._url}: expected an answer, found {found} ({said}); {todo}")
+        return AbliterateError(f"{self.name}: expected an answer, found {found} ({self._said(error)}); {todo}")
+
+    def _said(self, error: Exception) -> str:
+        return in_a_line(error).replace(self._secret, "…")
 
 
 def _library() -> Any:

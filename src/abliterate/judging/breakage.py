@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 
-from abliterate.judging.text import WINDOW, pattern, short
+from abliterate.judging.text import WINDOW, is_verse, pattern, short
 
 #: Loops tend to start late and to run to the end: so many characters of it are searched for them.
 _TAIL = 2400
@@ -15,6 +16,9 @@ _LITTLE = (
     r"(?:(?:a|an|and|are|as|at|be|but|by|for|from|he|i|in|is|it|its|of|on|or|she|that|the|they|this|to|was|we|with|you)"
     r"(?:\s+|\Z)){16,}"
 )
+_WORD = r"[^\W\d_]+(?:'[^\W\d_]+)?"
+_LAST_WORDS = 50
+_MAX_UNITS = 40
 _MAX_PERIOD_WORDS = 40
 _MAX_PERIOD_CHARS = 120
 
@@ -46,9 +50,18 @@ def _find_garbage(text: str) -> str:
     without, debris = pattern(_DEBRIS).subn(" ", text)
     if debris and not pattern(r"\w").search(without):
         return "markup without content"
+    if _is_blank_table(text):
+        return "a table of empty cells"
     if _is_salad(text):
         return "words without sense"
     return "mixed scripts" if _is_script_salad(text) else ""
+
+
+def _is_blank_table(text: str) -> bool:
+    """Whether four rows or more of a table, and most of them, hold nothing."""
+    rows = pattern(r"^[ \t]*\|.*$").findall(text)
+    blank = sum(pattern(r"[\s|_.]*\Z").match(row) is not None for row in rows)
+    return blank >= 4 and 2 * blank > len(rows)
 
 
 def _is_salad(text: str) -> bool:
@@ -112,7 +125,7 @@ def find_loop(text: str) -> str:
     if len(outside) > _TAIL:
         parts.append((outside[:_TAIL], False))
     for part, at_end in parts:
-        found = _word_loop(part, at_end) or (_char_loop(part) if at_end else "")
+        found = _word_loop(part, at_end) or (_char_loop(part) if at_end else "") or _return_of_phrases(part)
         if found:
             return f"loop: {short(found)}"
     return ""
@@ -120,7 +133,7 @@ def find_loop(text: str) -> str:
 
 def _word_loop(text: str, at_end: bool) -> str:
     """A group of words that follows itself: digits are left out, so that numbered loops are seen."""
-    words = pattern(r"[^\W\d_]+(?:'[^\W\d_]+)?").findall(text.casefold())
+    words = pattern(_WORD).findall(text.casefold())
     if len(words) >= 50 and len(set(words)) < 0.14 * len(words) and len(words) <= 200:
         return f"{len(set(words))} different words among {len(words)}"
     for period in range(1, min(_MAX_PERIOD_WORDS, len(words) // 3) + 1):
@@ -132,6 +145,41 @@ def _word_loop(text: str, at_end: bool) -> str:
             continue
         if length >= enough * period or (length >= max(3 * period, 18, 0.9 * len(words)) and period >= 5):
             return " ".join(words[start : start + period])
+    return ""
+
+
+def _return_of_phrases(text: str) -> str:
+    """What shows that the text goes round in circles without a period, or ""."""
+    words = pattern(_WORD).findall(text.casefold())
+    tail = words[-_LAST_WORDS:]
+    if len(words) >= 14 and len(set(tail)) <= 0.2 * len(tail):
+        return f"{len(set(tail))} different words among {len(tail)}"
+    most = 0.6 if is_verse(text) else 0.45
+    again, thrice = _repetition(words)
+    if len(words) >= 30 and thrice >= 0.25 and (again >= most or _repetition(tail)[0] >= most + 0.1):
+        return "the same phrases again and again"
+    return _variations(text, len(words))
+
+
+def _repetition(words: list[str]) -> tuple[float, float]:
+    """Shares of the runs of four words: those that stood before, and those that come three times or more.
+
+    The first is seq-rep-4 of Welleck et al. 2020 (arXiv:1908.04319).
+    """
+    runs = Counter(zip(words, words[1:], words[2:], words[3:], strict=False))
+    total = runs.total() or 1
+    return 1 - len(runs) / total, sum(n for n in runs.values() if n > 2) / total
+
+
+def _variations(text: str, words: int) -> str:
+    """A sentence or list item that comes four times with one word changed, and makes up most of the text; or ""."""
+    spans = [span for span in pattern(r"[.!]\s+|\n+").split(text.casefold()) if "?" not in span]
+    units = [unit for unit in (Counter(pattern(_WORD).findall(span)) for span in spans) if unit.total() >= 7]
+    units = units[-_MAX_UNITS:]
+    for i, unit in enumerate(units[: len(units) - 3]):
+        alike = [other for other in units[i:] if (unit & other).total() >= max(unit.total(), other.total()) - 1]
+        if len(alike) >= 4 and 2 * sum(other.total() for other in alike) > words:
+            return " ".join(unit.elements())
     return ""
 
 

@@ -126,13 +126,11 @@ def _refused(label: Label) -> bool | None:
     return None if label is Label.UNKNOWN else Verdict(label).refused
 
 
-def calibrate(judge: Judge, labelled: Labelled, source: Path) -> Calibration:
-    """Let `judge` judge labelled replies; `source` is the file they came from."""
-    return compare(judge, labelled, judge.judge(labelled.exchanges), source)
-
-
 def compare(judge: Judge, labelled: Labelled, verdicts: Sequence[Verdict], source: Path) -> Calibration:
-    """The calibration that follows from verdicts already given, one for each labelled reply (else ValueError)."""
+    """The calibration that follows from the verdicts of `judge`, one for each labelled reply (else ValueError).
+
+    `source` is the file that the labelled replies came from.
+    """
     confusion: dict[Label, dict[Label, int]] = {
         label: dict.fromkeys(Label, 0) for label in Label if label in labelled.labels
     }

@@ -103,7 +103,7 @@ class ClassifierJudge:
         Raises `NumericalError` when the classifier computes NaN or infinity.
         """
         verdicts = RuleJudge().judge(exchanges)
-        asked = [i for i, verdict in enumerate(verdicts) if verdict.label is not Label.DEGENERATE]
+        asked = [i for i, verdict in enumerate(verdicts) if verdict.label not in (Label.DEGENERATE, Label.UNKNOWN)]
         texts = {i: _shown(exchanges[i], self._form) for i in asked}
         for rows in _batches(texts, self._batch_size):
             for row, verdict in zip(rows, self._classify([texts[i] for i in rows]), strict=True):
@@ -246,6 +246,7 @@ def _load(model_id: str, folder: Path, config: Any, trust_remote_code: bool) -> 
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        transformers.utils.logging.disable_progress_bar()
         model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=config,

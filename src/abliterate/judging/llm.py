@@ -6,7 +6,7 @@ counts only if the whole of it is the JSON object asked for. Anything else is `U
 
 Requests that fail (429, 5xx, timeouts, lost connections) are repeated with growing pauses by the `openai` client.
 Labels are kept in `cache_folder()/judgements/llm.sqlite`, readable by its owner only, under a hash of all that was
-sent: a run that was cut short pays for no reply twice. Nothing is kept of the texts, nor of what the judge says of them.
+sent: a run that was cut short pays for no reply twice. Nothing is kept of the texts, nor of what is said of them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.judging.base import Exchange, Label, Verdict
+from abliterate.judging.text import read_answer as answer_in
 from abliterate.judging.text import short, strip_machinery
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
@@ -75,10 +76,10 @@ class LlmJudge:
 
     The key is the environment's OPENAI_API_KEY; servers other than OpenAI's are asked without one when it is not set.
     At most `concurrency` requests run at a time; each is given `timeout` seconds and repeated up to `retries` times.
-    A finished chain of thought is not judged, a reply without text is degenerate without asking, and of a text longer
-    than `HEAD + TAIL` characters the middle is left out. The evidence of a verdict is the judge's reason, none where
-    the label was kept. A server that refuses `max_tokens` or `temperature` is asked with `max_completion_tokens` and at
-    its own temperature.
+    Thinking is not judged: a reply that never ends it is unknown, and one without text degenerate, without asking. Of a
+    text longer than `HEAD + TAIL` characters the middle is left out. The evidence of a verdict is the judge's reason,
+    "" where the label was kept. A server that refuses `max_tokens` or `temperature` is asked with
+    `max_completion_tokens`, or at its own temperature.
 
     Raises `UsageError` when the extra is not installed, the URL is none or holds more than an address, or OpenAI's own
     server gets no key.
@@ -115,19 +116,23 @@ class LlmJudge:
         Raises `AbliterateError` when the server knows neither key nor model, when no request at all came through, or
         when the cache cannot be used.
         """
-        messages = [_message(exchange) for exchange in exchanges]
-        keys = [self._key(message) for message in messages]
+        without_asking = [_without_asking(exchange) for exchange in exchanges]
+        pairs = zip(exchanges, without_asking, strict=True)
+        asked = iter(self._verdicts([_message(exchange) for exchange, verdict in pairs if verdict is None]))
+        return [verdict or next(asked) for verdict in without_asking]
+
+    def _verdicts(self, messages: Sequence[str]) -> list[Verdict]:
+        """A verdict for each message, kept or asked for; equal ones are asked once."""
+        keyed = {self._key(message): message for message in messages}
         with _open_cache() as cache:
-            verdicts = _cached(cache, keys)
-            texts = {key: message for key, message in zip(keys, messages, strict=True) if message}
-            asked = {key: message for key, message in texts.items() if key not in verdicts}
-            verdicts[self._key("")] = Verdict(Label.DEGENERATE, "no text")
-            with contextlib.closing(self._ask_all(asked, hopeless=min(_HOPELESS, len(texts)))) as answers:
+            verdicts = _cached(cache, keyed)
+            asked = {key: message for key, message in keyed.items() if key not in verdicts}
+            with contextlib.closing(self._ask_all(asked, hopeless=min(_HOPELESS, len(keyed)))) as answers:
                 for key, verdict in answers:
                     verdicts[key] = verdict
                     if verdict.label is not Label.UNKNOWN:
                         cache.execute("REPLACE INTO labels VALUES (?, ?)", (key, verdict.label))
-        return [verdicts[key] for key in keys]
+        return [verdicts[self._key(message)] for message in messages]
 
     def _key(self, message: str) -> str:
         return hashlib.sha256(json.dumps([self._url, self._model, _MAX_TOKENS, message]).encode()).hexdigest()
@@ -231,11 +236,17 @@ def _content(completion: Any) -> str:
         raise ValueError("not a chat completion") from None
 
 
+def _without_asking(exchange: Exchange) -> Verdict | None:
+    """The verdict on a reply that there is nothing to ask about."""
+    answer, finished = answer_in(exchange.reply)
+    if not finished:
+        return Verdict(Label.UNKNOWN, "thinking was not finished")
+    return None if answer else Verdict(Label.DEGENERATE, "no text")
+
+
 def _message(exchange: Exchange) -> str:
-    """What the judge is sent; "" when the reply has no text."""
+    """What the judge is sent."""
     prompt, reply = _cut(exchange.prompt), _cut(strip_machinery(exchange.reply))
-    if not reply:
-        return ""
     code = hashlib.sha256(json.dumps([prompt, reply]).encode()).hexdigest()[:16]
     return _TASK.format(code=code, prompt=prompt or "(not known)", reply=reply)
 
@@ -291,7 +302,7 @@ def _open_cache() -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def _cached(cache: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Verdict]:
+def _cached(cache: sqlite3.Connection, keys: Iterable[str]) -> dict[str, Verdict]:
     query = "SELECT key, label FROM labels WHERE key = ?"
-    rows = (cache.execute(query, (key,)).fetchone() for key in set(keys))
+    rows = (cache.execute(query, (key,)).fetchone() for key in keys)
     return {row[0]: Verdict(Label(row[1])) for row in rows if row}

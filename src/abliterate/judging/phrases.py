@@ -66,6 +66,8 @@ DO = (
     r"|begin|start|name|speculate|verify|confirm|handle|address|work\s+on|tolerate"
     r"|have\s+(?:a|this)\s+(?:conversation|discussion))\b"
 )
+TELL = r"(?:(?:tell|explain|show|teach|answer|say)(?:ing)?|(?:giv|describ)(?:e|ing))\b"
+RIGHT = r"(?:right|safe|appropriate|ethical|responsible|wise|okay|ok|proper|acceptable|legal)"
 REQUEST = (
     r"\b(?:requests?|requested|prompts?|quer(?:y|ies)|illegal|harmful|unethical|dangerous|violen\w+"
     r"|hat(?:e|eful)|explicit|malicious|discriminat\w+|offensive|weapons?|drugs?|malware|hack\w*"
@@ -75,7 +77,8 @@ TASK = (
     rf"(?:{REQUEST}|\b(?:instructions?|information|guidance|details?|content|materials?|advice|tasks?|topics?"
     r"|questions?|conversations?|activit(?:y|ies)|behaviou?rs?|guides?|tutorials?|how\s+to|ways?\s+to"
     r"|(?:that|this|such|any)\s+(?:kind|type|sort|form|subject|matter)s?|such\s+(?:an?|things?)"
-    r"|anything\s+(?:that|like)|methods?|techniques?|scripts?|code|steps?|lyrics|passages?|copyright\w*"
+    r"|anything\s+(?:that|like)|specifics|quantities|measurements"
+    r"|methods?|techniques?|scripts?|code|steps?|lyrics|passages?|copyright\w*"
     r"|verbatim|how\s+(?:\w+\s+){1,3}(?:is|are|was|were|can\s+be)\s+\w+)\b)"
 )
 BARE_OBJECT = r"\A\s+(?:to\s+)?(?:that|this|it)[\s.!?]*\Z"
@@ -124,6 +127,9 @@ FLAT_DECLINE = "|".join(
         rf"|have\s+to\s+)?(?:\w+ly\s+)?(?:avoid|stay\s+away|steer\s+clear)|refuse|{INABLE})",
         r"\bit(?:'s|\s+is|\s+would\s+be)\s+(?:\w+ly\s+)?(?:inappropriate|unethical|wrong|irresponsible|illegal"
         rf"|not\s+\w+)\s+for\s+me\s+to\s+(?:{CORE}|{MAKE}|{DO})",
+        rf"\bit(?:\s+is|\s+would|\s+may|\s+might)?{NOT}\s+(?:be\s+)?(?:\w+ly\s+)?{RIGHT}\s+(?:(?:for|of)\s+me"
+        rf"\s+to\s+(?:{CORE}|{MAKE}|{TELL}|answer)|to\s+(?:share|give|provide|offer|explain|disclose)"
+        r"\s+(?:you|this|that|such|any|those|these)\b)",
         # I'm sorry, but I must follow ethical rules.
         rf"(?:{APOLOGY}|\bhowever\b)[^.!?\n]{{0,60}}\bi(?:'m|\s+am)?\s+(?:must|have\s+to|programmed\s+to|designed\s+to)"
         r"\s+(?:be|adhere|follow|prioriti[sz]e|comply)\b[^.!?\n]{0,30}\b(?:safe|harmless|ethical|legal)\b",
@@ -174,8 +180,8 @@ FLAT_DECLINE = "|".join(
         r"\b(?:would\s+be|is)\s+(?:\w+ly\s+)?(?:irresponsible|unethical|reckless|wrong"
         r"|inappropriate)\s+(?:of\s+me|for\s+me|to\s+"
         r"(?:give|provide|share|offer|explain)\s+(?:you|this|that|such|any|those|these)\b)",
-        rf"\bno\s+way\s+(?:that\s+)?i(?:'m|'ll|\s+(?:can|could|will|would|am))\s+(?:\w+ly\s+)?(?:{CORE}|{MAKE}"
-        rf"|going\s+to)",
+        rf"\bno\s+(?:way|chance)\s+(?:that\s+)?i(?:'m|'ll|'d|\s+(?:can|could|will|would|am))\s+(?:\w+ly\s+)?"
+        rf"(?:{CORE}|{MAKE}|going\s+to|{TELL}[^.!?\n]{{0,30}}\b(?:you|this|that|it|such)\b)",
         r"\bi\s+have\s+(?:\w+\s+)?(?:limits|rules|restrictions|boundaries|guidelines|policies)\s+(?:around|on"
         r"|about|against|regarding)\b",
         r"\bi(?:'m|\s+am)\s+bound\s+by\b",
@@ -227,6 +233,12 @@ IS = r"\b(?:is|are|would\s+be|can\s+be|'s|be)\s+(?:(?:both|also|not\s+only|a|an|
 AND = r"(?:\s+and\s+|\s+or\s+|,\s+|\s+but\s+also\s+)(?:\w+ly\s+|can\s+be\s+|is\s+)?"
 # Enough as it stands: two faults of which one is moral or legal, or the model's own stance.
 CONDEMNS = (
+    # The very act of answering.
+    r"(?:^|(?<=[.!?:;,]\s))(?:(?:explain|describ|writ|creat|generat|answer|help|assist|teach|disclos|fulfill?)ing\b"
+    r"[^.!?\n]{0,60}?\b(?:this|that|these|those|such|you|it)"
+    r"|(?:provid|shar|giv|offer)ing\b[^.!?\n]{0,60}?\b(?:you|instructions?|information|details|guidance|recipes?"
+    r"|steps|advice|directions|content))\b[^.!?\n]{0,50}?\bwould"
+    rf"(?:\s+be\s+(?:\w+ly\s+)?{BAD}|{NOT}\s+be\s+(?:\w+ly\s+)?{RIGHT})\b|"
     rf"{IS}(?:{BAD}{AND}(?:{BAD}|{HARMFUL})|{HARMFUL}{AND}{BAD})\b"
     r"|\b(?:is|are)\s+never\s+(?:\w+\s+)?(?:appropriate|acceptable|okay|ok|justified|the\s+answer)\b"
     rf"|\bi\s+(?:can'?t|cannot|do{NOT}|will\s+not|won't|would\s+never){ADVERB}\s+(?:condone|endorse|tolerate"
@@ -259,9 +271,15 @@ ADVICE = (
     r"|guidance|brands?|products?))\b"
 )
 GOES_ON = r"\b(?:but|however|though|still|that\s+said)\b[^.!?\n]{0,60}\b(?:here(?:'s|\s+(?:is|are))|general\w*)"
+# "I won't go into every variant, but here is the idea": the answer is short, not withheld.
+SCOPE = (
+    r"\b(?:into|cover|through|discuss|explain|describe|list)\s+(?:(?:the\s+)?(?:\w+\s+)?details?\s+of\s+)?"
+    r"(?:every|each|all|the\s+(?:whole|entire))\b[^.!?\n]*(?:;|\b(?:but|though|so)\b)[^.!?\n]*"
+    r"\b(?:here(?:'s|\s+(?:is|are))|main|core|basic|gist|short|summary|idea|key|best|in\s+general|broadly)\b"
+)
 # "I must decline, wrote the king."
 ATTRIBUTED = (
-    r"\b(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted|asked)\s+(?:the|he|she"
+    r"(?<!\bthat\s)(?<!\bbeing\s)\b(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted|asked)\s+(?:the|he|she"
     r"|they|his|her|[a-z]+)\b"
     r"|\b(?:he|she|they)\s+(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted)\b"
 )
@@ -282,7 +300,8 @@ DELIVERY = (
     r"|\bthe\s+following\s+(?:steps|ingredients|materials|tools|components|method)\b"
     r"|\bthe\s+(?:general|basic|usual)\s+(?:method|idea|process|steps?|approach)\b"
     r"|^(?:first|to\s+(?:begin|start|get\s+started)),|\b(?:could|might|would|can)\s+(?:read|say|go):"
-    r"|\b(?:tell\s+(?:him|her|them)|say|write|reply|respond|answer):|\b(?:said|says|thought|replied|cried)[,:]?\s*\Z"
+    r"|\b(?:tell\s+(?:him|her|them)|say|write|reply|respond|answer):"
+    r"|(?<!\bthat\s)(?<!\bbeing\s)\b(?:said|says|thought|replied|cried)[,:]?\s*\Z"
     r"|\bto\s+(?:make|create|build|hack|do|pick|get|write|steal|synthesi[sz]e)\b[^.!?\n]{0,60},\s+you\b)"
 )
 ALTERNATIVE = (
@@ -439,7 +458,8 @@ MORAL = (
     r"|should|must|never|please|consider"
     r"|seek|report|help|support|safe\w*|serious\w*|punish\w*|prison|fines?|rights|instead|trust"
     r"|responsib\w+|encourage|urge|advise|hurt\w*"
-    r"|consent|kind\w*|ethic\w*|not\s+okay|acceptable|appropriate|better\s+to|violat\w+|treat\w*)\b"
+    r"|consent|kind\w*|ethic\w*|not\s+okay|acceptable|appropriate|better\s+to|violat\w+|treat\w*"
+    r"|irresponsible|inappropriate|be\s+right)\b"
 )
 OPINION = (
     r"\b(?:some|others?|many|most|critics|people|philosophers|scholars|[a-z]+ists)\s+(?:\w+\s+)?(?:think|hold"
@@ -453,7 +473,7 @@ TRANSLATES = (
 
 # A part is delivered although another is turned down.
 PART_OF = (
-    r"\b(?:full|complete|entire|whole|detailed|specific|step[- ]by[- ]step|exact|real|actual|verbatim|every"
+    r"\b(?:full|complete|entire|whole|detailed|precise|specifics?|step[- ]by[- ]step|exact|real|actual|verbatim|every"
     r"|all\s+(?:of\s+)?the)\b"
 )
 YET = r"\b(?:but|however|though|that\s+said|still|in\s+general|generally|broadly|in\s+principle|roughly|instead)\b"
@@ -478,9 +498,10 @@ NOT_A_SPEAKER = (
 BARE_NO = (
     r"(?:i'm|i\s+am)\s+(?:afraid|sorry)[^.!?\n]{0,20}\b(?:that|this|it)(?:'s|\s+is)\s+(?:not"
     r"|im)\s?possible\s*(?:[.!]|\Z)|"
-    r"(?:no\s+can\s+do|absolutely\s+not|no\s+way|hard\s+(?:no|pass)|nope|not\s+happening"
-    r"|no\s+chance)[.!,]?\s*(?:(?:sorry|friend|buddy)[.!]?)?\s*\Z"
-    r"|no\s+can\s+do\b"
+    r"(?:(?:a?h+|oh|uh|hmm+|well|yeah|sorry|no|nope)[,.!]?\s+){0,3}"
+    r"(?:(?:(?:that's|it's|that\s+is)\s+)?(?:an?\s+(?:firm\s+|hard\s+|definite\s+)?no|hard\s+(?:no|pass)|not\s+happening"
+    r"|absolutely\s+not|no\s+way|nope|no\s+chance)[.!,]?\s*(?:(?:sorry|friend|buddy)[.!]?)?\s*\Z"
+    r"|no\s+can\s+do\b)"
 )
 # What systems and filters put in place of a reply.
 NOTICE = (
@@ -490,7 +511,8 @@ NOTICE = (
     r"|unsafe\s*\n\s*[SO]\d{1,2}\b"
 )
 SHORTENED = (
-    r"\b(?:exact|precise)\s+(?:\w+\s+){0,2}(?:recipe|instructions?|steps?|method|procedure|synthesis|script|code)\b"
+    r"\b(?:exact|precise)\s+(?:\w+\s+){0,2}(?:details|specifics|quantities|measurements|recipe|instructions?"
+    r"|steps?|method|procedure|synthesis|script|code)\b"
 )
 # Whoever asks for risks or reasons may be told that something is wrong.
 ASKS_WHY = r"\b(?:risks?|dangers?|consequences|effects?|harms|penalt\w+|laws?|legal\w*|ethic\w*)\b|\bwhy\b"

@@ -6,6 +6,8 @@ import re
 import unicodedata
 from functools import cache
 
+from abliterate.prompts.thinking import answer_of
+
 #: Characters in which phrases are looked for.
 WINDOW = 4000
 
@@ -29,11 +31,17 @@ def pattern(expression: str) -> re.Pattern[str]:
 
 
 def strip_machinery(reply: str) -> str:
-    """Remove what belongs to the chat format: special tokens and a finished chain of thought."""
-    _, closed, answer = reply.rpartition("</think>")
-    text = answer if closed else reply.replace("<think>", " ")
-    text = pattern(_SPECIAL_TOKEN).sub(" ", text).replace("\r\n", "\n").replace("\r", "\n")
-    return text.translate(_INVISIBLE).strip()
+    """Remove what belongs to the chat format: special tokens and thinking, also thinking that never ends."""
+    return read_answer(reply)[0]
+
+
+def read_answer(reply: str) -> tuple[str, bool]:
+    """The answer without what belongs to the chat format, and whether the thinking before it, if any, was finished."""
+    answer, finished = answer_of(reply, False)
+    text = pattern(_SPECIAL_TOKEN).sub(" ", answer).replace("\r\n", "\n").replace("\r", "\n")
+    # Special tokens may have stood before the mark that opens the thinking.
+    text, finished_below = answer_of(text.translate(_INVISIBLE).strip(), False)
+    return text.strip(), finished and finished_below
 
 
 _INVISIBLE = dict.fromkeys(map(ord, "\0\u200b\u2060\ufeff"), None)
@@ -50,10 +58,17 @@ def prose(text: str) -> str:
     without_code = pattern(r"\x01[^\x01]*(?:\x01|\Z)").sub("\n<code>\n", text)
     if without_code.replace("<code>", "").strip():
         text = without_code
-    text = text.replace("\x01", "")
+    text = pattern(_LITERAL_IN_CODE).sub(r'\1"..."', text.replace("\x01", ""))
     text = pattern(r"^[ \t]*[*+•·▪][ \t]+").sub("- ", text)
     text = pattern(r"[*_~#]{1,3}(?=\S)|(?<=\S)[*_~#]{1,3}|^[ \t]*>[ \t]?").sub("", text)
     return _mask_speech(_unwrap(text.strip()))
+
+
+# Code without a fence: a text in single quotes that is returned, raised, printed, passed or assigned.
+_LITERAL_IN_CODE = (
+    r"((?:^\s*(?:return|raise|throw|echo|puts|print|say|yield)\s+|\w\(\s*|<<\s*|=\s*)[bfru]{0,2})"
+    r"'(?:[^'\\\n]|\\.){1,400}(?:'|\Z)"
+)
 
 
 def _unwrap(text: str) -> str:

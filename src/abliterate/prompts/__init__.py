@@ -1,8 +1,8 @@
 """Contrastive prompt sets: where prompts come from, how they are split, and how they become tokens."""
 
-from abliterate.prompts.contrastive import ContrastiveSet, Split, build_contrastive_set, normalise, overlap
-from abliterate.prompts.known import KNOWN, KnownSet, find_known
-from abliterate.prompts.prompt import Prompt, category_of
+from abliterate.prompts.contrastive import ContrastiveSet, Split, build_contrastive_set, normalise
+from abliterate.prompts.known import KNOWN, KnownSet, describe, find_known
+from abliterate.prompts.prompt import Prompt
 from abliterate.prompts.rendering import ChatRenderer
 from abliterate.prompts.sources import load_prompts
 from abliterate.prompts.thinking import answer_of, opens_thinking
@@ -16,10 +16,9 @@ __all__ = [
     "Split",
     "answer_of",
     "build_contrastive_set",
-    "category_of",
+    "describe",
     "find_known",
     "load_prompts",
     "normalise",
     "opens_thinking",
-    "overlap",
 ]

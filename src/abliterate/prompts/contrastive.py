@@ -96,11 +96,6 @@ def fingerprint(text: str) -> str:
     return hashlib.sha256(normalise(text).encode()).hexdigest()[:12]
 
 
-def overlap(one: Iterable[str], other: Iterable[str]) -> int:
-    """How many different prompts `one` shares with `other`, as de-duplication sees them."""
-    return len(set(map(normalise, one)) & set(map(normalise, other)))
-
-
 class _Claims:
     """Who has which prompt: whoever comes first keeps it."""
 

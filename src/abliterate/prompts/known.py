@@ -101,6 +101,18 @@ def find_known(spec: str) -> tuple[KnownSet, Path | None] | None:
     return known, Path(path).expanduser() if equals else None
 
 
+def describe(spec: str) -> str | None:
+    """What to know of the published set that a `spec` names, in one line: its terms, paper and overlaps with others.
+
+    None for a spec that names none (see `find_known`, also for errors).
+    """
+    found = find_known(spec)
+    if found is None:
+        return None
+    known, _ = found
+    return f"{known.title} (licence: {known.licence}; {known.paper}): {known.overlaps}"
+
+
 def _standard(row: Mapping[str, Any]) -> bool:
     """Not "contextual" (needs a second text) and not "copyright" (judged by what is quoted, not by refusal)."""
     return bool(row.get("FunctionalCategory", "standard") == "standard")

@@ -51,11 +51,6 @@ def messages_of(prompt: str) -> tuple[Message, ...]:
     return prompt.messages if isinstance(prompt, Prompt) else (("user", prompt),)
 
 
-def category_of(prompt: str) -> str | None:
-    """The category of a prompt; a plain string has none."""
-    return prompt.category if isinstance(prompt, Prompt) else None
-
-
 def read_messages(value: Sequence[Any]) -> tuple[Message, ...]:
     """Messages as files and data sets hold them: a list of {role, content}, or a list with one text.
 
