@@ -35,7 +35,6 @@ format: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/surgery.py
-	$(BIN)/python benchmarks/judge_accuracy.py
 
 clean:
 	rm -rf $(VENV) $(OUT)

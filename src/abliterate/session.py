@@ -27,7 +27,7 @@ from abliterate.interventions import ablation
 from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
-from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set
+from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set, describe
 from abliterate.prompts.rendering import common_suffix, read_template
 from abliterate.refusals import RefusalToken
 from abliterate.selection import Scorer, Selection
@@ -210,6 +210,9 @@ def load_contrast(settings: PromptSettings, monitor: Monitor, learnt_from: Conta
         limit=settings.limit,
         learnt_from=learnt_from,
     )
+    for spec in dict.fromkeys(contrast.sources.values()):
+        if (known := describe(spec)) is not None:
+            monitor.note(known)
     counts = "; ".join(
         f"{name} " + " / ".join(str(count) for count in parts.values()) for name, parts in contrast.counts.items()
     )
