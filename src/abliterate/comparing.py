@@ -8,9 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import torch
-
-from abliterate.algebra import orthonormal
 from abliterate.config import EvalSettings, ModelSettings, PromptSettings
 from abliterate.directions import learnt_by, load_direction
 from abliterate.errors import UsageError
@@ -26,6 +23,7 @@ from abliterate.measuring import (
     as_loaded,
     exam_of,
     examiner_of,
+    random_direction,
     shift_of,
     try_judge,
 )
@@ -154,9 +152,8 @@ def _subject(session: Session, one: Contender, seed: int, *, kept: bool = False)
         with quiet_transformers():
             session.model.load_adapter(str(one.extra))
         return Subject(session.model)
-    generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(1, session.anatomy.d_model, generator=generator)
-    plan = session.plan(orthonormal(random) if one.extra is None else load_direction(one.extra))
+    width = session.anatomy.d_model
+    plan = session.plan(random_direction(1, width, seed) if one.extra is None else load_direction(one.extra))
     return Subject(session.model, functools.partial(session.ablated, plan))
 
 

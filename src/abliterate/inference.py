@@ -11,10 +11,10 @@ import contextlib
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from abliterate.errors import ModelError, NumericalError
 from abliterate.prompts.rendering import common_prefix
+
+_Key = TypeVar("_Key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,18 @@ def share_prefix(sequences: Sequence[Sequence[int]], *, keep: int = 1, share: bo
     length = min(common_prefix(sequences), min(map(len, sequences)) - keep) if share else 0
     length = max(length, 0)
     return Encoded(tuple(sequences[0][:length]), tuple(tuple(s[length:]) for s in sequences))
+
+
+def share_prefixes(
+    groups: Mapping[_Key, Sequence[Sequence[int]]], *, keep: int = 1, share: bool = True
+) -> dict[_Key, Encoded]:
+    """Groups of sequences, each with the prefix that the sequences of all groups share."""
+    shared, start = share_prefix([ids for group in groups.values() for ids in group], keep=keep, share=share), 0
+    encoded = {}
+    for key, group in groups.items():
+        encoded[key] = shared.take(range(start, start + len(group)))
+        start += len(group)
+    return encoded
 
 
 class SharedPrefix:

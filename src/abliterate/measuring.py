@@ -25,7 +25,7 @@ from abliterate.engines import Engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, judged, measure_shifts
 from abliterate.generation import Reply, Settled, complete
-from abliterate.inference import Encoded, share_prefix
+from abliterate.inference import Encoded, share_prefixes
 from abliterate.judging import Exchange, Judge, Label, RuleJudge
 from abliterate.judging.calibration import calibration_of
 from abliterate.monitor import Monitor
@@ -117,12 +117,8 @@ class Examiner:
     def open(self) -> Mapping[str, Encoded]:
         """The prompts rendered with the thinking left open."""
         renderer = replace(self.renderer, thinking=True)
-        sequences = [ids for texts in self.texts.values() for ids in renderer.encode(texts)]
-        shared, encoded, start = share_prefix(sequences, share=bool(self._prefix)), {}, 0
-        for key, texts in self.texts.items():
-            encoded[key] = shared.take(range(start, start + len(texts)))
-            start += len(texts)
-        return encoded
+        sequences = {key: renderer.encode(texts) for key, texts in self.texts.items()}
+        return share_prefixes(sequences, share=bool(self._prefix))
 
     @property
     def _prefix(self) -> tuple[int, ...]:
@@ -387,9 +383,14 @@ def control_of(session: Session, plan: Plan, editing: EditSettings, seed: int, b
 
 def random_plan(session: Session, plan: Plan, editing: EditSettings, seed: int) -> Plan:
     """`plan` with random orthonormal directions in place of its own, plain where it is a variant."""
+    rank, width = plan.direction.shape
+    return session.plan(random_direction(rank, width, seed), EditSettings(**editing.model_dump(include=_WHERE)))
+
+
+def random_direction(rank: int, width: int, seed: int) -> Direction:
+    """Random orthonormal vectors [rank, width]."""
     generator = torch.Generator().manual_seed(seed)
-    basis = orthonormal(torch.randn(plan.direction.shape, generator=generator))
-    return session.plan(Direction(basis, {}), EditSettings(**editing.model_dump(include=_WHERE)))
+    return Direction(orthonormal(torch.randn(rank, width, generator=generator)), {})
 
 
 def relative_change(model: Any, plan: Plan) -> float | None:

@@ -28,7 +28,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
 from abliterate.finding import check_planned, choose, find, find_or_force
 from abliterate.generation import end_tokens
-from abliterate.inference import Encoded, share_prefix
+from abliterate.inference import share_prefixes
 from abliterate.interventions import addition
 from abliterate.judging import Judge
 from abliterate.judging.choice import open_judge
@@ -254,11 +254,8 @@ def evaluate_elsewhere(
     renderer = ChatRenderer(tokenizer, read_template(loading.chat_template), loading.system)
     seen = learnt_by(str(files.folder)) | learnt_by(str(engine.edited or ""))
     contrast = load_contrast(prompts, monitor, seen)
-    texts = {"harmful": contrast.harmful.test, "harmless": contrast.harmless.test, "borderline": contrast.borderline}
-    encoded = {
-        name: share_prefix(renderer.encode(group), share=False) if group else Encoded((), ())
-        for name, group in texts.items()
-    }
+    texts = contrast.test_texts
+    encoded = share_prefixes({name: renderer.encode(group) for name, group in texts.items()}, share=False)
     examiner = Examiner(renderer, contrast, texts, encoded, evaluating, judge, monitor)
     ends = end_tokens(SimpleNamespace(generation_config=settings), tokenizer)
     pair = Pair(

@@ -22,7 +22,7 @@ from abliterate.config import (
 )
 from abliterate.directions import Candidates, Direction, Separation
 from abliterate.errors import UsageError
-from abliterate.inference import BatchSize, Encoded, auto_batch_size, can_share, share_prefix
+from abliterate.inference import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
 from abliterate.interventions import ablation
 from abliterate.models import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
@@ -68,8 +68,7 @@ class Session:
     @property
     def test_texts(self) -> dict[str, tuple[str, ...]]:
         """Held-out prompts by set."""
-        prompts = self.prompts
-        return {"harmful": prompts.harmful.test, "harmless": prompts.harmless.test, "borderline": prompts.borderline}
+        return self.prompts.test_texts
 
     def plan(self, direction: Direction | Float[Tensor, "k d"], editing: EditSettings | float = EditSettings()) -> Plan:
         """The plan that `editing` (settings, or just a strength) makes of `direction` for this model."""
@@ -141,15 +140,12 @@ def open_session(
         raise UsageError(f"--positions {wanted}: expected at most the shortest prompt's {shortest} tokens")
     with monitor.phase("check that prompts may share work"):
         share = can_share(loaded.model, everything, wanted)
-    shared = share_prefix(everything, keep=wanted, share=share)
-    encoded, start = {}, 0
-    for key, group in sequences.items():
-        encoded[key] = shared.take(range(start, start + len(group)))
-        start += len(group)
+    encoded = share_prefixes(sequences, keep=wanted, share=share)
+    prefix = encoded["harmful", "test"].prefix
     size = auto_batch_size(loaded.model, loading.rows)
     monitor.note(
         f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, books close to {max(anatomy.closure):.0e}; "
-        f"{len(shared.prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
+        f"{len(prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
     )
     return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, monitor)
 

@@ -188,7 +188,7 @@ def verify(
     from abliterate.cli.verification import as_dict, show
     from abliterate.directions import load_direction
 
-    _refuse_set("verify", evaluating, *_UNUSED_BY_VERIFY)
+    _refuse_set("with verify", evaluating, *_UNUSED_BY_VERIFY)
     loaded = load_direction(direction)
     chosen = _site(site)
     session = pipeline.open_session(
@@ -337,7 +337,7 @@ def compare(
     """Several models or plans side by side on the same prompts, each compared with the first."""
     if csv is not None and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         raise UsageError(f"--csv {csv}: expected a file in a folder that exists")
-    _refuse_set("compare", evaluating, "no_control", "keep_completions")
+    _refuse_set("with compare", evaluating, "no_control", "keep_completions")
     from abliterate import comparing
     from abliterate.cli import comparison
 
@@ -474,9 +474,7 @@ def _refuse_idle(command: str, *given: BaseModel | str | None) -> None:
     """Options that would do nothing are an error."""
     for settings in given:
         if isinstance(settings, BaseModel):
-            for name in settings.model_fields_set:
-                if getattr(settings, name) != type(settings).model_fields[name].default:
-                    raise UsageError(f"{flag_of(name)}: does nothing in {command}; leave it out")
+            _refuse_set(f"in {command}", settings, *settings.model_fields_set)
         elif settings is not None:
             raise UsageError(f"--site: does nothing in {command}; leave it out")
 
@@ -495,15 +493,15 @@ def _refuse_with_engine(
             "give --edited (vllm) or --served-edited (a server)"
         )
     idle = ("early_stop", "capability", "tasks", "task_limit", "multiple_choice", "no_control", "no_cache")
-    _refuse_set(f"--engine {engine.engine}", evaluating, *idle)
-    _refuse_set(f"--engine {engine.engine}", loading, "dtype", "device", "batch_size", "quantization", "max_leak")
+    _refuse_set(f"with --engine {engine.engine}", evaluating, *idle)
+    _refuse_set(f"with --engine {engine.engine}", loading, "dtype", "device", "batch_size", "quantization", "max_leak")
 
 
 def _refuse_set(where: str, settings: BaseModel, *names: str) -> None:
     """Some of the settings would do nothing there."""
     for name in names:
         if getattr(settings, name) != type(settings).model_fields[name].default:
-            raise UsageError(f"{flag_of(name)}: does nothing with {where}; leave it out")
+            raise UsageError(f"{flag_of(name)}: does nothing {where}; leave it out")
 
 
 def _site(option: str | None) -> tuple[int, int] | None:

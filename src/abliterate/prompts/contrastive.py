@@ -55,6 +55,11 @@ class ContrastiveSet:
         return sum(self.dropped.values())
 
     @property
+    def test_texts(self) -> dict[str, tuple[str, ...]]:
+        """Held-out prompts by set."""
+        return {"harmful": self.harmful.test, "harmless": self.harmless.test, "borderline": self.borderline}
+
+    @property
     def learnt_from(self) -> list[str]:
         """Fingerprints of the prompts that directions are made of and chosen by: training and validation."""
         splits = (self.harmful, self.harmless)
