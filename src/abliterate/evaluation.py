@@ -13,14 +13,12 @@ import torch
 from torch import Tensor
 
 from abliterate.generation import Reply
-from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, logits_at
+from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, logit_size, logits_at
 from abliterate.judging import Exchange, Judge, Label, Tally, Verdict
 from abliterate.models import LoadedModel
 from abliterate.scoring import kl_divergence, log_likelihood
 from abliterate.statistics import Estimate, bootstrap_mean, mcnemar, paired_difference
 
-#: Bytes of float32 logits that may be alive at once while two distributions are compared.
-_LOGIT_BYTES = 96 << 20
 #: Prompts that moved most, by name.
 _WORST = 3
 
@@ -224,10 +222,7 @@ def measure_shifts(
                 reply = torch.tensor(answers[i], device=before.device)
                 result[number, i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)
 
-    vocabulary = base.model.config.get_text_config().vocab_size
-    fitting = max(1, _LOGIT_BYTES // (4 * vocabulary * longest))
-    limited = BatchSize(min(size.rows, fitting), size.tokens)
-    in_batches([len(s) for s in sequences], limited, work, done=progress)
+    in_batches([len(s) for s in sequences], logit_size(base.model, size, longest), work, done=progress)
     kept = [texts[row] for row in rows]
     return [_summary(values, kept, sum(map(len, answers))) for values in result]
 

@@ -25,6 +25,9 @@ from abliterate.prompts.rendering import common_prefix
 
 _Key = TypeVar("_Key")
 
+#: Bytes of float32 logits that may be alive at once where many tokens' are asked for.
+_LOGIT_BYTES = 96 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
@@ -242,6 +245,12 @@ class BatchSize:
         self.tokens = max(1, self.tokens // 2)
         self.halvings += 1
         return True
+
+
+def logit_size(model: Any, size: BatchSize, positions: int) -> BatchSize:
+    """`size` with so few rows that their float32 logits at `positions` tokens each stay below a bound."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return BatchSize(min(size.rows, max(1, _LOGIT_BYTES // (4 * vocabulary * positions))), size.tokens)
 
 
 def auto_batch_size(model: Any, requested: int | None = None) -> BatchSize:

@@ -24,6 +24,7 @@ from abliterate.inference import (
     can_share,
     in_batches,
     last_logits,
+    logit_size,
     logits_at,
     share_prefix,
 )
@@ -36,9 +37,6 @@ Chooser = Callable[[Any, Any, ChatRenderer, Sequence[Choice], BatchSize, Progres
 
 #: How tokenizers spell a letter at the start of a word.
 _SPELLINGS = ("{}", " {}", "▁{}", "Ġ{}")
-
-#: Bytes of float32 logits that may be alive at once.
-_LOGIT_BYTES = 96 << 20
 
 
 def by_letter(
@@ -104,9 +102,7 @@ def by_text(
         if progress is not None:
             progress(seen * len(items) // len(tried) - questions)
 
-    vocabulary = model.config.get_text_config().vocab_size
-    limited = BatchSize(min(size.rows, max(1, _LOGIT_BYTES // (4 * vocabulary * longest))), size.tokens)
-    in_batches([len(suffix) for suffix in encoded.suffixes], limited, work, done=done)
+    in_batches([len(suffix) for suffix in encoded.suffixes], logit_size(model, size, longest), work, done=done)
     chosen = [0] * len(items)
     best = [-inf] * len(items)
     for (number, option), score in zip(tried, scores, strict=True):
