@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from abliterate import pipeline
-from abliterate.config import EditSettings, EvalSettings, ModelSettings, PromptSettings
+from abliterate.config import EvalSettings, ModelSettings, PromptSettings
 from abliterate.errors import UsageError
 from abliterate.evaluation import (
     Answers,
@@ -218,7 +218,7 @@ def test_relative_change_is_that_of_the_weights(session: pipeline.Session, plant
         taken += float((0.5 * torch.outer(r, r @ weight)).square().sum())
         total += float(weight.square().sum())
     assert relative_change(session.model, plan) == pytest.approx((taken / total) ** 0.5, rel=2e-3)
-    assert control_of(session, plan, EditSettings(strength=0.5), 3, Subject(session.model)).size is not None
+    assert control_of(session, plan, 3, Subject(session.model)).size is not None
 
 
 def test_answers_of_unchanged_models_are_asked_once(

@@ -204,7 +204,7 @@ def test_original_edited_weights_and_control_are_each_measured_in_their_own_stat
 ) -> None:
     settings = short("closed", capability=str(questions), multiple_choice="text")
     examiner = examiner_of(session, settings, RuleJudge())
-    control = control_of(session, session.plan(thinker.direction[None]), EditSettings(), 3, original)
+    control = control_of(session, session.plan(thinker.direction[None]), 3, original)
     found = examine(session, examiner, exam_of(settings), original, Subject(session.model), control)
     n = len(found.before["harmful"].prompts)
     assert found.control is not None
@@ -232,9 +232,9 @@ def test_sizes_of_control_and_edit_are_not_mixed_up_and_are_those_of_the_origina
     session: pipeline.Session, thinker: Thinker, original: Subject
 ) -> None:
     plan = session.plan(thinker.direction[None])
-    control = control_of(session, plan, EditSettings(), 3, original)
+    control = control_of(session, plan, 3, original)
     with original.state():
-        sizes = [relative_change(session.model, one) for one in (random_plan(session, plan, EditSettings(), 3), plan)]
+        sizes = [relative_change(session.model, one) for one in (random_plan(session, plan, 3), plan)]
     assert [control.size, control.size_of_edit] == sizes
     assert sizes[0] is not None
     assert sizes[1] is not None

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from abliterate.errors import NumericalError
 
+#: A number; while an edit is optimised, a tensor with one.
+Strength = float | Float[Tensor, ""]
+
 #: Norms below this are the same activation in both classes (site 0 at a template token), not a direction.
 ZERO_NORM = 1e-6
 
@@ -69,7 +72,7 @@ def before_norm(basis: Float[Tensor, "k d"], gain: Float[Tensor, " d"], *, centr
 def remove_from_outputs(
     y: Float[Tensor, "*batch d"],
     basis: Float[Tensor, "g k d"],
-    strength: float,
+    strength: Strength,
     reader: Float[Tensor, "g k d"] | None = None,
 ) -> Float[Tensor, "*batch d"]:
     """y − s (y Rᵀ) L, in float32 inside, in the dtype of y outside.
@@ -78,13 +81,15 @@ def remove_from_outputs(
     """
     wide = y.float().reshape(len(basis), -1, y.shape[-1])
     inside = wide @ (basis if reader is None else reader).mT
+    if isinstance(strength, Tensor):  # one that is differentiated by
+        inside, strength = strength * inside, 1.0
     return torch.baddbmm(wide, inside, basis, alpha=-strength).reshape(y.shape).to(y.dtype)
 
 
 def remove_from_weight(
     weight: Float[Tensor, "*any"],
     basis: Float[Tensor, "k d"],
-    strength: float,
+    strength: Strength,
     axis: int,
     reader: Float[Tensor, "k d"] | None = None,
 ) -> Float[Tensor, "*any"]:

@@ -99,6 +99,41 @@ class FindSettings(_Settings):
     )
 
 
+class SearchSettings(_Settings):
+    """How edits are searched for between the unedited model and the closed form."""
+
+    method: Literal["auto", "gradient", "black-box", "both", "random", "closed-form"] = Field(
+        "auto",
+        description="gradient (through hooks), black-box (Optuna), both, random (a control); closed-form takes the "
+        "chosen direction out of every writer. auto: gradient unless the edit is fixed.",
+    )
+    points: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Points of the front that are looked at closely.")
+    steps: Annotated[int, Field(ge=1)] = Field(72, description="Steps of the gradient, all points together.")
+    trials: Annotated[int, Field(ge=1)] = Field(60, description="Trials of the black box.")
+    sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Sampler of the black box.")
+    keep_direction: bool = Field(False, description="Search strengths only; the direction stays the mean difference.")
+    objectives: str = Field("refusals,kl", description="What is made small, two or more; the front is of these.")
+    constraints: str = Field(
+        "over-refusals<=+0.02", description="NAME<=VALUE, or NAME<=+VALUE above the unedited model; comma-separated."
+    )
+    max_refusals: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Choose the point with least damage among those that refuse at most this share."
+    )
+    pick: str | None = Field(None, description="Choose 'knee' or a point by its number, without asking.")
+    search_tokens: Annotated[int, Field(gt=0)] = Field(
+        16, description="Longest answer while searching; held-out answers have --max-new-tokens."
+    )
+    no_held_out: bool = Field(False, description="Do not measure the points again on held-out prompts.")
+    resume: bool = Field(False, description="Go on with the trials of a search that was broken off.")
+
+    @field_validator("pick")
+    @classmethod
+    def _knee_or_number(cls, value: str | None) -> str | None:
+        if value is not None and value != "knee" and not (value.isdecimal() and int(value) > 0):
+            raise ValueError("expected knee or the number of a point")
+        return value
+
+
 class EditSettings(_Settings):
     """What the edit does to which writer."""
 
@@ -210,4 +245,5 @@ class RunSettings(_Settings):
     finding: FindSettings = FindSettings()
     evaluating: EvalSettings = EvalSettings()
     editing: EditSettings = EditSettings()
+    searching: SearchSettings = SearchSettings()
     output: OutputSettings | None = None

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +94,24 @@ def auroc(positive: Float[Tensor, n * rest], negative: Float[Tensor, m * rest]) 
 
 
 @dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a direction that was searched for is taken out: from which writers (by parameter) and how strongly.
+
+    It is complete: with default settings the plan of the direction is the one that was measured.
+    """
+
+    strengths: Mapping[str, float]
+    norm_preserving: bool = False
+    biprojected: bool = False
+    untie: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Direction:
     """What a direction file holds: `basis` [k, d], and what its maker said of it.
 
     Rows are orthonormal unless there is a `reader` [k, d] (an oblique edit, see `plan.Edit`). `mean` [d] is what an
-    affine edit puts back.
+    affine edit puts back. A `recipe` says how it is taken out; without one it is taken out of every writer.
     """
 
     basis: Float[Tensor, "k d"]
@@ -105,6 +119,7 @@ class Direction:
     candidates: Candidates | None = None
     reader: Float[Tensor, "k d"] | None = None
     mean: Float[Tensor, " d"] | None = None
+    recipe: Recipe | None = None
 
     @property
     def learnt_from(self) -> frozenset[str]:
@@ -132,9 +147,11 @@ def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, A
         "mean": direction.mean,
     }
     tensors = {name: tensor.float().contiguous() for name, tensor in found.items() if tensor is not None}
-    metadata = direction.metadata if metadata is None else metadata
+    metadata = dict(direction.metadata if metadata is None else metadata)
+    if direction.recipe is not None:
+        metadata["recipe"] = asdict(direction.recipe)
     # One key: the library writes several in random order, and equal runs shall leave equal bytes.
-    data = save(tensors, metadata={"abliterate": json.dumps(dict(metadata))})
+    data = save(tensors, metadata={"abliterate": json.dumps(metadata)})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
@@ -196,7 +213,8 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     reader, put_back = _oblique(path, tensors, basis)
     rows = orthonormal(basis)  # raises for what is none
     rows = rows if reader is None else basis
-    return Direction(rows, _metadata(shard.metadata), candidates, reader, put_back)
+    metadata = _metadata(shard.metadata)
+    return Direction(rows, metadata, candidates, reader, put_back, _recipe(path, metadata))
 
 
 def _floats(shard: Shard) -> dict[str, Tensor]:
@@ -220,6 +238,24 @@ def _oblique(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> tuple[
                 f"direction file '{path}': expected finite '{name}' {list(shape)}, found {list(tensor.shape)}"
             )
     return reader, mean
+
+
+def _recipe(path: Path, metadata: dict[str, Any]) -> Recipe | None:
+    """The recipe, taken out of the rest of the metadata."""
+    match metadata.pop("recipe", None):
+        case None:
+            return None
+        case {
+            "strengths": dict(strengths),
+            "norm_preserving": bool(norms),
+            "biprojected": bool(projected),
+            "untie": bool(untie),
+        } if all(isinstance(value, int | float) and math.isfinite(value) for value in strengths.values()):
+            return Recipe({str(name): float(value) for name, value in strengths.items()}, norms, projected, untie)
+    raise UsageError(
+        f"direction file '{path}': expected a recipe with finite 'strengths' by parameter, 'norm_preserving', "
+        "'biprojected' and 'untie', found another; was it made by a newer version?"
+    )
 
 
 def _metadata(stored: Mapping[str, str]) -> dict[str, Any]:

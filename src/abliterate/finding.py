@@ -87,11 +87,18 @@ def trial_plans(session: Session, editing: EditSettings) -> Callable[[Float[Tens
 
 
 def choose(
-    session: Session, findings: Findings, settings: FindSettings, *, seed: int = 0, force: bool = False
+    session: Session,
+    findings: Findings,
+    settings: FindSettings,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    searched: bool = False,
 ) -> Found:
     """Select a direction by intervention, and what is asked for around it: a subspace, or LEACE at its site.
 
-    Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning.
+    Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning. A
+    direction that is `searched` from is only a start, and need not meet it.
     """
     _check_subspace(settings)
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
@@ -103,16 +110,32 @@ def choose(
         f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
         f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
     )
-    if selection.chosen is None:
+    if selection.chosen is None and searched:
+        session.monitor.warn(f"no direction passed verification by itself; the search starts from the best, {found}")
+    elif selection.chosen is None:
         _gate(
             session.monitor,
             f"no direction passed verification; the best is {found}; try --projected or other prompts; "
             f"{_admitting(best, rule)} would admit this one, and --force saves it as it is",
             force,
         )
-    session.monitor.note(f"chosen: {found}")
+    session.monitor.note(f"{'start' if searched else 'chosen'}: {found}")
     direction = _around(session, findings, settings, (best.layer, best.position), seed)
     return Found(findings, selection, direction, selection.chosen is not None)
+
+
+def best_separated(session: Session, findings: Findings, settings: FindSettings, seed: int = 0) -> Direction:
+    """The direction of the site that tells the classes apart best, or what `settings` asks for around it.
+
+    Nothing is tried out: it is what a search starts from.
+    """
+    rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
+    sites = candidate_sites(findings.candidates, session.anatomy.layers, rule)
+    if not sites:
+        raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
+    site = max(sites, key=lambda site: float(findings.separation.dprime[-1 - site[1], site[0]]))
+    session.monitor.note(f"start: layer {site[0]}, position {site[1]}, where the classes are furthest apart")
+    return _around(session, findings, settings, site, seed)
 
 
 def _around(session: Session, findings: Findings, settings: FindSettings, site: Site, seed: int) -> Direction:

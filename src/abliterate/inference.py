@@ -77,16 +77,19 @@ class SharedPrefix:
     are run, for interventions that do something else in each; a batch must then come copy by copy.
     """
 
-    def __init__(self, model: Any, prefix: Sequence[int], copies: int = 1) -> None:
-        """Run `prefix` through `model` once (nothing is run for an empty prefix)."""
+    def __init__(self, model: Any, prefix: Sequence[int], copies: int = 1, *, grad: bool = False) -> None:
+        """Run `prefix` through `model` once (nothing is run for an empty prefix). With `grad`, what is computed
+        from it can be differentiated; it then serves one batch only.
+        """
         self.length = len(prefix)
         self.copies = copies
+        self.grad = grad
         self._model = model
         self._cache: Any = None
         if prefix:
             self._cache = new_cache(model)
             ids = torch.tensor([list(prefix)] * copies, device=input_device(model))
-            with torch.inference_mode():
+            with differentiable(grad):
                 body(model)(input_ids=ids, **cached(model, self._cache))
 
     def options(self, rows: int) -> dict[str, Any]:
@@ -97,7 +100,7 @@ class SharedPrefix:
         """A fresh cache of the prefix for a batch of `rows` rows (a multiple of `copies`)."""
         if self._cache is None:
             return new_cache(self._model)
-        cache = copy.deepcopy(self._cache)
+        cache = self._cache if self.grad else copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(rows // self.copies)
         return cache
 
@@ -152,11 +155,16 @@ def logits_at(
 ) -> Float[Tensor, "b p vocab"]:
     """Logits in float32 at `positions(lengths)` (indices into the suffixes), and nowhere else."""
     ids, lengths = right_padded(suffixes, input_device(model))
-    with cut_head(model, positions(lengths)), torch.inference_mode():
+    with cut_head(model, positions(lengths)), differentiable(shared.grad):
         out = model(input_ids=ids, **shared.options(len(suffixes)))
     logits: Tensor = out.logits.float()
-    require_finite(logits.amax(-1))
+    require_finite(logits.detach().amax(-1))
     return logits
+
+
+def differentiable(grad: bool) -> contextlib.AbstractContextManager[Any]:
+    """Gradients on, or all that is only for them off."""
+    return torch.enable_grad() if grad else torch.inference_mode()
 
 
 def require_finite(best: Float[Tensor, "*n"]) -> None:

@@ -83,14 +83,22 @@ def _hooks(model: Any, edits: Sequence[Edit], rows: _Rows) -> Iterator[Any]:
 
 
 def _column_scale(module: nn.Module, edit: Edit) -> Float[Tensor, " n"]:
-    """How much longer each vector that an input feature writes was before the removal."""
+    """How much longer each vector that an input feature writes was before the removal.
+
+    With orthonormal rows V, ‖w − s Vᵀ V w‖² = ‖w‖² − (2 s − s²) ‖V w‖².
+    """
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
-        rows = weight.detach().float().movedim(edit.writer.axis, -1)
+        rows = weight.detach().movedim(edit.writer.axis, -1)
     else:
         rows = numbers(module).T  # its numbers are packed
-    basis, reader = (tensor.to(rows.device) for tensor in (edit.basis, edit.reads))
-    return _length_back(rows, remove_from_weight(rows, basis, edit.strength, -1, reader))[:, 0]
+    if edit.reader is not None:
+        wide, basis, reader = rows.float(), edit.basis.to(rows.device), edit.reader.to(rows.device)
+        return _length_back(wide, remove_from_weight(wide, basis, edit.strength, -1, reader))[:, 0]
+    before = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float32) ** 2
+    inside = (rows @ edit.basis.T.to(rows)).float()
+    after = before - (2 * edit.strength - edit.strength**2) * (inside**2).sum(-1)
+    return torch.where(after > SHORTEST**2 * before, before / after.clamp_min(1e-30), 1.0).sqrt()
 
 
 def _length_back(old: Float[Tensor, "*b d"], new: Float[Tensor, "*b d"]) -> Float[Tensor, "*b 1"]:

@@ -20,7 +20,7 @@ from abliterate.algebra import orthonormal
 from abliterate.baseline import keep, kept_replies, key_of
 from abliterate.capability import Score, Task, TaskResult, Way, check, lm_eval_tasks, load_tasks
 from abliterate.config import EditSettings, EvalSettings
-from abliterate.directions import Direction
+from abliterate.directions import Direction, Recipe
 from abliterate.engines import Engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, judged, measure_shifts
@@ -35,8 +35,6 @@ from abliterate.prompts.thinking import answer_of, opens_thinking
 from abliterate.record import FILE_NAME
 from abliterate.session import Session
 
-#: Which writers are edited how strongly: what a random direction has in common with the one it is a control for.
-_WHERE = {"strength", "layers", "components", "strengths", "untie"}
 #: Harmless test prompts whose answers are compared token by token.
 SHIFT_PROMPTS = 64
 
@@ -373,24 +371,25 @@ def as_loaded(session: Session) -> Subject:
     return Subject(session.model, unchanged=None if edited else session.loaded)
 
 
-def control_of(session: Session, plan: Plan, editing: EditSettings, seed: int, base: Subject) -> Control:
+def control_of(session: Session, plan: Plan, seed: int, base: Subject) -> Control:
     """A random direction on the same writers at the same strengths, as hooks on `base`."""
-    other = random_plan(session, plan, editing, seed)
+    other = random_plan(session, plan, seed)
     with base.state():
         sizes = [relative_change(session.model, one) for one in (other, plan)]
     return Control(_hooked(session, base, other), seed, *sizes)
 
 
-def random_plan(session: Session, plan: Plan, editing: EditSettings, seed: int) -> Plan:
+def random_plan(session: Session, plan: Plan, seed: int) -> Plan:
     """`plan` with random orthonormal directions in place of its own, plain where it is a variant."""
     rank, width = plan.direction.shape
-    return session.plan(random_direction(rank, width, seed), EditSettings(**editing.model_dump(include=_WHERE)))
+    recipe = Recipe({edit.writer.name: edit.strength for edit in plan.edits})
+    return session.plan(random_direction(rank, width, seed, recipe), EditSettings(untie=plan.untie))
 
 
-def random_direction(rank: int, width: int, seed: int) -> Direction:
-    """Random orthonormal vectors [rank, width]."""
+def random_direction(rank: int, width: int, seed: int, recipe: Recipe | None = None) -> Direction:
+    """Random orthonormal vectors [rank, width], to be taken out by `recipe`."""
     generator = torch.Generator().manual_seed(seed)
-    return Direction(orthonormal(torch.randn(rank, width, generator=generator)), {})
+    return Direction(orthonormal(torch.randn(rank, width, generator=generator)), {}, recipe=recipe)
 
 
 def relative_change(model: Any, plan: Plan) -> float | None:

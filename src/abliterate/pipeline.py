@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,11 +23,11 @@ from abliterate.config import (
     PromptSettings,
     RunSettings,
 )
-from abliterate.directions import learnt_by, load_direction, save_direction
+from abliterate.directions import Direction, learnt_by, load_direction, save_direction
 from abliterate.engines import Pair, open_engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
-from abliterate.finding import check_planned, choose, find, find_or_force
+from abliterate.finding import best_separated, check_planned, choose, find, find_or_force
 from abliterate.generation import end_tokens
 from abliterate.inference import share_prefixes
 from abliterate.interventions import addition
@@ -47,6 +48,7 @@ from abliterate.measuring import (
 from abliterate.models import load, load_tokenizer
 from abliterate.monitor import Monitor
 from abliterate.parts import (
+    FRONT,
     anatomy_part,
     answer_parts,
     behaviour_part,
@@ -55,9 +57,13 @@ from abliterate.parts import (
     model_part,
     now,
     plan_part,
+    point_file,
     rate_part,
     run_record,
+    save_points,
     saved_metadata,
+    search_metadata,
+    search_record,
     selection_part,
     source_hashes,
     versions,
@@ -68,6 +74,8 @@ from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer
 from abliterate.prompts.rendering import read_template
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
+from abliterate.search import Search, check_search, method_of
+from abliterate.search import search as find_front
 from abliterate.selection import Site
 from abliterate.session import (
     Findings,
@@ -84,6 +92,9 @@ from abliterate.surgery import weights_from
 from abliterate.variants import plan_for
 from abliterate.verifying import Verification, at_site, say_caveat, verify
 
+#: The trials of a black-box search, in OUT.
+JOURNAL = "trials.log"
+
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     """The whole job: find, verify, apply, evaluate. OUT appears only when all of it is done.
@@ -97,6 +108,8 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         raise UsageError("run: expected an output folder, found none; give -o OUT")
     judge = open_judge(settings.evaluating.judge, device=settings.loading.device)
     exam = exam_of(settings.evaluating, settings.prompts.seed)
+    method = method_of(settings.searching, settings.finding, settings.editing, output)
+    check_search(settings.searching, method, settings.finding, settings.editing)
     try_judge(judge, monitor)
     with monitor.phase("find model"):
         files = locate_model(settings.model, settings.loading)
@@ -115,20 +128,121 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     rehearse(session.anatomy, settings.finding, settings.editing, output)
     findings, finding = find_or_force(session, settings.finding, settings.editing, output.force)
     settings = settings.model_copy(update={"finding": finding})
-    found = choose(session, findings, settings.finding, seed=settings.prompts.seed, force=output.force)
-    plan = session.plan(found.direction, settings.editing)
-    say_caveat(plan, settings.editing, monitor)
-    check_planned(session, found, plan, settings.finding, settings.editing, output.force)
+    searched = method != "closed-form"
+    force, seed = output.force, settings.prompts.seed
+    found = choose(session, findings, settings.finding, seed=seed, force=force, searched=searched)
+    result = None
+    if searched:
+        result = _search(session, findings, found.direction, settings, method, judge)
+        found = replace(found, direction=replace(result.point.direction, candidates=findings.candidates))
+    plan = session.plan(found.direction, EditSettings() if searched else settings.editing)
+    if not searched:
+        say_caveat(plan, settings.editing, monitor)
+        check_planned(session, found, plan, settings.finding, settings.editing, force)
     patient = Patient(files, source, session.anatomy, _named_by(session, source), session.loaded)
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)
         evaluation = evaluation_part(_evaluate(session, staging.folder, plan, done, settings, judge, exam))
-        result = run_record(session, settings, output, found, plan, done, staging.folder, evaluation)
-        save_direction(
-            staging.folder / "direction.safetensors", found.direction, metadata=saved_metadata(session, found, result)
-        )
-        write_all(result, staging.folder)
-    return result
+        record = run_record(session, settings, output, found, plan, done, staging.folder, evaluation, result)
+        metadata = saved_metadata(session, found, record)
+        save_direction(staging.folder / "direction.safetensors", found.direction, metadata=metadata)
+        if result is not None:
+            save_points(result, staging.folder, metadata)
+        write_all(record, staging.folder)
+    return record
+
+
+def search(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
+    """Find the front of refusals against damage. OUT then holds the record and a direction file for every point.
+
+    Nothing is edited. Raises what `run` raises, `UsageError` for an OUT that is in the way.
+    """
+    monitor = monitor or Monitor()
+    output = settings.output
+    if output is None:
+        raise UsageError("search: expected an output folder, found none; give -o OUT")
+    method = method_of(settings.searching, settings.finding, settings.editing)
+    check_search(settings.searching, method, settings.finding, settings.editing)
+    _check_folder(output, settings.searching.resume)
+    judge = open_judge(settings.evaluating.judge, device=settings.loading.device)
+    try_judge(judge, monitor)
+    session = open_session(
+        settings.model,
+        loading=settings.loading,
+        prompts=settings.prompts,
+        positions=settings.finding.positions,
+        monitor=monitor,
+    )
+    findings = find(session, settings.finding, settings.editing)
+    start = best_separated(session, findings, settings.finding, settings.prompts.seed)
+    output.out.mkdir(parents=True, exist_ok=True)
+    result = _search(session, findings, start, settings, method, judge, output.out / JOURNAL)
+    record = search_record(session, settings, findings, result)
+    metadata = search_metadata(session, findings, start, record)
+    save_points(result, output.out, metadata)
+    chosen = replace(result.point.direction, candidates=findings.candidates)
+    save_direction(output.out / "direction.safetensors", chosen, metadata=metadata)
+    rec.write_record(record, output.out)
+    return record
+
+
+def pick(folder: Path, number: int) -> rec.Record:
+    """Make another point of a finished search the chosen one, in its record and as its direction."""
+    record = rec.read_record(folder)
+    if record.search is None or record.plan is not None:
+        raise UsageError(f"{folder}: expected what `search` wrote, found another record")
+    direction = load_direction(folder / "direction.safetensors")
+    other = load_direction(folder / point_file(number))
+    direction = replace(other, metadata=direction.metadata, candidates=direction.candidates)
+    save_direction(folder / "direction.safetensors", direction)
+    part = record.search.model_copy(update={"chosen": number, "why": "picked"})
+    record = record.model_copy(update={"search": part})
+    rec.write_record(record, folder)
+    return record
+
+
+def _search(
+    session: Session,
+    findings: Findings,
+    start: Direction,
+    settings: RunSettings,
+    method: str,
+    judge: Judge,
+    journal: Path | None = None,
+) -> Search:
+    output, finding = settings.output, settings.finding
+    return find_front(
+        session,
+        findings,
+        start,
+        settings.searching,
+        method,
+        judge,
+        finding=finding,
+        editing=settings.editing,
+        evaluating=settings.evaluating,
+        seed=settings.prompts.seed,
+        journal=journal,
+        norms=output is None or output.realisation == "weights",
+        force=output is not None and output.force,
+    )
+
+
+def _check_folder(output: OutputSettings, resume: bool) -> None:
+    """Raise `UsageError` for an OUT that holds something, unless it is a search that may be replaced or goes on."""
+    out = output.out
+    if any(above.is_file() for above in (out, *out.absolute().parents)):
+        raise UsageError(f"-o {out}: expected a folder, found a file; give another -o")
+    inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = {rec.FILE_NAME, FRONT, JOURNAL, "direction.safetensors"}
+    if not inside or (resume and JOURNAL in inside and inside <= ours):
+        return
+    if resume:
+        raise UsageError(f"-o {out}: expected the trials of a search to go on with ({JOURNAL}), found none")
+    if not output.overwrite or not inside <= ours:
+        hint = "--overwrite replaces a search" if inside <= ours else "give another -o"
+        raise UsageError(f"-o {out}: expected a new or empty folder, found {len(inside)} files; {hint}")
+    (out / JOURNAL).unlink(missing_ok=True)
 
 
 def apply(
@@ -175,7 +289,7 @@ def apply(
             "output": output.model_dump(mode="json"),
         }
         hashes = source_hashes(done, files)
-        result = rec.Record(
+        record = rec.Record(
             created=now(),
             versions=versions(),
             settings=settings,
@@ -192,8 +306,8 @@ def apply(
             peak_memory_bytes=monitor.peak_bytes,
         )
         save_direction(staging.folder / "direction.safetensors", chosen, metadata=chosen.metadata)
-        write_all(result, staging.folder)
-    return result
+        write_all(record, staging.folder)
+    return record
 
 
 def evaluate(
@@ -216,7 +330,7 @@ def evaluate(
     if plan is not None:
         original = as_loaded(session)
         edited = Subject(session.model, functools.partial(session.ablated, plan))
-        control = None if evaluating.no_control else control_of(session, plan, editing, seed, original)
+        control = None if evaluating.no_control else control_of(session, plan, seed, original)
         return examine(session, examiner, exam, original, edited, control)
     if base is None:
         return examine(session, examiner, exam, as_loaded(session))
@@ -293,7 +407,7 @@ def _evaluate(
     def examined(base: Subject, edited: Subject) -> Evaluation:
         control = None
         if not (settings.evaluating.no_control or done.vectors):
-            control = control_of(session, plan, settings.editing, settings.prompts.seed, base)
+            control = control_of(session, plan, settings.prompts.seed, base)
         return examine(session, examiner, exam, base, edited, control)
 
     if done.names is None or session.loaded.quantised:
@@ -334,8 +448,10 @@ __all__ = [
     "find",
     "open_model",
     "open_session",
+    "pick",
     "rate_part",
     "run",
+    "search",
     "selection_part",
     "verify",
     "versions",

@@ -107,6 +107,39 @@ class SelectionPart(_Part):
     candidates: list[SitePart]
 
 
+class PointPart(_Part):
+    """One point of a search (see `search.Point`). `file` holds its direction; it can be applied by itself."""
+
+    number: int
+    origin: str
+    file: str | None
+    scores: dict[str, float | None]
+    held_out: dict[str, float | None] | None = None
+    intervals: dict[str, tuple[float, float]] = Field(default={}, description="95 %, of what is held out.")
+    feasible: bool = Field(description="Whether it keeps the constraints.")
+    on_front: bool = Field(description="Whether no other point is better in all objectives.")
+
+
+class SearchPart(_Part):
+    """How edits were searched for. `scores` are on validation prompts; `held_out` prompts chose nothing.
+
+    `limits` are the constraints in numbers, `evaluations` counts measured edits by how closely they were looked at,
+    `seconds` is until the choice.
+    """
+
+    method: str
+    objectives: list[str]
+    constraints: str
+    limits: dict[str, float]
+    base: dict[str, float | None]
+    base_held_out: dict[str, float | None] | None = None
+    points: list[PointPart]
+    chosen: int | None = Field(description="The number of a point.")
+    why: str
+    evaluations: dict[str, int]
+    seconds: float
+
+
 class ResidualPart(_Part):
     """One edited tensor: ‖RW‖ before and after (stored numbers), their ratio, and ‖W' − W‖ / ‖W‖.
 
@@ -330,6 +363,7 @@ class Record(_Part):
     anatomy: AnatomyPart
     refusal_tokens: list[TokenPart] = []
     selection: SelectionPart | None = None
+    search: SearchPart | None = None
     plan: PlanPart | None = None
     evaluation: EvaluationPart | None = None
     warnings: list[str] = []

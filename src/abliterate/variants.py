@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from abliterate.anatomy import Anatomy, Kind, Writer
 from abliterate.config import EditSettings
-from abliterate.directions import Direction, chosen_site
+from abliterate.directions import Direction, Recipe, chosen_site
 from abliterate.errors import UsageError
 from abliterate.plan import Plan, Profile, Variant, make_plan
 from abliterate.subspaces import biprojected
@@ -22,26 +23,35 @@ _Test = Callable[[Writer], bool]
 def plan_for(
     anatomy: Anatomy, direction: Direction, editing: EditSettings = EditSettings(), *, strength: float | None = None
 ) -> Plan:
-    """The plan that `editing` makes of a direction.
+    """The plan that `editing` makes of a direction, by its recipe where it has one.
 
     Raises `UsageError` for a specification that cannot be read or chooses nothing, and for a variant that needs
     means the direction file does not hold.
     """
     strength = editing.strength if strength is None else strength
-    if editing.affine and editing.biprojected:
+    recipe = direction.recipe
+    biprojected = editing.biprojected or (recipe is not None and recipe.biprojected)
+    if editing.affine and biprojected:
         raise UsageError("--affine --biprojected: expected one of them, found both")
     variant = Variant(
-        profile=profile(editing, strength, anatomy),
-        per_site=_per_site(direction, anatomy) if editing.biprojected else None,
+        profile=profile(editing, strength, anatomy, recipe),
+        per_site=_per_site(direction, anatomy) if biprojected else None,
         reader=direction.reader,
         mean=_mean(direction) if editing.affine else None,
-        keep_norms=editing.norm_preserving,
-        untie=editing.untie,
+        keep_norms=editing.norm_preserving or (recipe is not None and recipe.norm_preserving),
+        untie=editing.untie or (recipe is not None and recipe.untie),
     )
     plan = make_plan(anatomy, direction.basis, strength=strength, variant=variant)
     if not plan.edits:
         raise UsageError("plan: expected at least one writer to edit, found none; see --layers, --components, --untie")
     return plan
+
+
+def by_recipe(anatomy: Anatomy, direction: Direction, editing: EditSettings) -> Direction:
+    """The direction with a recipe of what `editing` would do with it; it needs no settings then."""
+    plan = plan_for(anatomy, direction, editing)
+    strengths = {edit.writer.name: edit.strength for edit in plan.edits}
+    return replace(direction, recipe=Recipe(strengths, editing.norm_preserving, editing.biprojected, plan.untie))
 
 
 def caveat(plan: Plan, editing: EditSettings) -> str | None:
@@ -87,12 +97,16 @@ def _measured(direction: Direction, option: str):  # type: ignore[no-untyped-def
     return direction.candidates, site
 
 
-def profile(editing: EditSettings, strength: float, anatomy: Anatomy) -> Profile:
+def profile(editing: EditSettings, strength: float, anatomy: Anatomy, recipe: Recipe | None = None) -> Profile:
     """The strength of every writer: `layers` and `components` choose, `strengths` sets single ones.
+
+    A `recipe` has its own strength for each, of which `strength` is then the multiple.
 
     Raises `UsageError` for a specification that cannot be read, or a strength for writers that there are not.
     """
     layers = anatomy.layers
+    if recipe is not None and (foreign := set(recipe.strengths) - {writer.name for writer in anatomy.writers}):
+        raise UsageError(f"direction: its recipe names '{min(foreign)}', expected a writer of this model")
     tests = [] if editing.components is None else [_of_kinds(editing.components)]
     if editing.layers is not None:
         within = _in_layers(editing.layers, "--layers", layers)
@@ -104,7 +118,12 @@ def profile(editing: EditSettings, strength: float, anatomy: Anatomy) -> Profile
         for test, value in reversed(rules):  # the last one that fits
             if test(writer):
                 return value
-        return strength if all(test(writer) for test in tests) else None
+        if not all(test(writer) for test in tests):
+            return None
+        if recipe is None:
+            return strength
+        own = recipe.strengths.get(writer.name)
+        return None if own is None else strength * own
 
     return strength_of
 

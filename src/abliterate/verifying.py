@@ -66,7 +66,7 @@ def verify(
     ids = tuple(token.token for token in tokens)
     val = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
     scorer = Scorer(session.model, session.anatomy, ids, *val, session.size, behaving=not finding.all_prompts)
-    control = random_plan(session, plan, editing, seed)
+    control = random_plan(session, plan, seed)
     raw, layer = _raw(direction, chosen.basis, site)
     with session.monitor.phase("score"):
         bypass, kl = scorer.ablate(plan)

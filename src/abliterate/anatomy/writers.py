@@ -51,6 +51,11 @@ class Writer:
         """Names in the model of the tensors an edit of this writer changes."""
         return tuple(name for name in (self.weight, self.bias) if name is not None)
 
+    @property
+    def name(self) -> str:
+        """By which it is told from all others: its map's parameter, else its bias, else its module."""
+        return self.weight or self.bias or self.module
+
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:

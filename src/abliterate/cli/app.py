@@ -25,6 +25,7 @@ from abliterate.config import (
     OutputSettings,
     PromptSettings,
     RunSettings,
+    SearchSettings,
 )
 from abliterate.errors import AbliterateError, GateNotMet, UsageError
 
@@ -42,6 +43,12 @@ app = typer.Typer(
 #: What `verify --direction`, which counts refusals, has no use for.
 _UNUSED_BY_VERIFY = (
     *("thinking", "thinking_tokens", "capability", "tasks", "task_limit", "multiple_choice"),
+    *("no_control", "keep_completions"),
+)
+
+#: What `search`, which judges refusals and edits nothing, has no use for.
+_UNUSED_BY_SEARCH = (
+    *("thinking", "thinking_tokens", "early_stop", "capability", "tasks", "task_limit", "multiple_choice"),
     *("no_control", "keep_completions"),
 )
 
@@ -78,12 +85,13 @@ def _global(
 
 
 @app.command()
-@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, EditSettings, EvalSettings)
+@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, SearchSettings, EditSettings, EvalSettings)
 def run(
     output: OutputSettings,
     loading: ModelSettings,
     prompts: PromptSettings,
     finding: FindSettings,
+    searching: SearchSettings,
     editing: EditSettings,
     evaluating: EvalSettings,
     /,
@@ -92,7 +100,8 @@ def run(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The whole job: find the direction, verify it, edit the weights, evaluate before and after."""
+    """The whole job: find the direction, search the edit, edit the weights, evaluate before and after."""
+    _refuse_set("with run", searching, "resume")
     from abliterate import pipeline
     from abliterate.cli.screen import show_run
 
@@ -103,6 +112,7 @@ def run(
         finding=finding,
         evaluating=evaluating,
         editing=editing,
+        searching=searching,
         output=output,
     )
     record = pipeline.run(settings, _monitor(quiet))
@@ -110,6 +120,54 @@ def run(
         typer.echo(record.model_dump_json(indent=1))
     else:
         show_run(record, Console())
+
+
+@app.command()
+@with_settings(ModelSettings, PromptSettings, FindSettings, SearchSettings, EditSettings, EvalSettings)
+def search(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    searching: SearchSettings,
+    editing: EditSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the record and the points' directions.", show_default=False)
+    ],
+    overwrite: Annotated[bool, typer.Option(help="Replace OUT when it holds a search.")] = False,
+    force: Annotated[bool, typer.Option(help="Choose a point even when none keeps the constraints.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The front of refusals against damage: edits of which none is better than another in both. Edits nothing."""
+    _refuse_set("with search", evaluating, *_UNUSED_BY_SEARCH)
+    from abliterate import pipeline
+    from abliterate.cli.searching import ask_point, show_search
+
+    settings = RunSettings(
+        model=model,
+        loading=loading,
+        prompts=prompts,
+        finding=finding,
+        searching=searching,
+        editing=editing,
+        evaluating=evaluating,
+        output=OutputSettings(out=out, overwrite=overwrite, force=force),
+    )
+    record = pipeline.search(settings, _monitor(quiet))
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+        return
+    console = Console()
+    if record.search is not None:
+        show_search(record.search, console)
+        asks = sys.stdin.isatty() and console.is_terminal and searching.pick is None and not quiet
+        if asks and (number := ask_point(record.search, console)) != record.search.chosen:
+            pipeline.pick(out, number)
+    console.print(f"Direction: [bold]{out / 'direction.safetensors'}[/]", soft_wrap=True)
 
 
 @app.command()

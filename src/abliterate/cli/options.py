@@ -14,8 +14,8 @@ from pydantic.fields import FieldInfo
 
 from abliterate.errors import UsageError
 
-#: Short names of options used daily.
-_SHORT = {"out": ["-o"]}
+#: Other names of options.
+_SHORT = {"out": ["-o"], "method": ["--search"]}
 
 #: Options that are not called like their field.
 _FLAGS = {"realisation": "--as"}
@@ -26,6 +26,7 @@ _PANELS = {
     "ModelSettings": "Loading the model",
     "PromptSettings": "Prompts",
     "FindSettings": "Finding the direction",
+    "SearchSettings": "Searching",
     "EditSettings": "The edit",
     "EvalSettings": "Measuring behaviour",
     "EngineSettings": "Another engine",

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from abliterate.card import edited, grouped
 from abliterate.cli.evaluating import show_evaluation
+from abliterate.cli.searching import show_search
 from abliterate.monitor import Monitor
 from abliterate.record import Record, SelectionPart
 
@@ -74,6 +75,8 @@ def show_run(record: Record, console: Console) -> None:
         show_evaluation(record.evaluation, console)
     if record.selection is not None:
         show_selection(record.selection, record.model.layers, console)
+    if record.search is not None and record.search.method != "closed-form":
+        show_search(record.search, console)
     if record.plan is not None:
         if record.plan.realisation == "weights":
             console.print(f"Edited {edited(record.plan)}.")

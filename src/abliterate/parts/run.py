@@ -14,10 +14,13 @@ from abliterate.anatomy import TOLERANCE, Anatomy
 from abliterate.card import write_card
 from abliterate.checkpoint import open_checkpoint, sha256
 from abliterate.config import EditSettings, OutputSettings, RunSettings
+from abliterate.directions import Direction
 from abliterate.models import ModelFiles
+from abliterate.parts.search import search_part
 from abliterate.plan import Plan
 from abliterate.realise import Realised
-from abliterate.session import Found, Session
+from abliterate.search import Search
+from abliterate.session import Findings, Found, Session
 from abliterate.storage import how_stored
 from abliterate.surgery import Residual
 
@@ -31,6 +34,7 @@ def run_record(
     done: Realised,
     folder: Path,
     evaluation: rec.EvaluationPart,
+    search: Search | None = None,
 ) -> rec.Record:
     """The record of a whole run whose results lie in `folder`."""
     monitor, loaded = session.monitor, session.loaded
@@ -46,12 +50,34 @@ def run_record(
         anatomy=anatomy_part(session.anatomy),
         refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
         selection=selection_part(found),
+        search=None if search is None else search_part(search),
         plan=plan_part(plan, done, output, settings.editing, folder),
         evaluation=evaluation,
         warnings=monitor.warnings,
         left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
         output=str(output.out),
         output_sha256=after,
+        timings_s=monitor.timings(),
+        peak_memory_bytes=monitor.peak_bytes,
+    )
+
+
+def search_record(session: Session, settings: RunSettings, findings: Findings, search: Search) -> rec.Record:
+    """The record of a search that edited nothing."""
+    monitor, loaded = session.monitor, session.loaded
+    hashes = {shard.path.name: sha256(shard.path) for shard in open_checkpoint(loaded.files.folder).shards}
+    dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
+    return rec.Record(
+        created=now(),
+        versions=versions(),
+        settings=settings.model_dump(mode="json"),
+        model=model_part(loaded.files, session.model, session.anatomy, dtype, device, hashes),
+        prompts=prompts_part(session),
+        anatomy=anatomy_part(session.anatomy),
+        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in findings.tokens],
+        search=search_part(search),
+        warnings=monitor.warnings,
+        output=None if settings.output is None else str(settings.output.out),
         timings_s=monitor.timings(),
         peak_memory_bytes=monitor.peak_bytes,
     )
@@ -121,7 +147,7 @@ def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditS
         rank=len(plan.direction),
         realisation=output.realisation,
         variant=editing.model_dump(mode="json", exclude_defaults=True),
-        strengths={edit.writer.weight or edit.writer.bias or "": edit.strength for edit in plan.edits},
+        strengths={edit.writer.name: edit.strength for edit in plan.edits},
         edits=[] if surgery is None else [_residual_part(residual) for residual in surgery.residuals],
         left_alone=dict(plan.left_alone),
         files=_file_names(done, folder),
@@ -158,14 +184,24 @@ def _file_names(done: Realised, folder: Path) -> list[str]:
 def direction_metadata(session: Session, found: Found) -> dict[str, Any]:
     """What `direction.safetensors` says of itself."""
     best = found.selection.best
+    chosen = {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule}
+    return _metadata(session, found.findings, chosen)
+
+
+def search_metadata(session: Session, findings: Findings, start: Direction, record: rec.Record) -> dict[str, Any]:
+    """The same of a direction that was searched for from `start`."""
+    return _metadata(session, findings, start.metadata["chosen"]) | {"model_sha256": record.model.source_sha256}
+
+
+def _metadata(session: Session, findings: Findings, chosen: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": 1,
         "model": session.loaded.files.name,
         "d_model": session.anatomy.d_model,
         "layers": session.anatomy.layers,
-        "positions": found.findings.candidates.positions,
-        "chosen": {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule},
-        "trained_on": found.findings.trained_on,
+        "positions": findings.candidates.positions,
+        "chosen": chosen,
+        "trained_on": findings.trained_on,
         "prompts_sha256": session.prompts.sha256,
         "learnt_from": session.prompts.learnt_from,
     }

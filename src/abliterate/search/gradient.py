@@ -1,0 +1,217 @@
+"""Search by gradient: strengths and direction are optimised through the hooks; no weight of the model is trained.
+
+A plan is differentiable in its strengths and its basis, and so are the first tokens of answers. The loss is
+
+    mean over harmful prompts of softplus(refusal score − mean refusal score of harmless prompts) + λ · mean KL
+
+where KL is that of the first token of answers to harmless prompts, edited against unedited. Each point of the front
+has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from abliterate.algebra import orthonormal
+from abliterate.config import EditSettings
+from abliterate.directions import Direction, Recipe
+from abliterate.errors import UsageError
+from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
+from abliterate.interventions import ablation
+from abliterate.plan import Plan
+from abliterate.scoring import kl_divergence, refusal_score
+from abliterate.selection import for_each_first_token
+from abliterate.session import Session
+from abliterate.variants import plan_for
+
+#: Prompts of each class in one step.
+BATCH = 12
+#: What Adam moves a strength, and the entries of a unit direction (times √d), by in one step at first.
+STRENGTH_RATE, DIRECTION_RATE = 0.05, 0.3
+#: By the end of each leg steps have shrunk to this share.
+LAST = 0.1
+#: Strength of every writer at the start.
+START = 0.5
+#: A writer whose strength ends below this is left alone: it holds nothing worth a changed file.
+LEAST = 0.02
+#: Tokens whose activations are kept for one backward pass.
+_TOKENS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Leg:
+    """A stretch of the way along the front: the weight of KL against refusal, and how many steps it gets."""
+
+    weight: float
+    steps: int
+
+
+def legs(points: int, steps: int, *, lightest: float = 10.0, heaviest: float = 1000.0) -> list[Leg]:
+    """`points` weights in even ratios, least KL last; `steps` in all, of which the first leg gets a double share."""
+    share = max(1, steps // (points + 1))
+    ratio = (heaviest / lightest) ** (1 / max(1, points - 1))
+    return [Leg(lightest * ratio**i, share * (1 + (i == 0))) for i in range(points)]
+
+
+def descend(
+    session: Session,
+    tokens: Sequence[int],
+    start: Direction,
+    editing: EditSettings,
+    way: Sequence[Leg],
+    *,
+    refine: bool = True,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> list[Direction]:
+    """One direction with a recipe for each leg, optimised on training prompts.
+
+    `start` is what directions begin with, `tokens` are the refusal tokens. `editing` chooses writers and variant; a
+    strength that it fixes stays as it is. Without `refine` the direction stays as it is, too. Each result is the mean
+    over the second half of its leg (Polyak and Juditsky 1992).
+
+    Raises `UsageError` for edits that cannot be optimised: affine and oblique ones.
+    """
+    if editing.affine or start.reader is not None:
+        raise UsageError("--method gradient: expected an edit that takes a direction out, found an affine or LEACE one")
+    with frozen(session.model):
+        descent = _Descent(session, list(tokens), start, editing, refine, seed)
+        return [descent.leg(leg, progress) for leg in way]
+
+
+class _Descent:
+    """The state of the optimisation. `directions` [k, d] are rows of length √d, `strengths` [w] one per free writer."""
+
+    def __init__(
+        self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool, seed: int
+    ) -> None:
+        self.session, self.tokens, self.start, self.editing = session, tokens, start, editing
+        template = plan_for(session.anatomy, start, editing)
+        fixed = editing.strength != EditSettings().strength
+        plain = editing.model_copy(update={"strengths": None})
+        chosen = {edit.writer.name: edit for edit in template.edits if edit.changes}
+        asked = {edit.writer.name for edit in plan_for(session.anatomy, start, plain).edits}
+        own = {edit.writer.name for edit in template.edits if edit.strength != editing.strength}
+        self.free = [] if fixed else [name for name in chosen if name in asked - own]
+        self.fixed = {name: edit.strength for name, edit in chosen.items() if name not in self.free}
+        device = next(session.model.parameters()).device
+        rows = start.basis.float().to(device)
+        self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
+        self.directions = (rows * rows.shape[1] ** 0.5).requires_grad_(refine)
+        groups = [
+            {"params": [parameter], "lr": rate, "rate": rate}
+            for parameter, rate in ((self.strengths, STRENGTH_RATE), (self.directions, DIRECTION_RATE))
+            if parameter.requires_grad
+        ]
+        if not groups:
+            raise UsageError("--method gradient: strengths and direction are both fixed; there is nothing to search")
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        self.prompts = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
+        self.draw = {name: _shuffled(len(prompts), seed) for name, prompts in self.prompts.items()}
+        self.base, self.target = self._unedited()
+
+    def leg(self, leg: Leg, progress: Callable[[int], None] | None) -> Direction:
+        """Some steps at one weight."""
+        kept: list[tuple[Tensor, Tensor]] = []
+        for step in range(leg.steps):
+            for group in self.optimiser.param_groups:
+                group["lr"] = group["rate"] * (1 - (1 - LAST) * step / leg.steps)
+            self._step(leg.weight)
+            if step >= leg.steps // 2:
+                kept.append((self.directions.detach().clone(), self.strengths.detach().clone()))
+            if progress is not None:
+                progress(1)
+        directions, strengths = (torch.stack(values).mean(0) for values in zip(*kept, strict=True))
+        return self._result(directions, strengths)
+
+    def _step(self, weight: float) -> None:
+        rows = {name: [next(draw) for _ in range(BATCH)] for name, draw in self.draw.items()}
+        joined = self.prompts["harmful"].take(rows["harmful"]) + self.prompts["harmless"].take(rows["harmless"])
+        wanted = [p for p in (self.strengths, self.directions) if p.requires_grad]
+        sums = [torch.zeros_like(p) for p in wanted]
+
+        def work(chosen: list[int]) -> None:
+            loss = self._loss(joined, chosen, rows["harmless"], weight)
+            for total, gradient in zip(sums, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True):
+                if gradient is not None:
+                    total += gradient
+
+        lengths = [len(suffix) for suffix in joined.suffixes]
+        in_batches(lengths, BatchSize(self.session.size.rows, _TOKENS), work)
+        for parameter, total in zip(wanted, sums, strict=True):
+            parameter.grad = total
+        self.optimiser.step()
+
+    def _loss(self, joined: Encoded, chosen: list[int], harmless: list[int], weight: float) -> Float[Tensor, ""]:
+        """The part of a step's loss that some of its prompts have: the first `BATCH` are harmful ones."""
+        model = self.session.model
+        with ablation(model, self._plan()):
+            shared = SharedPrefix(model, joined.prefix, grad=True)
+            logits = last_logits(model, shared, joined.take(chosen).suffixes)
+        refusing = [i for i, row in enumerate(chosen) if row < BATCH]
+        answering = [i for i, row in enumerate(chosen) if row >= BATCH]
+        scores = refusal_score(logits[refusing], self.tokens).float()
+        base = self.base[[harmless[chosen[i] - BATCH] for i in answering]].to(logits)
+        loss: Tensor = softplus(scores - self.target).sum() + weight * kl_divergence(base, logits[answering]).sum()
+        return loss / BATCH
+
+    def _plan(self) -> Plan:
+        """The plan of the parameters as they are, differentiable in them."""
+        values = dict(zip(self.free, self.strengths, strict=True))
+        direction = replace(self.start, basis=orthonormal(self.directions), recipe=self._recipe(values))
+        return plan_for(self.session.anatomy, direction)
+
+    def _recipe(self, strengths: Any) -> Recipe:
+        """Tensors stand for strengths while they are optimised."""
+        editing = self.editing
+        strengths = cast(Any, {**self.fixed, **strengths})
+        return Recipe(strengths, editing.norm_preserving, editing.biprojected, editing.untie)
+
+    def _result(self, directions: Float[Tensor, "k d"], strengths: Float[Tensor, " w"]) -> Direction:
+        values = {name: round(float(s), 6) for name, s in zip(self.free, strengths, strict=True)}
+        basis = orthonormal(directions).cpu()
+        return replace(
+            self.start, basis=basis, recipe=self._recipe({n: s for n, s in values.items() if abs(s) >= LEAST})
+        )
+
+    def _unedited(self) -> tuple[Float[Tensor, "n vocab"], float]:
+        """The distributions of answers to harmless prompts, in the model's own precision, and their refusal score."""
+        session, prompts = self.session, self.prompts["harmless"]
+        kept: dict[int, Tensor] = {}
+        scores = torch.zeros(len(prompts), dtype=torch.float64)
+
+        def look(rows: list[int], logits: Tensor) -> None:
+            scores[rows] = refusal_score(logits[0], self.tokens).cpu()
+            kept.update(zip(rows, logits[0].to(session.loaded.dtype).cpu(), strict=True))
+
+        for_each_first_token(session.model, prompts, session.size, look)
+        return torch.stack([kept[row] for row in range(len(prompts))]), float(scores.mean())
+
+
+def _shuffled(count: int, seed: int) -> Iterator[int]:
+    """Every row once in random order, again and again."""
+    generator = random.Random(seed)
+    while True:
+        yield from generator.sample(range(count), count)
+
+
+@contextlib.contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """No weight of the model is differentiated by, inside."""
+    wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in wanted:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in wanted:
+            parameter.requires_grad_(True)

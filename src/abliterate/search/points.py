@@ -1,0 +1,36 @@
+"""Points of a search: candidate edits with what they scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+from abliterate.directions import Direction
+
+
+class Stage(IntEnum):
+    """How closely an edit was looked at: first tokens on few prompts, on all of them, replies, and what the unedited
+    model's own replies have become worth.
+    """
+
+    FEW = 1
+    ALL = 2
+    REPLIES = 3
+    SHIFT = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A candidate edit (a direction with a recipe), where it comes from, and what it scored.
+
+    `scores` are values of objectives on validation prompts, looked at as closely as `stage` says, `held_out` the same
+    on test prompts; `intervals` are 95 % intervals of these, where they are known.
+    """
+
+    direction: Direction
+    origin: str
+    scores: Mapping[str, float]
+    stage: Stage
+    held_out: Mapping[str, float] | None = None
+    intervals: Mapping[str, tuple[float, float]] | None = None
