@@ -139,6 +139,15 @@ def told(points: Sequence[Point]) -> list[Any]:
 # --- the space
 
 
+def asked(where: Space) -> set[str]:
+    trial = Dice(0)
+    where.suggest(trial)
+    return set(trial.params)
+
+
+FLAGS = {"projected", "biprojected", "norm_preserving"}
+
+
 @pytest.mark.parametrize("layer", [3, 7.0, 12])
 @pytest.mark.parametrize("position", [-1, -2])
 def test_at_whole_layers_the_direction_is_that_of_the_site(layer: float, position: int) -> None:
@@ -175,14 +184,21 @@ def test_every_suggestion_is_a_direction_that_makes_a_plan(seed: int) -> None:
 
 def test_the_profile_is_what_its_parameters_say() -> None:
     params = {
-        **{"layer": 8.0, "position": -1, "projected": False, "biprojected": False, "norm_preserving": False},
-        **{"embedding.strength": 0.0, "mlp.peak": 0.0, "mlp.centre": 3.0, "mlp.width": 4.0, "mlp.floor": 1.0},
-        **{"attention.peak": 1.2, "attention.centre": 6.0, "attention.width": 4.0, "attention.floor": 0.0},
+        **dict.fromkeys(FLAGS, False),
+        **dict.fromkeys(asked(space()) - FLAGS, 0.0),
+        "layer": 8.0,
+        "position": -1,
+        "mlp.centre": 3.0,
+        "mlp.width": 4.0,
+        "mlp.floor": 1.0,
+        "attention.peak": 1.2,
+        "attention.centre": 6.0,
+        "attention.width": 4.0,
     }
     recipe = space().suggest(FixedTrial(params)).recipe
     assert recipe is not None
     expected = {3: 0.3, 4: 0.6, 5: 0.9, 6: 1.2, 7: 0.9, 8: 0.6, 9: 0.3}
-    assert recipe.strengths == pytest.approx({f"layers.{l}.attention.weight": s for l, s in expected.items()})
+    assert recipe.strengths == pytest.approx({f"layers.{at}.attention.weight": s for at, s in expected.items()})
     half = space().suggest(FixedTrial({**params, "attention.floor": 0.5})).recipe
     assert half is not None
     assert half.strengths["layers.6.attention.weight"] == pytest.approx(1.2)
@@ -200,15 +216,6 @@ def test_an_edit_of_nothing_keeps_its_strongest_writer() -> None:
     assert len(plan_for(anatomy(), found).edits) == 1
 
 
-def asked(where: Space) -> set[str]:
-    trial = Dice(0)
-    where.suggest(trial)
-    return set(trial.params)
-
-
-FLAGS = {"projected", "biprojected", "norm_preserving"}
-
-
 def test_what_is_asked_for_by_default() -> None:
     shapes = {f"{kind}.{name}" for kind in ("attention", "mlp") for name in ("peak", "centre", "width", "floor")}
     assert asked(space()) == {"layer", "position", "embedding.strength", *FLAGS, *shapes}
@@ -222,9 +229,8 @@ def test_what_is_asked_for_by_default() -> None:
         ({"biprojected": True}, {}, {}, {"biprojected"}),
         ({"norm_preserving": True}, {}, {}, {"norm_preserving"}),
         ({}, {}, {"variants": False}, {"norm_preserving"}),
-        ({"affine": True}, {}, {}, {"biprojected"}),
         ({"components": "mlp,embedding"}, {}, {}, {f"attention.{n}" for n in ("peak", "centre", "width", "floor")}),
-        ({"strengths": "mlp=1"}, {}, {}, {f"mlp.{n}" for n in ("peak", "centre", "width", "floor")}),
+        ({"strengths": "mlp=0.9,mlp@3=0"}, {}, {}, {f"mlp.{n}" for n in ("peak", "centre", "width", "floor")}),
         ({"layers": "2-5"}, {}, {}, {"embedding.strength"}),
     ],
     ids=str,
@@ -248,10 +254,9 @@ def test_what_the_user_fixes_is_not_asked_for(
     if "layers" in editing:
         assert {name.split(".")[1] for name in found.recipe.strengths} <= set("2345")
         assert 2 <= trial.params["mlp.centre"] <= 5
-    plan = plan_for(anatomy(), found, EditSettings(**editing))
+    plan = plan_for(anatomy(), found)
     if "strengths" in editing:
-        assert not any(".mlp" in name for name in found.recipe.strengths)
-        assert {edit.strength for edit in plan.edits if edit.writer.kind is Kind.MLP} == {1.0}
+        assert {edit.strength for edit in plan.edits if edit.writer.kind is Kind.MLP} == {0.9, 0.0}
     if "components" in editing:
         assert {edit.writer.kind for edit in plan.edits} <= {Kind.MLP, Kind.EMBEDDING}
 
@@ -259,7 +264,7 @@ def test_what_the_user_fixes_is_not_asked_for(
 def test_with_a_strength_of_the_user_only_directions_and_variants_are_left() -> None:
     editing = EditSettings(strength=0.7)
     assert asked(space(editing)) == {"layer", "position", *FLAGS}
-    plan = plan_for(anatomy(), space(editing).suggest(Dice(1)), editing)
+    plan = plan_for(anatomy(), space(editing).suggest(Dice(1)))
     assert len(plan.edits) == len(anatomy().writers)
     assert {edit.strength for edit in plan.edits} == {0.7}
 
@@ -277,7 +282,9 @@ def test_rank_adds_neighbouring_sites() -> None:
     assert cosine(found[0], where.direction_at(6.5, -1)) == pytest.approx(1, abs=1e-6)
 
 
-def test_leace_cannot_be_searched() -> None:
+def test_what_no_recipe_holds_cannot_be_searched() -> None:
+    with pytest.raises(UsageError, match=r"^--affine: .*$"):
+        space(EditSettings(affine=True))
     with pytest.raises(UsageError, match=r"^--subspace leace: .*svd or clusters.*$"):
         space(finding=FindSettings(subspace="leace"))
 
@@ -320,10 +327,14 @@ def test_norm_preserving_is_offered_where_hooks_hold_it() -> None:
 
 
 def test_a_tied_embedding_is_no_writer_of_the_space() -> None:
-    one = study(BY_NAME["gemma"].model())
+    one = study(BY_NAME[next(name for name, family in BY_NAME.items() if family.tied)].model())
     sites = candidates(one.layers + 1, one.d_model)
     assert "embedding.strength" not in asked(Space(one, sites, FindSettings(), EditSettings()))
-    assert "embedding.strength" in asked(Space(one, sites, FindSettings(), EditSettings(untie=True)))
+    untied = Space(one, sites, FindSettings(), EditSettings(untie=True))
+    assert "embedding.strength" in asked(untied)
+    plan = plan_for(one, untied.suggest(Dice(0)))
+    assert plan.untie
+    assert any(edit.writer.tied for edit in plan.edits)
 
 
 # --- from a direction back to parameters
@@ -384,7 +395,7 @@ def test_a_fitted_shape_of_noise_is_better_than_a_constant_and_holds_its_bounds(
     draw = random.Random(0)
     strengths = {layer: draw.uniform(0, 1.2) for layer in range(LAYERS)}
     found, mean = fitted(strengths, LAYERS), sum(strengths.values()) / LAYERS
-    errors = [sum((value(l) - s) ** 2 for l, s in strengths.items()) for value in (found.at, lambda _: mean)]
+    errors = [sum((value(at) - s) ** 2 for at, s in strengths.items()) for value in (found.at, lambda _: mean)]
     assert errors[0] < errors[1]
     assert 0 <= found.floor <= 1
     assert LAYERS / 8 <= found.width <= LAYERS
@@ -433,7 +444,7 @@ def test_a_seed_decides_everything(changes: dict[str, Any]) -> None:
 
 
 def good() -> dict[str, Any]:
-    strengths = {f"layers.{l}.attention.weight": 1.0 for l in range(6, 12)}
+    strengths = {f"layers.{at}.attention.weight": 1.0 for at in range(6, 12)}
     found = space().encode(Direction(orthonormal(candidates().at(9, -1)[None]), {}, recipe=Recipe(strengths)))
     assert found is not None
     return found
@@ -449,6 +460,14 @@ def test_given_parameters_come_first_and_lead_on(sampler: str) -> None:
     later = [point.scores["refusal-score"] for point in seeded[len(seeded) // 2 :] if point.stage == Stage.ALL]
     before = [point.scores["refusal-score"] for point in alone[len(alone) // 2 :] if point.stage == Stage.ALL]
     assert sum(later) / len(later) < sum(before) / len(before)
+
+
+def test_given_parameters_belong_to_the_first_generation(tmp_path: Path) -> None:
+    journal = tmp_path / "search.jsonl"
+    optimise(Bench(), space(), settings(sampler="nsga2", trials=3), seed=0, seeds=[good()] * 2, journal=journal)
+    entries = [json.loads(line) for line in journal.read_text().splitlines()]
+    generations = {e["trial_id"]: key for e in entries for key in e.get("system_attr", {}) if "generation" in key}
+    assert set(generations) == {0, 1, 2}
 
 
 def test_hopeless_trials_cost_few_prompts_only() -> None:
@@ -616,7 +635,7 @@ def test_a_finished_search_is_read_back_without_measuring_and_may_go_on(tmp_path
 def test_a_torn_last_line_is_that_of_a_kill(tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
     whole = optimise(Bench(), space(), settings(), seed=0)
-    optimise(Bench(), space(), settings(trials=9), seed=0, journal=journal)
+    killed_at(18, journal, settings=settings(), seed=0)
     data = journal.read_bytes()
     journal.write_bytes(data[: len(data) * 2 // 3])
     points = optimise(Bench(), space(), settings(resume=True), seed=0, journal=journal)
@@ -657,6 +676,7 @@ def test_a_journal_is_not_overwritten(begun: Path) -> None:
         ({"settings": settings(resume=True, sampler="nsga2")}, "sampler nsga2 instead of tpe"),
         ({"settings": settings(resume=True, objectives="nll,refusals")}, "objectives .*"),
         ({"space": space(EditSettings(layers="2-5"))}, "attention.centre .*"),
+        ({"space": space(finding=FindSettings(all_prompts=True))}, "finding {'all_prompts': True} instead of {}"),
         ({"space": space(site=(7, -1))}, "site .* instead of None"),
         ({"constraints": {"kl": 0.1}}, "constraints .*"),
         ({"facts": {"model": "two"}}, "model two instead of one"),
@@ -682,7 +702,8 @@ def test_a_damaged_journal_is_one_clear_line(begun: Path, damage: bytes) -> None
 
 
 def test_two_searches_do_not_share_a_journal(begun: Path) -> None:
-    bench, options = Bench(), {"seed": 0, "journal": begun, "facts": {"model": "one"}}
+    bench = Bench()
+    options: dict[str, Any] = {"seed": 0, "journal": begun, "facts": {"model": "one"}}
 
     def measure(direction: Direction, stage: Stage) -> Mapping[str, float]:
         with pytest.raises(UsageError, match=r"^'.*search.jsonl': another search is writing it.*$"):

@@ -187,6 +187,13 @@ def test_text_of_the_record_is_not_markup() -> None:
         assert hostile in shown(part(points, objectives=["refusals", hostile], limits=limits), 160)
 
 
+def test_an_interval_of_words_is_not_markup_either() -> None:
+    endless = point(1, intervals={"kl": (float("-inf"), float("inf"))})
+    assert "0.101 [-inf, inf]" in shown(part([endless, point(2)]), 160)
+    endless = point(1, intervals={"kl": (float("inf"), float("inf"))})
+    assert "0.101 [inf, inf]" in shown(part([endless, point(2)]), 160)
+
+
 def test_colours_only_where_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     plain = shown(part())

@@ -20,7 +20,6 @@ import planted
 from abliterate import measuring, pipeline
 from abliterate.comparing import compare
 from abliterate.config import (
-    EditSettings,
     EngineSettings,
     EvalSettings,
     ModelSettings,

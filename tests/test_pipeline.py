@@ -31,6 +31,7 @@ from abliterate.config import (
     OutputSettings,
     PromptSettings,
     RunSettings,
+    SearchSettings,
 )
 from abliterate.directions import Direction, learnt_by, load_direction, save_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
@@ -56,7 +57,8 @@ def prompt_settings(planted: Planted, **changes: Any) -> PromptSettings:
 def settings(planted: Planted, out: Path, **changes: Any) -> RunSettings:
     output = OutputSettings(out=out, **{k: changes.pop(k) for k in OutputSettings.model_fields if k in changes})
     loading = ModelSettings(device="cpu", batch_size="64")
-    options: dict[str, Any] = {"prompts": prompt_settings(planted), "loading": loading, **changes}
+    closed = SearchSettings(method="closed-form")
+    options: dict[str, Any] = {"prompts": prompt_settings(planted), "loading": loading, "searching": closed, **changes}
     return RunSettings(model=str(planted.folder), output=output, **options)
 
 
@@ -1223,6 +1225,7 @@ def test_untied_embedding_is_edited_and_the_head_stays(tmp_path: Path) -> None:
         loading=ModelSettings(device="cpu"),
         finding=ALL_PROMPTS,
         editing=EditSettings(untie=True),
+        searching=SearchSettings(method="closed-form"),
         output=OutputSettings(out=target),
     )
     record = abliterate.run(job)

@@ -47,6 +47,11 @@ class _Pass:
     opens: bool
     replayed: bool = False
 
+    @property
+    def tokens(self) -> Tokens:
+        """The first row's own tokens: those of all rows when it opens."""
+        return self.keys[0][1]
+
 
 class LowerLayers:
     """What enters block `first`, kept for every prompt from the first time that it is run (`skipping`).
@@ -82,8 +87,9 @@ class LowerLayers:
         """Inside, passes of `prompts` as `SharedPrefix`, `forward` and `logits_at` run them start at block `first`
         when all their rows are known, and make them known otherwise.
 
-        Any other pass (other tokens, masks, caches from outside) is run whole. Only a row that is one of `prompts`
-        and goes on with repetitions of its last token is taken for it, padded.
+        Any other pass (other tokens, masks, caches from outside) is run whole. A row that goes on from one of
+        `prompts` with repetitions of its last token is taken for that one, padded. Hooks on lower blocks are not
+        called with the stream, those that change it must not be there.
         """
         if not self.first:
             yield
@@ -113,7 +119,7 @@ class LowerLayers:
             return  # what the caller said is what counts, not what models pass on to their parts
         self._running = module
         self._now = now = self._recognise(self._around[module].bind(*args, **kwargs).arguments)
-        if now is None or not all(key in self._states for key in now.keys):
+        if now is None or not self._holds(now):
             self.computed += 1
             return
         now.replayed = True
@@ -131,7 +137,7 @@ class LowerLayers:
             self._keep(args[0] if args else kwargs["hidden_states"], now)
             return None
         if now.opens:  # only now: masks and positions were made from an empty cache
-            now.cache.layers[: self.first] = _repeated(self._caches[now.keys[0][1]], len(now.keys))
+            now.cache.layers[: self.first] = _repeated(self._caches[now.tokens], len(now.keys))
         states = self._padded(now)
         return ((states, *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": states})
 
@@ -142,7 +148,7 @@ class LowerLayers:
         self._restore()
         if now is None or now.cache is None:
             return
-        setattr(now.cache, _HOLDS, now.keys[0][1] if now.opens else None)
+        setattr(now.cache, _HOLDS, now.tokens if now.opens else None)
         if now.replayed and not now.opens:
             now.cache.layers[: self.first] = [_Missing()] * self.first
 
@@ -202,29 +208,35 @@ class LowerLayers:
 
     # --- what is kept
 
+    def _holds(self, now: _Pass) -> bool:
+        return all(key in self._states for key in now.keys) and (not now.opens or now.tokens in self._caches)
+
     def _keep(self, stream: Float[Tensor, "b s *d"], now: _Pass) -> None:
         if stream.shape[:2] != (len(now.keys), now.width):
-            return
-        # Tensors made in inference mode could never take part in a backward pass.
+            return  # rows are not where they are looked for
+        # What is made in inference mode could never take part in a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             for state, key in zip(stream.detach(), now.keys, strict=True):
-                size = state[: len(key[1])].nbytes
-                if key in self._states or self.held_bytes + size > self.limit_bytes:
-                    continue
-                if now.opens:
-                    layers = _first_row(now.cache.layers[: self.first])
-                    size += sum(map(_nbytes, layers))
-                    if self.held_bytes + size > self.limit_bytes:
-                        continue
-                    self._caches[key[1]] = layers
-                self._states[key] = state[: len(key[1])].clone()
-                self.held_bytes += size
+                own = state[: len(key[1])]
+                if key not in self._states and self._fits(own.nbytes):
+                    self._states[key] = own.clone()
+            if now.opens and now.tokens not in self._caches:
+                layers = _first_row(now.cache.layers[: self.first])
+                if self._fits(sum(tensor.nbytes for layer in layers for tensor in _tensors(layer))):
+                    self._caches[now.tokens] = layers
+
+    def _fits(self, size: int) -> bool:
+        """Whether so many bytes may be kept too; they are counted then."""
+        fits = self.held_bytes + size <= self.limit_bytes
+        self.held_bytes += size * fits
+        return fits
 
     def _padded(self, now: _Pass) -> Float[Tensor, "b s *d"]:
         """The kept states of a batch; those of padding are the last token's, since nothing looks at them."""
         states = [self._states[key] for key in now.keys]
-        at = torch.arange(now.width, device=states[0].device)
-        return torch.stack([state[at.clamp_max(len(state) - 1)] for state in states])
+        lengths = torch.tensor([len(state) for state in states])
+        at = torch.arange(now.width).minimum(lengths[:, None] - 1) + (lengths.cumsum(0) - lengths)[:, None]
+        return torch.cat(states)[at.to(states[0].device)]
 
 
 class _Missing:
@@ -258,22 +270,27 @@ def _length(cache: Any) -> int | None:
 
 def _first_row(layers: Sequence[Any]) -> list[Any]:
     """Copies of a cache's layers with the first row alone."""
-    copies = [copy.deepcopy(layer) for layer in layers]
+    copies = [_copy(layer) for layer in layers]
     for layer in copies:
         layer.batch_select_indices(torch.tensor([0]))
     return copies
 
 
 def _repeated(layers: Sequence[Any], rows: int) -> list[Any]:
-    copies = [copy.deepcopy(layer) for layer in layers]
+    copies = [_copy(layer) for layer in layers]
     for layer in copies:
         layer.batch_repeat_interleave(rows)
     return copies
 
 
-def _nbytes(layer: Any) -> int:
+def _copy(layer: Any) -> Any:
+    """A copy of a cache's layer, of which nothing is differentiated."""
+    return copy.deepcopy(layer, {id(tensor): tensor.detach().clone() for tensor in _tensors(layer)})
+
+
+def _tensors(layer: Any) -> list[Tensor]:
     values = [v for value in vars(layer).values() for v in (value.values() if isinstance(value, dict) else (value,))]
-    return sum(value.nbytes for value in values if isinstance(value, Tensor))
+    return [value for value in values if isinstance(value, Tensor)]
 
 
 def usable(model: Any, anatomy: Anatomy, first: int, prompts: Encoded) -> bool:

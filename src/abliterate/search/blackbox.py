@@ -99,6 +99,7 @@ def optimise(
         "constraints": limits,
         "sampler": _sampler_name(settings),
         "seed": seed,
+        "refined": [settings.points, settings.steps, settings.keep_direction] if space.extra else [],
         **space.describe(),
         **(facts or {}),
     }

@@ -4,8 +4,8 @@ A plan is differentiable in its strengths and its basis, and so are the first to
 
     mean over harmful prompts of softplus(refusal score − mean refusal score of harmless prompts) + λ · mean KL
 
-where KL is that of the first token of answers to harmless prompts, edited against unedited. Each point of the front
-has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few steps.
+where KL is that of the first token of answers to harmless prompts that the unedited model answers. Each point of the
+front has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few steps.
 """
 
 from __future__ import annotations
@@ -104,9 +104,9 @@ class _Descent:
         self.free = [] if fixed else [name for name in chosen if name in asked - own]
         self.fixed = {name: edit.strength for name, edit in chosen.items() if name not in self.free}
         device = next(session.model.parameters()).device
-        rows = start.basis.float().to(device)
+        basis = start.basis.float().to(device)
         self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
-        self.directions = (rows * rows.shape[1] ** 0.5).requires_grad_(refine)
+        self.directions = (basis * basis.shape[1] ** 0.5).requires_grad_(refine)
         groups = [
             {"params": [parameter], "lr": rate, "rate": rate}
             for parameter, rate in ((self.strengths, STRENGTH_RATE), (self.directions, DIRECTION_RATE))
@@ -116,8 +116,9 @@ class _Descent:
             raise UsageError("--method gradient: strengths and direction are both fixed; there is nothing to search")
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.prompts = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
-        self.draw = {name: _shuffled(len(prompts), seed) for name, prompts in self.prompts.items()}
-        self.base, self.target = self._unedited()
+        self.base, self.target, answered = self._unedited()
+        rows = {"harmful": range(len(self.prompts["harmful"])), "harmless": answered}
+        self.draw = {name: _shuffled(chosen, seed) for name, chosen in rows.items()}
 
     def leg(self, leg: Leg, progress: Callable[[int], None] | None) -> Direction:
         """Some steps at one weight."""
@@ -174,7 +175,8 @@ class _Descent:
         """Tensors stand for strengths while they are optimised."""
         editing = self.editing
         strengths = cast(Any, {**self.fixed, **strengths})
-        return Recipe(strengths, editing.norm_preserving, editing.biprojected, editing.untie)
+        tied = any(writer.tied and writer.name in strengths for writer in self.session.anatomy.writers)
+        return Recipe(strengths, editing.norm_preserving, editing.biprojected, editing.untie and tied)
 
     def _result(self, directions: Float[Tensor, "k d"], strengths: Float[Tensor, " w"]) -> Direction:
         values = {name: round(float(s), 6) for name, s in zip(self.free, strengths, strict=True)}
@@ -183,8 +185,10 @@ class _Descent:
             self.start, basis=basis, recipe=self._recipe({n: s for n, s in values.items() if abs(s) >= LEAST})
         )
 
-    def _unedited(self) -> tuple[Float[Tensor, "n vocab"], float]:
-        """The distributions of answers to harmless prompts, in the model's own precision, and their refusal score."""
+    def _unedited(self) -> tuple[Float[Tensor, "n vocab"], float, list[int]]:
+        """The first tokens of answers to harmless prompts: their distributions in the model's own precision, the mean
+        refusal score, and which prompts are answered.
+        """
         session, prompts = self.session, self.prompts["harmless"]
         kept: dict[int, Tensor] = {}
         scores = torch.zeros(len(prompts), dtype=torch.float64)
@@ -194,14 +198,15 @@ class _Descent:
             kept.update(zip(rows, logits[0].to(session.loaded.dtype).cpu(), strict=True))
 
         for_each_first_token(session.model, prompts, session.size, look)
-        return torch.stack([kept[row] for row in range(len(prompts))]), float(scores.mean())
+        answered = (scores < 0).nonzero().flatten().tolist() or list(range(len(prompts)))
+        return torch.stack([kept[row] for row in range(len(prompts))]), float(scores[answered].mean()), answered
 
 
-def _shuffled(count: int, seed: int) -> Iterator[int]:
+def _shuffled(rows: Sequence[int], seed: int) -> Iterator[int]:
     """Every row once in random order, again and again."""
     generator = random.Random(seed)
     while True:
-        yield from generator.sample(range(count), count)
+        yield from generator.sample(rows, len(rows))
 
 
 @contextlib.contextmanager

@@ -39,14 +39,15 @@ FEW_PROMPTS = 16
 class Measured:
     """What is known of one edit on one split.
 
-    `harmful` and `harmless` [n] are refusal scores of first tokens (log-odds), `kl` [n] is KL(base ‖ edited) of the
-    first token on harmless prompts (nats). Replies are there from `Stage.REPLIES` on, the `shift` along the unedited
-    model's own replies at `Stage.SHIFT`.
+    `harmful` and `harmless` are refusal scores of first tokens (log-odds) by prompt, `kl` is KL(base ‖ edited) of the
+    first token in nats, of the harmless prompts that the unedited model answers (by the sign of their refusal score):
+    to answer those that it refuses is no damage. Replies are there from `Stage.REPLIES` on, the `shift` along the
+    unedited model's own replies at `Stage.SHIFT`.
     """
 
     harmful: Float[Tensor, " n"]
     harmless: Float[Tensor, " m"]
-    kl: Float[Tensor, " m"]
+    kl: Float[Tensor, " answered"]
     replies: Sets | None = None
     base_replies: Sets | None = None
     shift: Shift | None = None
@@ -78,26 +79,32 @@ class Meter:
         self.examiner = Examiner(session.renderer, session.prompts, texts, encoded, plain, judge, quiet)
         self._harmful, self._harmless = encoded["harmful"], encoded["harmless"]
         self._base_logits = self._first_logits(self._harmless)
+        answered = refusal_score(self._base_logits, self.tokens) < 0
+        self._answered = answered if bool(answered.any()) else torch.ones_like(answered)
         self.counts = dict.fromkeys(Stage, 0)
 
-    def measure(self, plan: Plan | None, stage: Stage) -> Measured:
-        """What the plan does, as hooks; the unedited model's without one."""
+    def measure(self, edit: Plan | Subject | None, stage: Stage) -> Measured:
+        """What a plan does, as hooks; or the session's model in another state; without either, the unedited model."""
         self.counts[stage] += 1
         few = FEW_PROMPTS if stage == Stage.FEW else None
-        with contextlib.nullcontext() if plan is None else self.session.ablated(plan):
+        edited = self._hooked(edit) if isinstance(edit, Plan) else edit
+        with contextlib.nullcontext() if edited is None else edited.state():
             harmful, _ = self._first_tokens(_first(self._harmful, few))
             harmless, kl = self._first_tokens(_first(self._harmless, few))
+            kl = kl[self._answered[:few]]
         if stage < Stage.REPLIES:
             return Measured(harmful, harmless, kl)
         base = self._base_replies
-        if plan is None:
+        if edited is None:
             return Measured(harmful, harmless, kl, base, base)
-        edited = Subject(self.session.model, functools.partial(self.session.ablated, plan))
         with edited.state():
             replies = self._ask(edited)
         return Measured(
             harmful, harmless, kl, replies, base, self._shift(edited, base) if stage == Stage.SHIFT else None
         )
+
+    def _hooked(self, plan: Plan) -> Subject:
+        return Subject(self.session.model, functools.partial(self.session.ablated, plan))
 
     @functools.cached_property
     def _base_replies(self) -> Sets:
@@ -107,7 +114,7 @@ class Meter:
         return self.examiner.ask(answers_of(self.session, subject, self.examiner), "replies")
 
     def _shift(self, edited: Subject, base: Sets) -> Shift:
-        answers, rows = base["harmless"], range(min(SHIFT_PROMPTS, len(self._harmless)))
+        answers, rows = base["harmless"], self._answered.nonzero().flatten().tolist()[:SHIFT_PROMPTS]
         texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
         original, size = as_loaded(self.session), self.session.size
         (shift,) = measure_shifts(original, [edited], texts, self._harmless.take(rows), replies, size)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, SearchSettings
 from abliterate.directions import Direction
@@ -220,9 +222,20 @@ class _Attempt:
                 seed=self.seed,
                 journal=self.journal,
                 seeds=[found for direction in refined if (found := space.encode(direction)) is not None],
-                facts={"model": session.loaded.files.name, "prompts": session.prompts.sha256, "tokens": self.tokens},
+                facts=self._facts(),
                 progress=advance,
             )
+
+    def _facts(self) -> dict[str, Any]:
+        """What scores depend on beside the settings of the search: a search cannot go on with other ones."""
+        session = self.session
+        return {
+            "model": session.loaded.files.name,
+            "dtype": str(session.loaded.dtype),
+            "prompts": session.prompts.sha256,
+            "rendering": [session.loading.system, session.loading.chat_template],
+            "tokens": self.tokens,
+        }
 
 
 def choose(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:
@@ -240,14 +253,19 @@ def choose(result: Search, settings: SearchSettings, finding: FindSettings = Fin
         asked["refusals"] = settings.max_refusals
     if finding.max_kl != FindSettings().max_kl:
         asked["kl"] = finding.max_kl
-    names = tuple(dict.fromkeys((*result.objectives, *asked, *result.limits)))
-    scores = [_values(point.scores, names) for point in result.points]
-    kept = [i for i in result.on_front() if result.feasible(result.points[i])]
-    if not kept:  # for the sake of its message
+    feasible = [result.feasible(point) for point in result.points]
+    if not any(feasible):  # for the sake of its message
+        names = tuple(dict.fromkeys((*result.objectives, *asked, *result.limits)))
+        scores = [_values(point.scores, names) for point in result.points]
         front.choose(scores, names, {**result.limits, **asked})
-    best = front.choose([scores[i] for i in kept], names, asked)
+    names = tuple(dict.fromkeys((*result.objectives, *asked)))
+    scores = [
+        _values(point.scores, names) if kept else (math.nan,) * len(names)
+        for point, kept in zip(result.points, feasible, strict=True)
+    ]
+    best = front.choose(scores, names, asked)
     why = ", ".join(f"--max-{name} {most:g}" for name, most in asked.items()) or "knee"
-    return replace(result, chosen=kept[best], why=why)
+    return replace(result, chosen=best, why=why)
 
 
 def _held_out(result: Search, meter: Meter, progress: Callable[[int], None]) -> Search:

@@ -94,21 +94,25 @@ class Space:
     ) -> None:
         """A site given, `--projected`, `--biprojected` and `--norm-preserving` stay as they are; `--layers` and
         `--components` say which writers there are; those of `--strengths` keep theirs. With `--strength` all others
-        have 1 of it and only directions and variants are left. `variants` says whether what is written at the end can
+        have that and only directions and variants are left. `variants` says whether what is written at the end can
         hold a norm-preserving edit, `extra` are directions refined elsewhere.
 
-        Raises `UsageError` for settings that choose no writer, and for `--subspace leace`: no difference of means.
+        Raises `UsageError` for settings that choose no writer, and for LEACE and affine edits, which no recipe holds.
         """
         if settings.subspace == "leace":
             raise UsageError("--subspace leace: expected mean, svd or clusters, whose directions can be searched")
+        if editing.affine:
+            raise UsageError(
+                "--affine: expected an edit whose strengths can be searched, found one that adds a constant"
+            )
         self.anatomy, self.candidates, self.site, self.extra = anatomy, candidates, site, tuple(extra)
-        self._editing, self._projected = editing, settings.projected
+        self._finding, self._editing = settings, editing
         self._rank = 1 if settings.subspace == "mean" or editing.biprojected else settings.rank
         deepest = settings.max_depth * anatomy.layers
         self._depths = (min(SHALLOWEST * anatomy.layers, deepest), deepest)
-        self._biprojects = self._rank == 1 and not editing.affine
+        self._biprojects = self._rank == 1
         self._keeps_norms = variants and _keeps_norms(anatomy, editing)
-        self._writers = _free_writers(anatomy, editing)
+        self._writers, self._fixed = _free_and_fixed(anatomy, editing)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -124,7 +128,7 @@ class Space:
         Raises `NumericalError` where the classes do not differ, or neighbours are the same direction.
         """
         layer, position = self._site(trial)
-        projected = self._flag(trial, "projected", self._projected, offered=True)
+        projected = self._flag(trial, "projected", self._finding.projected, offered=True)
         rank = trial.suggest_int("rank", 1, self._rank) if self._rank > 1 else 1
         source = trial.suggest_categorical("source", self.sources) if self.extra else _SITE
         biprojected = self._flag(trial, "biprojected", self._editing.biprojected, offered=self._biprojects)
@@ -139,7 +143,7 @@ class Space:
             found = self.extra[self.sources.index(source) - 1]
             found = replace(found, candidates=found.candidates or self.candidates)
             biprojected &= len(found.basis) == 1 and chosen_site(found) is not None
-        return replace(found, recipe=Recipe(strengths, norms, biprojected))
+        return replace(found, recipe=Recipe(strengths, norms, biprojected, self._editing.untie))
 
     def direction_at(self, layer: float, position: int, *, projected: bool = False) -> Float[Tensor, " d"]:
         """The difference of means at a layer, which between two is (1 − t) of the lower one's and t of the upper's.
@@ -156,7 +160,9 @@ class Space:
         """Every parameter with its least and most, or its choices; and what the user fixed."""
         found = _Ranges()
         self.suggest(found)
-        return {**found.ranges, "site": self.site, **self._editing.model_dump(mode="json", exclude_defaults=True)}
+        fixed = {"finding": self._finding, "editing": self._editing}
+        said = {name: settings.model_dump(mode="json", exclude_defaults=True) for name, settings in fixed.items()}
+        return {**found.ranges, "site": self.site, **said}
 
     def encode(self, direction: Direction) -> dict[str, Any] | None:
         """Parameters that give about this direction and these strengths; None for another kind of direction.
@@ -204,14 +210,14 @@ class Space:
 
     def _strengths(self, trial: Trial) -> dict[str, float]:
         """Strength of every writer that is edited at all. An edit of nothing is no plan: the strongest stays."""
-        if self._editing.strength != DEFAULT_STRENGTH:
-            return {writer.name: 1.0 for writers in self._writers.values() for writer in writers}
         found: dict[str, float] = {}
         for kind, writers in self._writers.items():
             shape = self._shape(trial, kind)
             found |= {w.name: shape.peak if w.block is None else shape.at(w.block) for w in writers}
         kept = {name: strength for name, strength in found.items() if strength >= WEAKEST}
-        return kept or {name: WEAKEST for name in [max(found, key=found.__getitem__)] if found}
+        if not kept and not self._fixed:
+            kept = {max(found, key=found.__getitem__): WEAKEST}
+        return {**kept, **self._fixed}
 
     def _shape(self, trial: Trial, kind: str) -> Shape:
         blocks = _blocks(self._writers[kind])
@@ -246,7 +252,7 @@ class Space:
     def _nearest(self, direction: Direction) -> dict[str, Any] | None:
         """The site: the best whole layer first, then finer and finer steps around it."""
         row = direction.basis[0]
-        flags = [True] if self._projected else [False, True]
+        flags = [True] if self._finding.projected else [False, True]
 
         def cosine(site: tuple[float, int, bool]) -> float:
             found = self.direction_at(site[0], site[1], projected=site[2])
@@ -346,14 +352,20 @@ def _plan(anatomy: Anatomy, editing: EditSettings, **changes: Any) -> Plan:
     return plan_for(anatomy, Direction(orthonormal(row), {}), editing.model_copy(update=plain))
 
 
-def _free_writers(anatomy: Anatomy, editing: EditSettings) -> dict[str, list[Writer]]:
-    """Writers by kind that are edited, and whose strength `--strengths` does not say."""
-    once, twice = (_plan(anatomy, editing, strength=strength) for strength in (1.0, 2.0))
-    found: dict[str, list[Writer]] = defaultdict(list)
+def _free_and_fixed(anatomy: Anatomy, editing: EditSettings) -> tuple[dict[str, list[Writer]], dict[str, float]]:
+    """Writers by kind whose strength may be chosen, and strengths that the user chose.
+
+    What does not change with `--strength` comes from `--strengths`.
+    """
+    free: dict[str, list[Writer]] = defaultdict(list)
+    fixed: dict[str, float] = {}
+    once, twice = (_plan(anatomy, editing, strength=factor * editing.strength) for factor in (1.0, 2.0))
     for one, other in zip(once.edits, twice.edits, strict=True):
-        if one.strength != other.strength:
-            found[one.writer.kind.value].append(one.writer)
-    return dict(found)
+        if one.strength == other.strength or editing.strength != DEFAULT_STRENGTH:
+            fixed[one.writer.name] = one.strength
+        else:
+            free[one.writer.kind.value].append(one.writer)
+    return dict(free), fixed
 
 
 def _keeps_norms(anatomy: Anatomy, editing: EditSettings) -> bool:
