@@ -88,8 +88,8 @@ class LowerLayers:
         when all their rows are known, and make them known otherwise.
 
         Any other pass (other tokens, masks, caches from outside) is run whole. A row that goes on from one of
-        `prompts` with repetitions of its last token is taken for that one, padded. Hooks on lower blocks are not
-        called with the stream, those that change it must not be there.
+        `prompts` with repetitions of its last token is taken for that one, padded. What hooks on lower blocks do is
+        not repeated: none may change the stream there, nor read it. Not to be nested on one model.
         """
         if not self.first:
             yield
