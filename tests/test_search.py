@@ -57,19 +57,28 @@ def logits(session: Session, plan: Plan) -> torch.Tensor:
         return last_logits(session.model, SharedPrefix(session.model, prompts.prefix), prompts.suffixes)
 
 
-def test_the_gradient_finds_what_stops_refusal(session: Session, findings: Findings, planted: Planted) -> None:
+def test_the_gradient_stops_refusal_from_a_bad_start(session: Session, findings: Findings, planted: Planted) -> None:
     generator = torch.Generator().manual_seed(5)
-    off = planted.direction + 0.12 * torch.randn(len(planted.direction), generator=generator)
-    start = Direction((off / off.norm())[None], {"chosen": {"layer": 2, "position": -1}}, findings.candidates)
-    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 80), seed=1)
-    before, after = (abs(float(d.basis[0] @ planted.direction)) for d in (start, found))
-    assert before < 0.8
-    assert after > before
+    off = planted.direction + 0.3 * torch.randn(len(planted.direction), generator=generator)
+    start = Direction((off / off.norm())[None], {})
     meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
-    objectives = objectives_named("refusals,kl")
-    base, edited = (values(meter.measure(plan, Stage.REPLIES), objectives) for plan in (None, session.plan(found)))
-    assert base["refusals"] > 0.9
-    assert edited["refusals"] < 0.1
+    refusals = objectives_named("refusals,kl")[:1]
+    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 80), seed=1)
+    base, before, after = (
+        values(meter.measure(plan, Stage.REPLIES), refusals)["refusals"]
+        for plan in (None, session.plan(start), session.plan(found))
+    )
+    assert min(base, before) > 0.5, "the control: the start alone does little"
+    assert after < 0.1
+
+
+def test_every_site_has_its_own_direction(session: Session, findings: Findings, start: Direction) -> None:
+    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 4))
+    assert found.per_site is not None
+    assert found.per_site.shape == (session.anatomy.layers + 1, 1, session.anatomy.d_model)
+    torch.testing.assert_close(found.per_site.norm(dim=-1), torch.ones(session.anatomy.layers + 1, 1))
+    bases = {edit.writer.block: edit.basis for edit in session.plan(found).edits}
+    assert not torch.allclose(bases[2], bases[4], atol=1e-3)
 
 
 def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, findings: Findings, start: Direction) -> None:
@@ -78,7 +87,6 @@ def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, finding
     measured = [meter.measure(session.plan(direction), Stage.ALL) for direction in found]
     kl = [float(m.kl.mean()) for m in measured]
     refusing = [float(m.harmful.mean()) for m in measured]
-    print(kl, refusing)
     assert kl[0] > kl[-1]
     assert refusing[0] < refusing[-1]
 

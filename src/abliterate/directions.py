@@ -111,7 +111,8 @@ class Direction:
     """What a direction file holds: `basis` [k, d], and what its maker said of it.
 
     Rows are orthonormal unless there is a `reader` [k, d] (an oblique edit, see `plan.Edit`). `mean` [d] is what an
-    affine edit puts back. A `recipe` says how it is taken out; without one it is taken out of every writer.
+    affine edit puts back. A `recipe` says how it is taken out; without one it is taken out of every writer. `per_site`
+    [L+1, k, d] holds other directions for what is written at each site (see `plan.Variant`).
     """
 
     basis: Float[Tensor, "k d"]
@@ -120,6 +121,7 @@ class Direction:
     reader: Float[Tensor, "k d"] | None = None
     mean: Float[Tensor, " d"] | None = None
     recipe: Recipe | None = None
+    per_site: Float[Tensor, "sites k d"] | None = None
 
     @property
     def learnt_from(self) -> frozenset[str]:
@@ -145,6 +147,7 @@ def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, A
         "harmless_mean": None if candidates is None else candidates.harmless_mean,
         "reader": direction.reader,
         "mean": direction.mean,
+        "per_site": direction.per_site,
     }
     tensors = {name: tensor.float().contiguous() for name, tensor in found.items() if tensor is not None}
     metadata = dict(direction.metadata if metadata is None else metadata)
@@ -214,7 +217,13 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     rows = orthonormal(basis)  # raises for what is none
     rows = rows if reader is None else basis
     metadata = _metadata(shard.metadata)
-    return Direction(rows, metadata, candidates, reader, put_back, _recipe(path, metadata))
+    per_site = tensors.get("per_site")
+    if per_site is not None and (per_site.shape[1:] != basis.shape or not bool(per_site.isfinite().all())):
+        raise UsageError(
+            f"direction file '{path}': expected finite 'per_site' [sites, {len(basis)}, {basis.shape[1]}], found "
+            f"{list(per_site.shape)}"
+        )
+    return Direction(rows, metadata, candidates, reader, put_back, _recipe(path, metadata), per_site)
 
 
 def _floats(shard: Shard) -> dict[str, Tensor]:

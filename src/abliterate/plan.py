@@ -146,7 +146,8 @@ def _edit(writer: Writer, basis: Float[Tensor, "k d"], strength: float, variant:
     if writer.gain is not None:
         if reader is not None:
             raise UsageError(f"writer '{writer.module}': an oblique edit (LEACE) cannot be moved before its post-norm")
-        basis = before_norm(basis, writer.gain, centred=writer.centred)
+        gain = writer.gain.to(basis.device).clone()  # it was learnt in inference mode, which gradients do not take
+        basis = before_norm(basis, gain, centred=writer.centred)
     keep = variant.keep_norms and writer.weight is not None
     return Edit(writer, basis, strength, reader, keep)
 

@@ -35,7 +35,7 @@ def plan_for(
         raise UsageError("--affine --biprojected: expected one of them, found both")
     variant = Variant(
         profile=profile(editing, strength, anatomy, recipe),
-        per_site=_per_site(direction, anatomy) if biprojected else None,
+        per_site=_biprojected(direction, anatomy) if biprojected else _own(direction, anatomy),
         reader=direction.reader,
         mean=_mean(direction) if editing.affine else None,
         keep_norms=editing.norm_preserving or (recipe is not None and recipe.norm_preserving),
@@ -66,7 +66,17 @@ def caveat(plan: Plan, editing: EditSettings) -> str | None:
     return f"--affine: {what}, so what is put back comes on top of what is left of the direction"
 
 
-def _per_site(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites 1 d"]:
+def _own(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites k d"] | None:
+    """Other directions for what is written at each site, where the direction has them."""
+    found = direction.per_site
+    if found is not None and len(found) != anatomy.layers + 1:
+        raise UsageError(
+            f"direction: expected one for each of the model's {anatomy.layers + 1} sites, found {len(found)}"
+        )
+    return found
+
+
+def _biprojected(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites 1 d"]:
     """The direction with its component along the harmless mean of each target layer taken out."""
     candidates, (_, position) = _measured(direction, "--biprojected")
     if len(direction.basis) != 1:

@@ -4,8 +4,10 @@ A plan is differentiable in its strengths and its basis, and so are the first to
 
     mean over harmful prompts of softplus(refusal score − mean refusal score of harmless prompts) + λ · mean KL
 
-where KL is that of the first token of answers to harmless prompts that the unedited model answers. Each point of the
-front has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few steps.
+where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every site that is
+written to has its own direction, which starts as its own difference of means without the part along the harmless mean.
+Each point of the front has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few
+steps.
 """
 
 from __future__ import annotations
@@ -21,12 +23,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from abliterate.algebra import orthonormal
+from abliterate.algebra import ZERO_NORM, orthonormal, project_out
 from abliterate.config import EditSettings
-from abliterate.directions import Direction, Recipe
+from abliterate.directions import Direction, Recipe, chosen_site
 from abliterate.errors import UsageError
 from abliterate.inference import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
 from abliterate.interventions import ablation
+from abliterate.lower_layers import LowerLayers
 from abliterate.plan import Plan
 from abliterate.scoring import kl_divergence, refusal_score
 from abliterate.selection import for_each_first_token
@@ -36,7 +39,7 @@ from abliterate.variants import plan_for
 #: Prompts of each class in one step.
 BATCH = 12
 #: What Adam moves a strength, and the entries of a unit direction (times √d), by in one step at first.
-STRENGTH_RATE, DIRECTION_RATE = 0.05, 0.3
+STRENGTH_RATE, DIRECTION_RATE = 0.05, 0.1
 #: By the end of each leg steps have shrunk to this share.
 LAST = 0.1
 #: Strength of every writer at the start.
@@ -70,26 +73,33 @@ def descend(
     way: Sequence[Leg],
     *,
     refine: bool = True,
+    lower: LowerLayers | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Direction]:
     """One direction with a recipe for each leg, optimised on training prompts.
 
-    `start` is what directions begin with, `tokens` are the refusal tokens. `editing` chooses writers and variant; a
-    strength that it fixes stays as it is. Without `refine` the direction stays as it is, too. Each result is the mean
-    over the second half of its leg (Polyak and Juditsky 1992).
+    `start` says where directions begin, `tokens` are the refusal tokens. `editing` chooses writers and variant; a
+    strength that it fixes stays as it is. Without `refine` there is one direction, which stays as it is, too; there is
+    one for all sites also where it is bi-projected or a subspace. `lower` holds what enters the first block that is
+    edited. Each result is the mean over the second half of its leg (Polyak and Juditsky 1992).
 
     Raises `UsageError` for edits that cannot be optimised: affine and oblique ones.
     """
     if editing.affine or start.reader is not None:
         raise UsageError("--method gradient: expected an edit that takes a direction out, found an affine or LEACE one")
-    with frozen(session.model):
+    prompts = [session.encoded[name, "train"] for name in ("harmful", "harmless")]
+    skipping = contextlib.nullcontext() if lower is None else lower.skipping(*prompts)
+    with frozen(session.model), skipping:
         descent = _Descent(session, list(tokens), start, editing, refine, seed)
         return [descent.leg(leg, progress) for leg in way]
 
 
 class _Descent:
-    """The state of the optimisation. `directions` [k, d] are rows of length √d, `strengths` [w] one per free writer."""
+    """The state of the optimisation.
+
+    `strengths` [w] has one per free writer. `directions` are rows of length √d, [k, d] for all sites or [L+1, k, d].
+    """
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool, seed: int
@@ -104,9 +114,9 @@ class _Descent:
         self.free = [] if fixed else [name for name in chosen if name in asked - own]
         self.fixed = {name: edit.strength for name, edit in chosen.items() if name not in self.free}
         device = next(session.model.parameters()).device
-        basis = start.basis.float().to(device)
+        basis = _beginning(start).to(device) if refine and not editing.biprojected else start.basis.float().to(device)
         self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
-        self.directions = (basis * basis.shape[1] ** 0.5).requires_grad_(refine)
+        self.directions = (basis * basis.shape[-1] ** 0.5).requires_grad_(refine)
         groups = [
             {"params": [parameter], "lr": rate, "rate": rate}
             for parameter, rate in ((self.strengths, STRENGTH_RATE), (self.directions, DIRECTION_RATE))
@@ -168,8 +178,13 @@ class _Descent:
     def _plan(self) -> Plan:
         """The plan of the parameters as they are, differentiable in them."""
         values = dict(zip(self.free, self.strengths, strict=True))
-        direction = replace(self.start, basis=orthonormal(self.directions), recipe=self._recipe(values))
-        return plan_for(self.session.anatomy, direction)
+        return plan_for(self.session.anatomy, self._direction(self.directions, values))
+
+    def _direction(self, directions: Float[Tensor, "*sites k d"], strengths: Any) -> Direction:
+        recipe = self._recipe(strengths)
+        if directions.dim() == 2:
+            return replace(self.start, basis=orthonormal(directions), recipe=recipe)
+        return replace(self.start, recipe=recipe, per_site=directions / directions.norm(dim=-1, keepdim=True))
 
     def _recipe(self, strengths: Any) -> Recipe:
         """Tensors stand for strengths while they are optimised."""
@@ -178,12 +193,9 @@ class _Descent:
         tied = any(writer.tied and writer.name in strengths for writer in self.session.anatomy.writers)
         return Recipe(strengths, editing.norm_preserving, editing.biprojected, editing.untie and tied)
 
-    def _result(self, directions: Float[Tensor, "k d"], strengths: Float[Tensor, " w"]) -> Direction:
+    def _result(self, directions: Float[Tensor, "*sites k d"], strengths: Float[Tensor, " w"]) -> Direction:
         values = {name: round(float(s), 6) for name, s in zip(self.free, strengths, strict=True)}
-        basis = orthonormal(directions).cpu()
-        return replace(
-            self.start, basis=basis, recipe=self._recipe({n: s for n, s in values.items() if abs(s) >= LEAST})
-        )
+        return self._direction(directions.cpu(), {n: s for n, s in values.items() if abs(s) >= LEAST})
 
     def _unedited(self) -> tuple[Float[Tensor, "n vocab"], float, list[int]]:
         """The first tokens of answers to harmless prompts: their distributions in the model's own precision, the mean
@@ -200,6 +212,17 @@ class _Descent:
         for_each_first_token(session.model, prompts, session.size, look)
         answered = (scores < 0).nonzero().flatten().tolist() or list(range(len(prompts)))
         return torch.stack([kept[row] for row in range(len(prompts))]), float(scores[answered].mean()), answered
+
+
+def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:
+    """What directions start with: each site's own, where there is one; else that of `start` for all sites."""
+    site = chosen_site(start)
+    if start.candidates is None or site is None or len(start.basis) > 1:
+        return start.basis.float()
+    own = start.candidates.raw[-1 - site[1]]
+    own = project_out(own, start.candidates.harmless_mean[-1 - site[1]])
+    norms = own.norm(dim=-1, keepdim=True)
+    return torch.where(norms > ZERO_NORM, own / norms.clamp_min(ZERO_NORM), start.basis.float())[:, None]
 
 
 def _shuffled(rows: Sequence[int], seed: int) -> Iterator[int]:

@@ -22,6 +22,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation import Answers, Shift, Subject, degenerate, manner_change, measure_shifts, refused
 from abliterate.inference import Encoded
 from abliterate.judging import Judge, Label, Verdict
+from abliterate.lower_layers import LowerLayers, lowest_block
 from abliterate.measuring import SHIFT_PROMPTS, Examiner, Sets, answers_of, as_loaded
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
@@ -68,10 +69,16 @@ class Meter:
     """Measures edits of a live model on one split of the prompts; what the unedited model does is measured once."""
 
     def __init__(
-        self, session: Session, tokens: Sequence[int], judge: Judge, evaluating: EvalSettings, split: str = "val"
+        self,
+        session: Session,
+        tokens: Sequence[int],
+        judge: Judge,
+        evaluating: EvalSettings,
+        split: str = "val",
+        lower: LowerLayers | None = None,
     ) -> None:
         """`tokens` start refusals. The unedited model's first tokens are run now, its replies when asked."""
-        self.session, self.tokens = session, list(tokens)
+        self.session, self.tokens, self._lower = session, list(tokens), lower
         texts = {name: getattr(getattr(session.prompts, name), split) for name in ("harmful", "harmless")}
         encoded = {name: session.encoded[name, split] for name in texts}
         plain = evaluating.model_copy(update={"thinking": "closed", "early_stop": False})
@@ -88,7 +95,7 @@ class Meter:
         self.counts[stage] += 1
         few = FEW_PROMPTS if stage == Stage.FEW else None
         edited = self._hooked(edit) if isinstance(edit, Plan) else edit
-        with contextlib.nullcontext() if edited is None else edited.state():
+        with self._skipping(edit), contextlib.nullcontext() if edited is None else edited.state():
             harmful, _ = self._first_tokens(_first(self._harmful, few))
             harmless, kl = self._first_tokens(_first(self._harmless, few))
             kl = kl[self._answered[:few]]
@@ -102,6 +109,15 @@ class Meter:
         return Measured(
             harmful, harmless, kl, replies, base, self._shift(edited, base) if stage == Stage.SHIFT else None
         )
+
+    def _skipping(self, edit: Plan | Subject | None) -> contextlib.AbstractContextManager[None]:
+        """Blocks below all that is edited are not computed again."""
+        lower = self._lower
+        if lower is None or isinstance(edit, Subject):
+            return contextlib.nullcontext()
+        if edit is not None and lowest_block(e.writer for e in edit.edits if e.changes) < lower.first:
+            return contextlib.nullcontext()
+        return lower.skipping(self._harmful, self._harmless)
 
     def _hooked(self, plan: Plan) -> Subject:
         return Subject(self.session.model, functools.partial(self.session.ablated, plan))

@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from abliterate.anatomy import Anatomy
 from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, SearchSettings
 from abliterate.directions import Direction
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.judging import Judge
+from abliterate.lower_layers import LowerLayers, lowest_block, usable
 from abliterate.search import front, gradient
 from abliterate.search.blackbox import first_token_objectives, optimise
 from abliterate.search.objectives import OBJECTIVES, Meter, constrained, intervals, limits_of, objectives_named, values
@@ -21,7 +23,7 @@ from abliterate.search.points import Point, Stage
 from abliterate.search.space import Space
 from abliterate.selection import Site
 from abliterate.session import Findings, Session
-from abliterate.variants import by_recipe
+from abliterate.variants import by_recipe, plan_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +115,14 @@ def search(
     wanted = tuple(dict.fromkeys((*named, *limited, OBJECTIVES["kl"])))
     names = tuple(objective.name for objective in named)
     tokens = [token.token for token in findings.tokens]
+    editing = within(session.anatomy, editing)
     with monitor.phase("measure the unedited model"):
+        lower = _lower_layers(session, start, editing)
         short = evaluating.model_copy(update={"max_new_tokens": settings.search_tokens})
-        meter = Meter(session, tokens, judge, short)
+        meter = Meter(session, tokens, judge, short, lower=lower)
         base = values(meter.measure(None, Stage.REPLIES), wanted)
     limits = limits_of(settings.constraints, base) | {"kl": finding.max_kl}
-    attempt = _Attempt(session, meter, tokens, start, settings, finding, editing, site, seed, journal, norms)
+    attempt = _Attempt(session, meter, lower, tokens, start, settings, finding, editing, site, seed, journal, norms)
     proposals = attempt.propose(method)
     stage = max(Stage.REPLIES, *(objective.stage for objective in wanted))
     measured = []
@@ -142,7 +146,7 @@ def search(
     if settings.no_held_out:
         return result
     with monitor.phase("measure points on held-out prompts", len(points) + 1) as advance:
-        return _held_out(result, Meter(session, tokens, judge, evaluating, "test"), advance)
+        return _held_out(result, Meter(session, tokens, judge, evaluating, "test", lower), advance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +155,7 @@ class _Attempt:
 
     session: Session
     meter: Meter
+    lower: LowerLayers | None
     tokens: Sequence[int]
     start: Direction
     settings: SearchSettings
@@ -186,6 +191,7 @@ class _Attempt:
                 self.editing,
                 way,
                 refine=not settings.keep_direction,
+                lower=self.lower,
                 seed=self.seed,
                 progress=advance,
             )
@@ -236,6 +242,25 @@ class _Attempt:
             "rendering": [session.loading.system, session.loading.chat_template],
             "tokens": self.tokens,
         }
+
+
+def within(anatomy: Anatomy, editing: EditSettings) -> EditSettings:
+    """The writers that are searched: those asked for, else all of blocks from a quarter of the depth on.
+
+    Edits of the first quarter and of the embedding gain nothing that was measurable, and they cost.
+    """
+    if editing.layers is not None or editing.components is not None or editing.untie:
+        return editing
+    return editing.model_copy(update={"layers": f"{anatomy.layers // 4}-"})
+
+
+def _lower_layers(session: Session, start: Direction, editing: EditSettings) -> LowerLayers | None:
+    """What enters the first block that is edited, where the model can start there."""
+    plan = plan_for(session.anatomy, start, editing)
+    first = lowest_block(edit.writer for edit in plan.edits)
+    if not first or not usable(session.model, session.anatomy, first, session.encoded["harmful", "train"]):
+        return None
+    return LowerLayers(session.model, session.anatomy, first)
 
 
 def choose(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:

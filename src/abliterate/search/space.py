@@ -142,7 +142,7 @@ class Space:
         else:
             found = self.extra[self.sources.index(source) - 1]
             found = replace(found, candidates=found.candidates or self.candidates)
-            biprojected &= len(found.basis) == 1 and chosen_site(found) is not None
+            biprojected &= len(found.basis) == 1 and chosen_site(found) is not None and found.per_site is None
         return replace(found, recipe=Recipe(strengths, norms, biprojected, self._editing.untie))
 
     def direction_at(self, layer: float, position: int, *, projected: bool = False) -> Float[Tensor, " d"]:
