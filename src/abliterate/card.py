@@ -153,7 +153,7 @@ def _what_was_done(record: Record) -> list[str]:
         if record.plan.realisation == "weights":
             lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
         elif record.plan.realisation != "control-vector":
-            lines.append(f"- {len(record.plan.strengths)} writers are changed, with strength {record.plan.strength:g}.")
+            lines.append(f"- {len(record.plan.strengths)} writers are changed, with strength {_between(record.plan)}.")
         if record.plan.variant:
             asked = ", ".join(f"{name} {value}" for name, value in record.plan.variant.items())
             lines.append(f"- The edit: {asked.replace('_', '-')}.")
@@ -161,11 +161,18 @@ def _what_was_done(record: Record) -> list[str]:
     if (selection := record.selection) is not None and (site := selection.chosen) is not None:
         subspace = record.settings.get("finding", {}).get("subspace", "mean")
         what = "The direction is" if subspace == "mean" else f"The edit ({subspace}) was made around"
+        if record.search is not None:
+            what = "The search began at"
         lines.append(
             f"- {what} the difference of means at layer {site.layer} of {record.model.layers}, position "
             f"{site.position}: bypass {site.bypass:.2f} (before: {selection.harmful:.2f}), induce {site.induce:.2f} "
             f"(before: {selection.harmless:.2f}), KL {site.kl:.3f}. A random direction of the same norm: bypass "
             f"{selection.control.bypass:.2f}, induce {selection.control.induce:.2f}."
+        )
+    if (search := record.search) is not None:
+        lines.append(
+            f"- Strengths and directions were searched ({search.method}); of {len(search.points)} points between less "
+            f"refusal and less damage, number {search.chosen} was taken ({search.why})."
         )
     return [*lines, *(f"- Warning: {warning}" for warning in record.warnings)]
 
@@ -238,16 +245,23 @@ def edited(plan: PlanPart) -> str:
     """'49 tensors with strength 1: 0.41 % of what they wrote along the direction is left'."""
     before = sum(edit.before**2 for edit in plan.edits) ** 0.5
     after = sum(edit.after**2 for edit in plan.edits) ** 0.5
-    strengths = sorted({strength for strength in plan.strengths.values() if strength} or {plan.strength})
-    between = f"{strengths[0]:g}" if len(strengths) == 1 else f"{strengths[0]:g} to {strengths[-1]:g}"
-    text = f"{len(plan.edits)} tensors with strength {between}"
+    text = f"{len(plan.edits)} tensors with strength {_between(plan)}"
     along = "the direction" if plan.rank == 1 else f"the {plan.rank} directions"
     if plan.variant.get("affine"):
         return f"{text}, what harmless prompts have along {along} put back"
     if not before:
         return text
     left = f"{text}: {100 * after / before:.2f} % of what they wrote along {along} is left"
-    return left + (" (rounding to the stored format)" if strengths == [1] else "")
+    return left + (" (rounding to the stored format)" if _strengths(plan) == [1] else "")
+
+
+def _strengths(plan: PlanPart) -> list[float]:
+    return sorted({strength for strength in plan.strengths.values() if strength} or {plan.strength})
+
+
+def _between(plan: PlanPart) -> str:
+    least, most = min(_strengths(plan)), max(_strengths(plan))
+    return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
 
 
 def _directions(rank: int) -> str:
