@@ -12,7 +12,7 @@ paper      the closed form: the direction that the rule of Arditi et al. 2024 se
 gradient   `abliterate search --method gradient`
 tpe        `--method black-box`: Optuna's TPE with staged fidelity
 random     `--method random`: the same with random proposals
-heretic    heretic-llm in an environment of its own, all its trials, through its modules
+heretic    heretic-llm in an environment of its own, through its modules: the trials that it offers
 
 For every arm: its points on held-out prompts by two judges (the rule judge of this package with known error rates, and
 heretic's own keywords), KL of the first token and along whole replies, length, degenerate replies; the hypervolume over
@@ -130,7 +130,10 @@ def ours(session: Session, arm: str, options: argparse.Namespace) -> list[Edit]:
 
 
 def heretic(session: Session, options: argparse.Namespace) -> list[Edit]:
-    """All trials of heretic, run in its own environment on the same prompts."""
+    """What heretic offers: its trials that no other beats by its own scores. Run in its own environment, once.
+
+    A folder that holds its results is taken as it is.
+    """
     folder = options.out / "heretic"
     if not (folder / "facts.json").exists():
         contrast = session.prompts
@@ -145,11 +148,12 @@ def heretic(session: Session, options: argparse.Namespace) -> list[Edit]:
         command = [str(options.heretic), str(script), str(session.loaded.files.folder), "--prompts", str(path)]
         command += ["--out", str(folder), "--trials", str(options.trials), "--seed", str(options.seed)]
         subprocess.run([*command, "--system", SYSTEM, *options.heretic_options.split()], check=True)
-    lines = (folder / "trials.jsonl").read_text().splitlines()
+    trials = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
     edits = []
-    for number, trial in enumerate(map(json.loads, lines)):
+    for number in nondominated([(trial["refusals"], trial["kl"]) for trial in trials]):
+        trial = trials[number]
         state = functools.partial(adapted, session.model, folder / f"trial-{number:02}")
-        seen = {"refusals": trial["refusals"], "kl": trial["kl_divergence"], "seconds": trial["seconds"]}
+        seen = {"refusals": trial["refusals"], "kl": trial["kl"], "seconds": trial["seconds"]}
         edits.append(Edit(f"trial {number}", Subject(session.model, state), seen))
     return edits
 

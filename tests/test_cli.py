@@ -756,7 +756,7 @@ def test_nan_in_the_weights_is_a_numerical_error_and_no_verdict(
     for file in broken.glob("model*.safetensors"):
         tensors = load_file(file)
         if tensor in tensors:
-            tensors[tensor].view(-1)[3] = float("nan")
+            tensors[tensor].view(-1)[3::7] = float("nan")  # in rows of words that are used, too
             save_file(tensors, file, {"format": "pt"})
     cli("run", broken, "-o", tmp_path / "out", *prompts, "-q").failed(1, "expected finite numbers")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -5,26 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import abliterate
 from abliterate import pipeline
-from abliterate.config import EditSettings, EvalSettings, FindSettings, SearchSettings
+from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, RunSettings, SearchSettings
 from abliterate.directions import Direction, Recipe, load_direction, save_direction
-from abliterate.errors import UsageError
+from abliterate.errors import GateNotMet, UsageError
 from abliterate.finding import best_separated
 from abliterate.inference import SharedPrefix, last_logits
 from abliterate.interventions import ablation
 from abliterate.judging import RuleJudge
 from abliterate.measuring import random_direction
 from abliterate.plan import Plan
-from abliterate.search import Meter, Stage, method_of, search
+from abliterate.record import read_record
+from abliterate.search import Meter, Point, Search, Stage, method_of, search
 from abliterate.search.gradient import descend, frozen, legs
 from abliterate.search.objectives import OBJECTIVES, limits_of, objectives_named, values
+from abliterate.search.searching import choose
 from abliterate.session import Findings, Session
 from planted import Planted, plant
-from test_pipeline import prompt_settings
+from test_pipeline import prompt_settings, settings, shard_bytes
 
 
 @pytest.fixture(scope="module")
@@ -215,3 +219,111 @@ def test_auto_is_the_gradient_unless_the_edit_is_fixed() -> None:
         assert method_of(auto, finding, editing) == "closed-form"
     assert method_of(auto, FindSettings(subspace="leace"), EditSettings()) == "closed-form"
     assert method_of(SearchSettings(method="random"), finding, EditSettings(strength=2)) == "random"
+
+
+def job(planted: Planted, out: Path, **changes: Any) -> RunSettings:
+    searching = SearchSettings(points=3, steps=24, trials=10, search_tokens=6, **changes)
+    evaluating = EvalSettings(max_new_tokens=6)
+    finding = FindSettings(max_kl=1.0)
+    return settings(planted, out, searching=searching, evaluating=evaluating, finding=finding)
+
+
+def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Planted, tmp_path: Path) -> None:
+    record = pipeline.run(job(planted, tmp_path / "out"))
+    part = record.search
+    assert part is not None
+    assert part.method == "gradient"
+    assert record.evaluation is not None
+    assert record.evaluation.after is not None
+    assert record.evaluation.after.harmful.refusals == 0
+    assert record.evaluation.before.harmful.refusals > 20
+    for point in part.points:
+        assert point.file is not None
+        again = tmp_path / f"again-{point.number}"
+        pipeline.apply(str(planted.folder), tmp_path / "out" / point.file, OutputSettings(out=again))
+        same = shard_bytes(again) == shard_bytes(tmp_path / "out")
+        assert same == (point.number == part.chosen)
+    assert abliterate.compare(tmp_path / "out").intact
+
+
+@pytest.mark.parametrize("method", ["gradient", "black-box", "both", "random"])
+def test_search_writes_points_that_do_what_they_say(planted: Planted, tmp_path: Path, method: str) -> None:
+    record = pipeline.search(job(planted, tmp_path / "front", method=method))
+    part = record.search
+    assert part is not None
+    assert (tmp_path / "front" / "trials.log").exists() == (method != "gradient")
+    session = pipeline.open_session(str(planted.folder), prompts=prompt_settings(planted))
+    tokens = [token.token for token in record.refusal_tokens]
+    meter = Meter(session, tokens, RuleJudge(), EvalSettings(max_new_tokens=6))
+    objectives = objectives_named("refusals,kl")
+    for point in part.points:
+        direction = load_direction(tmp_path / "front" / str(point.file))
+        measured = values(meter.measure(session.plan(direction), Stage.REPLIES), objectives)
+        assert measured == pytest.approx({name: point.scores[name] for name in measured}, rel=1e-3, abs=1e-6)
+    assert part.chosen is not None
+    chosen = load_direction(tmp_path / "front" / "direction.safetensors")
+    same = load_direction(tmp_path / "front" / str(part.points[part.chosen - 1].file))
+    assert chosen.recipe == same.recipe
+    assert chosen.learnt_from
+
+
+def test_another_point_is_picked_without_searching(planted: Planted, tmp_path: Path) -> None:
+    folder = tmp_path / "front"
+    record = pipeline.search(job(planted, folder, pick="2", no_held_out=True))
+    assert record.search is not None
+    assert (record.search.chosen, record.search.why) == (2, "picked")
+    again = pipeline.pick(folder, 3)
+    assert again.search is not None
+    assert again.search.chosen == 3
+    third = load_direction(folder / "front" / "03.safetensors")
+    assert load_direction(folder / "direction.safetensors").recipe == third.recipe
+    assert read_record(folder) == again
+    with pytest.raises(UsageError, match="--pick 9"):
+        pipeline.search(job(planted, tmp_path / "other", pick="9", no_held_out=True))
+    with pytest.raises(UsageError, match="expected a new or empty folder"):
+        pipeline.search(job(planted, folder))
+    with pytest.raises(UsageError, match="expected the trials of a search"):
+        pipeline.search(job(planted, tmp_path / "third", resume=True))
+
+
+def test_a_search_goes_on_where_it_was_killed(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.search(job(planted, tmp_path / "whole", method="random", no_held_out=True))
+    measure, calls = Meter.measure, []
+
+    def killed(self: Meter, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return measure(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True))
+    resumed = pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True, resume=True))
+    assert whole.search is not None
+    assert resumed.search is not None
+    assert [p.scores for p in resumed.search.points] == [p.scores for p in whole.search.points]
+    assert resumed.search.evaluations["few"] < whole.search.evaluations["few"]
+
+
+def test_what_is_asked_for_is_chosen() -> None:
+    direction = Direction(torch.eye(1, 4), {})
+    scores = [(0.0, 0.02, 0.3), (0.05, 0.01, 0.1), (0.1, 0.004, 0.1), (0.5, 0.001, 0.1)]
+    points = tuple(
+        Point(direction, f"{i}", {"refusals": r, "kl": k, "over-refusals": o}, Stage.REPLIES)
+        for i, (r, k, o) in enumerate(scores)
+    )
+    limits = {"over-refusals": 0.12, "kl": 0.1}
+    result = Search("gradient", ("refusals", "kl"), "", limits, points, 0, "", {}, None, {}, 0.0)
+    auto, finding = SearchSettings(), FindSettings()
+    assert choose(result, auto, finding).chosen == 2
+    assert choose(result, auto.model_copy(update={"max_refusals": 0.07}), finding).chosen == 1, "0 is over its limit"
+    assert choose(result, auto, FindSettings(max_kl=0.002)).chosen == 3
+    assert choose(result, auto.model_copy(update={"pick": "1"}), finding).chosen == 0
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        choose(result, auto, FindSettings(max_kl=0.0005))
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        choose(replace(result, limits={"over-refusals": 0.05}), auto, finding)

@@ -107,8 +107,8 @@ class SearchSettings(_Settings):
         description="gradient (through hooks), black-box (Optuna), both, random (a control); closed-form takes the "
         "chosen direction out of every writer. auto: gradient unless the edit is fixed.",
     )
-    points: Annotated[int, Field(ge=1, le=50)] = Field(5, description="Points of the front that are looked at closely.")
-    steps: Annotated[int, Field(ge=1)] = Field(72, description="Steps of the gradient, all points together.")
+    points: Annotated[int, Field(ge=1, le=50)] = Field(4, description="Points of the front that are looked at closely.")
+    steps: Annotated[int, Field(ge=1)] = Field(45, description="Steps of the gradient, all points together.")
     trials: Annotated[int, Field(ge=1)] = Field(60, description="Trials of the black box.")
     sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Sampler of the black box.")
     keep_direction: bool = Field(False, description="Search strengths only; the direction stays the mean difference.")
