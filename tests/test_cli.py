@@ -28,7 +28,7 @@ from abliterate.directions import save_direction
 from abliterate.record import Record
 from planted import BLOCKS, D_MODEL, Planted, plant
 
-COMMANDS = ("run", "find", "verify", "apply", "eval", "compare", "judge", "chat", "undo")
+COMMANDS = ("run", "search", "find", "verify", "apply", "eval", "compare", "judge", "chat", "undo")
 
 
 @dataclass(frozen=True, slots=True)

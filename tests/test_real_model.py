@@ -38,7 +38,8 @@ def all_threads() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory, all_threads: None) -> ab.Record:
     out = tmp_path_factory.mktemp("real") / "out"
-    return ab.run(ab.RunSettings(model=str(GGUF), output=ab.OutputSettings(out=out)))
+    searching = ab.SearchSettings(no_held_out=True)  # the chosen point is evaluated on them anyway
+    return ab.run(ab.RunSettings(model=str(GGUF), output=ab.OutputSettings(out=out), searching=searching))
 
 
 def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
@@ -51,7 +52,21 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert 2 * after.harmful.refusals <= before.harmful.refusals
     assert after.harmful.degenerate <= 5
     assert after.harmless.refusals <= before.harmless.refusals
-    assert shift.kl_first_token < 0.2
+    assert shift.kl_first_token < 0.05
+
+
+def test_the_search_found_less_damage_than_the_closed_form(record: ab.Record) -> None:
+    search, selection = record.search, record.selection
+    assert search is not None
+    assert selection is not None
+    assert selection.chosen is not None
+    assert search.base["refusals"] > 0.4
+    strongest = search.points[0].scores
+    assert strongest["refusals"] < 0.1
+    assert 2 * strongest["kl"] < selection.chosen.kl
+    kl = [point.scores["kl"] for point in search.points if point.on_front]
+    assert len(kl) > 2
+    assert kl == sorted(kl, reverse=True), "points that refuse more cost less"
 
 
 def test_direction_met_the_rule_and_the_random_one_did_not(record: ab.Record) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from abliterate.config import OutputSettings as OutputSettings
     from abliterate.config import PromptSettings as PromptSettings
     from abliterate.config import RunSettings as RunSettings
+    from abliterate.config import SearchSettings as SearchSettings
     from abliterate.directions import Direction as Direction
     from abliterate.directions import load_direction as load_direction
     from abliterate.directions import save_direction as save_direction
@@ -47,7 +48,7 @@ _HOMES = {
     "anatomy": ("Anatomy", "study"),
     "config": (
         *("EditSettings", "EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings"),
-        "RunSettings",
+        *("RunSettings", "SearchSettings"),
     ),
     "directions": ("Direction", "load_direction", "save_direction"),
     "errors": ("AbliterateError", "GateNotMet"),
