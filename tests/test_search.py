@@ -105,6 +105,8 @@ def test_a_fixed_direction_and_fixed_strengths_stay(session: Session, findings: 
     assert {s for name, s in by_kind.items() if "o_proj" in name} == {0.7}
     assert len({s for name, s in by_kind.items() if "down_proj" in name}) > 1
     assert not any("embed" in name for name in by_kind)
+    (found,) = descend(session, ids(findings), start, EditSettings(strengths="attention=1"), legs(1, 4))
+    assert {e.strength for e in session.plan(found).edits if "o_proj" in e.writer.name} == {1.0}
     (found,) = descend(session, ids(findings), start, EditSettings(strength=0.6), legs(1, 4))
     assert {edit.strength for edit in session.plan(found).edits} == {0.6}
     with pytest.raises(UsageError, match="nothing to search"):

@@ -235,10 +235,12 @@ def _check_folder(output: OutputSettings, resume: bool) -> None:
         raise UsageError(f"-o {out}: expected a folder, found a file; give another -o")
     inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = {rec.FILE_NAME, FRONT, JOURNAL, "direction.safetensors"}
-    if not inside or (resume and JOURNAL in inside and inside <= ours):
-        return
     if resume:
+        if JOURNAL in inside and inside <= ours:
+            return
         raise UsageError(f"-o {out}: expected the trials of a search to go on with ({JOURNAL}), found none")
+    if not inside:
+        return
     if not output.overwrite or not inside <= ours:
         hint = "--overwrite replaces a search" if inside <= ours else "give another -o"
         raise UsageError(f"-o {out}: expected a new or empty folder, found {len(inside)} files; {hint}")

@@ -32,6 +32,7 @@ from abliterate.interventions import ablation
 from abliterate.lower_layers import LowerLayers
 from abliterate.plan import Plan
 from abliterate.scoring import kl_divergence, refusal_score
+from abliterate.search.space import free_and_fixed
 from abliterate.selection import for_each_first_token
 from abliterate.session import Session
 from abliterate.variants import plan_for
@@ -105,16 +106,9 @@ class _Descent:
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool, seed: int
     ) -> None:
         self.session, self.tokens, self.start, self.editing = session, tokens, start, editing
-        template = plan_for(session.anatomy, start, editing)
-        fixed = editing.strength != EditSettings().strength
-        plain = editing.model_copy(update={"strengths": None})
-        chosen = {edit.writer.name: edit for edit in template.edits if edit.changes}
-        asked = {edit.writer.name for edit in plan_for(session.anatomy, start, plain).edits}
-        own = {edit.writer.name for edit in template.edits if edit.strength != editing.strength}
-        self.free = [] if fixed else [name for name in chosen if name in asked - own]
-        self.fixed = {name: edit.strength for name, edit in chosen.items() if name not in self.free}
-        device = next(session.model.parameters()).device
-        basis = _beginning(start).to(device) if refine and not editing.biprojected else start.basis.float().to(device)
+        free, self.fixed = free_and_fixed(session.anatomy, editing)
+        self.free = [writer.name for writers in free.values() for writer in writers]
+        basis = _beginning(start) if refine and not editing.biprojected else start.basis.float()
         self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
         self.directions = (basis * basis.shape[-1] ** 0.5).requires_grad_(refine)
         groups = [
@@ -195,7 +189,7 @@ class _Descent:
 
     def _result(self, directions: Float[Tensor, "*sites k d"], strengths: Float[Tensor, " w"]) -> Direction:
         values = {name: round(float(s), 6) for name, s in zip(self.free, strengths, strict=True)}
-        return self._direction(directions.cpu(), {n: s for n, s in values.items() if abs(s) >= LEAST})
+        return self._direction(directions, {n: s for n, s in values.items() if abs(s) >= LEAST})
 
     def _unedited(self) -> tuple[Float[Tensor, "n vocab"], float, list[int]]:
         """The first tokens of answers to harmless prompts: their distributions in the model's own precision, the mean

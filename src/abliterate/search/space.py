@@ -112,7 +112,7 @@ class Space:
         self._depths = (min(SHALLOWEST * anatomy.layers, deepest), deepest)
         self._biprojects = self._rank == 1
         self._keeps_norms = variants and _keeps_norms(anatomy, editing)
-        self._writers, self._fixed = _free_and_fixed(anatomy, editing)
+        self._writers, self._fixed = free_and_fixed(anatomy, editing)
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -352,7 +352,7 @@ def _plan(anatomy: Anatomy, editing: EditSettings, **changes: Any) -> Plan:
     return plan_for(anatomy, Direction(orthonormal(row), {}), editing.model_copy(update=plain))
 
 
-def _free_and_fixed(anatomy: Anatomy, editing: EditSettings) -> tuple[dict[str, list[Writer]], dict[str, float]]:
+def free_and_fixed(anatomy: Anatomy, editing: EditSettings) -> tuple[dict[str, list[Writer]], dict[str, float]]:
     """Writers by kind whose strength may be chosen, and strengths that the user chose.
 
     What does not change with `--strength` comes from `--strengths`.
