@@ -25,6 +25,7 @@ from abliterate.selection import (
     Selection,
     SiteScore,
     candidate_sites,
+    first_tokens,
     select,
     stage_costs,
 )
@@ -117,7 +118,7 @@ def test_only_prompts_that_the_model_treats_as_labelled_are_used(session: pipeli
 
 
 def test_most_refused_prompts_are_screened_first(session: pipeline.Session, scorer: Scorer) -> None:
-    scores, _ = scorer._first_tokens(session.encoded["harmful", "val"])
+    scores, _ = first_tokens(scorer.model, session.encoded["harmful", "val"], scorer.tokens, scorer.size)
     ordered = [float(scores[row]) for row in scorer.harmful_rows]
     assert ordered == sorted(ordered, reverse=True)
 

@@ -121,8 +121,8 @@ class Scorer:
         self.model, self.anatomy, self.tokens, self.size = model, anatomy, list(tokens), size
         self._plan = plan or functools.partial(make_plan, anatomy)
         self.blocks: list[nn.Module] = [model.get_submodule(name) for name in anatomy.blocks]
-        refusing, _ = self._first_tokens(harmful)
-        answering, logits = self._first_tokens(harmless, keep_logits=True)
+        refusing, _ = first_tokens(model, harmful, self.tokens, size)
+        answering, logits = first_tokens(model, harmless, self.tokens, size, keep=torch.float32)
         order = torch.argsort(refusing, descending=True)
         self.harmful_rows = [row for row in order.tolist() if not behaving or refusing[row] > 0]
         self.harmless_rows = [row for row in range(len(harmless)) if not behaving or answering[row] < 0]
@@ -187,23 +187,25 @@ class Scorer:
         means: list[float] = scores.mean(1).tolist()
         return means
 
-    def _first_tokens(
-        self, prompts: Encoded, *, keep_logits: bool = False
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
-        scores = torch.zeros(len(prompts), dtype=torch.float64)
-        kept: dict[int, Tensor] = {}
-
-        def look(rows: list[int], logits: Tensor) -> None:
-            scores[rows] = refusal_score(logits[0], self.tokens).cpu()
-            if keep_logits:
-                kept.update(zip(rows, logits[0].cpu(), strict=True))
-
-        for_each_first_token(self.model, prompts, self.size, look)
-        return scores, torch.stack([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
-
 
 def _first(prompts: Encoded, count: int | None) -> Encoded:
     return prompts.take(range(len(prompts))[:count])
+
+
+def first_tokens(
+    model: Any, prompts: Encoded, tokens: Sequence[int], size: BatchSize, *, keep: torch.dtype | None = None
+) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
+    """Refusal scores of the answers' first tokens, and their logits in the dtype `keep` (none without), on the CPU."""
+    scores = torch.zeros(len(prompts), dtype=torch.float64)
+    kept: dict[int, Tensor] = {}
+
+    def look(rows: list[int], logits: Tensor) -> None:
+        scores[rows] = refusal_score(logits[0], tokens).cpu()
+        if keep is not None:
+            kept.update(zip(rows, logits[0].to(keep).cpu(), strict=True))
+
+    for_each_first_token(model, prompts, size, look)
+    return scores, torch.stack([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
 
 
 def for_each_first_token(

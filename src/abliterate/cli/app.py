@@ -47,10 +47,7 @@ _UNUSED_BY_VERIFY = (
 )
 
 #: What `search`, which judges refusals and edits nothing, has no use for.
-_UNUSED_BY_SEARCH = (
-    *("thinking", "thinking_tokens", "early_stop", "capability", "tasks", "task_limit", "multiple_choice"),
-    *("no_control", "keep_completions"),
-)
+_UNUSED_BY_SEARCH = ("early_stop", *_UNUSED_BY_VERIFY)
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or .gguf file.", show_default=False)]
 DirectionFile = Annotated[

@@ -33,7 +33,7 @@ from abliterate.lower_layers import LowerLayers
 from abliterate.plan import Plan
 from abliterate.scoring import kl_divergence, refusal_score
 from abliterate.search.space import free_and_fixed
-from abliterate.selection import for_each_first_token
+from abliterate.selection import first_tokens
 from abliterate.session import Session
 from abliterate.variants import plan_for
 
@@ -196,16 +196,9 @@ class _Descent:
         refusal score, and which prompts are answered.
         """
         session, prompts = self.session, self.prompts["harmless"]
-        kept: dict[int, Tensor] = {}
-        scores = torch.zeros(len(prompts), dtype=torch.float64)
-
-        def look(rows: list[int], logits: Tensor) -> None:
-            scores[rows] = refusal_score(logits[0], self.tokens).cpu()
-            kept.update(zip(rows, logits[0].to(session.loaded.dtype).cpu(), strict=True))
-
-        for_each_first_token(session.model, prompts, session.size, look)
+        scores, logits = first_tokens(session.model, prompts, self.tokens, session.size, keep=session.loaded.dtype)
         answered = (scores < 0).nonzero().flatten().tolist() or list(range(len(prompts)))
-        return torch.stack([kept[row] for row in range(len(prompts))]), float(scores[answered].mean()), answered
+        return logits, float(scores[answered].mean()), answered
 
 
 def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:

@@ -28,7 +28,7 @@ from abliterate.monitor import Monitor
 from abliterate.plan import Plan
 from abliterate.scoring import kl_divergence, refusal_score
 from abliterate.search.points import Stage
-from abliterate.selection import for_each_first_token
+from abliterate.selection import first_tokens, for_each_first_token
 from abliterate.session import Session
 from abliterate.statistics import bootstrap_mean, wilson
 
@@ -85,8 +85,10 @@ class Meter:
         quiet = Monitor()  # many small phases are one to whoever watches
         self.examiner = Examiner(session.renderer, session.prompts, texts, encoded, plain, judge, quiet)
         self._harmful, self._harmless = encoded["harmful"], encoded["harmless"]
-        self._base_logits = self._first_logits(self._harmless)
-        answered = refusal_score(self._base_logits, self.tokens) < 0
+        scores, self._base_logits = first_tokens(
+            session.model, self._harmless, self.tokens, session.size, keep=torch.float32
+        )
+        answered = scores < 0
         self._answered = answered if bool(answered.any()) else torch.ones_like(answered)
         self.counts = dict.fromkeys(Stage, 0)
 
@@ -149,15 +151,6 @@ class Meter:
 
         for_each_first_token(self.session.model, prompts, self.session.size, look)
         return scores, kl
-
-    def _first_logits(self, prompts: Encoded) -> Float[Tensor, "n vocab"]:
-        kept: dict[int, Tensor] = {}
-
-        def look(rows: list[int], logits: Tensor) -> None:
-            kept.update(zip(rows, logits[0].cpu(), strict=True))
-
-        for_each_first_token(self.session.model, prompts, self.session.size, look)
-        return torch.stack([kept[row] for row in range(len(prompts))])
 
 
 def _first(prompts: Encoded, count: int | None) -> Encoded:

@@ -21,7 +21,6 @@ from abliterate.search.blackbox import first_token_objectives, optimise
 from abliterate.search.objectives import OBJECTIVES, Meter, constrained, intervals, limits_of, objectives_named, values
 from abliterate.search.points import Point, Stage
 from abliterate.search.space import Space
-from abliterate.selection import Site
 from abliterate.session import Findings, Session
 from abliterate.variants import by_recipe, plan_for
 
@@ -100,13 +99,12 @@ def search(
     finding: FindSettings = FindSettings(),
     editing: EditSettings = EditSettings(),
     evaluating: EvalSettings = EvalSettings(),
-    site: Site | None = None,
     seed: int = 0,
     journal: Path | None = None,
     norms: bool = True,
     force: bool = False,
 ) -> Search:
-    """Search from `start`; with `site` the black box takes no other. `norms`: edits may be norm-preserving.
+    """Search from `start`. `norms`: edits may be norm-preserving.
 
     Raises `UsageError` for settings that do not go together, `GateNotMet` when no point keeps the constraints.
     """
@@ -122,7 +120,7 @@ def search(
         meter = Meter(session, tokens, judge, short, lower=lower)
         base = values(meter.measure(None, Stage.REPLIES), wanted)
     limits = limits_of(settings.constraints, base) | {"kl": finding.max_kl}
-    attempt = _Attempt(session, meter, lower, tokens, start, settings, finding, editing, site, seed, journal, norms)
+    attempt = _Attempt(session, meter, lower, tokens, start, settings, finding, editing, seed, journal, norms)
     proposals = attempt.propose(method)
     stage = max(Stage.REPLIES, *(objective.stage for objective in wanted))
     measured = []
@@ -161,7 +159,6 @@ class _Attempt:
     settings: SearchSettings
     finding: FindSettings
     editing: EditSettings
-    site: Site | None
     seed: int
     journal: Path | None
     norms: bool
@@ -208,7 +205,6 @@ class _Attempt:
             self.start.candidates,
             self.finding,
             editing,
-            self.site,
             extra=refined,
             variants=self.norms,
         )
