@@ -59,7 +59,7 @@ class Leg:
     steps: int
 
 
-def legs(points: int, steps: int, *, lightest: float = 20.0, heaviest: float = 640.0) -> list[Leg]:
+def legs(points: int, steps: int, *, lightest: float = 40.0, heaviest: float = 320.0) -> list[Leg]:
     """`points` weights in even ratios, least KL last; `steps` in all, of which the first leg gets a double share."""
     share = max(1, steps // (points + 1))
     ratio = (heaviest / lightest) ** (1 / max(1, points - 1))
