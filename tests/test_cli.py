@@ -28,7 +28,7 @@ from abliterate.directions import save_direction
 from abliterate.record import Record
 from planted import BLOCKS, D_MODEL, Planted, plant
 
-COMMANDS = ("run", "search", "find", "verify", "apply", "eval", "compare", "judge", "chat", "undo")
+COMMANDS = ("run", "search", "find", "verify", "apply", "eval", "compare", "judge", "chat", "show", "undo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,27 @@ def test_run_prints_refusals_before_and_after(cli: Cli, planted: Planted, prompt
     assert "refusals start with 'I'" in result.err
     assert "✓ edit weights" in result.err
     assert str(tmp_path / "out") in result.out
+
+
+def test_show_prints_what_the_run_printed_and_where_it_comes_from(
+    cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    printed = cli("run", planted.folder, "-o", out, *prompts).out
+    shown = cli("show", out)
+    assert (shown.code, shown.err) == (0, "")
+    assert printed in shown.out
+    record = abliterate.read_record(out)
+    for name, digest in record.output_sha256.items():
+        assert f"written  {name} {digest[:12]}" in shown.out
+    assert Record.model_validate_json(cli("show", out, "--json").out) == record
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = cli("show", out).out
+    assert max(len(line) for line in printed.splitlines()) > 40, "the control"
+    assert re.search(r"before +24/24 +100 \[86, 100\]", narrow), narrow
+    assert "24/24" in narrow
+    assert "corrected" not in narrow.partition("Judge:")[0]
+    cli("show", planted.folder).failed(2, "expected the record of a run, found none")
 
 
 def test_json_is_the_record_and_quiet_says_nothing(

@@ -485,6 +485,23 @@ def chat(
 
 
 @app.command()
+def show(
+    out: Annotated[Path, typer.Argument(help="What `run`, `apply` or `search` wrote.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """What an OUT's record says, as tables: nothing is loaded or measured."""
+    from abliterate.record import read_record
+
+    record = read_record(out)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+        return
+    from abliterate.cli.showing import show_record
+
+    show_record(record, Console())
+
+
+@app.command()
 def undo(
     out: Annotated[Path, typer.Argument(help="What `run` or `apply` wrote.", show_default=False)],
     target: Annotated[

@@ -7,6 +7,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from abliterate.card import estimate, judged_by, others, pvalue, rate
@@ -69,31 +70,52 @@ def _show_rates(part: EvaluationPart, console: Console) -> None:
 
 
 def print_rates(title: str, states: list[State], console: Console) -> None:
-    """A row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change."""
+    """A row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change.
+
+    A narrow terminal shows fewer columns, never half a number.
+    """
     corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
+    extra = [*(["corrected"] if corrected else []), *(["change", "p"] if len(states) > 1 else [])]
+    for left_out in ((), ("corrected",), ("corrected", "p"), extra):
+        table = _rates(title, states, [name for name in extra if name not in left_out])
+        if fits(table, console):
+            break
+    console.print(table)
+    remarks = [
+        f"{name} {state}".strip() + f": {also}"
+        for name in SETS
+        for state, behaviour, _ in states
+        if (also := others(getattr(behaviour, name)))
+    ]
+    if remarks:
+        console.print(f"{'; '.join(remarks)}.", highlight=False)
+
+
+def fits(table: Table, console: Console) -> bool:
+    """Whether a table needs no line more than it has rows."""
+    unbound = console.options.update_width(10_000)
+    return Measurement.get(console, unbound, table).maximum <= console.width
+
+
+def _rates(title: str, states: list[State], extra: list[str]) -> Table:
     several = len(states) > 1
     table = Table(title=title, title_justify="left", **PLAIN)
-    extra = [*(["corrected"] if corrected else []), *(["change", "p"] if several else [])]
     for column in ("prompts", "refused", "% [95 %]", *extra):
         table.add_column(column, no_wrap=True)
-    remarks = []
     for name in SETS:
         if several:
             table.add_row(f"[bold]{name}[/]")
         for state, behaviour, pairs in states:
             part: RatePart = getattr(behaviour, name)
+            pair = pairs.get(name)
+            known = {
+                "corrected": "" if part.corrected is None else estimate(part.corrected, 100, ".0f"),
+                "change": "" if pair is None else estimate(pair.change, 100, "+.0f"),
+                "p": "" if pair is None else pvalue(pair.p),
+            }
             cells = [f"  {state}" if several else name, f"{part.refusals}/{part.n}", _percent(part)]
-            if corrected:
-                cells.append("" if part.corrected is None else estimate(part.corrected, 100, ".0f"))
-            if several:
-                pair = pairs.get(name)
-                cells += ["", ""] if pair is None else [estimate(pair.change, 100, "+.0f"), pvalue(pair.p)]
-            table.add_row(*cells)
-            if also := others(part):
-                remarks.append(f"{name} {state}".strip() + f": {also}")
-    console.print(table)
-    if remarks:
-        console.print(f"{'; '.join(remarks)}.", highlight=False)
+            table.add_row(*cells, *(known[column] for column in extra))
+    return table
 
 
 def _percent(part: RatePart) -> str:
@@ -118,23 +140,11 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
 
 
 def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console) -> None:
-    table = Table(
-        title=f"Shift on {shift.prompts} harmless prompts, nats per token", title_justify="left", box=SIMPLE_HEAD
-    )
-    for column in ("", "", "mean [95 %]", "median", "p95", "worst"):
-        table.add_column(column, justify="right" if column in ("median", "p95", "worst") else "left")
     rows = [("edit", shift)]
     if control is not None and control.shift is not None:
         rows.append(("random", control.shift))
-    for name, key in (("KL, first token", "kl_first_token"), ("KL, reply", "kl_reply")):
-        for number, (state, one) in enumerate(rows):
-            values = [getattr(one, f"{key}_{which}") for which in ("median", "p95", "max")]
-            shown = ("" if value is None else f"{value:.3f}" for value in values)
-            table.add_row("" if number else name, state, _mean(one, key), *shown)
-    for number, (state, one) in enumerate(rows):
-        change = "" if one.nll_change is None else estimate(one.nll_change, 1, "+.3f")
-        table.add_row("" if number else "own replies cost", state, change, "", "", "")
-    console.print(table)
+    table = _shifts(rows)
+    console.print(table if fits(table, console) else _shifts(rows, spread=False))
     if shift.nll_before is not None:
         console.print(
             f"The original's own replies cost {shift.nll_before:.3f} nats per token before, {shift.nll_after:.3f} "
@@ -150,6 +160,24 @@ def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Co
             f"random direction by {100 * control.size:.1f} %.",
             highlight=False,
         )
+
+
+def _shifts(rows: list[tuple[str, ShiftPart]], *, spread: bool = True) -> Table:
+    """Means with their intervals; with `spread` also how the prompts lie around them."""
+    columns = ("median", "p95", "worst") if spread else ()
+    title = f"Shift on {rows[0][1].prompts} harmless prompts, nats per token"
+    table = Table(title=title, title_justify="left", **PLAIN)
+    for column in ("", "", "mean [95 %]", *columns):
+        table.add_column(column, justify="right" if column in columns else "left")
+    for name, key in (("KL, first token", "kl_first_token"), ("KL, reply", "kl_reply")):
+        for number, (state, one) in enumerate(rows):
+            values = [getattr(one, f"{key}_{which}") for which in ("median", "p95", "max")] if spread else []
+            shown = ("" if value is None else f"{value:.3f}" for value in values)
+            table.add_row("" if number else name, state, _mean(one, key), *shown)
+    for number, (state, one) in enumerate(rows):
+        change = "" if one.nll_change is None else estimate(one.nll_change, 1, "+.3f")
+        table.add_row("" if number else "own replies cost", state, change, *([""] * len(columns)))
+    return table
 
 
 def _mean(shift: ShiftPart, key: str) -> str:

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
-from abliterate.cli.evaluating import PLAIN
+from abliterate.cli.evaluating import PLAIN, fits
 from abliterate.errors import UsageError
 from abliterate.record import PointPart, SearchPart
 
@@ -46,7 +45,7 @@ def _tables(part: SearchPart, console: Console) -> list[Table]:
     """One table with all that fits on a line; in a narrow terminal without intervals, then one for each objective."""
     for intervals, origins in ((True, True), (True, False), (False, False)):
         table = _table(part, part.objectives, intervals=intervals, origins=origins)
-        if _fits(table, console):
+        if fits(table, console):
             return [table]
     narrow = [_narrow(part, name, console) for name in part.objectives]
     for table in narrow[1:]:
@@ -56,12 +55,7 @@ def _tables(part: SearchPart, console: Console) -> list[Table]:
 
 def _narrow(part: SearchPart, name: str, console: Console) -> Table:
     table = _table(part, [name], intervals=True)
-    return table if _fits(table, console) else _table(part, [name])
-
-
-def _fits(table: Table, console: Console) -> bool:
-    unbound = console.options.update_width(10_000)
-    return Measurement.get(console, unbound, table).maximum <= console.width
+    return table if fits(table, console) else _table(part, [name])
 
 
 def _table(part: SearchPart, names: Sequence[str], *, intervals: bool = False, origins: bool = False) -> Table:

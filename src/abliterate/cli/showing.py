@@ -1,0 +1,77 @@
+"""`show`: the record of an OUT as tables, from its file alone."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.screen import show_run
+from abliterate.record import PromptsPart, Record
+
+#: Hexadecimal digits of a SHA-256 that are shown; the record has all of them.
+_DIGITS = 12
+
+
+def show_record(record: Record, console: Console) -> None:
+    """What was asked, what came out, and how to see it again."""
+    console.print(_asked(record))
+    show_run(record, console)
+    for warning in record.warnings:
+        console.print(f"[yellow]warning: {escape(warning)}[/]", highlight=False)
+    console.print(_provenance(record))
+
+
+def _asked(record: Record) -> Table:
+    """The model, the prompts, and what refusals start with."""
+    model = record.model
+    table = _facts("What was asked")
+    rows = [
+        ("model", model.name),
+        ("architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"),
+        ("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"),
+        ("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"),
+    ]
+    if record.prompts is not None:
+        rows += _prompts(record.prompts)
+    if record.refusal_tokens:
+        texts = ", ".join(f"{token.text!r}" for token in record.refusal_tokens)
+        rows.append(("refusals start with", texts))
+    return _filled(table, rows)
+
+
+def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
+    counts = [
+        f"{name} " + " + ".join(f"{count} {split}" for split, count in splits.items())
+        for name, splits in part.counts.items()
+    ]
+    return [
+        ("prompts", "; ".join(counts)),
+        ("from", ", ".join(sorted(set(part.sources.values())))),
+        ("system prompt", "the template's own" if part.system is None else part.system or "none"),
+    ]
+
+
+def _provenance(record: Record) -> Table:
+    """When, with what, and from which files."""
+    table = _facts("Provenance")
+    rows = [("made", record.created), ("with", ", ".join(f"{name} {v}" for name, v in record.versions.items()))]
+    seed = record.settings.get("prompts", {}).get("seed") if isinstance(record.settings.get("prompts"), dict) else None
+    if seed is not None:
+        rows.append(("seed", str(seed)))
+    for what, hashes in (("read", record.model.source_sha256), ("written", record.output_sha256)):
+        rows += [(what, f"{name} {digest[:_DIGITS]}…") for name, digest in hashes.items()]
+    return _filled(table, rows)
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _filled(table: Table, rows: list[tuple[str, str]]) -> Table:
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    return table
