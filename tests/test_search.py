@@ -329,3 +329,17 @@ def test_what_is_asked_for_is_chosen() -> None:
         choose(result, auto, FindSettings(max_kl=0.0005))
     with pytest.raises(GateNotMet, match="no point keeps"):
         choose(replace(result, limits={"over-refusals": 0.05}), auto, finding)
+
+
+def test_layers_in_four_bits_compute_with_gradients_inside_and_as_they_like_after() -> None:
+    class Packing(torch.nn.Linear):
+        support_avx512bf16_for_cpu = True
+
+    layer: Any = Packing(2, 2)
+    layer.weight.quant_state = object()
+    model = torch.nn.Sequential(layer)
+    with frozen(model):
+        assert not layer.support_avx512bf16_for_cpu
+        assert not layer.weight.requires_grad
+    assert layer.support_avx512bf16_for_cpu
+    assert layer.weight.requires_grad
