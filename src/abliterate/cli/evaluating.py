@@ -76,10 +76,11 @@ def print_rates(title: str, states: list[State], console: Console) -> None:
     """
     corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
     extra = [*(["corrected"] if corrected else []), *(["change", "p"] if len(states) > 1 else [])]
-    for left_out in ((), ("corrected",), ("corrected", "p"), extra):
-        table = _rates(title, states, [name for name in extra if name not in left_out])
-        if fits(table, console):
-            break
+    table = _rates(title, states, extra)
+    for column in ("corrected", "p", "change"):
+        if column in extra and not fits(table, console):
+            extra.remove(column)
+            table = _rates(title, states, extra)
     console.print(table)
     remarks = [
         f"{name} {state}".strip() + f": {also}"
@@ -92,7 +93,7 @@ def print_rates(title: str, states: list[State], console: Console) -> None:
 
 
 def fits(table: Table, console: Console) -> bool:
-    """Whether a table needs no line more than it has rows."""
+    """Whether a table has the width it asks for: no cell is wrapped or cut."""
     unbound = console.options.update_width(10_000)
     return Measurement.get(console, unbound, table).maximum <= console.width
 

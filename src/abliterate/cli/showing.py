@@ -56,9 +56,9 @@ def _provenance(record: Record) -> Table:
     """When, with what, and from which files."""
     table = _facts("Provenance")
     rows = [("made", record.created), ("with", ", ".join(f"{name} {v}" for name, v in record.versions.items()))]
-    seed = record.settings.get("prompts", {}).get("seed") if isinstance(record.settings.get("prompts"), dict) else None
-    if seed is not None:
-        rows.append(("seed", str(seed)))
+    prompts = record.settings.get("prompts")
+    if isinstance(prompts, dict) and "seed" in prompts:
+        rows.append(("seed", str(prompts["seed"])))
     for what, hashes in (("read", record.model.source_sha256), ("written", record.output_sha256)):
         rows += [(what, f"{name} {digest[:_DIGITS]}…") for name, digest in hashes.items()]
     return _filled(table, rows)

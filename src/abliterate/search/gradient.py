@@ -225,28 +225,31 @@ def frozen(model: Any) -> Iterator[None]:
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
         parameter.requires_grad_(False)
-    packing = _unpacked(model)
     try:
-        yield
+        with _unpacked(model):
+            yield
     finally:
         for parameter in wanted:
             parameter.requires_grad_(True)
-        for module in packing:
-            module.support_avx512bf16_for_cpu = True
 
 
-def _unpacked(model: Any) -> list[Any]:
-    """Let 4-bit layers of bitsandbytes compute with the layout that has gradients; returns those that had another.
+@contextlib.contextmanager
+def _unpacked(model: Any) -> Iterator[None]:
+    """4-bit layers of bitsandbytes compute with codes in the order that has gradients, inside.
 
     On CPUs with AVX-512 they repack their codes at the first inference for a kernel that has no backward pass.
     """
     packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False)]
-    for module in packing:
-        module.support_avx512bf16_for_cpu = False
-        weight = module.weight
-        if getattr(weight.quant_state, "packing_format_for_cpu", False):
-            from bitsandbytes.nn import modules as bnb
+    try:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = False
+            weight = module.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                from bitsandbytes.nn import modules as bnb
 
-            unpack = bnb._convert_weight_packed_for_cpu_inverse
-            weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
-    return packing
+                unpack = bnb._convert_weight_packed_for_cpu_inverse
+                weight.data, weight.quant_state = unpack(weight.data, weight.quant_state)
+        yield
+    finally:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = True
