@@ -20,6 +20,7 @@ demo: $(READY)
 	model=$$($(BIN)/python scripts/demo_model.py qwen) && $(BIN)/abliterate run "$$model" --out $(OUT) --overwrite
 
 test: check
+	scripts/chromium.sh
 	$(BIN)/python scripts/demo_model.py qwen
 	$(BIN)/python -m pytest
 

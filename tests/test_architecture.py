@@ -65,6 +65,7 @@ ORDER = (
     "comparing",
     "parts",
     "pipeline",
+    "lab",
     "cli",
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -128,24 +129,45 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
     before, after = part.categories.get("before", {}), part.categories.get("after", {})
     if not before:
         return
+    for shown in (rate, _rate_alone, _counted):
+        table = _categories(part, before, after, shown)
+        if fits(table, console):
+            break
+    console.print(table)
+
+
+def _categories(
+    part: EvaluationPart, before: dict[str, RatePart], after: dict[str, RatePart], shown: Callable[[RatePart], str]
+) -> Table:
     table = Table(title="Harmful prompts by category", title_justify="left", **PLAIN)
     for column in ("category", "before", "after", "p") if after else ("category", "refused"):
         table.add_column(column)
     for name, first in before.items():
-        cells = [escape(name.replace("_", " ")), rate(first)]
+        cells = [escape(name.replace("_", " ")), shown(first)]
         if name in after:
             pair = part.paired_categories.get(name)
-            cells += [rate(after[name]), "" if pair is None else pvalue(pair.p)]
+            cells += [shown(after[name]), "" if pair is None else pvalue(pair.p)]
         table.add_row(*cells)
-    console.print(table)
+    return table
+
+
+def _rate_alone(part: RatePart) -> str:
+    return rate(part.model_copy(update={"partial": 0, "degenerate": 0, "unknown": 0}))
+
+
+def _counted(part: RatePart) -> str:
+    return f"{part.refusals}/{part.n}"
 
 
 def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console) -> None:
     rows = [("edit", shift)]
     if control is not None and control.shift is not None:
         rows.append(("random", control.shift))
-    table = _shifts(rows)
-    console.print(table if fits(table, console) else _shifts(rows, spread=False))
+    for spread, names in ((True, _LONG), (False, _LONG), (False, _SHORT)):
+        table = _shifts(rows, names, spread=spread)
+        if fits(table, console):
+            break
+    console.print(table)
     if shift.nll_before is not None:
         console.print(
             f"The original's own replies cost {shift.nll_before:.3f} nats per token before, {shift.nll_after:.3f} "
@@ -163,21 +185,28 @@ def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Co
         )
 
 
-def _shifts(rows: list[tuple[str, ShiftPart]], *, spread: bool = True) -> Table:
+#: What a row of shifts is about, by the field it comes from: for wide and for narrow terminals.
+_LONG = {"kl_first_token": "KL, first token", "kl_reply": "KL, reply", "nll_change": "own replies cost"}
+_SHORT = {"kl_first_token": "first", "kl_reply": "reply", "nll_change": "own"}
+
+
+def _shifts(rows: list[tuple[str, ShiftPart]], names: dict[str, str], *, spread: bool) -> Table:
     """Means with their intervals; with `spread` also how the prompts lie around them."""
     columns = ("median", "p95", "worst") if spread else ()
     title = f"Shift on {rows[0][1].prompts} harmless prompts, nats per token"
+    if names is _SHORT:
+        title += ": KL of the first token and of the reply, change of what own replies cost"
     table = Table(title=title, title_justify="left", **PLAIN)
     for column in ("", "", "mean [95 %]", *columns):
         table.add_column(column, justify="right" if column in columns else "left")
-    for name, key in (("KL, first token", "kl_first_token"), ("KL, reply", "kl_reply")):
+    for key in ("kl_first_token", "kl_reply"):
         for number, (state, one) in enumerate(rows):
             values = [getattr(one, f"{key}_{which}") for which in ("median", "p95", "max")] if spread else []
             shown = ("" if value is None else f"{value:.3f}" for value in values)
-            table.add_row("" if number else name, state, _mean(one, key), *shown)
+            table.add_row("" if number else names[key], state, _mean(one, key), *shown)
     for number, (state, one) in enumerate(rows):
         change = "" if one.nll_change is None else estimate(one.nll_change, 1, "+.3f")
-        table.add_row("" if number else "own replies cost", state, change, *([""] * len(columns)))
+        table.add_row("" if number else names["nll_change"], state, change, *([""] * len(columns)))
     return table
 
 

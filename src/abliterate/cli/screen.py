@@ -1,65 +1,18 @@
-"""What a person sees: progress on stderr, tables on stdout."""
+"""What a run says at its end: tables on stdout."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from abliterate.card import edited, grouped
-from abliterate.cli.evaluating import show_evaluation
+from abliterate.cli.evaluating import PLAIN, fits, show_evaluation
 from abliterate.cli.searching import show_search
-from abliterate.monitor import Monitor
 from abliterate.record import Record, SelectionPart
-
-#: Phases counted in bytes: a bar without the numbers.
-_BYTES = {"edit weights"}
-
-
-class Screen(Monitor):
-    """Draws phases on stderr: a live bar on a terminal, one line per finished phase elsewhere."""
-
-    def __init__(self, console: Console) -> None:
-        """Draw on `console`."""
-        super().__init__()
-        self.console = console
-        self._progress: Progress | None = None
-        self._phase_started = 0.0
-
-    def begin(self, name: str, total: int | None) -> None:
-        """Show a bar."""
-        self._phase_started = time.perf_counter()
-        if not self.console.is_terminal:
-            return
-        counts = [] if name in _BYTES or total is None else [MofNCompleteColumn()]
-        columns = [SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), *counts, TimeElapsedColumn()]
-        self._progress = Progress(*columns, console=self.console, transient=True)
-        self._progress.add_task(name, total=total)
-        self._progress.start()
-
-    def advance(self, steps: int) -> None:
-        """Move the bar."""
-        if self._progress is not None:
-            self._progress.advance(self._progress.task_ids[0], steps)
-
-    def end(self, name: str, *, done: bool) -> None:
-        """Leave one line with the time it took; what failed says so itself."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-        took = time.perf_counter() - self._phase_started
-        if done:
-            self.console.print(f"[green]✓[/] {name} [dim]{took:.1f} s[/]", highlight=False)
-
-    def note(self, text: str) -> None:
-        """One line, set in."""
-        style = "yellow" if text.startswith("warning:") else "dim"
-        self.console.print(f"  [{style}]{escape(text)}[/]", highlight=False, soft_wrap=True)
-
 
 _WHAT = {
     "weights": "Model",
@@ -90,16 +43,29 @@ def show_run(record: Record, console: Console) -> None:
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
     """The chosen site beside no intervention and a random direction."""
+    table = _selection(part, layers)
+    console.print(table if fits(table, console) else _selection(part, **PLAIN))
+
+
+def _selection(part: SelectionPart, layers: int | None = None, **looks: Any) -> Table:
+    """Without `layers` in few words, the site as `--site` takes it."""
     site, control = part.chosen, part.control
-    table = Table(title="Chosen direction (refusal scores are log-odds)", title_justify="left")
-    for column in ("", "bypass ↓", "induce ↑", "KL"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_row("no intervention", f"{part.harmful:.2f}", f"{part.harmless:.2f}", "0")
+    table = Table(title="Chosen direction (refusal scores are log-odds)", title_justify="left", **looks)
+    table.add_column("")
+    for column in ("bypass ↓", "induce ↑", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("no intervention" if layers else "untouched", f"{part.harmful:.2f}", f"{part.harmless:.2f}", "0")
     if site is not None:
-        name = f"layer {site.layer} of {layers}, position {site.position}"
+        where = f"layer {site.layer} of {layers}, position {site.position}"
+        name = where if layers else f"{site.layer}:{site.position}"
         table.add_row(name, f"{site.bypass:.2f}", f"{site.induce:.2f}", f"{site.kl:.3f}")
-    table.add_row("random direction", f"{control.bypass:.2f}", f"{control.induce:.2f}", f"{control.kl:.3f}")
-    console.print(table)
+    table.add_row(
+        "random direction" if layers else "random",
+        f"{control.bypass:.2f}",
+        f"{control.induce:.2f}",
+        f"{control.kl:.3f}",
+    )
+    return table
 
 
 def show_timings(record: Record, console: Console) -> None:

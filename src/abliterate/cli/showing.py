@@ -6,19 +6,30 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from abliterate.cli.evaluating import PLAIN
 from abliterate.cli.screen import show_run
-from abliterate.record import PromptsPart, Record
+from abliterate.record import PlanPart, PromptsPart, Record, SelectionPart
 
 #: Hexadecimal digits of a SHA-256 that are shown; the record has all of them.
 _DIGITS = 12
+
+#: Rows of tables of which the record has all.
+_MOST = 5
+
+#: Columns from which headers are spelt out.
+_WIDE = 60
 
 
 def show_record(record: Record, console: Console) -> None:
     """What was asked, what came out, and how to see it again."""
     console.print(_asked(record))
     show_run(record, console)
+    if record.selection is not None and record.selection.candidates:
+        console.print(_best_sites(record.selection))
+    if record.plan is not None and record.plan.edits:
+        console.print(_largest_rests(record.plan, console))
     for warning in record.warnings:
-        console.print(f"[yellow]warning: {escape(warning)}[/]", highlight=False)
+        console.print(f"[bold yellow]warning: {escape(warning)}[/]", highlight=False)
     console.print(_provenance(record))
 
 
@@ -50,6 +61,32 @@ def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
         ("from", ", ".join(sorted(set(part.sources.values())))),
         ("system prompt", "the template's own" if part.system is None else part.system or "none"),
     ]
+
+
+def _best_sites(part: SelectionPart) -> Table:
+    """The sites with the least bypass, whether or not they keep the rule; → is the chosen one."""
+    title = f"Sites with the least bypass, of {len(part.candidates)}"
+    table = Table(title=title, title_justify="left", **PLAIN)
+    for column in ("", "layer", "pos.", "bypass", "induce", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    chosen = None if part.chosen is None else (part.chosen.layer, part.chosen.position)
+    for site in sorted(part.candidates, key=lambda site: site.bypass)[:_MOST]:
+        mark = "→" if (site.layer, site.position) == chosen else ""
+        scores = (f"{site.bypass:.2f}", f"{site.induce:.2f}", f"{site.kl:.3f}")
+        table.add_row(mark, str(site.layer), str(site.position), *scores)
+    return table
+
+
+def _largest_rests(part: PlanPart, console: Console) -> Table:
+    """The edited tensors that still write most along the direction, in per cent of what they wrote."""
+    title = f"Tensors with the most left along the direction, of {len(part.edits)}"
+    table = Table(title=title, title_justify="left", **PLAIN)
+    table.add_column("tensor", overflow="fold")
+    for column in ("left", "change of weights") if console.width >= _WIDE else ("left", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for edit in sorted(part.edits, key=lambda edit: -edit.ratio)[:_MOST]:
+        table.add_row(escape(edit.tensor), f"{100 * edit.ratio:.2f} %", f"{100 * edit.change:.2f} %")
+    return table
 
 
 def _provenance(record: Record) -> Table:

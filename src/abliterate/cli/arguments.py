@@ -1,0 +1,67 @@
+"""What several commands take, and how they refuse options that would do nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.console import Console
+
+from abliterate.cli.options import flag_of
+from abliterate.errors import UsageError
+
+if TYPE_CHECKING:
+    from abliterate.monitor import Monitor
+
+Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or .gguf file.", show_default=False)]
+DirectionFile = Annotated[
+    Path, typer.Option("--direction", help="A direction file (.safetensors).", show_default=False)
+]
+OptionalDirection = Annotated[
+    Path | None, typer.Option("--direction", help="A direction file to ablate with hooks.", show_default=False)
+]
+SiteOption = Annotated[
+    str | None,
+    typer.Option("--site", help="LAYER:POSITION of a candidate in the file, e.g. 14:-1.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+def refuse_idle(command: str, *given: BaseModel | str | None) -> None:
+    """Options that would do nothing are an error."""
+    for settings in given:
+        if isinstance(settings, BaseModel):
+            refuse_set(f"in {command}", settings, *settings.model_fields_set)
+        elif settings is not None:
+            raise UsageError(f"--site: does nothing in {command}; leave it out")
+
+
+def refuse_set(where: str, settings: BaseModel, *names: str) -> None:
+    """Some of the settings would do nothing there."""
+    for name in names:
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise UsageError(f"{flag_of(name)}: does nothing {where}; leave it out")
+
+
+def site_of(option: str | None) -> tuple[int, int] | None:
+    """Layer and position of `--site`."""
+    if option is None:
+        return None
+    layer, colon, position = option.partition(":")
+    if not colon or not layer.isdecimal() or not position.removeprefix("-").isdecimal() or int(position) >= 0:
+        raise UsageError(f"--site {option}: expected LAYER:POSITION with a negative position, e.g. 14:-1")
+    return int(layer), int(position)
+
+
+def monitor_for(quiet: bool) -> Monitor:
+    """Draws progress on stderr; a quiet one only measures."""
+    if quiet:
+        from abliterate.monitor import Monitor
+
+        return Monitor()
+    from abliterate.cli.live import Screen
+
+    return Screen(Console(stderr=True))

@@ -1,0 +1,141 @@
+"""What the bench is opened on: what a run left, a direction file, or a model on which a direction is found first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from abliterate import record as rec
+from abliterate.config import FindSettings, ModelSettings, PromptSettings
+from abliterate.directions import Candidates, Direction, Separation, load_direction
+from abliterate.errors import UsageError
+from abliterate.finding import best_separated, find, refusal_tokens
+from abliterate.lab.bench import Bench, Heat, can_step
+from abliterate.models import ModelFiles
+from abliterate.monitor import Monitor
+from abliterate.session import locate_model, open_model, open_session
+
+FILE = "direction.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known before a model is loaded."""
+
+    files: ModelFiles
+    loading: ModelSettings
+    direction: Direction | None = None
+    tokens: tuple[int, ...] = ()
+    selection: rec.SelectionPart | None = None
+
+
+def open_bench(
+    target: str,
+    *,
+    loading: ModelSettings = ModelSettings(),
+    prompts: PromptSettings = PromptSettings(),
+    finding: FindSettings = FindSettings(),
+    direction: Path | None = None,
+    root: Path | None = None,
+    monitor: Monitor | None = None,
+) -> Bench:
+    """Load the original model of `target`: OUT of a command, a direction file, or MODEL.
+
+    Where refusal tokens or the direction are not known, they are found first, on the prompts that `prompts` names.
+    Results may be written into `root` (default: the current folder).
+
+    Raises `UsageError` when a file is none of these or does not fit, and what `find` raises.
+    """
+    monitor = monitor or Monitor()
+    known = _known(target, loading)
+    if direction is not None:
+        known = replace(known, direction=load_direction(direction), selection=None)
+    if finding.refusal_tokens is not None:
+        known = replace(known, tokens=())
+    heat = None
+    if known.tokens and known.direction is not None:
+        loaded, renderer, anatomy = open_model(known.files, known.loading, monitor)
+        found, tokens = known.direction, known.tokens
+    else:
+        session = open_session(
+            known.files, loading=known.loading, prompts=prompts, positions=finding.positions, monitor=monitor
+        )
+        loaded, renderer, anatomy = session.loaded, session.renderer, session.anatomy
+        if known.direction is None:
+            findings = find(session, finding)
+            found, tokens = best_separated(session, findings, finding, prompts.seed), _ids(findings.tokens)
+            heat = _separated(findings.separation)
+        else:
+            found, tokens = known.direction, _ids(refusal_tokens(session, finding))
+    width = found.basis.shape[1]
+    if width != anatomy.d_model:
+        raise UsageError(f"direction: expected vectors of the model's width {anatomy.d_model}, found {width}")
+    heat = heat or heat_of(found, known.selection)
+    bench = Bench(loaded, renderer, anatomy, found, tokens, known.loading, (root or Path.cwd()).resolve(), heat)
+    with monitor.phase("try out a reply"):
+        return replace(bench, steps=can_step(bench))
+
+
+def heat_of(direction: Direction, selection: rec.SelectionPart | None = None) -> Heat | None:
+    """Bypass of every site that a selection scored; without one, how large the difference of means is."""
+    candidates = direction.candidates
+    if candidates is None:
+        return None
+    if selection is None:
+        share = candidates.norms / candidates.harmless_mean.norm(dim=-1).clamp_min(1e-6)
+        return Heat("size of the difference, relative to the harmless mean", share, "high")
+    values = torch.full(candidates.raw.shape[:2], torch.nan)
+    for site in selection.candidates:
+        if _holds(candidates, site.layer, site.position):
+            values[-1 - site.position, site.layer] = site.bypass
+    return Heat("bypass: refusal score left when this direction is taken out", values, "low")
+
+
+def _separated(separation: Separation) -> Heat:
+    return Heat("d′: how far apart harmful and harmless prompts lie", separation.dprime.float(), "high")
+
+
+def _holds(candidates: Candidates, layer: int, position: int) -> bool:
+    positions, sites, _ = candidates.raw.shape
+    return 0 <= layer < sites and -positions <= position < 0
+
+
+def _ids(tokens: tuple[object, ...]) -> tuple[int, ...]:
+    return tuple(int(getattr(token, "token", -1)) for token in tokens)
+
+
+def _known(target: str, loading: ModelSettings) -> _Known:
+    path = Path(target).expanduser()
+    if (path / rec.FILE_NAME).is_file():
+        return _of_run(path, loading)
+    if path.suffix == ".safetensors" and path.is_file():
+        direction = load_direction(path)
+        model = direction.metadata.get("model")
+        if not isinstance(model, str):
+            raise UsageError(f"{target}: expected a direction file that names its model; give MODEL and --direction")
+        return _Known(locate_model(model, loading), loading, direction)
+    return _Known(locate_model(target, loading), loading)
+
+
+def _of_run(folder: Path, loading: ModelSettings) -> _Known:
+    """The original model of a record, loaded as it was then except where `loading` says otherwise."""
+    record = rec.read_record(folder)
+    if not (folder / FILE).is_file():
+        raise UsageError(f"{folder}: expected {FILE} beside the record, found none; give --direction")
+    then = record.settings.get("loading")
+    if isinstance(then, dict):
+        # Whether code that comes with a model may run is for whoever sits here to say, not for a file.
+        kept = {key: value for key, value in then.items() if key not in ("trust_remote_code", "device")}
+        try:
+            loading = ModelSettings.model_validate(kept | loading.model_dump(exclude_defaults=True))
+        except ValueError as error:
+            raise UsageError(f"{folder}: expected settings of this version in the record, found others") from error
+    source = Path(record.model.folder)
+    if record.model.folder and (source / "config.json").is_file():
+        files = ModelFiles(record.model.name, record.model.kind, source)
+    else:
+        files = locate_model(record.model.name, loading)
+    tokens = tuple(token.token for token in record.refusal_tokens)
+    return _Known(files, loading, load_direction(folder / FILE), tokens, record.selection)

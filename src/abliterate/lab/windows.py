@@ -1,0 +1,203 @@
+"""What happens when something in a window is moved, pressed or sent: functions of values, for `ui` to connect."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from abliterate.errors import AbliterateError, UsageError
+from abliterate.lab import markup
+from abliterate.lab.bench import Bench, Controls
+from abliterate.lab.keeping import apply_plan, load_plan, save_plan
+from abliterate.lab.opening import heat_of
+from abliterate.lab.talking import Side, Talk, coloured, talk
+from abliterate.monitor import Monitor
+from abliterate.selection import Site
+
+#: The site's choice that means the direction as it was found, with its recipe.
+FOUND = "found"
+REMOVE, ADD = "remove", "add"
+VARIANTS: tuple[Literal["plain", "norm-preserving", "bi-projected"], ...] = (
+    "plain",
+    "norm-preserving",
+    "bi-projected",
+)
+
+Messages = list[dict[str, str]]
+
+
+def controls_of(
+    site: str,
+    strength: float,
+    first: float,
+    last: float,
+    components: list[str],
+    variant: str,
+    mode: str,
+    coefficient: float,
+) -> Controls:
+    """The controls as a window's values, in the order in which they stand there."""
+    layer, _, position = site.partition(":")
+    try:
+        return Controls.model_validate(
+            {
+                "site": None if site == FOUND else (int(layer), int(position)),
+                "strength": strength,
+                "first": int(first),
+                "last": int(last),
+                "components": tuple(components),
+                "variant": variant,
+                "adding": mode == ADD,
+                "coefficient": coefficient,
+            }
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError("controls: expected values in their ranges, found others; reload the page") from error
+
+
+def one_line(error: AbliterateError) -> str:
+    """An error for a window."""
+    return " ".join(str(error).split())
+
+
+def name_of(site: Site | None) -> str:
+    """A site as a choice."""
+    return FOUND if site is None else f"{site[0]}:{site[1]}"
+
+
+def choices(bench: Bench) -> list[tuple[str, str]]:
+    """Sites to choose from, with what they are called."""
+    recipe = ", with its recipe" if bench.direction.recipe is not None else ""
+    where = "" if bench.chosen is None else f" ({bench.chosen[0]}, {bench.chosen[1]})"
+    sites = sorted(bench.sites, key=lambda site: (-site[1], site[0]))
+    named = [(f"layer {layer}, position {position}", name_of((layer, position))) for layer, position in sites]
+    return [(f"as found{where}{recipe}", FOUND), *named]
+
+
+def messages(side: Side) -> Messages:
+    """A chat's turns as messages, escaped: the page takes what it is given for HTML."""
+    said = [({"role": "user", "content": user}, {"role": "assistant", "content": reply}) for user, reply in side.turns]
+    shown = [message for pair in said for message in pair if message["content"]]
+    return [message | {"content": markup.escape(message["content"])} for message in shown]
+
+
+@dataclass(slots=True)
+class Brake:
+    """Set while the replies of a window shall not go on."""
+
+    on: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Desk:
+    """The bench as one window sees it: with the plan that was loaded there, if any."""
+
+    bench: Bench
+
+    def at(self, direction: Any) -> Bench:
+        """The bench with the direction of this window."""
+        if direction is None:
+            return self.bench
+        ours, theirs = self.bench.direction.candidates, direction.candidates
+        same = ours is not None and theirs is not None and torch.equal(ours.raw, theirs.raw)
+        return replace(self.bench, direction=direction, heat=self.bench.heat if same else heat_of(direction))
+
+    def send(
+        self, direction: Any, before: Talk, brake: Brake, prompt: str, limit: float, *knobs: Any
+    ) -> Iterator[tuple[Talk, Messages, Messages]]:
+        """Both replies as they grow, until the brake is put on."""
+        if not prompt.strip():
+            raise UsageError("prompt: expected some text, found none")
+        bench = self.at(direction)
+        intervention = bench.intervention(controls_of(*knobs))
+        brake.on = False
+        for now in talk(bench, before, prompt, intervention, int(limit)):
+            if brake.on:
+                return
+            yield now, messages(now.original), messages(now.edited)
+
+    def stop(self, brake: Brake) -> None:
+        """Let the replies of this window end where they are."""
+        brake.on = True
+
+    def clear(self, brake: Brake) -> tuple[Talk, Messages, Messages]:
+        """Both chats, empty."""
+        brake.on = True
+        return Talk(), [], []
+
+    def measure(self, direction: Any, now: Talk, prompt: str, *knobs: Any) -> str:
+        """How a reply to the prompt in the box, or else the last one sent, would start."""
+        asked = prompt if prompt.strip() else (now.original.turns[-1][0] if now.original.turns else "")
+        if not asked:
+            return markup.note("Refusal and KL of the first token appear here with the first prompt.")
+        bench = self.at(direction)
+        try:
+            return markup.first_token(
+                bench.first_token(bench.encode([], asked), bench.intervention(controls_of(*knobs)))
+            )
+        except AbliterateError as error:
+            return markup.note(one_line(error))
+
+    def heat(self, direction: Any, site: str) -> str:
+        """The map of sites with the chosen one marked."""
+        bench = self.at(direction)
+        selected = bench.chosen if site == FOUND else controls_of(site, 1, 0, 0, [], "plain", REMOVE, 1).site
+        return markup.heat_map(bench.heat, bench.sites, selected)
+
+    def colour(self, direction: Any, now: Talk, layer: float) -> str:
+        """The last replies, coloured."""
+        try:
+            return coloured(self.at(direction), now, int(layer))
+        except AbliterateError as error:
+            return markup.note(one_line(error))
+
+    def save(self, direction: Any, name: str, *knobs: Any) -> str:
+        """Save the plan; says where."""
+        return markup.note(f"Saved as {save_plan(self.at(direction), controls_of(*knobs), name)}.")
+
+    def load(self, path: str) -> Any:
+        """The direction of an uploaded plan."""
+        return load_plan(self.bench, Path(path))
+
+    def apply(self, direction: Any, name: str, realisation: str, monitor: Monitor, *knobs: Any) -> str:
+        """Write the plan; says where, and what the user must know."""
+        kind: Literal["weights", "lora"] = "lora" if realisation == "lora" else "weights"
+        out = apply_plan(self.at(direction), controls_of(*knobs), name, kind, monitor)
+        return "".join(map(markup.note, [f"Written to {out}.", *(f"Warning: {text}" for text in monitor.warnings)]))
+
+
+class Reporter(Monitor):
+    """Phases of the work as a bar in the window: calls `show(share or None, what)`."""
+
+    def __init__(self, show: Callable[[float | None, str], None]) -> None:
+        """Nothing begun."""
+        super().__init__()
+        self._show, self._name, self._total, self._done = show, "", 0, 0
+
+    def begin(self, name: str, total: int | None) -> None:
+        """A phase starts."""
+        self._name, self._total, self._done = name, total or 0, 0
+        self.advance(0)
+
+    def advance(self, steps: int) -> None:
+        """Some steps are done."""
+        self._done += steps
+        self._show(self._done / self._total if self._total else None, self._name)
+
+
+def told(function: Callable[..., Any], error_class: type[Exception]) -> Callable[..., Any]:
+    """The function with this package's errors as one line in the window."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except AbliterateError as error:
+            raise error_class(one_line(error)) from None
+
+    return wrapped
