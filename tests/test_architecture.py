@@ -54,6 +54,7 @@ ORDER = (
     "record",
     "restoring",
     "card",
+    "report",
     "session",
     "measuring",
     "finding",
@@ -128,7 +129,9 @@ def test_only_session_pipeline_and_command_line_compose_the_others() -> None:
             assert len(others & set(ORDER)) <= len(ORDER) // 2, name
 
 
-@pytest.mark.parametrize("module", ["errors", "config", "prompts", "judging", "checkpoint", "record", "card", "cli"])
+@pytest.mark.parametrize(
+    "module", ["errors", "config", "prompts", "judging", "checkpoint", "record", "card", "report", "cli"]
+)
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, abliterate.{module}; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"

@@ -28,7 +28,21 @@ from abliterate.directions import save_direction
 from abliterate.record import Record
 from planted import BLOCKS, D_MODEL, Planted, plant
 
-COMMANDS = ("run", "search", "find", "verify", "apply", "eval", "compare", "judge", "chat", "lab", "show", "undo")
+COMMANDS = (
+    "run",
+    "search",
+    "find",
+    "verify",
+    "apply",
+    "eval",
+    "compare",
+    "judge",
+    "chat",
+    "lab",
+    "show",
+    "report",
+    "undo",
+)
 
 
 @dataclass(frozen=True, slots=True)

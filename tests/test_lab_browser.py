@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import time
 import urllib.error
 import urllib.request
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import browser
 from abliterate import lab
 from abliterate.config import ModelSettings, PromptSettings
 from abliterate.errors import UsageError
@@ -22,7 +21,6 @@ from planted import plant
 from test_lab import ANSWER, BAD_PROMPT, GOOD_PROMPT, REFUSAL, first_probabilities
 
 gradio = pytest.importorskip("gradio", reason="the extra lab is not installed")
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
 #: In the server's threads a warning of the libraries below the page would end their work.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,14 +31,8 @@ _PATIENCE = 20_000
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if path is None:
-        pytest.skip("no chromium on this machine (Debian: apt install chromium)")
-    with playwright.sync_playwright() as driver:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-        browser = driver.chromium.launch(executable_path=path, args=arguments)
-        yield browser
-        browser.close()
+    with browser.chromium() as found:
+        yield found
 
 
 @pytest.fixture(scope="module")

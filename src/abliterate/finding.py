@@ -138,6 +138,22 @@ def best_separated(session: Session, findings: Findings, settings: FindSettings,
     return _around(session, findings, settings, site, seed)
 
 
+def projections(session: Session, findings: Findings, site: Site) -> dict[str, Float[Tensor, "n 2"]]:
+    """Activations of all validation prompts at one site, by class, in two numbers each.
+
+    The first is the coordinate along the site's own r̂, the second the one along the first principal component of what
+    is left when r̂ and the mean over both classes are taken out.
+    """
+    values = {name: _samples(session, findings, None, name, site, "val").double() for name in ("harmful", "harmless")}
+    unit_ = findings.candidates.units[-1 - site[1], site[0]].double()
+    along = {name: found @ unit_ for name, found in values.items()}
+    rest = {name: found - along[name][:, None] * unit_ for name, found in values.items()}
+    joined = torch.cat(list(rest.values()))
+    mean = joined.mean(0)
+    component = torch.linalg.svd(joined - mean, full_matrices=False).Vh[0]
+    return {name: torch.stack([along[name], (found - mean) @ component], dim=1) for name, found in rest.items()}
+
+
 def _around(session: Session, findings: Findings, settings: FindSettings, site: Site, seed: int) -> Direction:
     """The direction of a site, or the subspace that `settings` asks for around it."""
     candidates = findings.candidates
@@ -172,18 +188,19 @@ def _with_subspace(session: Session, where: Direction, subspace: Subspace) -> Di
 
 
 def _samples(
-    session: Session, findings: Findings, settings: FindSettings, name: str, site: Site
+    session: Session, findings: Findings, settings: FindSettings | None, name: str, site: Site, split: str = "train"
 ) -> Float[Tensor, "n d"]:
-    """Activations of the training prompts that behave, at one site."""
+    """Activations at one site of the prompts of one split: those that behave; all without `settings`."""
     sign = 1.0 if name == "harmful" else -1.0
     ids = tuple(token.token for token in findings.tokens)
-    encoded, fitter = session.encoded[name, "train"], Samples(*site)
+    encoded, fitter = session.encoded[name, split], Samples(*site)
 
     def behaves(logits: Tensor) -> Tensor:
         return sign * refusal_score(logits, ids) > 0
 
+    keep = None if settings is None or settings.all_prompts else behaves
     with session.monitor.phase(f"activations of {name} prompts", len(encoded)) as advance:
-        session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
+        session.stream(encoded, fitter.update, advance, keep=keep)
     return fitter.result()
 
 

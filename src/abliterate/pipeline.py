@@ -27,7 +27,7 @@ from abliterate.directions import Direction, learnt_by, load_direction, save_dir
 from abliterate.engines import Pair, open_engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
-from abliterate.finding import best_separated, check_planned, choose, find, find_or_force
+from abliterate.finding import best_separated, check_planned, choose, find, find_or_force, projections
 from abliterate.generation import end_tokens
 from abliterate.inference import share_prefixes
 from abliterate.interventions import addition
@@ -52,6 +52,7 @@ from abliterate.parts import (
     anatomy_part,
     answer_parts,
     behaviour_part,
+    command,
     direction_metadata,
     evaluation_part,
     model_part,
@@ -65,6 +66,7 @@ from abliterate.parts import (
     search_metadata,
     search_record,
     selection_part,
+    separation_part,
     source_hashes,
     versions,
     write_all,
@@ -74,6 +76,8 @@ from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer
 from abliterate.prompts.rendering import read_template
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
+from abliterate.report import FILE_NAME as REPORT
+from abliterate.report import write_report
 from abliterate.search import Search, check_search, method_of
 from abliterate.search import search as find_front
 from abliterate.selection import Site
@@ -131,6 +135,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     searched = method != "closed-form"
     force, seed = output.force, settings.prompts.seed
     found = choose(session, findings, settings.finding, seed=seed, force=force, searched=searched)
+    separation = _separation(session, findings, (found.selection.best.layer, found.selection.best.position))
     result = None
     if searched:
         result = _search(session, findings, found.direction, settings, method, judge)
@@ -143,7 +148,9 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)
         evaluation = evaluation_part(_evaluate(session, staging.folder, plan, done, settings, judge, exam))
-        record = run_record(session, settings, output, found, plan, done, staging.folder, evaluation, result)
+        record = run_record(
+            session, settings, output, found, plan, done, staging.folder, evaluation, separation, result
+        )
         metadata = saved_metadata(session, found, record)
         save_direction(staging.folder / "direction.safetensors", found.direction, metadata=metadata)
         if result is not None:
@@ -175,14 +182,17 @@ def search(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     )
     findings = find(session, settings.finding, settings.editing)
     start = best_separated(session, findings, settings.finding, settings.prompts.seed)
+    chosen_site = start.metadata["chosen"]
+    separation = _separation(session, findings, (chosen_site["layer"], chosen_site["position"]))
     output.out.mkdir(parents=True, exist_ok=True)
     result = _search(session, findings, start, settings, method, judge, output.out / JOURNAL)
-    record = search_record(session, settings, findings, result)
+    record = search_record(session, settings, findings, separation, result)
     metadata = search_metadata(session, findings, start, record)
     save_points(result, output.out, metadata)
     chosen = replace(result.point.direction, candidates=findings.candidates)
     save_direction(output.out / "direction.safetensors", chosen, metadata=metadata)
     rec.write_record(record, output.out)
+    write_report(record, output.out)
     return record
 
 
@@ -198,7 +208,12 @@ def pick(folder: Path, number: int) -> rec.Record:
     part = record.search.model_copy(update={"chosen": number, "why": "picked"})
     record = record.model_copy(update={"search": part})
     rec.write_record(record, folder)
+    write_report(record, folder)
     return record
+
+
+def _separation(session: Session, findings: Findings, site: Site) -> rec.SeparationPart:
+    return separation_part(session, findings, site, projections(session, findings, site))
 
 
 def _search(
@@ -234,7 +249,7 @@ def _check_folder(output: OutputSettings, resume: bool) -> None:
     if any(above.is_file() for above in (out, *out.absolute().parents)):
         raise UsageError(f"-o {out}: expected a folder, found a file; give another -o")
     inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
-    ours = {rec.FILE_NAME, FRONT, JOURNAL, "direction.safetensors"}
+    ours = {rec.FILE_NAME, FRONT, JOURNAL, REPORT, "direction.safetensors"}
     if resume:
         if JOURNAL in inside and inside <= ours:
             return
@@ -294,6 +309,7 @@ def apply(
         record = rec.Record(
             created=now(),
             versions=versions(),
+            command=command(),
             settings=settings,
             model=model_part(
                 files, skeleton, anatomy, str(skeleton.config.dtype).removeprefix("torch."), "none", hashes

@@ -83,6 +83,38 @@ class SitePart(_Part):
     auroc: float
 
 
+class SeparatedPart(_Part):
+    """How far apart the classes lie along one site's own direction, on validation prompts; ‖r‖ is `norm`."""
+
+    layer: int
+    position: int
+    auroc: float
+    dprime: float
+    norm: float
+
+
+class ProjectedPart(_Part):
+    """A validation prompt's activation: `x` along r̂, `y` along the first principal component of what is left.
+
+    `refused` says whether the refusal score of its first token is above 0.
+    """
+
+    set: Literal["harmful", "harmless"]
+    prompt: str
+    x: float
+    y: float
+    refused: bool
+
+
+class SeparationPart(_Part):
+    """Whether harmful and harmless prompts separate: at every site, and prompt by prompt at one of them."""
+
+    sites: list[SeparatedPart]
+    layer: int
+    position: int
+    prompts: list[ProjectedPart]
+
+
 class ControlPart(_Part):
     """Scores of a random direction of the same norm."""
 
@@ -357,11 +389,13 @@ class Record(_Part):
     schema_version: Literal[1] = SCHEMA_VERSION
     created: str
     versions: dict[str, str]
+    command: str = Field("", description="As given in a shell; empty when the work was started from Python.")
     settings: dict[str, Any]
     model: ModelPart
     prompts: PromptsPart | None = None
     anatomy: AnatomyPart
     refusal_tokens: list[TokenPart] = []
+    separation: SeparationPart | None = None
     selection: SelectionPart | None = None
     search: SearchPart | None = None
     plan: PlanPart | None = None

@@ -114,7 +114,7 @@ class Scorer:
     ) -> None:
         """Measure the untouched model. With `behaving`, only harmful prompts that it refuses and harmless ones that
         it answers are used (by the sign of the refusal score), as in the paper; the most refused come first. `plan`
-        makes the plan of a direction; default: out of every writer.
+        makes the plan of a direction; default: out of every writer. `refused` says it of every prompt.
 
         Raises `GateNotMet` when too few are left.
         """
@@ -123,6 +123,7 @@ class Scorer:
         self.blocks: list[nn.Module] = [model.get_submodule(name) for name in anatomy.blocks]
         refusing, _ = first_tokens(model, harmful, self.tokens, size)
         answering, logits = first_tokens(model, harmless, self.tokens, size, keep=torch.float32)
+        self.refused = {"harmful": (refusing > 0).tolist(), "harmless": (answering > 0).tolist()}
         order = torch.argsort(refusing, descending=True)
         self.harmful_rows = [row for row in order.tolist() if not behaving or refusing[row] > 0]
         self.harmless_rows = [row for row in range(len(harmless)) if not behaving or answering[row] < 0]

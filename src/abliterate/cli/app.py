@@ -51,6 +51,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "chat": looking.chat,
     "lab": looking.lab,
     "show": looking.show,
+    "report": looking.report,
     "undo": editing.undo,
 }
 for _name, _command in _COMMANDS.items():

@@ -14,6 +14,7 @@ from abliterate.parts.evaluation import (
 )
 from abliterate.parts.run import (
     anatomy_part,
+    command,
     direction_metadata,
     model_part,
     now,
@@ -24,6 +25,7 @@ from abliterate.parts.run import (
     search_metadata,
     search_record,
     selection_part,
+    separation_part,
     source_hashes,
     versions,
     write_all,
@@ -37,6 +39,7 @@ __all__ = [
     "answer_parts",
     "behaviour_part",
     "capability_parts",
+    "command",
     "direction_metadata",
     "estimate_part",
     "evaluation_part",
@@ -56,6 +59,7 @@ __all__ = [
     "search_part",
     "search_record",
     "selection_part",
+    "separation_part",
     "shift_part",
     "source_hashes",
     "versions",

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import datetime
 import platform
+import shlex
+import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
 
 from abliterate import record as rec
 from abliterate.anatomy import TOLERANCE, Anatomy
@@ -19,7 +25,9 @@ from abliterate.models import ModelFiles
 from abliterate.parts.search import search_part
 from abliterate.plan import Plan
 from abliterate.realise import Realised
+from abliterate.report import write_report
 from abliterate.search import Search
+from abliterate.selection import Site
 from abliterate.session import Findings, Found, Session
 from abliterate.storage import how_stored
 from abliterate.surgery import Residual
@@ -34,6 +42,7 @@ def run_record(
     done: Realised,
     folder: Path,
     evaluation: rec.EvaluationPart,
+    separation: rec.SeparationPart,
     search: Search | None = None,
 ) -> rec.Record:
     """The record of a whole run whose results lie in `folder`."""
@@ -44,11 +53,13 @@ def run_record(
     return rec.Record(
         created=now(),
         versions=versions(),
+        command=command(),
         settings=settings.model_dump(mode="json"),
         model=model_part(loaded.files, session.model, session.anatomy, dtype, device, before),
         prompts=prompts_part(session),
         anatomy=anatomy_part(session.anatomy),
         refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
+        separation=separation,
         selection=selection_part(found),
         search=None if search is None else search_part(search),
         plan=plan_part(plan, done, output, settings.editing, folder),
@@ -62,7 +73,9 @@ def run_record(
     )
 
 
-def search_record(session: Session, settings: RunSettings, findings: Findings, search: Search) -> rec.Record:
+def search_record(
+    session: Session, settings: RunSettings, findings: Findings, separation: rec.SeparationPart, search: Search
+) -> rec.Record:
     """The record of a search that edited nothing."""
     monitor, loaded = session.monitor, session.loaded
     hashes = {shard.path.name: sha256(shard.path) for shard in open_checkpoint(loaded.files.folder).shards}
@@ -70,11 +83,13 @@ def search_record(session: Session, settings: RunSettings, findings: Findings, s
     return rec.Record(
         created=now(),
         versions=versions(),
+        command=command(),
         settings=settings.model_dump(mode="json"),
         model=model_part(loaded.files, session.model, session.anatomy, dtype, device, hashes),
         prompts=prompts_part(session),
         anatomy=anatomy_part(session.anatomy),
         refusal_tokens=[rec.TokenPart(**asdict(token)) for token in findings.tokens],
+        separation=separation,
         search=search_part(search),
         warnings=monitor.warnings,
         output=None if settings.output is None else str(settings.output.out),
@@ -120,6 +135,36 @@ def prompts_part(session: Session) -> rec.PromptsPart:
 def anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
     """How well the books closed."""
     return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
+
+
+def separation_part(
+    session: Session, findings: Findings, site: Site, points: Mapping[str, Float[Tensor, "n 2"]]
+) -> rec.SeparationPart:
+    """How the classes separate at every site, and what `finding.projections` says of the prompts at one."""
+    found, norms = findings.separation, findings.candidates.norms
+    texts = {"harmful": session.prompts.harmful.val, "harmless": session.prompts.harmless.val}
+    return rec.SeparationPart(
+        sites=[
+            rec.SeparatedPart(
+                layer=layer,
+                position=position,
+                auroc=round(float(found.auroc[row, layer]), 5),
+                dprime=round(float(found.dprime[row, layer]), 4),
+                norm=round(float(norms[row, layer]), 5),
+            )
+            for row, position in enumerate(findings.candidates.positions)
+            for layer in range(norms.shape[1])
+        ],
+        layer=site[0],
+        position=site[1],
+        prompts=[
+            rec.ProjectedPart(set=name, prompt=text, x=round(x, 4), y=round(y, 4), refused=refused)
+            for name in ("harmful", "harmless")
+            for text, (x, y), refused in zip(
+                texts[name], points[name].tolist(), findings.scorer.refused[name], strict=True
+            )
+        ],
+    )
 
 
 def selection_part(found: Found) -> rec.SelectionPart:
@@ -213,14 +258,22 @@ def saved_metadata(session: Session, found: Found, record: rec.Record) -> dict[s
 
 
 def write_all(record: rec.Record, partial: Path) -> None:
-    """Put the model card and the record beside the model."""
+    """Put the model card, the report and the record beside the model."""
     write_card(record, partial)
+    write_report(record, partial)
     rec.write_record(record, partial)
 
 
 def now() -> str:
     """The time, in UTC."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def command() -> str:
+    """The command line of this process, as it would be given in a shell; "" when it is not abliterate's."""
+    program = Path(sys.argv[0])
+    ours = program.name == "abliterate" or program.parts[-2:] == ("abliterate", "__main__.py")
+    return shlex.join(["abliterate", *sys.argv[1:]]) if ours else ""
 
 
 def versions() -> dict[str, str]:
