@@ -37,8 +37,10 @@ def show_run(record: Record, console: Console) -> None:
             console.print(f"Left alone: {what} ({why}).")
     show_timings(record, console)
     if record.output is not None:
-        what = "Model" if record.plan is None else _WHAT[record.plan.realisation]
+        what = "Search" if record.plan is None else _WHAT[record.plan.realisation]
         console.print(f"{what}: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
+        if (report := Path(record.output, "report.html")).is_file():
+            console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
 
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
