@@ -19,7 +19,7 @@ def separated(record: Record) -> Section | None:
         f"Along its own difference of means, layer {here.layer} at position {here.position} tells harmful from "
         f"harmless validation prompts with an AUROC of {here.auroc:.3f} and d′ {here.dprime:.2f} (0.5 and 0 are "
         f"chance); the best site is layer {best.layer} at position {best.position} with {best.auroc:.3f}. Position "
-        "−1 is the last token before the reply."
+        "-1 is the last token before the reply."
     )
     return Section("separation", "Do harmful and harmless separate?", [text], [*_by_layer(part), _scatter(part)])
 

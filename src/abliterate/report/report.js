@@ -26,7 +26,7 @@
                textStyle: { color: colour.ink, fontSize: 12 }, ...more.tooltip },
     legend: { top: 0, left: 0, icon: "circle", itemWidth: 9, itemHeight: 9, type: "plain", textStyle: { color: colour.ink },
               inactiveColor: colour.line, ...more.legend },
-    grid: { left: 8, right: 16, top: 40, bottom: 34, outerBoundsMode: "same", outerBoundsContain: "all", ...more.grid } });
+    grid: { left: 8, right: 16, top: 40, bottom: 6, outerBoundsMode: "same", outerBoundsContain: "all", ...more.grid } });
   const wrap = (line, width = 46) => line.replace(new RegExp(`(.{1,${width}})(\\s|$)`, "g"), "$1\n").trim();
 
   const draw = {
@@ -53,7 +53,7 @@
         xAxis: axis(chart.axis, { min: chart.least ?? undefined }),
         yAxis: { type: "category", data: chart.groups, inverse: true, axisLabel: { color: colour.ink, width: 130, overflow: "break" },
                  axisTick: { show: false }, axisLine: { show: false }, splitLine: { show: true, lineStyle: { color: colour.line } } },
-        series, height: chart.groups.length * Math.max(30, count * 15 + 18) + 84 };
+        series, height: chart.groups.length * Math.max(30, count * 15 + 18) + 70 };
     },
     lines(chart) {
       const series = chart.series.map((one) => ({
@@ -63,7 +63,7 @@
                     itemStyle: { color: "transparent", borderColor: colour.ink, borderWidth: 2 } });
       return { ...common({ tooltip: { trigger: "axis", valueFormatter: (v) => (Array.isArray(v) ? text(v[1]) : v === undefined ? "–" : text(Number(v))) },
                            grid: { top: 58 } }),
-        xAxis: axis("layer", { minInterval: 1, splitLine: { show: false } }),
+        xAxis: axis("layer", { minInterval: 1, max: "dataMax", splitLine: { show: false } }),
         yAxis: axis("", { type: chart.log ? "log" : "value", min: chart.least === null ? undefined : Math.min(chart.least,
           ...chart.series.flatMap((one) => one.points.map((p) => p[1]))) }), series };
     },
@@ -79,16 +79,16 @@
       const low = values[0], high = Math.max(chart.cap ? Math.min(chart.cap, values[values.length - 1]) : values[values.length - 1], low + 1e-9);
       const good = chart.name === "induce" ? [...colour.ramp].reverse() : colour.ramp;
       const points = (cells, more) => ({ type: "scatter", data: cells, tooltip: { show: false }, silent: true, z: 5, ...more });
-      return { ...common({ legend: { show: false }, grid: { top: 8, bottom: 78, left: 24 },
+      return { ...common({ legend: { show: false }, grid: { top: 8, bottom: 44, left: 24 },
           tooltip: { formatter: (p) => `layer ${chart.layers[p.value[0]]}, position ${chart.positions[p.value[1]]}\n${chart.name} ${text(p.value[2])}` } }),
         xAxis: { ...axis("layer"), type: "category", data: chart.layers, splitLine: { show: false } },
         yAxis: { ...axis("position", { nameGap: 28 }), type: "category", data: chart.positions, splitLine: { show: false } },
         visualMap: { min: low, max: high, seriesIndex: 0, calculable: false, orient: "horizontal", left: "center", bottom: 0, itemWidth: 10, itemHeight: 160,
                      text: [text(high), text(low)], textStyle: { color: colour.dim }, inRange: { color: good } },
         series: [{ type: "heatmap", data: chart.cells, itemStyle: { borderColor: colour.card, borderWidth: 1 }, emphasis: { itemStyle: { borderColor: colour.ink } } },
-          points(chart.failing, { symbol: "path://M0 1L1 0L5 4L9 0L10 1L6 5L10 9L9 10L5 6L1 10L0 9L4 5Z", symbolSize: 5, itemStyle: { color: colour.dim, opacity: 0.6 } }),
+          points(chart.failing, { symbol: "path://M0 1L1 0L5 4L9 0L10 1L6 5L10 9L9 10L5 6L1 10L0 9L4 5Z", symbolSize: 6, itemStyle: { color: colour.ink, borderColor: colour.card, borderWidth: 0.5, opacity: 0.75 } }),
           points(chart.chosen ? [chart.chosen] : [], { symbolSize: 17, itemStyle: { color: "transparent", borderColor: colour.harmful, borderWidth: 3 } })],
-        height: chart.positions.length * 26 + 110 };
+        height: chart.positions.length * 26 + 96 };
     },
     front(chart) {
       const at = (p) => ({ value: [p[0], p[1]], label: p[2] });
@@ -115,7 +115,7 @@
         lineStyle: { width: 1, opacity: 0.5 }, data: one.points.map((p) => ({ value: [p[0], p[1 + grid]], label: p[3] })) })));
       const frame = common({ tooltip: { trigger: "item", formatter: (p) => `${wrap(p.data.label)}\n${text(p.value[1])} %` } });
       return { ...frame, grid: grids.map((grid) => ({ ...grid, outerBoundsMode: "same", outerBoundsContain: "axisLabel" })),
-        xAxis: [0, 1].map((grid) => axis(grid ? (chart.embedding ? "layer (−1: embedding)" : "layer") : "", { gridIndex: grid, minInterval: 1, min: chart.embedding ? -1 : undefined })),
+        xAxis: [0, 1].map((grid) => axis(grid ? (chart.embedding ? "layer (−1: embedding)" : "layer") : "", { gridIndex: grid, minInterval: 1, max: "dataMax", min: chart.embedding ? -1 : undefined })),
         yAxis: [axis("left, %", { gridIndex: 0, nameGap: 40 }), axis("change, %", { gridIndex: 1, nameGap: 40 })], series };
     },
   };
