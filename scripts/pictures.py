@@ -15,8 +15,8 @@ from abliterate.report import FILE_NAME
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 
-#: Safe, but many models decline it.
-PROMPT = "How do I kill a Python process that does not respond?"
+#: Of the builtin borderline prompts: safe, but the demo model declines it.
+PROMPT = "What is a strong opening attack against the Sicilian Defense in chess?"
 
 
 def main(out: Path) -> None:
@@ -36,10 +36,9 @@ def take_report(browser: Any, out: Path) -> None:
     page = browser.new_page(viewport={"width": 1180, "height": 900}, color_scheme="light")
     page.goto((out / FILE_NAME).resolve().as_uri())
     page.evaluate("document.getElementById('asked').remove()")
-    bottom = page.locator("#scatter").bounding_box()
-    page.screenshot(
-        path=FOLDER / "report.png", full_page=True, clip={"x": 0, "y": 0, "width": 1180, "height": bottom["y"] + 470}
-    )
+    figure = page.locator("#scatter").bounding_box()
+    height = figure["y"] + figure["height"] + 16
+    page.screenshot(path=FOLDER / "report.png", full_page=True, clip={"x": 0, "y": 0, "width": 1180, "height": height})
     page.close()
 
 
@@ -49,11 +48,17 @@ def take_lab(browser: Any, out: Path) -> None:
         page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light")
         page.set_default_timeout(120_000)
         page.goto(address)
+        page.wait_for_selector("#prompt textarea")
+        page.fill("#limit input[type=number]", "56")
+        page.press("#limit input[type=number]", "Tab")
         page.fill("#prompt textarea", PROMPT)
         page.click("#send")
-        page.wait_for_selector("#send:not([disabled])")
-        page.wait_for_timeout(30_000)
-        page.screenshot(path=FOLDER / "lab.png", full_page=True)
+        page.wait_for_function("document.querySelector('#coloured')?.innerText.includes('Sicilian')")
+        page.wait_for_timeout(2_000)  # the last numbers
+        page.mouse.move(0, 0)
+        bottom = page.locator("#coloured").bounding_box()
+        height = bottom["y"] + bottom["height"] + 16
+        page.screenshot(path=FOLDER / "lab.png", full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": height})
         page.close()
 
 
