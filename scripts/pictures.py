@@ -1,4 +1,4 @@
-"""The README's pictures, of a real run: python scripts/pictures.py OUT (needs the extras lab and dev, and a Chromium)."""
+"""The README's pictures, of a real run: python scripts/pictures.py OUT (extras lab and dev, and a Chromium)."""
 
 from __future__ import annotations
 

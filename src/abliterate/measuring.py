@@ -89,6 +89,9 @@ class Examiner:
                 part = replies[start : start + len(texts)]
                 sets[key] = judged(texts, part, self._answers(texts, part, thinking), self.judge)
                 start += len(part)
+            tallies = {key: answers.tally for key, answers in sets.items()}
+            said = ", ".join(f"{tally.refusals}/{tally.n} {key}" for key, tally in tallies.items() if tally.n)
+            self.monitor.note(f"refused: {said}")
         return sets
 
     def _settled(self) -> Settled | None:
@@ -362,7 +365,12 @@ def shift_of(
     rows = range(min(SHIFT_PROMPTS, len(encoded)))
     texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
     with session.monitor.phase("shift on harmless prompts", len(rows)) as advance:
-        return measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
+        shifts = measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
+        for name, shift in zip(("the edit", "the random direction"), shifts, strict=False):
+            if shift.kl_first is not None and shift.kl_reply is not None:
+                first, whole = shift.kl_first.mean.value, shift.kl_reply.mean.value
+                session.monitor.note(f"KL of {name}: {first:.3f} nats at the first token, {whole:.3f} over replies")
+        return shifts
 
 
 def as_loaded(session: Session) -> Subject:

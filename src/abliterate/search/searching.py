@@ -119,6 +119,7 @@ def search(
         short = evaluating.model_copy(update={"max_new_tokens": settings.search_tokens})
         meter = Meter(session, tokens, judge, short, lower=lower)
         base = values(meter.measure(None, Stage.REPLIES), wanted)
+        monitor.note(f"unedited: {_said(base)}")
     limits = limits_of(settings.constraints, base) | {"kl": finding.max_kl}
     attempt = _Attempt(session, meter, lower, tokens, start, settings, finding, editing, seed, journal, norms)
     proposals = attempt.propose(method)
@@ -128,6 +129,7 @@ def search(
         for direction, origin in proposals:
             found = meter.measure(session.plan(direction), stage)
             measured.append(Point(direction, origin, values(found, wanted), stage))
+            monitor.note(f"{origin}: {_said(measured[-1].scores)}")
             advance(1)
     points = tuple(sorted(measured, key=lambda point: _values(point.scores, names)))
     counts = {stage.name.lower(): count for stage, count in meter.counts.items()}
