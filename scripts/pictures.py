@@ -56,8 +56,8 @@ def take_lab(browser: Any, out: Path) -> None:
         page.wait_for_function("document.querySelector('#coloured')?.innerText.includes('Sicilian')")
         page.wait_for_timeout(2_000)  # the last numbers
         page.mouse.move(0, 0)
-        bottom = page.locator("#coloured").bounding_box()
-        height = bottom["y"] + bottom["height"] + 16
+        page.evaluate("scrollTo(0, 0)")
+        height = page.get_by_text("Keep this plan").bounding_box()["y"] - 24
         page.screenshot(path=FOLDER / "lab.png", full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": height})
         page.close()
 
