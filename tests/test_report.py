@@ -155,6 +155,14 @@ def test_a_record_of_thousands_of_experts_and_long_texts_stays_below_two_megabyt
     assert path.stat().st_size < 2_000_000
 
 
+def test_a_number_that_is_not_finite_does_not_spoil_a_run() -> None:
+    record = full_record()
+    assert record.selection is not None
+    broken = [site.model_copy(update={"kl": float("nan")}) for site in record.selection.candidates]
+    page = render(record.model_copy(update={"selection": record.selection.model_copy(update={"candidates": broken})}))
+    assert {cell[2] for cell in Parsed(page).data["map-kl"]["cells"]} == {None}
+
+
 def test_records_of_earlier_versions_can_be_told(tmp_path: Path) -> None:
     old = json.loads(full_record().model_dump_json())
     del old["separation"], old["command"]

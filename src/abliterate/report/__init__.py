@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from abliterate.errors import CheckpointError
-from abliterate.record import Record
+from abliterate.record import Record, finite
 from abliterate.report.page import page_of
 
 FILE_NAME = "report.html"
@@ -67,7 +67,15 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _finite(data: object) -> object:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return finite(data) if isinstance(data, float) else data
+
+
 def _json(data: object) -> str:
-    """JSON that cannot end the element it stands in."""
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+    """JSON that cannot end the element it stands in. What is not finite is null, as in the record."""
+    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

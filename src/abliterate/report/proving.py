@@ -183,8 +183,8 @@ def _layer(name: str) -> int | None:
 
 
 def _rests(plan: PlanPart) -> Figure:
-    worst = sorted(plan.edits, key=lambda edit: -edit.change)[:_MOST]
-    shown = [edit for edit in plan.edits if edit in worst]
+    most = sorted(range(len(plan.edits)), key=lambda row: -plan.edits[row].change)[:_MOST]
+    shown = [plan.edits[row] for row in sorted(most)]
     points: dict[str, dict[int, tuple[float, float, str]]] = {}
     for edit in plan.edits:  # of many experts in a layer the one that changed most
         layer = _layer(edit.tensor)

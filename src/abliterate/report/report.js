@@ -75,8 +75,8 @@
                        borderColor: colour[one.role], borderWidth: 1.6 } })) };
     },
     heat(chart) {
-      const values = chart.cells.map((cell) => cell[2]).sort((a, b) => a - b);
-      const low = values[0], high = Math.max(chart.cap ? Math.min(chart.cap, values[values.length - 1]) : values[values.length - 1], low + 1e-9);
+      const values = chart.cells.map((cell) => cell[2]).filter((value) => value !== null).sort((a, b) => a - b);
+      const low = values[0] ?? 0, high = Math.max(chart.cap ? Math.min(chart.cap, values.at(-1) ?? 0) : values.at(-1) ?? 0, low + 1e-9);
       const good = chart.name === "induce" ? [...colour.ramp].reverse() : colour.ramp;
       const points = (cells, more) => ({ type: "scatter", data: cells, tooltip: { show: false }, silent: true, z: 5, ...more });
       return { ...common({ legend: { show: false }, grid: { top: 8, bottom: 44, left: 24 },
