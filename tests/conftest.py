@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from abliterate.config import cache_folder
 
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it, and so would what tests start
 logging.disable_progress_bar()
 
 
