@@ -211,11 +211,11 @@ class Bench:
 
     def first_token(self, prompt: tuple[int, ...], intervention: Intervention) -> FirstToken:
         """How a reply starts without and with the intervention."""
-        if prompt not in self._known:
-            while len(self._known) >= _REMEMBERED:
-                self._known.pop(next(iter(self._known)), None)
-            self._known[prompt] = self._logits(prompt, None)
-        base, edited = self._known[prompt], self._logits(prompt, intervention)
+        base = self._known.get(prompt)
+        if base is None:
+            base = self._logits(prompt, None)
+            self._remember(prompt, base)
+        edited = self._logits(prompt, intervention)
         return FirstToken(self._refusing(base), self._refusing(edited), float(kl_divergence(base, edited)))
 
     def projections(
@@ -241,6 +241,12 @@ class Bench:
                 self._run((*prompt, *reply), None)
         values: Tensor = captured[0][0, len(prompt) :].float().cpu() @ self.direction.basis[0].float()
         return values
+
+    def _remember(self, prompt: tuple[int, ...], logits: Float[Tensor, " vocab"]) -> None:
+        with self.lock:  # other windows ask at the same time
+            while len(self._known) >= _REMEMBERED:
+                del self._known[next(iter(self._known))]
+            self._known[prompt] = logits
 
     def _refusing(self, logits: Float[Tensor, " vocab"]) -> float:
         return float(logits.softmax(-1)[list(self.tokens)].sum())

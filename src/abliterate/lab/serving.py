@@ -106,6 +106,8 @@ def free_port(port: int | None) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, number))
+            except PermissionError as error:
+                raise UsageError(f"--port {number}: expected one above 1023, which need no rights") from error
             except OSError:
                 continue
             return number

@@ -42,11 +42,10 @@ def controls_of(
     coefficient: float,
 ) -> Controls:
     """The controls as a window's values, in the order in which they stand there."""
-    layer, _, position = site.partition(":")
     try:
         return Controls.model_validate(
             {
-                "site": None if site == FOUND else (int(layer), int(position)),
+                "site": site_of(site),
                 "strength": strength,
                 "first": int(first),
                 "last": int(last),
@@ -70,6 +69,12 @@ def name_of(site: Site | None) -> str:
     return FOUND if site is None else f"{site[0]}:{site[1]}"
 
 
+def site_of(name: str) -> Site | None:
+    """The site that a choice names; raises `ValueError` where it names none."""
+    layer, _, position = name.partition(":")
+    return None if name == FOUND else (int(layer), int(position))
+
+
 def choices(bench: Bench) -> list[tuple[str, str]]:
     """Sites to choose from, with what they are called."""
     recipe = ", with its recipe" if bench.direction.recipe is not None else ""
@@ -88,9 +93,10 @@ def messages(side: Side) -> Messages:
 
 @dataclass(slots=True)
 class Brake:
-    """Set while the replies of a window shall not go on."""
+    """Set while the replies of a window shall not go on; `empty` when nothing of them shall stay either."""
 
     on: bool = False
+    empty: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,11 +121,13 @@ class Desk:
             raise UsageError("prompt: expected some text, found none")
         bench = self.at(direction)
         intervention = bench.intervention(controls_of(*knobs))
-        brake.on = False
+        brake.on = brake.empty = False
         for now in talk(bench, before, prompt, intervention, int(limit)):
             if brake.on:
-                return
+                break
             yield now, messages(now.original), messages(now.edited)
+        if brake.empty:  # what was on its way to the page when the chats were emptied
+            yield Talk(), [], []
 
     def stop(self, brake: Brake) -> None:
         """Let the replies of this window end where they are."""
@@ -127,7 +135,7 @@ class Desk:
 
     def clear(self, brake: Brake) -> tuple[Talk, Messages, Messages]:
         """Both chats, empty."""
-        brake.on = True
+        brake.on = brake.empty = True
         return Talk(), [], []
 
     def measure(self, direction: Any, now: Talk, prompt: str, *knobs: Any) -> str:
@@ -146,8 +154,7 @@ class Desk:
     def heat(self, direction: Any, site: str) -> str:
         """The map of sites with the chosen one marked."""
         bench = self.at(direction)
-        selected = bench.chosen if site == FOUND else controls_of(site, 1, 0, 0, [], "plain", REMOVE, 1).site
-        return markup.heat_map(bench.heat, bench.sites, selected)
+        return markup.heat_map(bench.heat, bench.sites, site_of(site) or bench.chosen)
 
     def colour(self, direction: Any, now: Talk, layer: float) -> str:
         """The last replies, coloured."""
