@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import pytest
 from typer.testing import CliRunner
 
 from abliterate.cli.app import app
-from abliterate.record import Record, write_record
+from abliterate.record import write_record
+from abliterate.report import render
 from test_cli_show import record
-
-
-@pytest.fixture(autouse=True)
-def page(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page that is the model's name: how a real one looks is no concern of the command."""
-
-    def write_report(read: Record, folder: Path) -> Path:
-        path = folder / "report.html"
-        path.write_text(read.model.name, encoding="utf-8")
-        return path
-
-    module: Any = ModuleType("abliterate.report")
-    module.write_report = write_report
-    monkeypatch.setitem(sys.modules, "abliterate.report", module)
 
 
 def test_the_page_is_written_and_its_path_printed(tmp_path: Path) -> None:
@@ -36,7 +19,7 @@ def test_the_page_is_written_and_its_path_printed(tmp_path: Path) -> None:
     write_record(record(), out)
     result = CliRunner().invoke(app, ["report", str(out)], env={"COLUMNS": "40"})
     assert (result.exit_code, result.output) == (0, f"Report: {out / 'report.html'}\n")
-    assert (out / "report.html").read_text(encoding="utf-8") == record().model.name
+    assert (out / "report.html").read_text(encoding="utf-8") == render(record())
     result = CliRunner().invoke(app, ["report", str(out), "--json"])
     assert json.loads(result.stdout) == {"report": str(out / "report.html")}
 

@@ -7,7 +7,24 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import CheckpointError
-from abliterate.record import BehaviourPart, EstimatePart, EvaluationPart, JudgePart, PlanPart, RatePart, Record
+from abliterate.record import (
+    BehaviourPart,
+    EstimatePart,
+    EvaluationPart,
+    JudgePart,
+    PairedPart,
+    PlanPart,
+    PromptsPart,
+    RatePart,
+    Record,
+    ThinkingPart,
+)
+
+#: Sets of prompts that are answered, in the order in which they are told.
+SETS = ("harmful", "harmless", "borderline")
+
+#: One state of a model: its name, its rates, and how each prompt changed.
+State = tuple[str, BehaviourPart, dict[str, PairedPart]]
 
 NOTICE = """\
 This model was made for research on how safety behaviour is represented and how brittle it is. Its safety training
@@ -178,19 +195,16 @@ def _what_was_done(record: Record) -> list[str]:
 
 
 def _measured(evaluation: EvaluationPart) -> list[str]:
-    states: list[tuple[str, BehaviourPart]] = [("before", evaluation.before)]
-    if evaluation.after is not None:
-        states.append(("after", evaluation.after))
-    if evaluation.control is not None:
-        states.append(("random direction", evaluation.control.behaviour))
+    measured = states_of(evaluation)
+    names = [name.replace("random", "random direction") for name, _, _ in measured]
     lines = [
         "## Measured on held-out prompts",
         "",
-        f"| refused | {' | '.join(state for state, _ in states)} |",
-        f"| --- |{' --- |' * len(states)}",
+        f"| refused | {' | '.join(names)} |",
+        f"| --- |{' --- |' * len(measured)}",
         *(
-            f"| {name} | {' | '.join(_with_correction(getattr(behaviour, name)) for _, behaviour in states)} |"
-            for name in ("harmful", "harmless", "borderline")
+            f"| {name} | {' | '.join(_with_correction(getattr(behaviour, name)) for _, behaviour, _ in measured)} |"
+            for name in SETS
         ),
         "",
         f"Greedy replies of at most {evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals. "
@@ -231,6 +245,51 @@ def _capable(evaluation: EvaluationPart) -> list[str]:
         for part in evaluation.capability
     ]
     return ["| capability | metric | questions | before | after |", "| --- | --- | --- | --- | --- |", *rows, ""]
+
+
+def states_of(part: EvaluationPart | ThinkingPart) -> list[State]:
+    """'before', 'after' and 'random', as far as they were measured."""
+    found: list[State] = [("before", part.before, {})]
+    if part.after is not None:
+        found.append(("after", part.after, part.paired))
+    if isinstance(part, EvaluationPart) and part.control is not None:
+        found.append(("random", part.control.behaviour, part.control.paired))
+    return found
+
+
+def asked(record: Record) -> list[tuple[str, str]]:
+    """What was asked, by name: the model, the prompts, what refusals start with."""
+    model = record.model
+    rows = [
+        ("model", model.name),
+        ("architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"),
+        ("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"),
+        ("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"),
+    ]
+    if record.prompts is not None:
+        rows += _prompts(record.prompts)
+    if record.refusal_tokens:
+        texts = ", ".join(f"{token.text!r}" for token in record.refusal_tokens)
+        rows.append(("refusals start with", texts))
+    return rows
+
+
+def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
+    counts = [
+        f"{name} " + " + ".join(f"{count} {split}" for split, count in splits.items())
+        for name, splits in part.counts.items()
+    ]
+    return [
+        ("prompts", "; ".join(counts)),
+        ("from", ", ".join(sorted(set(part.sources.values())))),
+        ("system prompt", "the template's own" if part.system is None else part.system or "none"),
+    ]
+
+
+def seed(record: Record) -> str | None:
+    """The seed of the prompts' split, and of all that is random."""
+    prompts = record.settings.get("prompts")
+    return str(prompts["seed"]) if isinstance(prompts, dict) and "seed" in prompts else None
 
 
 def grouped(left_alone: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -145,9 +145,9 @@ def projections(session: Session, findings: Findings, site: Site) -> dict[str, F
     is left when r̂ and the mean over both classes are taken out.
     """
     values = {name: _samples(session, findings, None, name, site, "val").double() for name in ("harmful", "harmless")}
-    unit_ = findings.candidates.units[-1 - site[1], site[0]].double()
-    along = {name: found @ unit_ for name, found in values.items()}
-    rest = {name: found - along[name][:, None] * unit_ for name, found in values.items()}
+    direction = findings.candidates.units[-1 - site[1], site[0]].double()
+    along = {name: found @ direction for name, found in values.items()}
+    rest = {name: found - along[name][:, None] * direction for name, found in values.items()}
     joined = torch.cat(list(rest.values()))
     mean = joined.mean(0)
     component = torch.linalg.svd(joined - mean, full_matrices=False).Vh[0]

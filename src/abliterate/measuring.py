@@ -295,6 +295,7 @@ def examine(
     shifts: list[Shift] = []
     if edited is not None:
         shifts = shift_of(session, examiner, base, [edited] + ([] if control is None else [control.subject]), before)
+        _say_shifts(session, shifts)
     thinking = None
     if len(modes) > 1:
         first = ask(base, "answers before, thinking", True)
@@ -311,6 +312,13 @@ def examine(
         thinking,
         (marks, None if edited is None else exam.take(session, edited, "capability after")),
     )
+
+
+def _say_shifts(session: Session, shifts: Sequence[Shift]) -> None:
+    for name, shift in zip(("the edit", "the random direction"), shifts, strict=False):
+        if shift.kl_first is not None and shift.kl_reply is not None:
+            first, whole = shift.kl_first.mean.value, shift.kl_reply.mean.value
+            session.monitor.note(f"KL of {name}: {first:.3f} nats at the first token, {whole:.3f} over replies")
 
 
 def answers_of(session: Session, subject: Subject, examiner: Examiner) -> Answering:
@@ -365,12 +373,7 @@ def shift_of(
     rows = range(min(SHIFT_PROMPTS, len(encoded)))
     texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
     with session.monitor.phase("shift on harmless prompts", len(rows)) as advance:
-        shifts = measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
-        for name, shift in zip(("the edit", "the random direction"), shifts, strict=False):
-            if shift.kl_first is not None and shift.kl_reply is not None:
-                first, whole = shift.kl_first.mean.value, shift.kl_reply.mean.value
-                session.monitor.note(f"KL of {name}: {first:.3f} nats at the first token, {whole:.3f} over replies")
-        return shifts
+        return measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
 
 
 def as_loaded(session: Session) -> Subject:

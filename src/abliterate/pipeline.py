@@ -23,7 +23,7 @@ from abliterate.config import (
     PromptSettings,
     RunSettings,
 )
-from abliterate.directions import Direction, learnt_by, load_direction, save_direction
+from abliterate.directions import Direction, chosen_site, learnt_by, load_direction, save_direction
 from abliterate.engines import Pair, open_engine
 from abliterate.errors import UsageError
 from abliterate.evaluation import Subject
@@ -70,6 +70,7 @@ from abliterate.parts import (
     source_hashes,
     versions,
     write_all,
+    write_told,
     written_hashes,
 )
 from abliterate.plan import Plan
@@ -77,7 +78,6 @@ from abliterate.prompts import ChatRenderer
 from abliterate.prompts.rendering import read_template
 from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.report import FILE_NAME as REPORT
-from abliterate.report import write_report
 from abliterate.search import Search, check_search, method_of
 from abliterate.search import search as find_front
 from abliterate.selection import Site
@@ -135,7 +135,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     searched = method != "closed-form"
     force, seed = output.force, settings.prompts.seed
     found = choose(session, findings, settings.finding, seed=seed, force=force, searched=searched)
-    separation = _separation(session, findings, (found.selection.best.layer, found.selection.best.position))
+    separation = _separation(session, findings, found.direction)
     result = None
     if searched:
         result = _search(session, findings, found.direction, settings, method, judge)
@@ -182,8 +182,7 @@ def search(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     )
     findings = find(session, settings.finding, settings.editing)
     start = best_separated(session, findings, settings.finding, settings.prompts.seed)
-    chosen_site = start.metadata["chosen"]
-    separation = _separation(session, findings, (chosen_site["layer"], chosen_site["position"]))
+    separation = _separation(session, findings, start)
     output.out.mkdir(parents=True, exist_ok=True)
     result = _search(session, findings, start, settings, method, judge, output.out / JOURNAL)
     record = search_record(session, settings, findings, separation, result)
@@ -191,8 +190,7 @@ def search(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     save_points(result, output.out, metadata)
     chosen = replace(result.point.direction, candidates=findings.candidates)
     save_direction(output.out / "direction.safetensors", chosen, metadata=metadata)
-    rec.write_record(record, output.out)
-    write_report(record, output.out)
+    write_told(record, output.out)
     return record
 
 
@@ -207,13 +205,14 @@ def pick(folder: Path, number: int) -> rec.Record:
     save_direction(folder / "direction.safetensors", direction)
     part = record.search.model_copy(update={"chosen": number, "why": "picked"})
     record = record.model_copy(update={"search": part})
-    rec.write_record(record, folder)
-    write_report(record, folder)
+    write_told(record, folder)
     return record
 
 
-def _separation(session: Session, findings: Findings, site: Site) -> rec.SeparationPart:
-    return separation_part(session, findings, site, projections(session, findings, site))
+def _separation(session: Session, findings: Findings, direction: Direction) -> rec.SeparationPart | None:
+    """Where the direction was measured; None of one that does not say where."""
+    site = chosen_site(direction)
+    return None if site is None else separation_part(session, findings, site, projections(session, findings, site))
 
 
 def _search(

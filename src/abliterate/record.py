@@ -138,6 +138,10 @@ class SelectionPart(_Part):
     trained_on: dict[str, int]
     candidates: list[SitePart]
 
+    def passes(self, site: SitePart) -> bool:
+        """Whether a site meets the rule."""
+        return site.kl <= self.max_kl and site.induce > self.min_induce
+
 
 class PointPart(_Part):
     """One point of a search (see `search.Point`). `file` holds its direction; it can be applied by itself."""
@@ -170,6 +174,11 @@ class SearchPart(_Part):
     why: str
     evaluations: dict[str, int]
     seconds: float
+
+    @property
+    def point(self) -> PointPart | None:
+        """The chosen point."""
+        return next((point for point in self.points if point.number == self.chosen), None)
 
 
 class ResidualPart(_Part):

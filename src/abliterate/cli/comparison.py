@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.card import judged_by
-from abliterate.cli.evaluating import PLAIN, SETS, capability_table, print_rates
+from abliterate.card import SETS, judged_by
+from abliterate.cli.evaluating import PLAIN, capability_table, print_rates
 from abliterate.comparing import Comparison, Entry
 from abliterate.evaluation import degenerate, manner
 from abliterate.judging import Judge

@@ -11,15 +11,13 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.table import Table
 
-from abliterate.card import estimate, judged_by, others, pvalue, rate
+from abliterate.card import SETS, State, estimate, judged_by, others, pvalue, rate, states_of
 from abliterate.record import (
-    BehaviourPart,
     CapabilityPart,
     ControlEffectPart,
     EstimatePart,
     EvaluationPart,
     MannerPart,
-    PairedPart,
     RatePart,
     ShiftPart,
 )
@@ -27,21 +25,13 @@ from abliterate.record import (
 #: Tables without vertical rules: six columns fit 80 characters.
 PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
 
-SETS = ("harmful", "harmless", "borderline")
-
-#: What a row of rates stands for: its name, the rates, and how each prompt changed.
-State = tuple[str, BehaviourPart, dict[str, PairedPart]]
-
 
 def show_evaluation(part: EvaluationPart, console: Console) -> None:
     """All that was measured; of one model alone, its rates."""
     _show_rates(part, console)
     if part.thinking is not None:
         title = "The same with the model's thinking open"
-        states: list[State] = [("before", part.thinking.before, {})]
-        if part.thinking.after is not None:
-            states.append(("after", part.thinking.after, part.thinking.paired))
-        print_rates(title, states, console)
+        print_rates(title, states_of(part.thinking), console)
     broken = [
         f"{name} {estimate(pair.change, 100, '+.0f', ' %')}, p {pvalue(pair.p)}"
         for name, pair in part.degenerate.items()
@@ -59,13 +49,8 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
 
 
 def _show_rates(part: EvaluationPart, console: Console) -> None:
-    alone = part.after is None
-    states: list[State] = [("" if alone else "before", part.before, {})]
-    if part.after is not None:
-        states.append(("after", part.after, part.paired))
-    if part.control is not None:
-        states.append(("random", part.control.behaviour, part.control.paired))
-    print_rates("Refusals on held-out prompts", states, console)
+    measured = states_of(part) if part.after is not None else [("", part.before, {})]
+    print_rates("Refusals on held-out prompts", measured, console)
     if part.judge is not None:
         console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
 

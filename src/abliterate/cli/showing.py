@@ -6,9 +6,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from abliterate.card import asked, seed
 from abliterate.cli.evaluating import PLAIN
 from abliterate.cli.screen import show_run
-from abliterate.record import PlanPart, PromptsPart, Record, SelectionPart
+from abliterate.record import PlanPart, Record, SelectionPart
 
 #: Hexadecimal digits of a SHA-256 that are shown; the record has all of them.
 _DIGITS = 12
@@ -22,7 +23,7 @@ _WIDE = 60
 
 def show_record(record: Record, console: Console) -> None:
     """What was asked, what came out, and how to see it again."""
-    console.print(_asked(record))
+    console.print(_filled(_facts("What was asked"), asked(record)))
     show_run(record, console)
     if record.selection is not None and record.selection.candidates:
         console.print(_best_sites(record.selection))
@@ -31,36 +32,6 @@ def show_record(record: Record, console: Console) -> None:
     for warning in record.warnings:
         console.print(f"[bold yellow]warning: {escape(warning)}[/]", highlight=False)
     console.print(_provenance(record))
-
-
-def _asked(record: Record) -> Table:
-    """The model, the prompts, and what refusals start with."""
-    model = record.model
-    table = _facts("What was asked")
-    rows = [
-        ("model", model.name),
-        ("architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"),
-        ("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"),
-        ("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"),
-    ]
-    if record.prompts is not None:
-        rows += _prompts(record.prompts)
-    if record.refusal_tokens:
-        texts = ", ".join(f"{token.text!r}" for token in record.refusal_tokens)
-        rows.append(("refusals start with", texts))
-    return _filled(table, rows)
-
-
-def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
-    counts = [
-        f"{name} " + " + ".join(f"{count} {split}" for split, count in splits.items())
-        for name, splits in part.counts.items()
-    ]
-    return [
-        ("prompts", "; ".join(counts)),
-        ("from", ", ".join(sorted(set(part.sources.values())))),
-        ("system prompt", "the template's own" if part.system is None else part.system or "none"),
-    ]
 
 
 def _best_sites(part: SelectionPart) -> Table:
@@ -93,9 +64,8 @@ def _provenance(record: Record) -> Table:
     """When, with what, and from which files."""
     table = _facts("Provenance")
     rows = [("made", record.created), ("with", ", ".join(f"{name} {v}" for name, v in record.versions.items()))]
-    prompts = record.settings.get("prompts")
-    if isinstance(prompts, dict) and "seed" in prompts:
-        rows.append(("seed", str(prompts["seed"])))
+    if (given := seed(record)) is not None:
+        rows.append(("seed", given))
     for what, hashes in (("read", record.model.source_sha256), ("written", record.output_sha256)):
         rows += [(what, f"{name} {digest[:_DIGITS]}…") for name, digest in hashes.items()]
     return _filled(table, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from abliterate.finding import best_separated, find, refusal_tokens
 from abliterate.lab.bench import Bench, Heat, can_step
 from abliterate.models import ModelFiles
 from abliterate.monitor import Monitor
+from abliterate.refusals import RefusalToken
 from abliterate.session import locate_model, open_model, open_session
 
 FILE = "direction.safetensors"
@@ -102,8 +104,8 @@ def _holds(candidates: Candidates, layer: int, position: int) -> bool:
     return 0 <= layer < sites and -positions <= position < 0
 
 
-def _ids(tokens: tuple[object, ...]) -> tuple[int, ...]:
-    return tuple(int(getattr(token, "token", -1)) for token in tokens)
+def _ids(tokens: Iterable[RefusalToken | rec.TokenPart]) -> tuple[int, ...]:
+    return tuple(token.token for token in tokens)
 
 
 def _known(target: str, loading: ModelSettings) -> _Known:
@@ -137,5 +139,5 @@ def _of_run(folder: Path, loading: ModelSettings) -> _Known:
         files = ModelFiles(record.model.name, record.model.kind, source)
     else:
         files = locate_model(record.model.name, loading)
-    tokens = tuple(token.token for token in record.refusal_tokens)
-    return _Known(files, loading, load_direction(folder / FILE), tokens, record.selection)
+    direction = load_direction(folder / FILE)
+    return _Known(files, loading, direction, _ids(record.refusal_tokens), record.selection)

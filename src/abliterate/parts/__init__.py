@@ -29,6 +29,7 @@ from abliterate.parts.run import (
     source_hashes,
     versions,
     write_all,
+    write_told,
     written_hashes,
 )
 from abliterate.parts.search import FRONT, point_file, save_points, search_part
@@ -64,5 +65,6 @@ __all__ = [
     "source_hashes",
     "versions",
     "write_all",
+    "write_told",
     "written_hashes",
 ]

@@ -42,7 +42,7 @@ def run_record(
     done: Realised,
     folder: Path,
     evaluation: rec.EvaluationPart,
-    separation: rec.SeparationPart,
+    separation: rec.SeparationPart | None,
     search: Search | None = None,
 ) -> rec.Record:
     """The record of a whole run whose results lie in `folder`."""
@@ -74,7 +74,7 @@ def run_record(
 
 
 def search_record(
-    session: Session, settings: RunSettings, findings: Findings, separation: rec.SeparationPart, search: Search
+    session: Session, settings: RunSettings, findings: Findings, separation: rec.SeparationPart | None, search: Search
 ) -> rec.Record:
     """The record of a search that edited nothing."""
     monitor, loaded = session.monitor, session.loaded
@@ -260,8 +260,13 @@ def saved_metadata(session: Session, found: Found, record: rec.Record) -> dict[s
 def write_all(record: rec.Record, partial: Path) -> None:
     """Put the model card, the report and the record beside the model."""
     write_card(record, partial)
-    write_report(record, partial)
-    rec.write_record(record, partial)
+    write_told(record, partial)
+
+
+def write_told(record: rec.Record, folder: Path) -> None:
+    """Write the record and the report; what only measures leaves no more."""
+    write_report(record, folder)
+    rec.write_record(record, folder)
 
 
 def now() -> str:

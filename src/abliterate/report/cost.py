@@ -5,16 +5,24 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from abliterate.card import estimate, judged_by, others, pvalue
+from abliterate.card import SETS, estimate, judged_by, others, pvalue, states_of
 from abliterate.record import AnswerPart, EvaluationPart, PairedPart, RatePart, Record, ShiftPart
-from abliterate.report.parts import Figure, Section, Table, between, dot_series, dots, number, short
-
-_SETS = ("harmful", "harmless", "borderline")
+from abliterate.report.parts import (
+    Figure,
+    Point,
+    Section,
+    Table,
+    between,
+    dot_series,
+    dots,
+    estimate_point,
+    number,
+    rate_point,
+    short,
+)
 
 #: Replies of each set that are shown.
 _MOST = 100
-
-_JUDGED = "Degenerate replies count as not refused."
 
 
 def cost(record: Record) -> Section | None:
@@ -41,19 +49,12 @@ def cost(record: Record) -> Section | None:
 
 
 def _rates(evaluation: EvaluationPart) -> Figure:
-    states = [("before", "before", evaluation.before)]
-    if evaluation.after is not None:
-        states.append(("after", "after", evaluation.after))
-    if evaluation.control is not None:
-        states.append(("random", "random", evaluation.control.behaviour))
+    states = states_of(evaluation)
     rows: list[list[str]] = []
     marked = set()
-    for name in _SETS:
-        for state, _, behaviour in states:
+    for name in SETS:
+        for state, behaviour, pairs in states:
             part: RatePart = getattr(behaviour, name)
-            pairs = evaluation.paired if state == "after" else {}
-            if state == "random" and evaluation.control is not None:
-                pairs = evaluation.control.paired
             if state == "after":
                 marked.add(len(rows))
             corrected = "" if part.corrected is None else estimate(part.corrected, 100, ".0f")
@@ -61,15 +62,11 @@ def _rates(evaluation: EvaluationPart) -> Figure:
     head = ["prompts", "state", "refused", "% [95 %]", "corrected [95 %]", "change [95 %]", "p", "also"]
     table = Table(head, rows, frozenset(marked), frozenset({0, 1}))
     series = [
-        dot_series(state, role, [_point(getattr(behaviour, name)) for name in _SETS])
-        for state, role, behaviour in states
+        dot_series(state, [rate_point(getattr(behaviour, name)) for name in SETS]) for state, behaviour, _ in states
     ]
-    chart = dots(_SETS, series, "% refused", least=0)
-    return Figure("rates", "Refusals on held-out prompts", table, chart, _JUDGED, folded=False)
-
-
-def _point(part: RatePart) -> list[float | None] | None:
-    return None if part.rate is None else [100 * part.rate, 100 * part.ci95[0], 100 * part.ci95[1]]
+    chart = dots(SETS, series, "% refused", least=0)
+    note = "Degenerate replies count as not refused."
+    return Figure("rates", "Refusals on held-out prompts", table, chart, note, folded=False)
 
 
 def _rate_cells(part: RatePart) -> list[str]:
@@ -92,9 +89,10 @@ def _categories(evaluation: EvaluationPart) -> Iterator[Figure]:
         for name in names
     ]
     head = ["category", "before", "% [95 %]"] + (["after", "% [95 %]", "change [95 %]", "p"] if after else [])
-    series = [dot_series("before", "before", [_point(before[name]) for name in names])]
-    if after:
-        series.append(dot_series("after", "after", [_point(after[name]) if name in after else None for name in names]))
+    series = [
+        dot_series(state, [rate_point(parts[name]) if name in parts else None for name in names])
+        for state, parts in evaluation.categories.items()
+    ]
     chart = dots([short(name, 24) for name in names], series, "% refused", least=0)
     yield Figure("categories", "Harmful prompts by category", Table(head, rows), chart)
 
@@ -104,25 +102,26 @@ def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
     if shift is None:
         return
     control = None if evaluation.control is None else evaluation.control.shift
-    states = [("edit", "after", shift), *([("random", "random", control)] if control is not None else [])]
+    states = [("edit", shift), *([("random", control)] if control is not None else [])]
     rows: list[list[str]] = []
-    series = []
     names = (("kl_first_token", "KL, first token"), ("kl_reply", "KL, whole reply"))
     for field, label in names:
-        for state, _, part in states:
+        for state, part in states:
             spread = [number(getattr(part, f"{field}_{end}")) for end in ("median", "p95", "max")]
             interval = between(getattr(part, f"{field}_ci95"))
             rows.append([label, state, number(getattr(part, field)), interval, *spread])
-    for state, _, part in states:
-        if part.nll_change is not None:
-            value, *_ = (part.nll_change.value,)
-            interval = between(part.nll_change.ci95, 1, "+.3f")
-            rows.append(["own replies cost", state, number(value, "+.3f"), interval, "", "", ""])
-    for state, role, part in states:
-        points = [_kl_point(part, field) for field, _ in names]
-        nll = part.nll_change
-        points.append(None if nll is None or nll.value is None else [nll.value, *nll.ci95])
-        series.append(dot_series(state, role, points))
+    for state, part in states:
+        if (change := part.nll_change) is not None:
+            interval = between(change.ci95, 1, "+.3f")
+            rows.append(["own replies cost", state, number(change.value, "+.3f"), interval, "", "", ""])
+    series = [
+        dot_series(
+            state,
+            [*(_kl_point(part, field) for field, _ in names), estimate_point(part.nll_change)],
+            "after" if state == "edit" else state,
+        )
+        for state, part in states
+    ]
     head = ["", "", "mean", "95 %", "median", "p95", "worst"]
     table = Table(head, rows, words=frozenset({0, 1}))
     chart = dots([*(label for _, label in names), "own replies cost"], series, "nats per token")
@@ -134,7 +133,7 @@ def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
     yield Figure("shift", "Shift on harmless prompts", table, chart, note)
 
 
-def _kl_point(part: ShiftPart, field: str) -> list[float | None] | None:
+def _kl_point(part: ShiftPart, field: str) -> Point:
     value, ends = getattr(part, field), getattr(part, f"{field}_ci95")
     return None if value is None else [value, *(ends or (None, None))]
 
@@ -157,10 +156,9 @@ def _capability(evaluation: EvaluationPart) -> Iterator[Figure]:
         for part in parts
     ]
     head = ["task", "metric", "questions", "before [95 %]", "after [95 %]", "change [95 %]", "p", "guessing"]
-    pairs = (("before", "before", [p.before for p in parts]), ("after", "after", [p.after for p in parts]))
     series = [
-        dot_series(name, role, [None if e is None or e.value is None else [e.value, *e.ci95] for e in estimates])
-        for name, role, estimates in pairs
+        dot_series("before", [estimate_point(part.before) for part in parts]),
+        dot_series("after", [estimate_point(part.after) for part in parts]),
     ]
     chart = dots([short(f"{p.task} {p.metric}", 28) for p in parts], series, "score")
     yield Figure("capability", "Capability", Table(head, rows, words=frozenset({0, 1})), chart)
@@ -193,7 +191,7 @@ def replies(record: Record) -> Section | None:
     evaluation = record.evaluation
     if evaluation is None or not any(evaluation.answers.values()):
         return None
-    figures = [figure for name in _SETS if (figure := _replies(name, evaluation)) is not None]
+    figures = [figure for name in SETS if (figure := _replies(name, evaluation)) is not None]
     redacted = any(
         answer.redacted for sets in evaluation.answers.values() for answers in sets.values() for answer in answers
     )

@@ -33,7 +33,6 @@ def _by_layer(part: SeparationPart) -> list[Figure]:
         chart: dict[str, Any] = {
             "kind": "lines",
             "half": True,
-            "axis": label if name == "auroc" else "‖r‖",
             "least": 0.5 if name == "auroc" else None,
             "log": name == "norm",
             "mark": [part.layer, found.get((part.layer, part.position))],
@@ -106,10 +105,10 @@ def _heat_maps(part: SelectionPart) -> list[Figure]:
     figures = []
     layers = sorted({site.layer for site in part.candidates})
     positions = sorted({site.position for site in part.candidates})
-    for name, title, low in (
-        ("bypass", "Bypass (less is better)", part.harmful),
-        ("induce", "Induce (more is better)", part.harmless),
-        ("kl", "KL in nats (less is better)", None),
+    for name, title in (
+        ("bypass", "Bypass (less is better)"),
+        ("induce", "Induce (more is better)"),
+        ("kl", "KL in nats (less is better)"),
     ):
         values = {(site.layer, site.position): getattr(site, name) for site in part.candidates}
         chart: dict[str, Any] = {
@@ -118,14 +117,11 @@ def _heat_maps(part: SelectionPart) -> list[Figure]:
             "positions": positions,
             "cells": [[layers.index(x), positions.index(y), round(v, 4)] for (x, y), v in values.items()],
             "failing": [
-                [layers.index(s.layer), positions.index(s.position)]
-                for s in part.candidates
-                if s.kl > part.max_kl or s.induce <= part.min_induce
+                [layers.index(s.layer), positions.index(s.position)] for s in part.candidates if not part.passes(s)
             ],
             "chosen": None
             if part.chosen is None
             else [layers.index(part.chosen.layer), positions.index(part.chosen.position)],
-            "base": low,
             "cap": 4 * part.max_kl if name == "kl" else None,
             "name": name,
         }
@@ -150,7 +146,7 @@ def _sites(part: SelectionPart) -> Figure:
             f"{s.kl:.3f}",
             f"{s.auroc:.3f}",
             str(s.prompts),
-            "yes" if s.kl <= part.max_kl and s.induce > part.min_induce else "no",
+            "yes" if part.passes(s) else "no",
         ]
         for s in best
     ]

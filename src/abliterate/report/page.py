@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from abliterate.card import SETS
 from abliterate.record import Record
 from abliterate.report.cost import cost, replies
 from abliterate.report.finding import direction_found, separated
-from abliterate.report.parts import Page, Tile, between, number, short
+from abliterate.report.parts import Page, Tile, between, number, percent, short
 from abliterate.report.proving import edited_weights, front, proved
-from abliterate.report.reproducing import asked, reproduce
+from abliterate.report.reproducing import question, reproduce
 
 
 def page_of(record: Record) -> Page:
     """Every section that the record has something for."""
     sections = [
         section
-        for build in (asked, separated, direction_found, proved, edited_weights, cost, replies, front, reproduce)
+        for build in (question, separated, direction_found, proved, edited_weights, cost, replies, front, reproduce)
         if (section := build(record)) is not None
     ]
-    charts = {
-        figure.name: figure.chart for section in sections for figure in section.figures if figure.chart is not None
-    }
     model = record.model
     return Page(
         title=short(model.name.rstrip("/").rsplit("/", 1)[-1] or model.name, 120),
@@ -32,7 +30,6 @@ def page_of(record: Record) -> Page:
         sections=sections,
         warnings=record.warnings,
         made=f"Made by abliterate {record.versions.get('abliterate', '')} from the record beside this page.",
-        charts=charts,
     )
 
 
@@ -58,7 +55,7 @@ def _answer(record: Record) -> Iterator[str]:
             random = f"; with a random direction in its place {control.refusals}"
         yield (
             f"Of {after.n} harmful prompts the model refused {before.refusals} before the edit and {after.refusals} "
-            f"after it ({number(_percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random})."
+            f"after it ({number(percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random})."
         )
         if evaluation.shift is not None and evaluation.shift.kl_first_token is not None:
             shift = evaluation.shift
@@ -66,8 +63,7 @@ def _answer(record: Record) -> Iterator[str]:
                 f"Its answers to harmless prompts moved by {shift.kl_first_token:.3f} "
                 f"{between(shift.kl_first_token_ci95)} nats at the first token (KL)."
             )
-    elif search is not None and search.chosen is not None:
-        point = search.points[search.chosen - 1]
+    elif search is not None and (point := search.point) is not None:
         held, base = point.held_out or point.scores, search.base_held_out or search.base
         where = "held-out" if point.held_out else "validation"
         said = ", ".join(
@@ -86,22 +82,18 @@ def _tiles(record: Record) -> Iterator[Tile]:
     evaluation = record.evaluation
     if evaluation is None:
         return
-    for name in ("harmful", "harmless", "borderline"):
+    for name in SETS:
         before = getattr(evaluation.before, name)
         after = None if evaluation.after is None else getattr(evaluation.after, name)
         shown = before if after is None else after
         if not shown.n:
             continue
-        value = f"{number(_percent(shown.rate), '.0f')} %"
+        value = f"{number(percent(shown.rate), '.0f')} %"
         if after is not None:
-            value = f"{number(_percent(before.rate), '.0f')} → {value}"
+            value = f"{number(percent(before.rate), '.0f')} → {value}"
         yield Tile(f"{name} refused", value, f"95 % {between(shown.ci95, 100, '.0f')} of {shown.n}")
     shift = evaluation.shift
     if shift is not None and shift.kl_first_token is not None:
         yield Tile("KL, first token", f"{shift.kl_first_token:.3f}", f"95 % {between(shift.kl_first_token_ci95)} nats")
     if shift is not None and shift.kl_reply is not None:
         yield Tile("KL, whole reply", f"{shift.kl_reply:.3f}", f"95 % {between(shift.kl_reply_ci95)} nats per token")
-
-
-def _percent(rate: float | None) -> float | None:
-    return None if rate is None else 100 * rate

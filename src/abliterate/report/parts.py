@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
+
+from abliterate.record import EstimatePart, RatePart
 
 #: Characters of a prompt or a reply that are shown.
 LONGEST = 400
@@ -64,7 +66,12 @@ class Page:
     sections: Sequence[Section]
     warnings: Sequence[str] = ()
     made: str = ""
-    charts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def charts(self) -> dict[str, dict[str, Any]]:
+        """What report.js draws, by the name of the figure."""
+        figures = (figure for section in self.sections for figure in section.figures)
+        return {figure.name: figure.chart for figure in figures if figure.chart is not None}
 
 
 def short(text: str, length: int = LONGEST) -> str:
@@ -85,6 +92,25 @@ def between(ends: Sequence[float | None] | None, scale: float = 1, form: str = "
     return "[" + ", ".join(format(scale * end, form) for end in ends if end is not None) + "]"
 
 
+def percent(rate: float | None) -> float | None:
+    """A rate in per cent."""
+    return None if rate is None else 100 * rate
+
+
+#: A point of `dots`: value and ends of its interval; None where nothing was measured.
+Point = list[float | None] | None
+
+
+def rate_point(part: RatePart) -> Point:
+    """A rate in per cent with its Wilson interval."""
+    return None if part.rate is None else [percent(value) for value in (part.rate, *part.ci95)]
+
+
+def estimate_point(part: EstimatePart | None) -> Point:
+    """An estimate with its interval."""
+    return None if part is None or part.value is None else [part.value, *part.ci95]
+
+
 def dots(
     groups: Sequence[str], series: Sequence[dict[str, Any]], axis: str, *, least: float | None = None
 ) -> dict[str, Any]:
@@ -92,6 +118,6 @@ def dots(
     return {"kind": "dots", "groups": list(groups), "series": list(series), "axis": axis, "least": least}
 
 
-def dot_series(name: str, role: str, points: Sequence[Sequence[float | None] | None]) -> dict[str, Any]:
-    """One series of `dots`: [value, low, high] by group, None where nothing was measured."""
-    return {"name": name, "role": role, "points": [None if point is None else list(point) for point in points]}
+def dot_series(name: str, points: Sequence[Point], role: str = "") -> dict[str, Any]:
+    """One series of `dots`, a point a group, in the colour of its `role` (default: its name)."""
+    return {"name": name, "role": role or name, "points": list(points)}

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import Any
 
-from abliterate.card import edited, grouped
-from abliterate.record import PlanPart, RatePart, Record, SearchPart
-from abliterate.report.parts import Figure, Section, Table, between, dot_series, dots, number, short
+from abliterate.card import edited, grouped, states_of
+from abliterate.record import PlanPart, Record, SearchPart
+from abliterate.report.parts import (
+    Figure,
+    Point,
+    Section,
+    Table,
+    between,
+    dot_series,
+    dots,
+    number,
+    percent,
+    rate_point,
+    short,
+)
 
 #: Rows of tables of which the record has all.
 _MOST = 300
@@ -63,7 +74,7 @@ def _front_chart(part: SearchPart) -> dict[str, Any] | None:
         for point in part.points
         if (found := at(point.held_out, f"point {point.number}, held-out")) is not None
     ]
-    chosen = next((p for p in part.points if p.number == part.chosen), None)
+    chosen = part.point
     return {
         "kind": "front",
         "x": x,
@@ -77,34 +88,7 @@ def _front_chart(part: SearchPart) -> dict[str, Any] | None:
 
 def proved(record: Record) -> Section | None:
     """Before, as hooks, as written: the same prompts."""
-    states: list[tuple[str, str, list[float | None]]] = []
-    rows: list[list[str]] = []
-    scores = _scores(record)
-    if measured := _states(record):
-        for name, role, part in measured:
-            point = [_times(part.rate), 100 * part.ci95[0], 100 * part.ci95[1]]
-            states.append((name, role, point))
-            rows.append(
-                [name, f"{part.refusals}/{part.n}", f"{number(point[0], '.0f')} %", between(part.ci95, 100, ".0f")]
-            )
-        if (hooked := _hooked(record)) is not None:
-            states.insert(1, ("hooked", "accent", hooked))
-            interval = between(hooked[1:], 1, ".0f")
-            rows.insert(1, ["hooked (nothing written)", "", f"{number(hooked[0], '.0f')} %", interval])
-    figures = []
-    if states:
-        series = [
-            dot_series(name, role, [point if place == i else None for i in range(len(states))])
-            for place, (name, role, point) in enumerate(states)
-        ]
-        chart = dots([name for name, _, _ in states], series, "% of held-out harmful prompts refused", least=0)
-        chart["plain"] = True
-        table = Table(["state", "refused", "rate", "95 %"], rows)
-        note = "Hooked: measured through hooks on the original weights. Baked: read back from what was written."
-        note += " Random: a random direction on the same writers, as strongly, through hooks."
-        figures.append(Figure("proof", "Refusals of harmful prompts", table, chart, note, folded=False))
-    if scores is not None:
-        figures.append(scores)
+    figures = [figure for figure in (_refusals(record), _scores(record)) if figure is not None]
     if not figures:
         return None
     text = (
@@ -114,26 +98,56 @@ def proved(record: Record) -> Section | None:
     return Section("proof", "Did intervention prove it?", [text], figures)
 
 
-def _states(record: Record) -> Sequence[tuple[str, str, RatePart]]:
+def _refusals(record: Record) -> Figure | None:
+    """Refused harmful prompts in every state that was measured."""
     evaluation = record.evaluation
     if evaluation is None or evaluation.after is None:
-        return []
-    states = [("before", "before", evaluation.before.harmful), ("baked", "after", evaluation.after.harmful)]
-    if evaluation.control is not None:
-        states.append(("random", "random", evaluation.control.behaviour.harmful))
-    return states
+        return None
+    measured = {name: behaviour.harmful for name, behaviour, _ in states_of(evaluation)}
+    points = {name: rate_point(part) for name, part in measured.items()}
+    if (hooked := _hooked(record)) is not None:
+        points["hooked"] = hooked
+    # What the chart calls a state, its colour, and what the table calls it.
+    shown = [
+        (label, role, title, measured.get(name), points[name])
+        for name, label, role, title in (
+            ("before", "before", "before", "before"),
+            ("hooked", "hooked", "accent", "hooked (nothing written)"),
+            ("after", "baked", "after", "baked"),
+            ("random", "random", "random", "random"),
+        )
+        if name in points
+    ]
+    rows = [
+        [
+            title,
+            "" if part is None else f"{part.refusals}/{part.n}",
+            "–" if point is None else f"{number(point[0], '.0f')} %",
+            "" if point is None else between(point[1:], 1, ".0f"),
+        ]
+        for _, _, title, part, point in shown
+    ]
+    series = [
+        dot_series(label, [point if at == place else None for at in range(len(shown))], role)
+        for place, (label, role, _, _, point) in enumerate(shown)
+    ]
+    axis = "% of held-out harmful prompts refused"
+    chart = dots([label for label, *_ in shown], series, axis, least=0) | {"plain": True}
+    note = (
+        "Hooked: measured through hooks on the original weights. Baked: read back from what was written. Random: a "
+        "random direction on the same writers, as strongly, through hooks."
+    )
+    table = Table(["state", "refused", "rate", "95 %"], rows)
+    return Figure("proof", "Refusals of harmful prompts", table, chart, note, folded=False)
 
 
-def _hooked(record: Record) -> list[float | None] | None:
+def _hooked(record: Record) -> Point:
     """The chosen point's refusals on held-out prompts, measured through hooks by the search."""
-    search = record.search
-    if search is None or search.chosen is None:
+    point = None if record.search is None else record.search.point
+    if point is None or point.held_out is None or point.held_out.get("refusals") is None:
         return None
-    point = search.points[search.chosen - 1]
-    if point.held_out is None or point.held_out.get("refusals") is None:
-        return None
-    low, high = point.intervals.get("refusals", (None, None))
-    return [_times(point.held_out["refusals"]), _times(low), _times(high)]
+    values = (point.held_out["refusals"], *point.intervals.get("refusals", (None, None)))
+    return [percent(value) for value in values]
 
 
 def _scores(record: Record) -> Figure | None:
@@ -241,7 +255,3 @@ def _strengths(plan: PlanPart) -> Figure:
     rows = [[short(name, 100), f"{strength:.3g}"] for name, strength in list(plan.strengths.items())[:_MOST]]
     more = "" if len(rows) == len(plan.strengths) else f"The first {_MOST}; the record has all {len(plan.strengths)}."
     return Figure("strengths", "Strength by writer", Table(["writer", "strength"], rows, more=more))
-
-
-def _times(rate: float | None) -> float | None:
-    return None if rate is None else 100 * rate

@@ -120,20 +120,18 @@
     },
   };
 
-  const drawn = [];
+  document.documentElement.classList.add("js");
+  const drawn = [...document.querySelectorAll("[data-chart]")].map((place) => echarts.init(place, null, { renderer: "svg" }));
   function draw_all(theme) {
     colour = COLOURS[theme];
-    for (const place of document.querySelectorAll("[data-chart]")) {
-      const data = charts[place.dataset.chart], { height, ...option } = draw[data.kind](data);
+    for (const chart of drawn) {
+      const place = chart.getDom(), data = charts[place.dataset.chart], { height, ...option } = draw[data.kind](data);
       if (height) place.style.height = `${height}px`;
-      const chart = echarts.getInstanceByDom(place) ?? echarts.init(place, null, { renderer: "svg" });
-      if (!drawn.includes(chart)) drawn.push(chart);
       chart.resize();
       chart.setOption(option, true);
     }
   }
   const now = () => (dark.matches ? "dark" : "light");
-  document.documentElement.classList.add("js");
   for (const details of document.querySelectorAll("details:not(.unfolded)")) details.open = false;
   draw_all(now());
   dark.addEventListener("change", () => draw_all(now()));

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+from abliterate.card import asked, seed
 from abliterate.record import Record
 from abliterate.report.parts import Figure, Section, Table, short
 
@@ -11,38 +12,18 @@ from abliterate.report.parts import Figure, Section, Table, short
 _LONGEST = 4000
 
 
-def asked(record: Record) -> Section:
+def question(record: Record) -> Section:
     """The model, the prompts, and what refusals start with."""
-    model = record.model
-    rows = [
-        ["model", short(model.name)],
-        ["architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"],
-        ["measured as", f"{model.dtype} on {model.device}, stored {model.storage}"],
-        ["writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.1e}"],
-    ]
-    if (prompts := record.prompts) is not None:
-        counts = [
-            f"{name} " + " + ".join(f"{count} {split}" for split, count in splits.items())
-            for name, splits in prompts.counts.items()
-        ]
-        rows += [
-            ["prompts", "; ".join(counts)],
-            ["from", short(", ".join(sorted(set(prompts.sources.values()))))],
-            ["system prompt", "the template's own" if prompts.system is None else short(prompts.system) or "none"],
-        ]
-    if record.refusal_tokens:
-        rows.append(["refusals start with", short(", ".join(repr(token.text) for token in record.refusal_tokens))])
-    table = Table(["", ""], rows, words=frozenset({0, 1}))
+    table = Table(["", ""], [[name, short(value)] for name, value in asked(record)], words=frozenset({0, 1}))
     return Section("asked", "What was asked?", figures=[Figure("asked-of", "Model and prompts", table, folded=False)])
 
 
 def reproduce(record: Record) -> Section:
     """The command, versions, hashes, seeds, times."""
     figures = []
-    seed = record.settings.get("prompts")
     rows = [["made", record.created], *([name, version] for name, version in record.versions.items())]
-    if isinstance(seed, dict) and "seed" in seed:
-        rows.append(["seed", str(seed["seed"])])
+    if (given := seed(record)) is not None:
+        rows.append(["seed", given])
     if record.prompts is not None:
         rows.append(["SHA-256 of all prompts", record.prompts.sha256])
     if record.evaluation is not None and record.evaluation.judge is not None:
