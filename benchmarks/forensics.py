@@ -1,0 +1,287 @@
+"""What an inspection finds and what it misses, on models of which it is known what was done to them.
+
+    python benchmarks/forensics.py MODEL=DIRECTIONS … --work FOLDER [--out FILE.jsonl] [--fit]
+
+For every MODEL (a folder) with its file of candidate directions (`abliterate find`) it writes null models and edited
+ones, rounds them as they would be stored, inspects each as a lone file, and adds one line per case to FILE. `--fit`
+reads FILE, fits the coefficients of the verdict, judges each base model with coefficients fitted on the others, prints
+the tables of docs/forensics.md and writes `src/abliterate/forensics/calibration.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from abliterate.forensics import verdict
+from abliterate.forensics.lone import inspect
+from abliterate.forensics.reading import open_subject
+
+CALIBRATION = Path(verdict.__file__).with_name("calibration.json")
+Weights = dict[str, Tensor]
+Change = Callable[[Weights], Weights]
+STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+
+
+def writers(folder: Path) -> Weights:
+    """The output maps of a folder, in float32, in order of depth."""
+    with safe_open(str(folder / "model.safetensors"), "pt") as file:
+        names = [name for name in file.keys() if name.endswith(("o_proj.weight", "down_proj.weight"))]  # noqa: SIM118
+        return {name: file.get_tensor(name).float() for name in sorted(names, key=layer_of)}
+
+
+def layer_of(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+# --- rounding ---------------------------------------------------------------------------------------------------------
+
+
+def bf16(weight: Tensor) -> Tensor:
+    return weight.bfloat16()
+
+
+def fp8(weight: Tensor) -> Tensor:
+    """E4M3 with one scale per row, as dynamic FP8 checkpoints have it."""
+    scale = weight.abs().amax(1, keepdim=True).clamp_min(1e-12) / 448
+    return ((weight / scale).to(torch.float8_e4m3fn).float() * scale).bfloat16()
+
+
+def gguf(kind: str) -> Callable[[Tensor], Tensor]:
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize, quantize
+
+    form = GGMLQuantizationType[kind]
+    return lambda weight: torch.from_numpy(dequantize(quantize(weight.numpy(), form), form)).half()
+
+
+# --- edits ------------------------------------------------------------------------------------------------------------
+
+
+def taken_out(weight: Tensor, basis: Tensor, strength: float) -> Tensor:
+    return weight - strength * basis.T @ (basis @ weight)
+
+
+def columns_kept(weight: Tensor, basis: Tensor, strength: float) -> Tensor:
+    edited = taken_out(weight, basis, strength)
+    return edited * (weight.norm(dim=0) / edited.norm(dim=0).clamp_min(1e-12))
+
+
+def rows_renormalised(weight: Tensor, basis: Tensor, strength: float) -> Tensor:
+    """Rows brought to length 1, edited, brought back to their old length, as some tools do."""
+    lengths = weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    edited = taken_out(weight / lengths, basis, strength)
+    return edited / edited.norm(dim=1, keepdim=True).clamp_min(1e-12) * lengths
+
+
+def edits(directions: Tensor, layers: int) -> Iterator[tuple[str, Callable[[float], Change], Tensor]]:
+    """Name, the change by strength, and the basis that should be found. `directions` [L+1, d] are unit rows."""
+    chosen = round(0.6 * layers)
+    one = directions[chosen : chosen + 1]
+    several = torch.linalg.qr(directions[[chosen, round(0.3 * layers), round(0.85 * layers)]].T).Q.T
+    noise = torch.nn.functional.normalize(
+        torch.randn(1, one.shape[1], generator=torch.Generator().manual_seed(5)), dim=1
+    )
+
+    def each(how: Callable[..., Tensor], basis: Callable[[int], Tensor], where: Callable[[str], float]) -> Any:
+        def by_strength(strength: float) -> Change:
+            return lambda weights: {
+                name: how(weight, basis(layer_of(name)), strength * where(name)) if where(name) else weight
+                for name, weight in weights.items()
+            }
+
+        return by_strength
+
+    def everywhere(_: str) -> float:
+        return 1.0
+
+    def triangle(name: str) -> float:
+        """Full at 60 % of the depth, falling to 0.3 at both ends."""
+        return max(0.3, 1 - 1.4 * abs(layer_of(name) / layers - 0.6))
+
+    yield "plain", each(taken_out, lambda _: one, everywhere), one
+    yield "plain, random direction", each(taken_out, lambda _: noise, everywhere), noise
+    yield "norm-preserving", each(columns_kept, lambda _: one, everywhere), one
+    yield "three directions", each(taken_out, lambda _: several, everywhere), several
+    yield "attention only", each(taken_out, lambda _: one, lambda name: float("o_proj" in name)), one
+    yield "middle half of the layers", each(
+        taken_out, lambda _: one, lambda name: float(0.3 <= layer_of(name) / layers < 0.8)
+    ), one
+    yield "direction per layer", each(taken_out, lambda layer: directions[layer + 1 : layer + 2], everywhere), one
+    yield "rows renormalised", each(rows_renormalised, lambda _: one, everywhere), one
+    yield "per layer, rows renormalised, strength by depth", each(
+        rows_renormalised, lambda layer: directions[layer + 1 : layer + 2], triangle
+    ), one
+
+
+# --- null models ------------------------------------------------------------------------------------------------------
+
+
+def nulls(folder: Path, base: Weights, work: Path) -> Iterator[tuple[str, Weights]]:
+    """Models that nobody has taken a direction out of."""
+    yield "original", base
+    generator = torch.Generator().manual_seed(1)
+    yield "random", {n: torch.randn(w.shape, generator=generator) * 0.02 for n, w in base.items()}
+    for share in (0.3, 0.5, 0.7):
+        yield f"pruned {share:.0%}", {n: w * (w.abs() > w.abs().flatten().kthvalue(int(share * w.numel()))[0]) for n, w in base.items()}
+    yield "layers dropped", {n: w for n, w in base.items() if layer_of(n) % 4 != 1}
+    yield "noise 5 %", {n: w + 0.05 * w.std() * torch.randn(w.shape, generator=generator) for n, w in base.items()}
+    yield "random LoRA merged", {n: w + lora(w, generator) for n, w in base.items()}
+    for name, rate, rank in (("fine-tuned", 2e-5, 0), ("fine-tuned hard", 2e-4, 0), ("LoRA trained and merged", 5e-4, 16)):
+        tuned = writers(fine_tuned(folder, work / name.replace(" ", "-"), rate, rank))
+        yield name, tuned
+        yield f"merge with {name}", {n: (w + tuned[n]) / 2 for n, w in base.items()}
+
+
+def lora(weight: Tensor, generator: torch.Generator, rank: int = 16) -> Tensor:
+    change = torch.randn(weight.shape[0], rank, generator=generator) @ torch.randn(
+        rank, weight.shape[1], generator=generator
+    )
+    return change * (0.05 * weight.norm() / change.norm())
+
+
+def fine_tuned(folder: Path, target: Path, rate: float, rank: int, steps: int = 40) -> Path:
+    """The model after a few steps on harmless prompts; all weights, or a LoRA of `rank` that is merged."""
+    target = target.with_name(f"{folder.name}-{target.name}")
+    if (target / "model.safetensors").exists():
+        return target
+    import transformers
+
+    from abliterate.prompts.sources import load_builtin
+
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trained: Any = model
+    if rank:
+        import peft
+
+        trained = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules="all-linear"))
+    texts = load_builtin("harmless")["train"]
+    optimiser = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=rate)
+    for step in range(steps):
+        lines = [" ".join(texts[(step * 24 + row * 6 + k) % len(texts)] for k in range(6)) for row in range(4)]
+        batch = tokenizer(lines, return_tensors="pt", padding=True, truncation=True, max_length=96)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        trained(**batch, labels=labels).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    (trained.merge_and_unload() if rank else trained).to(torch.bfloat16).save_pretrained(target)
+    return target
+
+
+# --- cases ------------------------------------------------------------------------------------------------------------
+
+
+def directions_of(file: Path) -> Tensor:
+    """Unit candidates of every layer at the last token, [L+1, d]."""
+    with safe_open(str(file), "pt") as content:
+        return torch.nn.functional.normalize(content.get_tensor("candidates")[-1].float(), dim=-1)
+
+
+def case(weights: Weights, stored: Callable[[Tensor], Tensor], work: Path, wanted: Tensor | None) -> dict[str, Any]:
+    path = work / "case.safetensors"
+    save_file({name: stored(weight).contiguous() for name, weight in weights.items()}, path)
+    started = time.perf_counter()
+    trace = inspect(open_subject(str(path)))
+    cosine = None
+    if wanted is not None and len(trace.directions):
+        found = trace.directions
+        cosine = float((wanted @ found.T).norm(dim=1).min()) if not trace.per_layer else float((found @ wanted[0]).abs().mean())
+    return {
+        "pooled": trace.evidence.pooled,
+        "layers": trace.evidence.layers,
+        "variant": trace.variant,
+        "cosine": cosine,
+        "seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def run(models: list[str], work: Path, out: Path) -> None:
+    work.mkdir(parents=True, exist_ok=True)
+    rounding = {"bf16": bf16, "fp8": fp8, "q8_0": gguf("Q8_0"), "q4_0": gguf("Q4_0")}
+    done = {(c["base"], c["name"], c["strength"], c["stored"]) for c in read(out)} if out.exists() else set()
+    with out.open("a", encoding="utf-8") as file:
+
+        def add(key: tuple[str, str, float, str], make: Callable[[], Weights], wanted: Tensor | None) -> None:
+            if key in done:
+                return
+            found = case(make(), rounding[key[3]], work, wanted)
+            base, name, strength, stored = key
+            file.write(json.dumps({"base": base, "name": name, "strength": strength, "stored": stored} | found) + "\n")
+            file.flush()
+
+        for entry in models:
+            folder, _, candidates = entry.partition("=")
+            base, label = writers(Path(folder)), Path(folder).name
+            for name, weights in nulls(Path(folder), base, work):
+                for stored in rounding:
+                    add((label, name, 0.0, stored), lambda weights=weights: weights, None)
+            directions = directions_of(Path(candidates))
+            for name, by_strength, wanted in edits(directions, len(directions) - 1):
+                for strength in STRENGTHS:
+                    for stored in rounding if strength in (1.0, 0.8, 0.6) else ("bf16",):
+                        add(
+                            (label, name, strength, stored),
+                            lambda change=by_strength(strength): change(base),
+                            wanted,
+                        )
+
+
+# --- the fit ----------------------------------------------------------------------------------------------------------
+
+
+def read(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def fitted(cases: list[dict[str, Any]]) -> dict[str, float]:
+    """Logistic regression, classes of equal weight, a weak ridge, non-negative slopes, by Newton's method."""
+    x = np.array([[1.0, min(c["pooled"], 3.0), min(c["layers"], 3.0)] for c in cases])
+    y = np.array([float(c["strength"] > 0) for c in cases])
+    weight = np.where(y > 0, 0.5 / max(1, y.sum()), 0.5 / max(1, (1 - y).sum())) * len(y)
+    ridge = np.diag([0.0, 0.05, 0.05])
+    theta = np.zeros(3)
+    for _ in range(100):
+        p = 1 / (1 + np.exp(-np.clip(x @ theta, -30, 30)))
+        gradient = x.T @ (weight * (p - y)) + ridge @ theta
+        hessian = (x * (weight * p * (1 - p))[:, None]).T @ x + ridge + 1e-6 * np.eye(3)
+        theta -= np.linalg.solve(hessian, gradient)
+    return {"constant": float(theta[0]), "pooled": float(theta[1]), "layers": float(theta[2])}
+
+
+def probability(fit: dict[str, float], c: dict[str, Any]) -> float:
+    logit = fit["constant"] + fit["pooled"] * min(c["pooled"], 3.0) + fit["layers"] * min(c["layers"], 3.0)
+    return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
+
+
+def auc(positive: list[float], negative: list[float]) -> float:
+    return float(np.mean([[(p > n) + 0.5 * (p == n) for n in negative] for p in positive]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL=DIRECTIONS")
+    parser.add_argument("--work", type=Path, default=Path("forensics-work"))
+    parser.add_argument("--out", type=Path, default=Path("forensics.jsonl"))
+    parser.add_argument("--fit", action="store_true")
+    given = parser.parse_args()
+    if given.models:
+        run(given.models, given.work, given.out)
+    if given.fit:
+        report(given.out)
+
+
+if __name__ == "__main__":
+    main()

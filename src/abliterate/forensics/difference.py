@@ -1,0 +1,356 @@
+"""A checkpoint next to the one it was made from: what changed in which tensor, and what that looks like.
+
+A direction taken out of a writer changes it by −s r̂ r̂ᵀ W: rank one, with the same left singular vector in every
+writer and on the right what the writer used to put along it. Nothing else that is done to models looks like that:
+rounding spreads over the whole spectrum, fine-tunes and merges touch what reads the stream as much as what writes it,
+and a low-rank adapter's right vectors have nothing to do with what the writer put along its left ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.anatomy import Kind
+from abliterate.checkpoint import Checkpoint, TensorInfo, open_tensor
+from abliterate.errors import CheckpointError
+from abliterate.forensics.reading import Place, Subject, numbers
+
+Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge"]
+
+#: Singular vectors looked for in each difference.
+_RANK = 16
+#: Common directions at most.
+_MOST = 4
+#: Share of all changes from which a direction counts as common.
+_SHARED = 0.05
+#: By how much the first share must be larger with rows of one length, for that to be how it was done.
+_CLOSER = 0.02
+#: Correlation of what was taken along the direction with what the writer put there, from which it is an ablation.
+_READ = 0.7
+#: Times an even spread that the change along the direction exceeds.
+_EXCESS = 8.0
+#: Share of the changed writers that are ablated, from which the difference is called an ablation.
+_ENOUGH = 0.2
+#: Peak below which a change is spread over the whole spectrum.
+_FLAT = 4.0
+#: Part of the lengths' change that a plain edit makes, below which lengths count as kept.
+_KEPT = 0.4
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A writer that differs. `size` is ‖Δ‖ / ‖W‖, `rank` how many singular values hold 90 % of ‖Δ‖² (None: more
+    than were looked for), `peak` the first of them squared over what it would be if Δ were noise.
+
+    Along the common direction: `strength` s of −s r̂ r̂ᵀ W, `read` how well what was taken follows what the writer put
+    there (−1 … 1), `excess` how many times an even spread of Δ lies there. `columns_kept` and `rows_kept` say whether
+    vectors kept their lengths, closer than the edit by itself would leave them.
+    """
+
+    tensor: str
+    block: int | None
+    kind: Kind
+    size: float
+    rank: int | None
+    peak: float
+    strength: float = 0.0
+    read: float = 0.0
+    excess: float = 0.0
+    columns_kept: bool = False
+    rows_kept: bool = False
+
+    @property
+    def ablated(self) -> bool:
+        """Whether the change along the common direction is a projection."""
+        return self.read >= _READ and self.excess >= _EXCESS
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """What tells a checkpoint from its base.
+
+    `directions` [k, d] are common to the changes of the writers, `per_layer` [n, d] the own ones of `writers` where
+    they differ. `others` are tensors that are no writers and differ, by ‖Δ‖ / ‖W‖; `missing` and `added` are by name.
+    """
+
+    verdict: Verdict
+    also: tuple[str, ...]
+    variant: str | None
+    directions: Float[Tensor, "k d"]
+    per_layer: bool
+    writers: tuple[Changed, ...]
+    unchanged: int
+    others: dict[str, float]
+    missing: tuple[str, ...]
+    added: tuple[str, ...]
+
+    @property
+    def strength(self) -> float | None:
+        """The median strength of ablated writers."""
+        found = [writer.strength for writer in self.writers if writer.ablated]
+        return median(found) if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A changed writer with what is needed to look along the common directions: nothing of its size is kept."""
+
+    place: Place
+    old: Place
+    size: float
+    rank: int | None
+    peak: float
+    left: Float[Tensor, "k d"]
+    lengths: Float[Tensor, " d"]
+
+
+def compare(subject: Subject, base: Subject, *, progress: Callable[[int], None] | None = None) -> Difference:
+    """Compare tensor by tensor; writers that differ are read twice. Memory: a few copies of one tensor.
+
+    Raises `CheckpointError` when a tensor has another shape, or when the two have no writer in common.
+    """
+    progress = progress or (lambda _: None)
+    theirs = {place.info.name: place for place in base.places}
+    shared = [place for place in subject.places if place.info.name in theirs]
+    if not shared:
+        raise CheckpointError(
+            f"{subject.name} and {base.name}: expected the same names of tensors, found no writer in both; is "
+            f"{base.name} the model that it was made from?"
+        )
+    names = {place.info.name for place in shared}
+    seen, unchanged = [], 0
+    for place in shared:
+        found = _look(subject, base, place, theirs[place.info.name])
+        progress(place.info.nbytes)
+        if found is None:
+            unchanged += 1
+        else:
+            seen.append(found)
+    others = _others(subject.checkpoint, base.checkpoint, names, progress)
+    directions, rows_levelled = _common(seen)
+    per_layer = bool(seen) and not len(directions)
+    along = [_own(one, directions, rows_levelled) for one in seen]
+    writers = tuple(_along(subject, base, one, basis, rows_levelled) for one, basis in zip(seen, along, strict=True))
+    verdict, also = _verdict(writers, others)
+    ours, old = set(subject.checkpoint.tensors), set(base.checkpoint.tensors)
+    variant = _variant(writers, shared, directions, per_layer, rows_levelled) if verdict == "ablation" else None
+    kept = torch.stack([basis[0] for basis in along]) if per_layer else directions
+    return Difference(
+        verdict,
+        also,
+        variant,
+        kept if verdict == "ablation" else torch.zeros(0, subject.d_model),
+        per_layer and verdict == "ablation",
+        writers,
+        unchanged,
+        others,
+        tuple(sorted(old - ours)),
+        tuple(sorted(ours - old)),
+    )
+
+
+def _matrices(checkpoint: Checkpoint, place: Place) -> Float[Tensor, "d n"]:
+    """A place as one matrix with the stream first: experts side by side."""
+    values = numbers(checkpoint, place.info).float().movedim(place.axis, 0)
+    return values.reshape(len(values), -1)
+
+
+def _look(subject: Subject, base: Subject, place: Place, old: Place) -> _Seen | None:
+    """The difference of one writer: how large, of what rank, and its left singular vectors by their share."""
+    _same_numbers(place.info, old.info, subject.checkpoint, base.checkpoint)
+    before = _matrices(base.checkpoint, old)
+    change = _matrices(subject.checkpoint, place) - before
+    energy = float(change.square().sum())
+    if energy == 0:
+        return None
+    torch.manual_seed(0)
+    rank = min(_RANK, *change.shape)
+    left, values, _ = torch.svd_lowrank(change, q=rank, niter=2)
+    shares = values.square() / energy
+    held = shares.cumsum(0)
+    enough = int((held < 0.9).sum()) + 1
+    size = math.sqrt(energy) / max(float(before.norm()), 1e-30)
+    rows, columns = change.shape
+    peak = float(shares[0]) * rows * columns / (math.sqrt(rows) + math.sqrt(columns)) ** 2
+    few = (left * shares.sqrt()).T[:_MOST].contiguous()
+    lengths = before.norm(dim=1).clamp_min(1e-12)
+    return _Seen(place, old, size, enough if enough <= rank else None, peak, few, lengths)
+
+
+def _same_numbers(info: TensorInfo, old: TensorInfo, ours: Checkpoint, theirs: Checkpoint) -> None:
+    from abliterate.formats import layout
+
+    found, expected = layout(ours, info).shape, layout(theirs, old).shape
+    if found != expected:
+        raise CheckpointError(
+            f"tensor '{info.name}': expected shape {list(expected)} as in the base, found {list(found)}"
+        )
+
+
+def _common(seen: Sequence[_Seen]) -> tuple[Float[Tensor, "k d"], bool]:
+    """Directions that the changes share, and whether they share them once rows are brought to one length.
+
+    A tool that normalises rows first changes W by −s (D r̂)(D⁻¹ r̂)ᵀ W, with D the lengths of W's rows: it is D⁻¹ u
+    that its writers share. Empty where every writer has fewer directions of its own than all have together.
+    """
+    if not seen:
+        return torch.zeros(0, 0), False
+    views = []
+    for rows in (torch.cat([one.left for one in seen]), torch.cat([_even(one) for one in seen])):
+        _, values, right = torch.linalg.svd(rows, full_matrices=False)
+        views.append((values.square() / values.square().sum().clamp_min(1e-30), right))
+    levelled = float(views[1][0][0]) > float(views[0][0][0]) + _CLOSER
+    shares, right = views[levelled]
+    count = max(1, min(_MOST, int((shares >= _SHARED).sum())))
+    ranks = [one.rank for one in seen if one.rank is not None]
+    if 2 * len(ranks) > len(seen) and median(ranks) < count:
+        return right[:0], levelled
+    return right[:count].contiguous(), levelled
+
+
+def _even(one: _Seen) -> Float[Tensor, "k d"]:
+    """Left singular vectors of rows brought to one length, weighted as they were."""
+    rows = one.left / one.lengths
+    return rows * (one.left.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30))
+
+
+def _own(one: _Seen, directions: Float[Tensor, "k d"], rows_levelled: bool) -> Float[Tensor, "k d"]:
+    """The common directions; where there are none, the loudest of the writer's own."""
+    if len(directions):
+        return directions
+    return torch.nn.functional.normalize((_even(one) if rows_levelled else one.left)[:1], dim=1)
+
+
+def _along(subject: Subject, base: Subject, one: _Seen, basis: Float[Tensor, "k d"], rows_levelled: bool) -> Changed:
+    """Look at a changed writer along directions."""
+    before = _matrices(base.checkpoint, one.old)
+    after = _matrices(subject.checkpoint, one.place)
+    columns_kept, rows_kept = _kept(before, after, basis)
+    change = after - before
+    if rows_levelled:
+        before, change = before / one.lengths[:, None], change / one.lengths[:, None]
+    was, taken = basis @ before, basis @ change
+    product, length = float((was * taken).sum()), float(was.norm())
+    energy = float(change.square().sum())
+    return Changed(
+        one.place.info.name,
+        one.place.block,
+        one.place.kind,
+        one.size,
+        one.rank,
+        one.peak,
+        strength=-product / max(length**2, 1e-30),
+        read=-product / max(length * float(taken.norm()), 1e-30),
+        excess=float(taken.square().sum()) / max(energy, 1e-30) * basis.shape[1] / len(basis),
+        columns_kept=columns_kept,
+        rows_kept=rows_kept,
+    )
+
+
+def _kept(before: Tensor, after: Tensor, basis: Float[Tensor, "k d"]) -> tuple[bool, bool]:
+    """Whether columns, and rows, kept their lengths much closer than taking the directions out would have left them."""
+    plain = before - basis.T @ (basis @ before)
+    kept = []
+    for axis in (0, 1):
+        old, found, expected = (matrix.norm(dim=axis).clamp_min(1e-12) for matrix in (before, after, plain))
+        kept.append(float((found / old - 1).abs().mean()) < _KEPT * float((expected / old - 1).abs().mean()))
+    return kept[0], kept[1]
+
+
+def _others(
+    ours: Checkpoint, theirs: Checkpoint, writers: set[str], progress: Callable[[int], None]
+) -> dict[str, float]:
+    """Tensors that are no writers and differ, by ‖Δ‖ / ‖W‖ (infinite where the shape does)."""
+    found = {}
+    for name, info in ours.tensors.items():
+        old = theirs.tensors.get(name)
+        if name in writers or old is None or not info.shape or not info.nbytes or _same_bytes(info, old):
+            continue
+        try:
+            new, was = numbers(ours, info), numbers(theirs, old)
+        except CheckpointError:  # scales and packed codes have no numbers of their own
+            found[name] = math.inf
+            continue
+        if new.shape != was.shape:
+            found[name] = math.inf
+        elif (size := float((new - was).norm()) / max(float(was.norm()), 1e-30)) > 0:
+            found[name] = size
+        progress(info.nbytes)
+    return found
+
+
+def _same_bytes(info: TensorInfo, old: TensorInfo) -> bool:
+    if (info.dtype, info.shape) != (old.dtype, old.shape):
+        return False
+    with open_tensor(info) as new, open_tensor(old) as was:
+        return all(
+            new.read(start, count) == was.read(start, count)
+            for start in range(0, info.nbytes, _BLOCK)
+            if (count := min(_BLOCK, info.nbytes - start))
+        )
+
+
+def _verdict(writers: Sequence[Changed], others: dict[str, float]) -> tuple[Verdict, tuple[str, ...]]:
+    """What it is, and what else was done."""
+    if not writers and not others:
+        return "identical", ()
+    ablated = [writer for writer in writers if writer.ablated]
+    if len(ablated) >= max(2, _ENOUGH * len(writers)) or (len(ablated) == len(writers) == 1):
+        left = [writer for writer in writers if not writer.ablated]
+        also = []
+        if left:
+            also.append(f"{len(left)} other writers differ ({_broad(left)})")
+        if others:
+            also.append(f"{len(others)} tensors that write nothing to the stream differ")
+        if not left and all(writer.rank is None for writer in ablated):
+            also.append("every writer also differs in other ways (a re-quantisation or a fine-tune)")
+        return "ablation", tuple(also)
+    return (_broad(writers) if writers else "fine-tune or merge"), ()
+
+
+def _broad(writers: Sequence[Changed]) -> Verdict:
+    ranks = [writer.rank for writer in writers if writer.rank is not None]
+    if 2 * len(ranks) > len(writers):
+        return "low-rank update"
+    return "re-quantisation" if median(writer.peak for writer in writers) < _FLAT else "fine-tune or merge"
+
+
+def _variant(
+    writers: Sequence[Changed],
+    known: Sequence[Place],
+    directions: Float[Tensor, "k d"],
+    per_layer: bool,
+    rows_levelled: bool,
+) -> str:
+    """The kind of ablation in words."""
+    ablated = [writer for writer in writers if writer.ablated]
+    words = ["a direction of its own for each writer"] if per_layer else []
+    if not per_layer:
+        words.append("one direction" if len(directions) == 1 else f"{len(directions)} directions")
+    if rows_levelled:
+        words.append("taken out of rows of one length (as tools that renormalise rows do)")
+    for name, kept in (("columns", "columns_kept"), ("rows", "rows_kept")):
+        if 2 * sum(getattr(writer, kept) for writer in ablated) > len(ablated):
+            words.append(f"{name} keep their lengths")
+    kinds = sorted({writer.kind.value for writer in ablated})
+    if len(kinds) < len({place.kind for place in known}):
+        words.append(f"in {' and '.join(kinds)} only")
+    blocks = sorted({writer.block for writer in ablated if writer.block is not None})
+    if blocks and len(blocks) < len({place.block for place in known if place.block is not None}):
+        words.append(f"in blocks {blocks[0]} to {blocks[-1]}")
+    strengths = sorted(writer.strength for writer in ablated)
+    low, high = strengths[0], strengths[-1]
+    words.append(f"strength {low:.2f}" if high - low < 0.03 else f"strengths {low:.2f} to {high:.2f}")
+    return ", ".join(words)
+
+
+__all__ = ["Changed", "Difference", "compare"]

@@ -1,0 +1,61 @@
+"""From evidence to a probability, calibrated on models of which it is known whether they were edited.
+
+The coefficients come from `benchmarks/forensics.py`, which writes them into `calibration.json` beside this module with
+what they were fitted on.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import json
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Word = Literal["altered", "unaltered", "inconclusive"]
+
+#: Probabilities from which a verdict is given; between them the evidence does not decide.
+ALTERED, UNALTERED = 0.9, 0.3
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """How deep the deepest dips are: `pooled` over writers, and `layers`, the mean of the best three single units.
+
+    A depth is the log of the eigenvalue behind the gap over the one before it, without a unit.
+    """
+
+    pooled: float
+    layers: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`probability` that directions were taken out, at even odds beforehand.
+
+    "unaltered" means that no trace was found: light edits leave none (see docs/forensics.md).
+    """
+
+    word: Word
+    probability: float
+
+
+def judge(evidence: Evidence) -> Verdict:
+    """The calibrated verdict."""
+    fit = calibration()["coefficients"]
+    logit = fit["constant"] + fit["pooled"] * evidence.pooled + fit["layers"] * evidence.layers
+    probability = 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
+    word: Word = "altered" if probability >= ALTERED else "unaltered" if probability <= UNALTERED else "inconclusive"
+    return Verdict(word, probability)
+
+
+@functools.cache
+def calibration() -> dict[str, dict[str, float]]:
+    """The coefficients in force and what they were fitted on."""
+    text = importlib.resources.files("abliterate.forensics").joinpath("calibration.json").read_text("utf-8")
+    content: dict[str, dict[str, float]] = json.loads(text)
+    return content
+
+
+__all__ = ["ALTERED", "UNALTERED", "Evidence", "Verdict", "Word", "calibration", "judge"]
