@@ -115,14 +115,18 @@ def edits(directions: Tensor, layers: int) -> Iterator[tuple[str, Callable[[floa
     yield "norm-preserving", each(columns_kept, lambda _: one, everywhere), one
     yield "three directions", each(taken_out, lambda _: several, everywhere), several
     yield "attention only", each(taken_out, lambda _: one, lambda name: float("o_proj" in name)), one
-    yield "middle half of the layers", each(
-        taken_out, lambda _: one, lambda name: float(0.3 <= layer_of(name) / layers < 0.8)
-    ), one
+    yield (
+        "middle half of the layers",
+        each(taken_out, lambda _: one, lambda name: float(0.3 <= layer_of(name) / layers < 0.8)),
+        one,
+    )
     yield "direction per layer", each(taken_out, lambda layer: directions[layer + 1 : layer + 2], everywhere), one
     yield "rows renormalised", each(rows_renormalised, lambda _: one, everywhere), one
-    yield "per layer, rows renormalised, strength by depth", each(
-        rows_renormalised, lambda layer: directions[layer + 1 : layer + 2], triangle
-    ), one
+    yield (
+        "per layer, rows renormalised, strength by depth",
+        each(rows_renormalised, lambda layer: directions[layer + 1 : layer + 2], triangle),
+        one,
+    )
 
 
 # --- null models ------------------------------------------------------------------------------------------------------
@@ -134,11 +138,18 @@ def nulls(folder: Path, base: Weights, work: Path) -> Iterator[tuple[str, Weight
     generator = torch.Generator().manual_seed(1)
     yield "random", {n: torch.randn(w.shape, generator=generator) * 0.02 for n, w in base.items()}
     for share in (0.3, 0.5, 0.7):
-        yield f"pruned {share:.0%}", {n: w * (w.abs() > w.abs().flatten().kthvalue(int(share * w.numel()))[0]) for n, w in base.items()}
+        yield (
+            f"pruned {share:.0%}",
+            {n: w * (w.abs() > w.abs().flatten().kthvalue(int(share * w.numel()))[0]) for n, w in base.items()},
+        )
     yield "layers dropped", {n: w for n, w in base.items() if layer_of(n) % 4 != 1}
     yield "noise 5 %", {n: w + 0.05 * w.std() * torch.randn(w.shape, generator=generator) for n, w in base.items()}
     yield "random LoRA merged", {n: w + lora(w, generator) for n, w in base.items()}
-    for name, rate, rank in (("fine-tuned", 2e-5, 0), ("fine-tuned hard", 2e-4, 0), ("LoRA trained and merged", 5e-4, 16)):
+    for name, rate, rank in (
+        ("fine-tuned", 2e-5, 0),
+        ("fine-tuned hard", 2e-4, 0),
+        ("LoRA trained and merged", 5e-4, 16),
+    ):
         tuned = writers(fine_tuned(folder, work / name.replace(" ", "-"), rate, rank))
         yield name, tuned
         yield f"merge with {name}", {n: (w + tuned[n]) / 2 for n, w in base.items()}
@@ -198,7 +209,11 @@ def case(weights: Weights, stored: Callable[[Tensor], Tensor], work: Path, wante
     cosine = None
     if wanted is not None and len(trace.directions):
         found = trace.directions
-        cosine = float((wanted @ found.T).norm(dim=1).min()) if not trace.per_layer else float((found @ wanted[0]).abs().mean())
+        cosine = (
+            float((wanted @ found.T).norm(dim=1).min())
+            if not trace.per_layer
+            else float((found @ wanted[0]).abs().mean())
+        )
     return {
         "pooled": trace.evidence.pooled,
         "layers": trace.evidence.layers,

@@ -52,6 +52,7 @@ ORDER = (
     "evaluation",
     "capability",
     "record",
+    "forensics",
     "restoring",
     "card",
     "report",
@@ -66,6 +67,7 @@ ORDER = (
     "comparing",
     "parts",
     "pipeline",
+    "inspecting",
     "lab",
     "cli",
 )

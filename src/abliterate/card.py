@@ -264,8 +264,9 @@ def asked(record: Record) -> list[tuple[str, str]]:
         ("model", model.name),
         ("architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"),
         ("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"),
-        ("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"),
     ]
+    if record.anatomy is not None:
+        rows.append(("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"))
     if record.prompts is not None:
         rows += _prompts(record.prompts)
     if record.refusal_tokens:

@@ -192,6 +192,25 @@ class EvalSettings(_Settings):
     task_limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many questions a task.")
 
 
+class InspectSettings(_Settings):
+    """What an inspection looks at beside the tensors."""
+
+    base: str | None = Field(None, description="The model that it was made from: compare tensor by tensor.")
+    activations: bool = Field(
+        False,
+        description="Also run models: does the recovered direction separate harmful from harmless prompts (in the "
+        "base, --reference, or the model itself), and does the inspected model still tell them apart.",
+    )
+    reference: str | None = Field(
+        None, description="A model with the same stream (say, the original) for --activations."
+    )
+    behavioural: bool = Field(False, description="Also measure how often the model refuses held-out prompts.")
+    save: Path | None = Field(None, description="Write the recovered directions to this file (.safetensors).")
+    out: Path | None = Field(
+        None, description="Folder for record and report; those of a run that are there get the inspection added."
+    )
+
+
 class EngineSettings(_Settings):
     """Who generates, where that is not transformers in this process."""
 

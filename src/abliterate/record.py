@@ -392,6 +392,66 @@ class EvaluationPart(_Part):
     capability: list[CapabilityPart] = []
 
 
+class WriterTracePart(_Part):
+    """One component of one block: how much it writes along the recovered direction, and how strongly it was edited.
+
+    `share` (of a lone checkpoint) is 1 where an average direction is written; `size` (against a base) is ‖Δ‖ / ‖W‖,
+    `read` how well what was taken out follows what was there. `strength` is an estimate without a base.
+    """
+
+    block: int | None
+    kind: str
+    strength: float
+    edited: bool
+    share: float | None = None
+    tensor: str | None = None
+    size: float | None = None
+    read: float | None = None
+
+
+class LayerSeparationPart(_Part):
+    """One layer at the last token: AUROC of harmful against harmless validation prompts.
+
+    `recovered` along the recovered direction, `own` along the layer's own difference of means.
+    """
+
+    layer: int
+    recovered: float | None
+    own: float
+
+
+class InspectionPart(_Part):
+    """Whether directions were taken out of a checkpoint (see docs/forensics.md).
+
+    `probability` is at even odds beforehand. `evidence` are depths of dips in the spectrum. `kind` is what a
+    comparison with `base` found, `others` how many tensors that write nothing to the stream differ.
+    """
+
+    model: str
+    base: str | None = None
+    verdict: Literal["altered", "unaltered", "inconclusive"]
+    probability: float
+    kind: str | None = None
+    variant: str | None = None
+    also: list[str] = []
+    evidence: dict[str, float] = {}
+    where: str | None = Field(None, description="Where the deepest dip was found.")
+    proved: bool = Field(description="Writers known by residual accounting; else by the names of tensors.")
+    writers: int
+    layers: list[int] = Field(default=[], description="Blocks with an edited writer.")
+    rank: int = 0
+    per_layer: bool = False
+    directions: str | None = Field(None, description="The file that the recovered directions were written to.")
+    units: list[WriterTracePart] = []
+    unchanged: int | None = None
+    others: int | None = None
+    separation_in: str | None = Field(None, description="The model whose activations `separation` is about.")
+    separation: list[LayerSeparationPart] = []
+    harm_known: float | None = Field(None, description="Best AUROC of a layer's own direction in the inspected model.")
+    behaviour: BehaviourPart | None = None
+    seconds: float = 0.0
+
+
 class Record(_Part):
     """What a run leaves behind."""
 
@@ -402,13 +462,14 @@ class Record(_Part):
     settings: dict[str, Any]
     model: ModelPart
     prompts: PromptsPart | None = None
-    anatomy: AnatomyPart
+    anatomy: AnatomyPart | None = Field(None, description="None where no model was built.")
     refusal_tokens: list[TokenPart] = []
     separation: SeparationPart | None = None
     selection: SelectionPart | None = None
     search: SearchPart | None = None
     plan: PlanPart | None = None
     evaluation: EvaluationPart | None = None
+    inspection: InspectionPart | None = None
     warnings: list[str] = []
     left_out: list[str] = Field(default=[], description="Files of the source that were not carried along.")
     output: str | None = None

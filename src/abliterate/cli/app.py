@@ -47,6 +47,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "apply": editing.apply,
     "eval": looking.evaluate,
     "compare": looking.compare,
+    "inspect": looking.inspect,
     "judge": looking.judge,
     "chat": looking.chat,
     "lab": looking.lab,

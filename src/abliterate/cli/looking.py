@@ -24,8 +24,16 @@ from abliterate.cli.arguments import (
     site_of,
 )
 from abliterate.cli.options import with_settings
-from abliterate.config import EditSettings, EngineSettings, EvalSettings, FindSettings, ModelSettings, PromptSettings
-from abliterate.errors import UsageError
+from abliterate.config import (
+    EditSettings,
+    EngineSettings,
+    EvalSettings,
+    FindSettings,
+    InspectSettings,
+    ModelSettings,
+    PromptSettings,
+)
+from abliterate.errors import GateNotMet, UsageError
 
 
 @with_settings(ModelSettings, PromptSettings, EditSettings, EvalSettings, EngineSettings)
@@ -104,6 +112,42 @@ def _refuse_with_engine(
     idle = ("early_stop", "capability", "tasks", "task_limit", "multiple_choice", "no_control", "no_cache")
     refuse_set(f"with --engine {engine.engine}", evaluating, *idle)
     refuse_set(f"with --engine {engine.engine}", loading, "dtype", "device", "batch_size", "quantization", "max_leak")
+
+
+@with_settings(InspectSettings, ModelSettings, PromptSettings, EvalSettings)
+def inspect(
+    inspecting: InspectSettings,
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder, .gguf, .safetensors file or shard.", show_default=False)
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Was a direction taken out of this checkpoint? Which, where, how strongly? Exit code 3 when it was."""
+    if not (inspecting.activations or inspecting.behavioural):
+        refuse_idle("inspect without --activations or --behavioural", prompts)
+    if not inspecting.behavioural:
+        refuse_idle("inspect without --behavioural", evaluating)
+    from abliterate import inspecting as inspection
+    from abliterate.cli.inspecting import show_inspection
+
+    monitor = monitor_for(quiet)
+    part, _ = inspection.inspect(
+        model, inspecting, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor
+    )
+    if inspecting.out is not None:
+        inspection.write_inspection(part, inspecting.out, monitor)
+    if as_json:
+        typer.echo(part.model_dump_json(indent=1))
+    else:
+        show_inspection(part, Console())
+    if part.verdict == "altered":
+        raise typer.Exit(GateNotMet.exit_code)
 
 
 @with_settings(ModelSettings, PromptSettings, EvalSettings)

@@ -29,6 +29,7 @@ _PANELS = {
     "SearchSettings": "Searching",
     "EditSettings": "The edit",
     "EvalSettings": "Measuring behaviour",
+    "InspectSettings": "Inspecting",
     "EngineSettings": "Another engine",
     "OutputSettings": "Output",
 }

@@ -1,7 +1,7 @@
 """The algebra of an edit read backwards: was a checkpoint edited, how, and how is it undone?
 
-    reading     the writers of a checkpoint as matrices, streamed
-    spectra     the small end of W Wᵀ
-    verdict     evidence → calibrated probability
-    lone        a checkpoint by itself
+reading     the writers of a checkpoint as matrices, streamed
+spectra     the small end of W Wᵀ
+verdict     evidence → calibrated probability
+lone        a checkpoint by itself
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -23,16 +23,16 @@ from abliterate.checkpoint import Checkpoint, TensorInfo, open_tensor
 from abliterate.errors import CheckpointError
 from abliterate.forensics.reading import Place, Subject, numbers
 
-Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge"]
+Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
 
 #: Singular vectors looked for in each difference.
 _RANK = 16
 #: Common directions at most.
 _MOST = 4
-#: Share of all changes from which a direction counts as common.
-_SHARED = 0.05
-#: By how much the first share must be larger with rows of one length, for that to be how it was done.
-_CLOSER = 0.02
+#: By how much another way must explain the changes better than a simpler one.
+_CLOSER = 0.01
+#: Relative size of the differences from which it is another model.
+_ANOTHER = 0.7
 #: Correlation of what was taken along the direction with what the writer put there, from which it is an ablation.
 _READ = 0.7
 #: Times an even spread that the change along the direction exceeds.
@@ -71,7 +71,7 @@ class Changed:
     @property
     def ablated(self) -> bool:
         """Whether the change along the common direction is a projection."""
-        return self.read >= _READ and self.excess >= _EXCESS
+        return abs(self.read) >= _READ and self.excess >= _EXCESS
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,20 +136,24 @@ def compare(subject: Subject, base: Subject, *, progress: Callable[[int], None] 
         else:
             seen.append(found)
     others = _others(subject.checkpoint, base.checkpoint, names, progress)
-    directions, rows_levelled = _common(seen)
-    per_layer = bool(seen) and not len(directions)
-    along = [_own(one, directions, rows_levelled) for one in seen]
-    writers = tuple(_along(subject, base, one, basis, rows_levelled) for one, basis in zip(seen, along, strict=True))
+    common = {levelled: _common(seen, levelled) for levelled in (False, True)}
+    taken = [_along(subject, base, one, common) for one in seen]
+    way, kept = _best_way(taken, common)
+    writers = tuple(_changed(one, found, way, kept) for one, found in zip(seen, taken, strict=True))
     verdict, also = _verdict(writers, others)
     ours, old = set(subject.checkpoint.tensors), set(base.checkpoint.tensors)
-    variant = _variant(writers, shared, directions, per_layer, rows_levelled) if verdict == "ablation" else None
-    kept = torch.stack([basis[0] for basis in along]) if per_layer else directions
+    ablated = verdict == "ablation"
+    directions = torch.zeros(0, subject.d_model)
+    if ablated and way.own:
+        directions = torch.stack([_own(one, way.levelled)[kept[0]] for one in seen])
+    elif ablated:
+        directions = common[way.levelled][kept]
     return Difference(
         verdict,
         also,
-        variant,
-        kept if verdict == "ablation" else torch.zeros(0, subject.d_model),
-        per_layer and verdict == "ablation",
+        _variant(writers, shared, len(kept), way) if ablated else None,
+        directions,
+        ablated and way.own,
         writers,
         unchanged,
         others,
@@ -196,69 +200,123 @@ def _same_numbers(info: TensorInfo, old: TensorInfo, ours: Checkpoint, theirs: C
         )
 
 
-def _common(seen: Sequence[_Seen]) -> tuple[Float[Tensor, "k d"], bool]:
-    """Directions that the changes share, and whether they share them once rows are brought to one length.
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How directions were taken out: out of rows of one length (`levelled`), each writer's own or common ones."""
 
-    A tool that normalises rows first changes W by −s (D r̂)(D⁻¹ r̂)ᵀ W, with D the lengths of W's rows: it is D⁻¹ u
-    that its writers share. Empty where every writer has fewer directions of its own than all have together.
+    levelled: bool
+    own: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """For each candidate direction of one way: `strength`, `read`, `excess`, and the share of ‖Δ‖² along it."""
+
+    strength: Float[Tensor, " k"]
+    read: Float[Tensor, " k"]
+    excess: Float[Tensor, " k"]
+    share: Float[Tensor, " k"]
+
+    @property
+    def passes(self) -> Tensor:
+        """Which of them the change is a projection along."""
+        return (self.read.abs() >= _READ) & (self.excess >= _EXCESS)
+
+
+@dataclass(frozen=True, slots=True)
+class _Along:
+    """A changed writer along all candidates, and whether its columns and rows kept their lengths, by way."""
+
+    ways: dict[_Way, _Taken]
+    kept: dict[_Way, tuple[bool, bool]]
+
+
+def _common(seen: Sequence[_Seen], levelled: bool) -> Float[Tensor, "k d"]:
+    """Candidates for directions that all changes share.
+
+    A tool that brings rows to one length first changes W by −s (D r̂)(D⁻¹ r̂)ᵀ W, with D the lengths of W's rows: it is
+    D⁻¹ u that its writers share.
     """
     if not seen:
-        return torch.zeros(0, 0), False
-    views = []
-    for rows in (torch.cat([one.left for one in seen]), torch.cat([_even(one) for one in seen])):
-        _, values, right = torch.linalg.svd(rows, full_matrices=False)
-        views.append((values.square() / values.square().sum().clamp_min(1e-30), right))
-    levelled = float(views[1][0][0]) > float(views[0][0][0]) + _CLOSER
-    shares, right = views[levelled]
-    count = max(1, min(_MOST, int((shares >= _SHARED).sum())))
-    ranks = [one.rank for one in seen if one.rank is not None]
-    if 2 * len(ranks) > len(seen) and median(ranks) < count:
-        return right[:0], levelled
-    return right[:count].contiguous(), levelled
+        return torch.zeros(0, 0)
+    _, _, right = torch.linalg.svd(torch.cat([_own(one, levelled, weigh=True) for one in seen]), full_matrices=False)
+    return right[:_MOST].contiguous()
 
 
-def _even(one: _Seen) -> Float[Tensor, "k d"]:
-    """Left singular vectors of rows brought to one length, weighted as they were."""
-    rows = one.left / one.lengths
-    return rows * (one.left.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp_min(1e-30))
+def _own(one: _Seen, levelled: bool, *, weigh: bool = False) -> Float[Tensor, "k d"]:
+    """Left singular vectors of one change, those of rows brought to one length if `levelled`; weighed by share."""
+    rows = torch.nn.functional.normalize(one.left / one.lengths if levelled else one.left, dim=1)
+    return rows * one.left.norm(dim=1, keepdim=True) if weigh else rows
 
 
-def _own(one: _Seen, directions: Float[Tensor, "k d"], rows_levelled: bool) -> Float[Tensor, "k d"]:
-    """The common directions; where there are none, the loudest of the writer's own."""
-    if len(directions):
-        return directions
-    return torch.nn.functional.normalize((_even(one) if rows_levelled else one.left)[:1], dim=1)
-
-
-def _along(subject: Subject, base: Subject, one: _Seen, basis: Float[Tensor, "k d"], rows_levelled: bool) -> Changed:
-    """Look at a changed writer along directions."""
+def _along(subject: Subject, base: Subject, one: _Seen, common: dict[bool, Float[Tensor, "k d"]]) -> _Along:
+    """Look at a changed writer along all candidates."""
     before = _matrices(base.checkpoint, one.old)
     after = _matrices(subject.checkpoint, one.place)
-    columns_kept, rows_kept = _kept(before, after, basis)
-    change = after - before
-    if rows_levelled:
-        before, change = before / one.lengths[:, None], change / one.lengths[:, None]
-    was, taken = basis @ before, basis @ change
-    product, length = float((was * taken).sum()), float(was.norm())
-    energy = float(change.square().sum())
-    return Changed(
-        one.place.info.name,
-        one.place.block,
-        one.place.kind,
-        one.size,
-        one.rank,
-        one.peak,
-        strength=-product / max(length**2, 1e-30),
-        read=-product / max(length * float(taken.norm()), 1e-30),
-        excess=float(taken.square().sum()) / max(energy, 1e-30) * basis.shape[1] / len(basis),
-        columns_kept=columns_kept,
-        rows_kept=rows_kept,
+    ways, kept = {}, {}
+    for levelled, shared in common.items():
+        lengths = one.lengths[:, None] if levelled else torch.ones(1)
+        old, change = before / lengths, (after - before) / lengths
+        energy = float(change.square().sum())
+        for own, basis in ((False, shared), (True, _own(one, levelled))):
+            was, moved = basis @ old, basis @ change
+            product, length = (was * moved).sum(1), was.norm(dim=1).clamp_min(1e-30)
+            share = moved.square().sum(1) / max(energy, 1e-30)
+            found = _Taken(
+                -product / length**2, -product / (length * moved.norm(dim=1)).clamp_min(1e-30), share * len(old), share
+            )
+            way = _Way(levelled, own)
+            ways[way] = found
+            rows = basis[found.passes]
+            plain = old - rows.T @ (found.strength[found.passes, None] * was[found.passes])
+            kept[way] = _kept(before, after, plain * lengths) if len(rows) else (False, False)
+    return _Along(ways, kept)
+
+
+def _best_way(taken: Sequence[_Along], common: dict[bool, Float[Tensor, "k d"]]) -> tuple[_Way, list[int]]:
+    """The way that explains most of the changes, common directions before own ones, and which candidates it has."""
+    best, chosen, most = _Way(False, False), [0] * bool(len(common[False])), -1.0
+    for way in (_Way(False, False), _Way(True, False), _Way(False, True), _Way(True, True)):
+        if not taken:
+            break
+        passes = torch.stack([along.ways[way].passes for along in taken])
+        enough = [int(index) for index in (passes.sum(0) >= _needed(len(taken))).nonzero()]
+        if not enough:
+            continue
+        enough = enough[:1] if way.own else enough
+        shares = torch.stack([(along.ways[way].share * along.ways[way].passes)[enough].sum() for along in taken])
+        reads = torch.stack([along.ways[way].read.abs()[enough].max() for along in taken])
+        score = float((shares * reads**2).median())
+        if score > most + (_CLOSER if most >= 0 else 0.0):
+            best, chosen, most = way, enough, score
+    return best, chosen
+
+
+def _needed(writers: int) -> int:
+    """Ablated writers from which a difference is called an ablation."""
+    return min(writers, max(2, math.ceil(_ENOUGH * writers)))
+
+
+def _changed(one: _Seen, along: _Along, way: _Way, kept: Sequence[int]) -> Changed:
+    """What is told of one writer: along the candidate that its change is clearest along."""
+    changed = Changed(one.place.info.name, one.place.block, one.place.kind, one.size, one.rank, one.peak)
+    if not kept:
+        return changed
+    taken = along.ways[way]
+    index = max(kept, key=lambda index: (bool(taken.passes[index]), float(taken.share[index])))
+    columns, rows = along.kept[way]
+    return replace(
+        changed,
+        strength=float(taken.strength[index]),
+        read=float(taken.read[index]),
+        excess=float(taken.excess[index]),
+        columns_kept=columns,
+        rows_kept=rows,
     )
 
 
-def _kept(before: Tensor, after: Tensor, basis: Float[Tensor, "k d"]) -> tuple[bool, bool]:
-    """Whether columns, and rows, kept their lengths much closer than taking the directions out would have left them."""
-    plain = before - basis.T @ (basis @ before)
+def _kept(before: Tensor, after: Tensor, plain: Tensor) -> tuple[bool, bool]:
+    """Whether columns, and rows, kept their lengths much closer than the plain edit would have left them."""
     kept = []
     for axis in (0, 1):
         old, found, expected = (matrix.norm(dim=axis).clamp_min(1e-12) for matrix in (before, after, plain))
@@ -304,7 +362,9 @@ def _verdict(writers: Sequence[Changed], others: dict[str, float]) -> tuple[Verd
     if not writers and not others:
         return "identical", ()
     ablated = [writer for writer in writers if writer.ablated]
-    if len(ablated) >= max(2, _ENOUGH * len(writers)) or (len(ablated) == len(writers) == 1):
+    if writers and median(writer.size for writer in writers) > _ANOTHER:
+        return "another model", ()
+    if ablated and len(ablated) >= _needed(len(writers)):
         left = [writer for writer in writers if not writer.ablated]
         also = []
         if left:
@@ -324,25 +384,23 @@ def _broad(writers: Sequence[Changed]) -> Verdict:
     return "re-quantisation" if median(writer.peak for writer in writers) < _FLAT else "fine-tune or merge"
 
 
-def _variant(
-    writers: Sequence[Changed],
-    known: Sequence[Place],
-    directions: Float[Tensor, "k d"],
-    per_layer: bool,
-    rows_levelled: bool,
-) -> str:
+def _variant(writers: Sequence[Changed], known: Sequence[Place], count: int, way: _Way) -> str:
     """The kind of ablation in words."""
     ablated = [writer for writer in writers if writer.ablated]
-    words = ["a direction of its own for each writer"] if per_layer else []
-    if not per_layer:
-        words.append("one direction" if len(directions) == 1 else f"{len(directions)} directions")
-    if rows_levelled:
-        words.append("taken out of rows of one length (as tools that renormalise rows do)")
+    words = [
+        "a direction of its own for each writer"
+        if way.own
+        else "one direction"
+        if count == 1
+        else f"{count} directions"
+    ]
+    if way.levelled:
+        words.append("taken out of rows of one length")
     for name, kept in (("columns", "columns_kept"), ("rows", "rows_kept")):
         if 2 * sum(getattr(writer, kept) for writer in ablated) > len(ablated):
             words.append(f"{name} keep their lengths")
     kinds = sorted({writer.kind.value for writer in ablated})
-    if len(kinds) < len({place.kind for place in known}):
+    if len(kinds) < len({place.kind for place in known if place.block is not None}):
         words.append(f"in {' and '.join(kinds)} only")
     blocks = sorted({writer.block for writer in ablated if writer.block is not None})
     if blocks and len(blocks) < len({place.block for place in known if place.block is not None}):

@@ -270,7 +270,9 @@ def _named(trace: Trace) -> Trace:
         words.append(f"in {' and '.join(sorted(kinds))} only")
     if len(blocks) < 0.9 * len(everywhere):
         words.append(f"in blocks {blocks[0]} to {blocks[-1]}" if blocks else "outside the blocks")
-    words.append("at full strength" if strength > 0.95 else f"at a strength of about {strength:.2f} (or {2 - strength:.2f})")
+    words.append(
+        "at full strength" if strength > 0.95 else f"at a strength of about {strength:.2f} (or {2 - strength:.2f})"
+    )
     return replace(trace, variant=", ".join(words))
 
 

@@ -50,6 +50,17 @@ def judge(evidence: Evidence) -> Verdict:
     return Verdict(word, probability)
 
 
+def judge_difference(ablation: bool) -> float:
+    """Probability that directions were taken out, when a comparison with the base says so or not.
+
+    From how often it said so of edited and of other models in the calibration (Laplace's rule of succession).
+    """
+    counts = calibration()["difference"]
+    found = (counts["found"] + 1) / (counts["edited"] + 2)
+    mistaken = (counts["mistaken"] + 1) / (counts["others"] + 2)
+    return found / (found + mistaken) if ablation else (1 - found) / (2 - found - mistaken)
+
+
 @functools.cache
 def calibration() -> dict[str, dict[str, float]]:
     """The coefficients in force and what they were fitted on."""
@@ -58,4 +69,4 @@ def calibration() -> dict[str, dict[str, float]]:
     return content
 
 
-__all__ = ["ALTERED", "UNALTERED", "Evidence", "Verdict", "Word", "calibration", "judge"]
+__all__ = ["ALTERED", "UNALTERED", "Evidence", "Verdict", "Word", "calibration", "judge", "judge_difference"]

@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from abliterate.card import SETS
+from abliterate.forensics.wording import headline
 from abliterate.record import Record
 from abliterate.report.cost import cost, replies
 from abliterate.report.finding import direction_found, separated
+from abliterate.report.inspected import inspected
 from abliterate.report.parts import Page, Tile, between, number, percent, short
 from abliterate.report.proving import edited_weights, front, proved
 from abliterate.report.reproducing import question, reproduce
 
+_SECTIONS = (
+    question,
+    separated,
+    direction_found,
+    proved,
+    edited_weights,
+    cost,
+    replies,
+    front,
+    inspected,
+    reproduce,
+)
+
 
 def page_of(record: Record) -> Page:
     """Every section that the record has something for."""
-    sections = [
-        section
-        for build in (question, separated, direction_found, proved, edited_weights, cost, replies, front, reproduce)
-        if (section := build(record)) is not None
-    ]
+    sections = [section for build in _SECTIONS if (section := build(record)) is not None]
     model = record.model
     return Page(
         title=short(model.name.rstrip("/").rsplit("/", 1)[-1] or model.name, 120),
@@ -35,7 +46,7 @@ def page_of(record: Record) -> Page:
 
 def _kind(record: Record) -> str:
     if record.plan is None:
-        return "Search of edits" if record.search is not None else "Measurement"
+        return "Search of edits" if record.search is not None else "Inspection" if record.inspection else "Measurement"
     return {
         "weights": "Edited weights",
         "lora": "LoRA adapter",
@@ -71,6 +82,8 @@ def _answer(record: Record) -> Iterator[str]:
             for name in search.objectives
         )
         yield f"Of {len(search.points)} edits number {point.number} was chosen. On {where} prompts: {said}."
+    elif record.plan is None and record.inspection is not None:
+        yield headline(record.inspection)
     elif record.plan is not None:
         yield (
             f"{len(record.plan.edits) or len(record.plan.strengths)} tensors were edited with a direction that was "

@@ -175,10 +175,12 @@ def edited_weights(record: Record) -> Section | None:
     if plan is None:
         return None
     anatomy = record.anatomy
-    text = [
-        f"Every block's output was accounted for by the {anatomy.writers} writers known; in the worst block to a "
-        f"relative error of {anatomy.worst_closure:.1e}."
-    ]
+    text = []
+    if anatomy is not None:
+        text.append(
+            f"Every block's output was accounted for by the {anatomy.writers} writers known; in the worst block to a "
+            f"relative error of {anatomy.worst_closure:.1e}."
+        )
     if plan.edits:
         text.append(f"Edited: {edited(plan)}.")
     elif plan.strengths:

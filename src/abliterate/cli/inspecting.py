@@ -1,0 +1,80 @@
+"""What an inspection found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.evaluating import PLAIN
+from abliterate.forensics.wording import explained, headline
+from abliterate.record import InspectionPart, WriterTracePart
+
+#: Eight heights of a bar, lowest first.
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def show_inspection(part: InspectionPart, console: Console) -> None:
+    """The verdict first, then where and how strongly."""
+    style = {"altered": "bold red", "unaltered": "bold green"}.get(part.verdict, "bold yellow")
+    console.print(f"[{style}]{escape(headline(part))}[/]", highlight=False)
+    for line in explained(part):
+        console.print(escape(line), highlight=False)
+    edited = [unit for unit in part.units if unit.edited]
+    if part.verdict != "unaltered" and edited:
+        console.print(_strengths(part.units, console.width))
+    if part.separation:
+        console.print(_separation(part))
+    if part.behaviour is not None:
+        rates = part.behaviour
+        for name in ("harmful", "harmless", "borderline"):
+            rate = getattr(rates, name)
+            if rate.n:
+                low, high = rate.ci95
+                console.print(
+                    f"Refuses {rate.refusals} of {rate.n} {name} prompts ({100 * low:.0f}–{100 * high:.0f} %, 95 %).",
+                    highlight=False,
+                )
+    if part.directions is not None:
+        console.print(f"Directions: [bold]{escape(part.directions)}[/]", soft_wrap=True)
+
+
+def _strengths(units: Sequence[WriterTracePart], width: int) -> Table:
+    """A row for each component: a bar for every block, and the range of strengths."""
+    table = Table(title="Strength by block (first to last)", title_justify="left", **PLAIN)
+    for column in ("component", "", "edited", "strength"):
+        table.add_column(column, no_wrap=column == "edited", overflow="fold")
+    kinds = dict.fromkeys(unit.kind for unit in units)
+    for kind in kinds:
+        own = [unit for unit in units if unit.kind == kind]
+        edited = [unit.strength for unit in own if unit.edited]
+        if not edited:
+            table.add_row(kind, "", f"0 of {len(own)}", "")
+            continue
+        bars = "".join(_bar(unit) for unit in sorted(own, key=lambda unit: unit.block or 0))
+        low, high = min(edited), max(edited)
+        span = f"{low:.2f}" if high - low < 0.01 else f"{low:.2f} to {high:.2f}"
+        table.add_row(kind, bars if len(bars) + 40 <= width else "", f"{len(edited)} of {len(own)}", span)
+    return table
+
+
+def _bar(unit: WriterTracePart) -> str:
+    if not unit.edited:
+        return "·"
+    return _BARS[min(len(_BARS) - 1, max(0, round(abs(unit.strength) * (len(_BARS) - 1))))]
+
+
+def _separation(part: InspectionPart) -> Table:
+    """The layers where harmful and harmless prompts are told apart best."""
+    table = Table(
+        title=f"Harmful against harmless prompts in {part.separation_in} (AUROC)", title_justify="left", **PLAIN
+    )
+    for column in ("layer", "recovered direction", "own difference of means"):
+        table.add_column(column, justify="right")
+    key = (lambda layer: layer.own) if part.separation[0].recovered is None else (lambda layer: layer.recovered or 0.0)
+    for layer in sorted(part.separation, key=key, reverse=True)[:3]:
+        recovered = "–" if layer.recovered is None else f"{layer.recovered:.3f}"
+        table.add_row(str(layer.layer), recovered, f"{layer.own:.3f}")
+    return table
