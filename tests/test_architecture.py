@@ -44,6 +44,7 @@ ORDER = (
     "scoring",
     "selection",
     "surgery",
+    "additions",
     "blueprint",
     "generation",
     "baseline",
@@ -68,6 +69,7 @@ ORDER = (
     "parts",
     "pipeline",
     "inspecting",
+    "repairing",
     "lab",
     "cli",
 )

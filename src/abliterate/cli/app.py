@@ -54,6 +54,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "show": looking.show,
     "report": looking.report,
     "undo": editing.undo,
+    "repair": editing.repair,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

@@ -306,3 +306,53 @@ def undo(
         typer.echo(json.dumps(undone_as_dict(undone), indent=1))
     else:
         show_undone(undone, Console())
+
+
+@with_settings(ModelSettings, PromptSettings, EvalSettings)
+def repair(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Annotated[str, typer.Argument(help="The edited model: hub id, folder or .gguf.", show_default=False)],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder to write the repaired model to.", show_default=False)
+    ],
+    base: Annotated[
+        str | None, typer.Option(help="The model that it was made from: restores exactly.", show_default=False)
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The PEFT adapter that was merged into it.", show_default=False)
+    ] = None,
+    direction: OptionalDirection = None,
+    refusal_tokens: Annotated[
+        str | None, typer.Option(help="First tokens of a refusal, for an approximation.", show_default=False)
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it holds a model.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Give an edited model its refusals back: exactly with an undo file, base or adapter, else approximately."""
+    if base is not None or adapter is not None:
+        refuse_idle("repair with --base or --adapter", prompts, evaluating)
+    from abliterate import repairing
+    from abliterate.cli.repairing import repaired_as_dict, show_repaired
+
+    done = repairing.repair(
+        model,
+        out,
+        base=base,
+        adapter=adapter,
+        direction=direction,
+        overwrite=overwrite,
+        loading=loading,
+        prompts=prompts,
+        finding=FindSettings(refusal_tokens=refusal_tokens),
+        evaluating=evaluating,
+        monitor=monitor_for(quiet),
+    )
+    if as_json:
+        typer.echo(json.dumps(repaired_as_dict(done), indent=1))
+    else:
+        show_repaired(done, Console())

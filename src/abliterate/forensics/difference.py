@@ -79,7 +79,7 @@ class Difference:
     """What tells a checkpoint from its base.
 
     `directions` [k, d] are common to the changes of the writers, `per_layer` [n, d] the own ones of `writers` where
-    they differ. `others` are tensors that are no writers and differ, by ‖Δ‖ / ‖W‖; `missing` and `added` are by name.
+    they differ. `left` holds, by tensor, orthonormal rows along which an ablated writer changed. `others` are tensors that are no writers and differ, by ‖Δ‖ / ‖W‖; `missing` and `added` are by name.
     """
 
     verdict: Verdict
@@ -92,6 +92,7 @@ class Difference:
     others: dict[str, float]
     missing: tuple[str, ...]
     added: tuple[str, ...]
+    left: dict[str, Float[Tensor, "k d"]]
 
     @property
     def strength(self) -> float | None:
@@ -159,7 +160,25 @@ def compare(subject: Subject, base: Subject, *, progress: Callable[[int], None] 
         others,
         tuple(sorted(old - ours)),
         tuple(sorted(ours - old)),
+        _left(seen, writers, common, way, kept) if ablated else {},
     )
+
+
+def _left(
+    seen: Sequence[_Seen],
+    writers: Sequence[Changed],
+    common: dict[bool, Float[Tensor, "k d"]],
+    way: _Way,
+    kept: Sequence[int],
+) -> dict[str, Float[Tensor, "k d"]]:
+    """Where ablated writers changed, in coordinates of the stream."""
+    found = {}
+    for one, writer in zip(seen, writers, strict=True):
+        if writer.ablated:
+            rows = (_own(one, way.levelled) if way.own else common[way.levelled])[list(kept)]
+            rows = rows * one.lengths if way.levelled else rows
+            found[writer.tensor] = torch.linalg.qr(rows.T).Q.T.contiguous()
+    return found
 
 
 def _matrices(checkpoint: Checkpoint, place: Place) -> Float[Tensor, "d n"]:
