@@ -1,11 +1,13 @@
 """What an inspection finds and what it misses, on models of which it is known what was done to them.
 
-    python benchmarks/forensics.py MODEL=DIRECTIONS … --work FOLDER [--out FILE.jsonl] [--fit]
+    python benchmarks/forensics.py MODEL=DIRECTIONS … --work FOLDER --out LONE.jsonl [--difference]
+    python benchmarks/forensics.py --fit LONE.jsonl DIFFERENCES.jsonl
 
 For every MODEL (a folder) with its file of candidate directions (`abliterate find`) it writes null models and edited
-ones, rounds them as they would be stored, inspects each as a lone file, and adds one line per case to FILE. `--fit`
-reads FILE, fits the coefficients of the verdict, judges each base model with coefficients fitted on the others, prints
-the tables of docs/forensics.md and writes `src/abliterate/forensics/calibration.json`.
+ones, rounds them as they would be stored, inspects each as a lone file (or, with `--difference`, compares it with the
+base), and adds one line per case to the file. `--fit` reads both files, fits the coefficients of the verdict, judges
+each base model with coefficients fitted on the others, prints the tables of docs/forensics.md and writes
+`src/abliterate/forensics/calibration.json`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.forensics import verdict
+from abliterate.forensics.difference import compare
 from abliterate.forensics.lone import inspect
 from abliterate.forensics.reading import open_subject
 
@@ -132,27 +135,26 @@ def edits(directions: Tensor, layers: int) -> Iterator[tuple[str, Callable[[floa
 # --- null models ------------------------------------------------------------------------------------------------------
 
 
-def nulls(folder: Path, base: Weights, work: Path) -> Iterator[tuple[str, Weights]]:
+def nulls(folder: Path, base: Weights, work: Path, *, brief: bool) -> Iterator[tuple[str, Weights]]:
     """Models that nobody has taken a direction out of."""
     yield "original", base
     generator = torch.Generator().manual_seed(1)
     yield "random", {n: torch.randn(w.shape, generator=generator) * 0.02 for n, w in base.items()}
     for share in (0.3, 0.5, 0.7):
-        yield (
-            f"pruned {share:.0%}",
-            {n: w * (w.abs() > w.abs().flatten().kthvalue(int(share * w.numel()))[0]) for n, w in base.items()},
-        )
+        yield f"pruned {share:.0%}", {n: pruned(w, share) for n, w in base.items()}
     yield "layers dropped", {n: w for n, w in base.items() if layer_of(n) % 4 != 1}
     yield "noise 5 %", {n: w + 0.05 * w.std() * torch.randn(w.shape, generator=generator) for n, w in base.items()}
     yield "random LoRA merged", {n: w + lora(w, generator) for n, w in base.items()}
-    for name, rate, rank in (
-        ("fine-tuned", 2e-5, 0),
-        ("fine-tuned hard", 2e-4, 0),
-        ("LoRA trained and merged", 5e-4, 16),
-    ):
+    trained = [("fine-tuned", 2e-5, 0), ("fine-tuned hard", 2e-4, 0), ("LoRA trained and merged", 5e-4, 16)]
+    for name, rate, rank in trained[: 1 if brief else 3]:
         tuned = writers(fine_tuned(folder, work / name.replace(" ", "-"), rate, rank))
         yield name, tuned
         yield f"merge with {name}", {n: (w + tuned[n]) / 2 for n, w in base.items()}
+
+
+def pruned(weight: Tensor, share: float) -> Tensor:
+    """The smallest numbers set to zero."""
+    return weight * (weight.abs() > weight.abs().flatten().kthvalue(int(share * weight.numel()))[0])
 
 
 def lora(weight: Tensor, generator: torch.Generator, rank: int = 16) -> Tensor:
@@ -201,19 +203,15 @@ def directions_of(file: Path) -> Tensor:
         return torch.nn.functional.normalize(content.get_tensor("candidates")[-1].float(), dim=-1)
 
 
-def case(weights: Weights, stored: Callable[[Tensor], Tensor], work: Path, wanted: Tensor | None) -> dict[str, Any]:
-    path = work / "case.safetensors"
-    save_file({name: stored(weight).contiguous() for name, weight in weights.items()}, path)
+def alone(path: Path, wanted: Tensor | None) -> dict[str, Any]:
+    """What an inspection of a lone file finds."""
     started = time.perf_counter()
     trace = inspect(open_subject(str(path)))
     cosine = None
     if wanted is not None and len(trace.directions):
-        found = trace.directions
-        cosine = (
-            float((wanted @ found.T).norm(dim=1).min())
-            if not trace.per_layer
-            else float((found @ wanted[0]).abs().mean())
-        )
+        cosine = float((wanted @ trace.directions.T).norm(dim=1).min())
+        if trace.per_layer:
+            cosine = float((trace.directions @ wanted[0]).abs().mean())
     return {
         "pooled": trace.evidence.pooled,
         "layers": trace.evidence.layers,
@@ -223,35 +221,60 @@ def case(weights: Weights, stored: Callable[[Tensor], Tensor], work: Path, wante
     }
 
 
-def run(models: list[str], work: Path, out: Path) -> None:
+def beside(path: Path, base: Path, wanted: Tensor | None) -> dict[str, Any]:
+    """What a comparison with the base finds."""
+    started = time.perf_counter()
+    found = compare(open_subject(str(path)), open_subject(str(base)))
+    cosine = None
+    if wanted is not None and len(found.directions) and not found.per_layer:
+        cosine = float((wanted @ found.directions.T).norm(dim=1).min())
+    seconds = round(time.perf_counter() - started, 2)
+    return {
+        "kind": found.verdict,
+        "variant": found.variant,
+        "found": found.strength,
+        "cosine": cosine,
+        "seconds": seconds,
+    }
+
+
+def cases(
+    entry: str, work: Path, *, brief: bool, few: bool
+) -> Iterator[tuple[str, str, float, str, Callable[[], Weights], Tensor | None]]:
+    """Base, name, strength, format, the weights, and the basis to be found; `few` of them for comparisons."""
+    path, _, candidates = entry.partition("=")
+    folder = Path(path)
+    base, label = writers(folder), folder.name
+    formats = ("bf16", "q4_0") if brief or few else ("bf16", "fp8", "q8_0", "q4_0")
+    for name, weights in nulls(folder, base, work, brief=brief):
+        for stored in formats:
+            yield label, name, 0.0, stored, lambda weights=weights: weights, None  # type: ignore[misc]
+    strengths = (1.0, 0.6, 0.3) if few else (1.0, 0.8, 0.6, 0.5) if brief else STRENGTHS
+    directions = directions_of(Path(candidates))
+    for name, by_strength, wanted in edits(directions, len(directions) - 1):
+        for strength in strengths:
+            for stored in formats if few or strength in (1.0, 0.8, 0.6) else ("bf16",):
+                change = by_strength(strength)
+                yield label, name, strength, stored, lambda change=change: change(base), wanted  # type: ignore[misc]
+
+
+def run(models: list[str], work: Path, out: Path, *, brief: bool, difference: bool) -> None:
     work.mkdir(parents=True, exist_ok=True)
     rounding = {"bf16": bf16, "fp8": fp8, "q8_0": gguf("Q8_0"), "q4_0": gguf("Q4_0")}
     done = {(c["base"], c["name"], c["strength"], c["stored"]) for c in read(out)} if out.exists() else set()
+    edited, original = work / f"{out.stem}-case.safetensors", work / f"{out.stem}-base.safetensors"
     with out.open("a", encoding="utf-8") as file:
-
-        def add(key: tuple[str, str, float, str], make: Callable[[], Weights], wanted: Tensor | None) -> None:
-            if key in done:
-                return
-            found = case(make(), rounding[key[3]], work, wanted)
-            base, name, strength, stored = key
-            file.write(json.dumps({"base": base, "name": name, "strength": strength, "stored": stored} | found) + "\n")
-            file.flush()
-
         for entry in models:
-            folder, _, candidates = entry.partition("=")
-            base, label = writers(Path(folder)), Path(folder).name
-            for name, weights in nulls(Path(folder), base, work):
-                for stored in rounding:
-                    add((label, name, 0.0, stored), lambda weights=weights: weights, None)
-            directions = directions_of(Path(candidates))
-            for name, by_strength, wanted in edits(directions, len(directions) - 1):
-                for strength in STRENGTHS:
-                    for stored in rounding if strength in (1.0, 0.8, 0.6) else ("bf16",):
-                        add(
-                            (label, name, strength, stored),
-                            lambda change=by_strength(strength): change(base),
-                            wanted,
-                        )
+            base = writers(Path(entry.partition("=")[0]))
+            save_file({name: bf16(weight) for name, weight in base.items()}, original)
+            for label, name, strength, stored, make, wanted in cases(entry, work, brief=brief, few=difference):
+                if (label, name, strength, stored) in done or (difference and name == "layers dropped"):
+                    continue
+                save_file({n: rounding[stored](weight).contiguous() for n, weight in make().items()}, edited)
+                found = beside(edited, original, wanted) if difference else alone(edited, wanted)
+                key = {"base": label, "name": name, "strength": strength, "stored": stored}
+                file.write(json.dumps(key | found) + "\n")
+                file.flush()
 
 
 # --- the fit ----------------------------------------------------------------------------------------------------------
@@ -290,12 +313,14 @@ def main() -> None:
     parser.add_argument("models", nargs="*", metavar="MODEL=DIRECTIONS")
     parser.add_argument("--work", type=Path, default=Path("forensics-work"))
     parser.add_argument("--out", type=Path, default=Path("forensics.jsonl"))
-    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--brief", action="store_true", help="fewer strengths, formats and trainings (large models)")
+    parser.add_argument("--difference", action="store_true", help="compare with the base, instead of lone files")
+    parser.add_argument("--fit", type=Path, nargs=2, metavar=("LONE", "DIFFERENCES"), help="files of cases")
     given = parser.parse_args()
     if given.models:
-        run(given.models, given.work, given.out)
+        run(given.models, given.work, given.out, brief=given.brief, difference=given.difference)
     if given.fit:
-        report(given.out)
+        report(*given.fit)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,8 @@ ORDER = (
     "pipeline",
     "inspecting",
     "repairing",
+    "auditing",
+    "hardening",
     "lab",
     "cli",
 )

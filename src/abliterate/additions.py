@@ -63,7 +63,8 @@ def adding(model: Any, additions: Sequence[Addition]) -> Iterator[None]:
 def _adder(addition: Addition) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         taken = args[0].float() @ addition.right.to(output.device).T
-        return (output.float() + taken @ addition.left.to(output.device)).to(output.dtype)
+        changed: Tensor = output.float() + taken @ addition.left.to(output.device)
+        return changed.to(output.dtype)
 
     return hook
 

@@ -211,6 +211,17 @@ class InspectSettings(_Settings):
     )
 
 
+class HardenSettings(_Settings):
+    """How refusal is made harder to take out."""
+
+    detectors: Annotated[int, Field(ge=0, le=32)] = Field(
+        4, description="Writers that get a detector of harm, each with a direction of its own."
+    )
+    strengthen: Annotated[float, Field(ge=0, le=3)] = Field(
+        0.0, description="Also write this much more along the model's own direction (helps against light edits only)."
+    )
+
+
 class EngineSettings(_Settings):
     """Who generates, where that is not transformers in this process."""
 

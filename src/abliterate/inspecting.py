@@ -21,15 +21,17 @@ from abliterate.forensics import difference, lone
 from abliterate.forensics.reading import Subject, open_subject
 from abliterate.forensics.verdict import judge_difference
 from abliterate.monitor import Monitor
-from abliterate.parts import behaviour_part, command, now, versions, write_told
+from abliterate.parts import behaviour_part, command, make_folder, now, versions, write_told
 from abliterate.pipeline import evaluate
 from abliterate.session import Session, open_session
 from abliterate.storage import how_stored
 
+_PLAIN = InspectSettings()
+
 
 def inspect(
     model: str,
-    settings: InspectSettings = InspectSettings(),
+    settings: InspectSettings = _PLAIN,
     *,
     loading: ModelSettings = ModelSettings(),
     prompts: PromptSettings = PromptSettings(),
@@ -80,10 +82,7 @@ def write_inspection(part: rec.InspectionPart, folder: Path, monitor: Monitor) -
     if (folder / rec.FILE_NAME).is_file():
         record = rec.read_record(folder).model_copy(update={"inspection": part})
     else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out {folder}: expected a folder, found {error.strerror}") from error
+        make_folder(folder)
         record = _bare_record(part, monitor)
     write_told(record, folder)
     return folder

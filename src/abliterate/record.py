@@ -452,6 +452,38 @@ class InspectionPart(_Part):
     seconds: float = 0.0
 
 
+class AuditRowPart(_Part):
+    """Refusals of held-out harmful prompts under one plan through hooks, and its KL at the first token (nats).
+
+    `family` says what is varied, `name` its value; `edits` counts edited writers.
+    """
+
+    family: str
+    name: str
+    refused: RatePart
+    kl: EstimatePart
+    edits: int
+
+
+class AuditPart(_Part):
+    """How brittle refusal is. Audits of equal `protocol` and `prompts_sha256` can be compared.
+
+    `halving_strength` is where one direction halves refusals (between measured strengths), `halving_kl` the least KL of
+    any plan that does, `directions_needed` how many leave at most 10 % (null: more than were tried).
+    """
+
+    protocol: str
+    prompts_sha256: str
+    layer: int
+    position: int
+    met_rule: bool
+    base: RatePart
+    rows: list[AuditRowPart]
+    halving_strength: float | None = None
+    halving_kl: float | None = None
+    directions_needed: int | None = None
+
+
 class Record(_Part):
     """What a run leaves behind."""
 
@@ -470,6 +502,7 @@ class Record(_Part):
     plan: PlanPart | None = None
     evaluation: EvaluationPart | None = None
     inspection: InspectionPart | None = None
+    audit: AuditPart | None = None
     warnings: list[str] = []
     left_out: list[str] = Field(default=[], description="Files of the source that were not carried along.")
     output: str | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +50,15 @@ from abliterate.session import Session, open_session
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
 USUAL_REFUSALS = "I,Sorry,As,Unfortunately"
 #: What is tried: the direction's length at harmful prompts in parts of the stream's mean length, with either sign.
-_SIZES = (0.15, 0.3, 0.6, 1.2)
+_SIZES = (0.3, 0.45, 0.6, 0.9)
 #: Part of the depth whose writers get an addition: refusal is decided there.
 _FROM, _UNTIL = 0.3, 0.75
+#: What the addition is to write at harmless prompts, in parts of what it writes at harmful ones.
+_LOW = -0.5
 #: Ridge, in parts of the mean squared length of what a map takes.
 _RIDGE = 0.1
 #: More refusals of harmless prompts than this, or broken replies, count against a trial twice.
-_PRICE = 2.0
+_PRICE = 4.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def repair(
     evaluating: EvalSettings = EvalSettings(),
     monitor: Monitor | None = None,
 ) -> Repaired:
-    """Write a repaired MODEL to `out`: with what undo needs beside it, a base or an adapter exactly; else approximately.
+    """Write a repaired MODEL to `out`: from what undo needs, a base or an adapter; else approximately.
 
     Raises `UsageError` for what does not go together, `GateNotMet` when nothing is found that could be repaired, or no
     addition makes the model refuse more.
@@ -140,7 +142,7 @@ def _from_base(model: str, base: str, out: Path, overwrite: bool, loading: Model
         else:
             along[name] = functools.partial(_as_in, origin.checkpoint, name, rows, places[name].axis)
     axes = {name: places[name].axis for name in along}
-    _write(subject.checkpoint, out, overwrite, along, axes, dict.fromkeys(whole, origin.checkpoint), monitor)
+    write_changed(subject.checkpoint, out, overwrite, along, axes, dict.fromkeys(whole, origin.checkpoint), monitor)
     note = "" if not along else "the rest of these tensors stays as it is: something else was done to them too"
     return Repaired(out, "base", tuple(whole), tuple(along), note=note)
 
@@ -171,7 +173,7 @@ def _from_adapter(
                 f"the adapter that was merged into {model}?"
             )
         changes[tensor] = functools.partial(_without, up, down)
-    _write(subject.checkpoint, out, overwrite, changes, dict.fromkeys(changes, 0), {}, monitor)
+    write_changed(subject.checkpoint, out, overwrite, changes, dict.fromkeys(changes, 0), {}, monitor)
     note = "what merging and taking back rounded stays: at most one step of the stored format each"
     return Repaired(out, "adapter", (), tuple(changes), note=note)
 
@@ -252,17 +254,17 @@ def _approximately(
     tokens = [token.token for token in refusal_tokens(session, given)]
     writers = _chosen(session, blocks)
     readers = fit_readers(session, writers)
-    length = _stream_length(session)
+    length = stream_length(session)
     meter = Meter(
         session, tokens, judge, evaluating.model_copy(update={"max_new_tokens": min(24, evaluating.max_new_tokens)})
     )
     trials = [(sign * size, index) for size in _SIZES for sign in (1.0, -1.0) for index in range(len(basis))]
-    best, chosen, value = None, 0.0, _worth(meter.measure(None, Stage.REPLIES))
+    best, chosen, value = None, 0.0, worth_of(meter.measure(None, Stage.REPLIES))
     start = value
     with monitor.phase("try additions", len(trials)) as advance:
         for size, index in trials:
             additions = _additions(writers, readers, basis[index], size * length)
-            worth = _worth(meter.measure(_with(session, additions), Stage.REPLIES))
+            worth = worth_of(meter.measure(with_additions(session, additions), Stage.REPLIES))
             if worth > value:
                 best, chosen, value = additions, size, worth
             advance(1)
@@ -272,11 +274,11 @@ def _approximately(
         )
     monitor.note(f"size {chosen:+g} of the stream's length: refusals less their price {start:.2f} → {value:.2f}")
     examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, prompts.seed)
-    evaluation = examine(session, examiner, exam, as_loaded(session), _with(session, best))
+    evaluation = examine(session, examiner, exam, as_loaded(session), with_additions(session, best))
     axes = {str(one.writer.weight): one.writer.axis for one in best}
     names = names_on_disk(session.model, axes, subject.checkpoint.tensors)
     changes, stored_axes = changes_of(best, names)
-    _write(subject.checkpoint, out, overwrite, changes, stored_axes, {}, monitor)
+    write_changed(subject.checkpoint, out, overwrite, changes, stored_axes, {}, monitor)
     return Repaired(
         out,
         "approximation",
@@ -354,7 +356,7 @@ def fit_readers(session: Session, writers: Sequence[Writer], split: str = "train
     readers = []
     for harmful, harmless in zip(rows["harmful"], rows["harmless"], strict=True):
         x = torch.cat([*harmful, *harmless]).double()
-        y = torch.zeros(len(x), dtype=x.dtype)
+        y = torch.full((len(x),), _LOW, dtype=x.dtype)
         y[: sum(map(len, harmful))] = 1.0
         kernel = x @ x.T
         kernel.diagonal().add_(_RIDGE * float(kernel.diagonal().mean()))
@@ -362,7 +364,7 @@ def fit_readers(session: Session, writers: Sequence[Writer], split: str = "train
     return readers
 
 
-def _stream_length(session: Session) -> float:
+def stream_length(session: Session) -> float:
     """Mean length of the stream in the middle of the model, at the last token of harmless prompts."""
     prompts, middle = session.encoded["harmless", "val"], session.anatomy.layers // 2
     lengths: list[float] = []
@@ -390,11 +392,12 @@ def writer_multiplier(writer: Writer) -> float:
     return writer.multiplier or 1.0
 
 
-def _with(session: Session, additions: Sequence[Addition]) -> Subject:
+def with_additions(session: Session, additions: Sequence[Addition]) -> Subject:
+    """The session's model with additions as hooks."""
     return Subject(session.model, functools.partial(adding, session.model, additions))
 
 
-def _worth(measured: Measured) -> float:
+def worth_of(measured: Measured) -> float:
     """Share of harmful prompts refused, less what harmless ones pay."""
     replies = measured.replies or {}
 
@@ -409,11 +412,11 @@ def _worth(measured: Measured) -> float:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def _write(
+def write_changed(
     source: Checkpoint,
     out: Path,
     overwrite: bool,
-    changes: dict[str, Callable[[Tensor], Tensor]],
+    changes: Mapping[str, Callable[[Tensor], Tensor]],
     axes: dict[str, int],
     whole: dict[str, Checkpoint],
     monitor: Monitor,
@@ -426,4 +429,4 @@ def _write(
             return write_additions(source, folder, changes, axes, whole=whole, progress=advance)
 
 
-__all__ = ["Repaired", "fit_readers", "repair"]
+__all__ = ["Repaired", "fit_readers", "repair", "stream_length", "with_additions", "worth_of", "write_changed"]

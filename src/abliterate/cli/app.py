@@ -53,6 +53,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "lab": looking.lab,
     "show": looking.show,
     "report": looking.report,
+    "audit": looking.audit,
+    "harden": editing.harden,
     "undo": editing.undo,
     "repair": editing.repair,
 }

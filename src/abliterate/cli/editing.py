@@ -28,6 +28,7 @@ from abliterate.config import (
     EvalSettings,
     FileSettings,
     FindSettings,
+    HardenSettings,
     ModelSettings,
     OutputSettings,
     PromptSettings,
@@ -356,3 +357,39 @@ def repair(
         typer.echo(json.dumps(repaired_as_dict(done), indent=1))
     else:
         show_repaired(done, Console())
+
+
+@with_settings(HardenSettings, ModelSettings, PromptSettings, FindSettings, EvalSettings)
+def harden(
+    hardening: HardenSettings,
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the hardened model.", show_default=False)],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it holds a model.")] = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Spread a model's refusal over several directions, and measure what that is worth against ablation."""
+    from abliterate import hardening as making
+    from abliterate.cli.auditing import hardened_as_dict, show_hardened
+
+    done = making.harden(
+        model,
+        out,
+        hardening,
+        overwrite=overwrite,
+        loading=loading,
+        prompts=prompts,
+        finding=finding,
+        evaluating=evaluating,
+        monitor=monitor_for(quiet),
+    )
+    if as_json:
+        typer.echo(json.dumps(hardened_as_dict(done), indent=1))
+    else:
+        show_hardened(done, Console())

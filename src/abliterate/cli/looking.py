@@ -150,6 +150,38 @@ def inspect(
         raise typer.Exit(GateNotMet.exit_code)
 
 
+@with_settings(ModelSettings, PromptSettings, FindSettings, EvalSettings)
+def audit(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for record and report.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How brittle is this model's refusal: what is left of it as more is taken out, and what that costs."""
+    refuse_set("with audit", evaluating, "keep_completions", "no_control", "capability", "tasks", "task_limit")
+    refuse_set("with audit", finding, "subspace", "rank")
+    from abliterate import auditing
+    from abliterate.cli.auditing import show_audit
+
+    part, session = auditing.audit(
+        model, loading=loading, prompts=prompts, finding=finding, evaluating=evaluating, monitor=monitor_for(quiet)
+    )
+    if out is not None:
+        auditing.write_audit(part, session, out)
+    if as_json:
+        typer.echo(part.model_dump_json(indent=1))
+    else:
+        show_audit(part, Console())
+
+
 @with_settings(ModelSettings, PromptSettings, EvalSettings)
 def compare(
     loading: ModelSettings,

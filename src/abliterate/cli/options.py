@@ -30,6 +30,7 @@ _PANELS = {
     "EditSettings": "The edit",
     "EvalSettings": "Measuring behaviour",
     "InspectSettings": "Inspecting",
+    "HardenSettings": "Hardening",
     "EngineSettings": "Another engine",
     "OutputSettings": "Output",
 }

@@ -78,8 +78,9 @@ class Changed:
 class Difference:
     """What tells a checkpoint from its base.
 
-    `directions` [k, d] are common to the changes of the writers, `per_layer` [n, d] the own ones of `writers` where
-    they differ. `left` holds, by tensor, orthonormal rows along which an ablated writer changed. `others` are tensors that are no writers and differ, by ‖Δ‖ / ‖W‖; `missing` and `added` are by name.
+    `directions` [k, d] are common to the changes of the writers; where they differ, with `per_layer`, there is one for
+    each of `writers`. `left` holds, by tensor, orthonormal rows along which an ablated writer changed. `others` are
+    tensors that are no writers and differ, by ‖Δ‖ / ‖W‖; `missing` and `added` are by name.
     """
 
     verdict: Verdict
@@ -259,7 +260,8 @@ def _common(seen: Sequence[_Seen], levelled: bool) -> Float[Tensor, "k d"]:
     if not seen:
         return torch.zeros(0, 0)
     _, _, right = torch.linalg.svd(torch.cat([_own(one, levelled, weigh=True) for one in seen]), full_matrices=False)
-    return right[:_MOST].contiguous()
+    rows: Tensor = right[:_MOST]
+    return rows.contiguous()
 
 
 def _own(one: _Seen, levelled: bool, *, weigh: bool = False) -> Float[Tensor, "k d"]:

@@ -55,9 +55,10 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """How much a unit writes along the recovered direction: `share` (1 is an average direction), `strength` ≈ 1 − √share.
+    """How much a unit writes along the recovered direction.
 
-    `direction` is the row of `Trace.directions` that it was measured along.
+    `share` is 1 for an average direction, `strength` ≈ 1 − √share, and `direction` the row of `Trace.directions` that
+    it was measured along.
     """
 
     block: int | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from abliterate.record import InspectionPart
+from abliterate.record import AuditPart, InspectionPart
 
 _KINDS = {
     "identical": "No number differs.",
@@ -52,8 +52,32 @@ def explained(part: InspectionPart) -> Iterator[str]:
     if part.harm_known is not None:
         told = "still tells" if part.harm_known > 0.9 else "hardly tells"
         yield (
-            f"Inside, the model {told} harmful from harmless prompts apart (best AUROC of a layer {part.harm_known:.3f})."
+            f"Inside, the model {told} harmful from harmless prompts apart (best AUROC of a layer "
+            f"{part.harm_known:.3f})."
         )
 
 
-__all__ = ["explained", "headline"]
+def audited(part: AuditPart) -> Iterator[str]:
+    """An audit in sentences."""
+    base = part.base
+    yield f"Refuses {base.refusals} of {base.n} harmful prompts; the direction is from layer {part.layer}."
+    whole = next((row for row in part.rows if row.family == "strength" and row.name == "1"), None)
+    if whole is not None:
+        yield (
+            f"One direction taken out of every writer leaves {whole.refused.refusals} of {whole.refused.n}"
+            + (f" at a KL of {whole.kl.value:.3f} nats." if whole.kl.value is not None else ".")
+        )
+    if part.halving_strength is not None:
+        yield f"Refusals halve at a strength of {part.halving_strength:.2f}."
+    if part.halving_kl is not None:
+        yield f"The gentlest edit that halves refusals costs {part.halving_kl:.3f} nats of KL."
+    else:
+        yield "No edit that was tried halves refusals."
+    if part.directions_needed is not None:
+        number = "one direction is" if part.directions_needed == 1 else f"{part.directions_needed} directions are"
+        yield f"To leave at most 10 %, {number} enough."
+    else:
+        yield "As many directions as were tried leave more than 10 %."
+
+
+__all__ = ["audited", "explained", "headline"]

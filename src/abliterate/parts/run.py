@@ -21,6 +21,7 @@ from abliterate.card import write_card
 from abliterate.checkpoint import open_checkpoint, sha256
 from abliterate.config import EditSettings, OutputSettings, RunSettings
 from abliterate.directions import Direction
+from abliterate.errors import UsageError
 from abliterate.models import ModelFiles
 from abliterate.parts.search import search_part
 from abliterate.plan import Plan
@@ -267,6 +268,17 @@ def write_told(record: rec.Record, folder: Path) -> None:
     """Write the record and the report; what only measures leaves no more."""
     write_report(record, folder)
     rec.write_record(record, folder)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for results that are not a model; it may be there.
+
+    Raises `UsageError` when it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {folder}: expected a folder, found {error.strerror}") from error
 
 
 def now() -> str:
