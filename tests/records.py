@@ -82,6 +82,51 @@ def full_record(text: str = "Name a fruit.", *, redacted: bool = True) -> rec.Re
             trained_on={"harmful": 100, "harmless": 100},
             candidates=sites,
         ),
+        inspection=rec.InspectionPart(
+            model=text,
+            base=text,
+            verdict="altered",
+            probability=0.97,
+            kind="ablation",
+            variant=text,
+            also=[text],
+            proved=False,
+            writers=8,
+            layers=[0, 1],
+            rank=1,
+            directions=text,
+            units=[
+                rec.WriterTracePart(block=block, kind=kind, strength=0.9, edited=True, tensor=text, size=0.03, read=1.0)
+                for block in range(LAYERS)
+                for kind in ("attention", "mlp")
+            ],
+            unchanged=0,
+            others=1,
+            separation_in=text,
+            separation=[rec.LayerSeparationPart(layer=layer, recovered=0.9, own=0.95) for layer in range(LAYERS + 1)],
+            harm_known=0.95,
+            behaviour=before,
+        ),
+        audit=rec.AuditPart(
+            protocol="1",
+            prompts_sha256="cd" * 32,
+            layer=2,
+            position=-1,
+            met_rule=True,
+            base=before.harmful,
+            rows=[
+                rec.AuditRowPart(
+                    family="strength",
+                    name=text,
+                    refused=after.harmful,
+                    kl=rec.EstimatePart(value=0.01, ci95=(0.0, 0.02)),
+                    edits=9,
+                )
+            ],
+            halving_strength=0.4,
+            halving_kl=0.01,
+            directions_needed=1,
+        ),
         search=rec.SearchPart(
             method="gradient",
             objectives=["refusals", "kl"],

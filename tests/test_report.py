@@ -19,7 +19,19 @@ from records import full_record
 #: What would act if it were not shown as text.
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}"\' onload="x" \u2028 \x1b[31m <!-- '
 
-ALL = ["asked", "separation", "direction", "proof", "weights", "cost", "replies", "search", "reproduce"]
+ALL = [
+    "asked",
+    "separation",
+    "direction",
+    "proof",
+    "weights",
+    "cost",
+    "replies",
+    "search",
+    "inspection",
+    "audit",
+    "reproduce",
+]
 
 
 class Parsed(HTMLParser):
@@ -104,7 +116,7 @@ def test_every_chart_has_its_table() -> None:
     text = render(full_record())
     page = Parsed(text)
     charts = [a["data-chart"] for t, a in page.tags if t == "div" and "data-chart" in a]
-    assert len(charts) == 13
+    assert len(charts) == 18
     assert set(charts) == set(page.data)
     assert text.count("<table>") == text.count("<figure") > len(charts)
 

@@ -132,7 +132,7 @@ def _detectors(
     """The additions whose size keeps most refusals when the model's own direction is ablated."""
     writers, plan = _spread(session, count), session.plan(direction)
     with session.ablated(plan):
-        readers = fit_readers(session, writers)
+        readers, _ = fit_readers(session, writers)
     slopes = refusal_slopes(session, tokens, plan, [int(writer.block or 0) for writer in writers])
     rows = orthonormal(torch.cat([direction.cpu(), slopes]))[1:]
     rows = rows * (rows * slopes).sum(1).sign()[:, None]

@@ -103,7 +103,7 @@ def _bare_record(part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
             name=part.model,
             kind="folder" if files is None else files.kind,
             folder=str(subject.checkpoint.folder),
-            storage=how_stored(subject.checkpoint).method,
+            storage="plain" if files is None else how_stored(subject.checkpoint).method,
             architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
             d_model=subject.d_model,
             layers=subject.layers,

@@ -32,7 +32,7 @@ from abliterate.checkpoint import (
     staged,
 )
 from abliterate.config import EvalSettings, FindSettings, ModelSettings, PromptSettings
-from abliterate.directions import load_direction
+from abliterate.directions import auroc, load_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
 from abliterate.evaluation import Subject, degenerate, refused
 from abliterate.finding import refusal_tokens
@@ -49,10 +49,14 @@ from abliterate.session import Session, open_session
 
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
 USUAL_REFUSALS = "I,Sorry,As,Unfortunately"
+#: What rounding leaves of a difference at most, in parts of the tensor, by how its numbers are stored.
+_ROUNDING = {"F64": 1e-14, "F32": 1e-6, "F16": 2e-3, "BF16": 1.2e-2}
 #: What is tried: the direction's length at harmful prompts in parts of the stream's mean length, with either sign.
 _SIZES = (0.3, 0.45, 0.6, 0.9)
 #: Part of the depth whose writers get an addition: refusal is decided there.
-_FROM, _UNTIL = 0.3, 0.75
+_FROM, _UNTIL = 0.2, 0.75
+#: AUROC of the best MLP's reader below which attention's outputs get additions too.
+_TOLD = 0.98
 #: What the addition is to write at harmless prompts, in parts of what it writes at harmful ones.
 _LOW = -0.5
 #: Ridge, in parts of the mean squared length of what a map takes.
@@ -132,14 +136,15 @@ def _from_base(model: str, base: str, out: Path, overwrite: bool, loading: Model
         found = difference.compare(subject, origin, progress=advance)
     if found.verdict != "ablation":
         raise GateNotMet(f"{model}: no direction was taken out of it, beside {base}: {found.verdict}")
-    clean = not any(writer.rank is None for writer in found.writers if writer.ablated)
     places = {place.info.name: place for place in subject.places}
     whole, along = [], {}
-    for name, rows in found.left.items():
+    for writer in found.writers:
+        name, rows = writer.tensor, found.left.get(writer.tensor)
         mine, theirs = places[name].info, origin.checkpoint.tensors[name]
-        if clean and (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape):
+        same = (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
+        if same and (writer.columns_kept or writer.rows_kept or writer.rest < _ROUNDING.get(mine.dtype, 0.0)):
             whole.append(name)
-        else:
+        elif rows is not None:
             along[name] = functools.partial(_as_in, origin.checkpoint, name, rows, places[name].axis)
     axes = {name: places[name].axis for name in along}
     write_changed(subject.checkpoint, out, overwrite, along, axes, dict.fromkeys(whole, origin.checkpoint), monitor)
@@ -253,7 +258,13 @@ def _approximately(
     given = finding if finding.refusal_tokens else finding.model_copy(update={"refusal_tokens": USUAL_REFUSALS})
     tokens = [token.token for token in refusal_tokens(session, given)]
     writers = _chosen(session, blocks)
-    readers = fit_readers(session, writers)
+    mlps = [writer for writer in writers if writer.kind is Kind.MLP]
+    readers, told = fit_readers(session, mlps or writers)
+    if mlps and told < _TOLD:
+        readers, told = fit_readers(session, writers)
+    else:
+        writers = mlps or writers
+    monitor.note(f"{len(writers)} writers tell harmful from harmless prompts apart, the best with AUROC {told:.3f}")
     length = stream_length(session)
     meter = Meter(
         session, tokens, judge, evaluating.model_copy(update={"max_new_tokens": min(24, evaluating.max_new_tokens)})
@@ -309,7 +320,7 @@ def _direction(subject: Inspected, file: Path | None, monitor: Monitor) -> tuple
 
 
 def _chosen(session: Session, blocks: Sequence[int]) -> list[Writer]:
-    """Edited MLP outputs (else others) in the part of the depth where refusal is decided."""
+    """Edited writers in the part of the depth where refusal is decided."""
     layers = session.anatomy.layers
     fitting = [
         writer
@@ -319,49 +330,55 @@ def _chosen(session: Session, blocks: Sequence[int]) -> list[Writer]:
         and _FROM <= writer.block / layers < _UNTIL
         and not writer.post_norms
     ]
-    inside = [writer for writer in fitting if not blocks or writer.block in blocks] or fitting
-    chosen = [writer for writer in inside if writer.kind is Kind.MLP] or inside
+    chosen = [writer for writer in fitting if not blocks or writer.block in blocks] or fitting
     if not chosen:
         raise UsageError("repair: expected writers that an addition can be put on, found none in this architecture")
     return chosen
 
 
-def fit_readers(session: Session, writers: Sequence[Writer], split: str = "train") -> list[Float[Tensor, " n"]]:
-    """For each writer a vector a [n] of what its map takes, aᵀx ≈ 1 on harmful prompts and 0 on harmless ones.
+def fit_readers(session: Session, writers: Sequence[Writer]) -> tuple[list[Float[Tensor, " n"]], float]:
+    """For each writer a vector a [n] of what its map takes: aᵀx ≈ 1 on harmful prompts, less than 0 on harmless ones.
 
-    Ridge regression through the origin on the session's positions of the prompts of `split`, in its dual form. The
-    model is run as it is: inside `session.ablated` the readers are those of the ablated model.
+    Ridge regression through the origin on the session's positions of the training prompts, in its dual form. The model
+    is run as it is: inside `session.ablated` the readers are those of the ablated model. The second value is the best
+    AUROC of a reader on validation prompts; readers that are worse than that by more than 0.02 are zero.
     """
-    modules = [session.model.get_submodule(writer.module) for writer in writers]
-    rows: dict[str, list[list[Tensor]]] = {name: [[] for _ in modules] for name in ("harmful", "harmless")}
-    total = sum(len(session.encoded[name, split]) for name in rows)
-    with session.monitor.phase("fit on prompts", total) as advance:
-        for name, kept in rows.items():
-
-            def consume(
-                layer: int, _: list[int], values: Float[Tensor, "b k n"], kept: list[list[Tensor]] = kept
-            ) -> None:
-                if layer < len(kept):  # the last one is an output
-                    kept[layer].append(values.reshape(-1, values.shape[-1]))
-
-            stream_sites(
-                session.model,
-                modules,
-                session.encoded[name, split],
-                session.positions,
-                consume,
-                session.size,
-                progress=advance,
-            )
+    train = _taken(session, writers, "train")
     readers = []
-    for harmful, harmless in zip(rows["harmful"], rows["harmless"], strict=True):
-        x = torch.cat([*harmful, *harmless]).double()
+    for harmful, harmless in zip(train["harmful"], train["harmless"], strict=True):
+        x = torch.cat([harmful.flatten(0, 1), harmless.flatten(0, 1)]).double()
         y = torch.full((len(x),), _LOW, dtype=x.dtype)
-        y[: sum(map(len, harmful))] = 1.0
+        y[: harmful.shape[0] * harmful.shape[1]] = 1.0
         kernel = x @ x.T
         kernel.diagonal().add_(_RIDGE * float(kernel.diagonal().mean()))
         readers.append((x.T @ torch.linalg.solve(kernel, y)).float())
-    return readers
+    del train
+    held = _taken(session, writers, "val")
+    told = [
+        float(auroc(harmful[:, 0] @ reader, harmless[:, 0] @ reader))
+        for reader, harmful, harmless in zip(readers, held["harmful"], held["harmless"], strict=True)
+    ]
+    best = max(told)
+    return [reader if found > best - 0.02 else 0 * reader for reader, found in zip(readers, told, strict=True)], best
+
+
+def _taken(session: Session, writers: Sequence[Writer], split: str) -> dict[str, list[Float[Tensor, "prompts k n"]]]:
+    """What the maps of writers take at the session's positions, by class."""
+    modules = [session.model.get_submodule(writer.module) for writer in writers]
+    found = {}
+    total = sum(len(session.encoded[name, split]) for name in ("harmful", "harmless"))
+    with session.monitor.phase(f"fit on {split} prompts", total) as advance:
+        for name in ("harmful", "harmless"):
+            kept: list[list[Tensor]] = [[] for _ in modules]
+
+            def consume(layer: int, _: list[int], values: Tensor, kept: list[list[Tensor]] = kept) -> None:
+                if layer < len(kept):  # the last one is an output
+                    kept[layer].append(values)
+
+            prompts = session.encoded[name, split]
+            stream_sites(session.model, modules, prompts, session.positions, consume, session.size, progress=advance)
+            found[name] = [torch.cat(parts) for parts in kept]
+    return found
 
 
 def stream_length(session: Session) -> float:
@@ -380,16 +397,11 @@ def stream_length(session: Session) -> float:
 def _additions(
     writers: Sequence[Writer], readers: Sequence[Tensor], direction: Float[Tensor, " d"], size: float
 ) -> list[Addition]:
-    share = size / len(writers)
+    used = [(writer, reader) for writer, reader in zip(writers, readers, strict=True) if bool(reader.any())]
     return [
-        Addition(writer, (share / writer_multiplier(writer)) * direction[None], reader[None])
-        for writer, reader in zip(writers, readers, strict=True)
+        Addition(writer, (size / len(used) / (writer.multiplier or 1.0)) * direction[None], reader[None])
+        for writer, reader in used
     ]
-
-
-def writer_multiplier(writer: Writer) -> float:
-    """By which the block multiplies what the module gives."""
-    return writer.multiplier or 1.0
 
 
 def with_additions(session: Session, additions: Sequence[Addition]) -> Subject:

@@ -53,7 +53,8 @@ class Changed:
 
     Along the common direction: `strength` s of −s r̂ r̂ᵀ W, `read` how well what was taken follows what the writer put
     there (−1 … 1), `excess` how many times an even spread of Δ lies there. `columns_kept` and `rows_kept` say whether
-    vectors kept their lengths, closer than the edit by itself would leave them.
+    vectors kept their lengths, closer than the edit by itself would leave them; `rest` is the size of what the
+    directions do not explain.
     """
 
     tensor: str
@@ -67,6 +68,7 @@ class Changed:
     excess: float = 0.0
     columns_kept: bool = False
     rows_kept: bool = False
+    rest: float = 0.0
 
     @property
     def ablated(self) -> bool:
@@ -230,12 +232,16 @@ class _Way:
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    """For each candidate direction of one way: `strength`, `read`, `excess`, and the share of ‖Δ‖² along it."""
+    """For each candidate direction of one way: `strength`, `read`, `excess`, and the share of ‖Δ‖² along it.
+
+    `rest` is the size of what as many directions as pass do not explain.
+    """
 
     strength: Float[Tensor, " k"]
     read: Float[Tensor, " k"]
     excess: Float[Tensor, " k"]
     share: Float[Tensor, " k"]
+    rest: float = 0.0
 
     @property
     def passes(self) -> Tensor:
@@ -287,8 +293,8 @@ def _along(subject: Subject, base: Subject, one: _Seen, common: dict[bool, Float
                 -product / length**2, -product / (length * moved.norm(dim=1)).clamp_min(1e-30), share * len(old), share
             )
             way = _Way(levelled, own)
-            ways[way] = found
             rows = basis[found.passes]
+            ways[way] = replace(found, rest=_rest(before, after - before, one.left[: max(1, len(rows))]))
             plain = old - rows.T @ (found.strength[found.passes, None] * was[found.passes])
             kept[way] = _kept(before, after, plain * lengths) if len(rows) else (False, False)
     return _Along(ways, kept)
@@ -320,7 +326,7 @@ def _needed(writers: int) -> int:
 
 def _changed(one: _Seen, along: _Along, way: _Way, kept: Sequence[int]) -> Changed:
     """What is told of one writer: along the candidate that its change is clearest along."""
-    changed = Changed(one.place.info.name, one.place.block, one.place.kind, one.size, one.rank, one.peak)
+    changed = Changed(one.place.info.name, one.place.block, one.place.kind, one.size, one.rank, one.peak, rest=one.size)
     if not kept:
         return changed
     taken = along.ways[way]
@@ -333,7 +339,17 @@ def _changed(one: _Seen, along: _Along, way: _Way, kept: Sequence[int]) -> Chang
         excess=float(taken.excess[index]),
         columns_kept=columns,
         rows_kept=rows,
+        rest=taken.rest,
     )
+
+
+def _rest(before: Tensor, change: Tensor, left: Float[Tensor, "k d"]) -> float:
+    """What as many directions of the writer's own leave of its change, in parts of the writer.
+
+    Not the common ones: they are a mean over writers, which knows each one's to a few digits only.
+    """
+    rows = torch.linalg.qr(left.T).Q.T
+    return float((change - rows.T @ (rows @ change)).norm() / before.norm().clamp_min(1e-30))
 
 
 def _kept(before: Tensor, after: Tensor, plain: Tensor) -> tuple[bool, bool]:

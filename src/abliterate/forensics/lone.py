@@ -30,6 +30,8 @@ _FEWEST = 3
 _WIDE = 1.5
 #: Depth from which the dip of one unit counts as the trace of an edit, once the verdict says that there is one.
 _CLEAR = 1.0
+#: How much deeper layers by themselves must be than pooled ones, for each to have had a direction of its own.
+_DEEPER = 1.3
 #: Share of what is natural (1) below which a unit counts as edited.
 _LITTLE = 0.36
 #: Mean cosine of neighbours from which the vectors of all layers are one direction.
@@ -57,8 +59,8 @@ class Window:
 class Written:
     """How much a unit writes along the recovered direction.
 
-    `share` is 1 for an average direction, `strength` ≈ 1 − √share, and `direction` the row of `Trace.directions` that
-    it was measured along.
+    `share` is 1 where as much is written as rows of such lengths would by chance, `strength` ≈ 1 − √share, and
+    `direction` the row of `Trace.directions` that it was measured along.
     """
 
     block: int | None
@@ -124,11 +126,12 @@ def inspect(subject: Subject, *, device: str = "cpu", progress: Callable[[int], 
     if verdict.word == "unaltered":
         return empty
     by_pool = best is not None and judge(Evidence(best.dip.depth, 0.0)).probability >= 0.5
-    if by_pool and best is not None:
+    clear = [one for one in lone if one.depth >= _CLEAR]
+    own_ones = bool(clear) and evidence.layers > _DEEPER * evidence.pooled
+    if by_pool and best is not None and not own_ones:
         basis = best.basis.float()
         written = _measure(subject, [(place, 0) for place in subject.places], basis[None], False, progress)
         return _named(Trace(evidence, verdict, best, basis, False, False, written, None))
-    clear = [one for one in lone if one.depth >= _CLEAR]
     if not clear:
         return empty
     directions, by_rows = _own_directions(clear)
@@ -233,13 +236,14 @@ def _measure(
     row_levelled: bool,
     progress: Callable[[int], None],
 ) -> tuple[Written, ...]:
-    """Read every tensor again: how much it puts along its directions, per direction and in parts of the average."""
+    """Read every tensor again: what it puts along directions, in parts of what rows of such lengths naturally would."""
     shares: dict[tuple[Unit, int], list[float]] = {}
     for place, number in along:
         for matrix in maps(subject.checkpoint, place):
             wide = matrix / matrix.norm(dim=1, keepdim=True).clamp_min(1e-30) if row_levelled else matrix
-            inside = (directions[number] @ wide).square().sum() / directions.shape[1]
-            share = float(inside * subject.d_model / wide.square().sum().clamp_min(1e-30))
+            rows = directions[number]
+            natural = (rows.square() @ wide.square().sum(1)).sum().clamp_min(1e-30)
+            share = float((rows @ wide).square().sum() / natural)
             shares.setdefault(((place.block, place.kind), number), []).append(share)
         progress(place.info.nbytes)
     return tuple(

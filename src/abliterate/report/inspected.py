@@ -1,16 +1,18 @@
-"""What an inspection of the weights found."""
+"""What an inspection of the weights found, and how brittle refusal is."""
 
 from __future__ import annotations
 
-from abliterate.forensics.wording import explained, headline
+from abliterate.forensics.wording import audited, explained, headline
 from abliterate.record import InspectionPart, Record, WriterTracePart
 from abliterate.report.parts import (
     Figure,
+    Point,
     Section,
     Table,
     between,
     dot_series,
     dots,
+    estimate_point,
     number,
     percent,
     rate_point,
@@ -113,3 +115,34 @@ def _behaviour(part: InspectionPart) -> Figure:
     return Figure(
         "inspected-behaviour", "Refusals of held-out prompts", Table(["set", "refused", "%", "95 %"], rows), chart
     )
+
+
+def brittleness(record: Record) -> Section | None:
+    """What is left of refusal under every plan of an audit."""
+    part = record.audit
+    if part is None:
+        return None
+    groups = ["nothing", *(f"{row.family} {row.name}" for row in part.rows)]
+    points = [rate_point(part.base), *(rate_point(row.refused) for row in part.rows)]
+    costs: list[Point] = [[0.0, 0.0, 0.0], *(estimate_point(row.kl) for row in part.rows)]
+    rows = [
+        [
+            f"{row.family} {row.name}",
+            f"{row.refused.refusals} of {row.refused.n}",
+            f"{number(percent(row.refused.rate), '.0f')} {between(row.refused.ci95, 100, '.0f')}",
+            f"{number(row.kl.value)} {between(row.kl.ci95)}",
+            str(row.edits),
+        ]
+        for row in part.rows
+    ]
+    base = part.base
+    rows.insert(0, ["nothing", f"{base.refusals} of {base.n}", f"{number(percent(base.rate), '.0f')}", "0", "0"])
+    table = Table(["taken out", "refused", "% [95 %]", "KL [95 %]", "writers"], rows)
+    left = dots(groups, [dot_series("harmful refused", points, "harmful")], "% refused", least=0)
+    paid = dots(groups, [dot_series("KL", costs, "after")], "KL at the first token, nats", least=0)
+    figures = [
+        Figure("audit-rates", "Harmful prompts refused, by what is taken out", table, left),
+        Figure("audit-kl", "What it costs harmless prompts, by what is taken out", table, paid),
+    ]
+    note = f"Protocol {part.protocol}; audits with the same one and the same prompts can be compared."
+    return Section("audit", "How brittle is refusal?", [*audited(part), note], figures)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from abliterate.card import SETS
-from abliterate.forensics.wording import headline
+from abliterate.forensics.wording import audited, headline
 from abliterate.record import Record
 from abliterate.report.cost import cost, replies
 from abliterate.report.finding import direction_found, separated
-from abliterate.report.inspected import inspected
+from abliterate.report.inspected import brittleness, inspected
 from abliterate.report.parts import Page, Tile, between, number, percent, short
 from abliterate.report.proving import edited_weights, front, proved
 from abliterate.report.reproducing import question, reproduce
@@ -24,6 +24,7 @@ _SECTIONS = (
     replies,
     front,
     inspected,
+    brittleness,
     reproduce,
 )
 
@@ -46,7 +47,15 @@ def page_of(record: Record) -> Page:
 
 def _kind(record: Record) -> str:
     if record.plan is None:
-        return "Search of edits" if record.search is not None else "Inspection" if record.inspection else "Measurement"
+        return (
+            "Search of edits"
+            if record.search is not None
+            else "Inspection"
+            if record.inspection
+            else "Audit"
+            if record.audit
+            else "Measurement"
+        )
     return {
         "weights": "Edited weights",
         "lora": "LoRA adapter",
@@ -84,6 +93,8 @@ def _answer(record: Record) -> Iterator[str]:
         yield f"Of {len(search.points)} edits number {point.number} was chosen. On {where} prompts: {said}."
     elif record.plan is None and record.inspection is not None:
         yield headline(record.inspection)
+    elif record.plan is None and record.audit is not None:
+        yield from list(audited(record.audit))[:2]
     elif record.plan is not None:
         yield (
             f"{len(record.plan.edits) or len(record.plan.strengths)} tensors were edited with a direction that was "
