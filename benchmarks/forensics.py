@@ -16,6 +16,7 @@ import argparse
 import json
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from abliterate.forensics import verdict
 from abliterate.forensics.difference import compare
 from abliterate.forensics.lone import inspect
 from abliterate.forensics.reading import open_subject
+from abliterate.statistics import wilson
 
 CALIBRATION = Path(verdict.__file__).with_name("calibration.json")
 Weights = dict[str, Tensor]
@@ -306,6 +308,90 @@ def probability(fit: dict[str, float], c: dict[str, Any]) -> float:
 
 def auc(positive: list[float], negative: list[float]) -> float:
     return float(np.mean([[(p > n) + 0.5 * (p == n) for n in negative] for p in positive]))
+
+
+def report(lone: Path, differences: Path) -> None:
+    """Fit, judge each base with coefficients from the others, print tables, write the calibration."""
+    cases, compared = read(lone), read(differences)
+    bases = sorted({c["base"] for c in cases})
+    chances: dict[int, float] = {}
+    for held in bases:
+        fit = fitted([c for c in cases if c["base"] != held])
+        chances |= {id(c): probability(fit, c) for c in cases if c["base"] == held}
+    null = [c for c in cases if c["strength"] == 0]
+    mistaken = sum(chances[id(c)] >= verdict.ALTERED for c in null)
+    print(f"{len(cases)} lone files of {len(bases)} models; each judged with coefficients from the others.\n")
+    print(f"False positives: {mistaken} of {len(null)} {interval(mistaken, len(null))}; ", end="")
+    doubtful = sum(verdict.UNALTERED < chances[id(c)] < verdict.ALTERED for c in null)
+    print(f"called inconclusive: {doubtful}.\n")
+    strengths = sorted({c["strength"] for c in cases if c["strength"] > 0}, reverse=True)
+    print("| edit | " + " | ".join(f"{s:g}" for s in strengths) + " | AUC at 0.6 and above |")
+    print("| --- |" + " --- |" * (len(strengths) + 1))
+    for name in dict.fromkeys(c["name"] for c in cases if c["strength"] > 0):
+        cells = []
+        for strength in strengths:
+            own = [c for c in cases if c["name"] == name and c["strength"] == strength]
+            cells.append(f"{sum(chances[id(c)] >= verdict.ALTERED for c in own)}/{len(own)}")
+        strong = [chances[id(c)] for c in cases if c["name"] == name and c["strength"] >= 0.6]
+        print(f"| {name} | " + " | ".join(cells) + f" | {auc(strong, [chances[id(c)] for c in null]):.3f} |")
+    by_format(cases, chances)
+    curve(cases, chances)
+    fit = fitted(cases)
+    edited = [c for c in compared if c["strength"] > 0]
+    others = [c for c in compared if c["strength"] == 0]
+    counts = {
+        "edited": len(edited),
+        "found": sum(c["kind"] == "ablation" for c in edited),
+        "others": len(others),
+        "mistaken": sum(c["kind"] == "ablation" for c in others),
+    }
+    print(f"\nBeside the base: {counts['found']} of {counts['edited']} edits found; {counts['mistaken']} of ", end="")
+    print(f"{counts['others']} other changes taken for one.\n")
+    beside_table(compared)
+    origin = {"models": len(bases), "nulls": len(null), "edits": len(cases) - len(null)}
+    content = {"coefficients": fit, "fitted_on": origin, "difference": counts}
+    CALIBRATION.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def interval(k: int, n: int) -> str:
+    low, high = wilson(k, n)
+    return f"(95 %: {low:.1%} to {high:.1%})"
+
+
+def by_format(cases: list[dict[str, Any]], chances: dict[int, float]) -> None:
+    """The same by how weights are stored, at the strengths that all formats were tried at."""
+    formats = list(dict.fromkeys(c["stored"] for c in cases))
+    print("\n| stored as | nulls called altered | edits of 1.0 | of 0.8 | of 0.6 |\n| --- | --- | --- | --- | --- |")
+    for stored in formats:
+        cells = []
+        for strength in (0.0, 1.0, 0.8, 0.6):
+            own = [c for c in cases if c["stored"] == stored and c["strength"] == strength]
+            cells.append(f"{sum(chances[id(c)] >= verdict.ALTERED for c in own)}/{len(own)}")
+        print(f"| {stored} | " + " | ".join(cells) + " |")
+
+
+def curve(cases: list[dict[str, Any]], chances: dict[int, float]) -> None:
+    """Share of edits found when so many null models are called altered, by strength."""
+    null = sorted((chances[id(c)] for c in cases if c["strength"] == 0), reverse=True)
+    strengths = sorted({c["strength"] for c in cases if c["strength"] > 0}, reverse=True)
+    print("\n| false positives at most | " + " | ".join(f"{s:g}" for s in strengths) + " |")
+    print("| --- |" + " --- |" * len(strengths))
+    for rate in (0.0, 0.05, 0.1, 0.25):
+        bar = null[int(rate * len(null))]
+        cells = []
+        for strength in strengths:
+            own = [chances[id(c)] for c in cases if c["strength"] == strength]
+            cells.append(f"{sum(chance > bar for chance in own) / len(own):.0%}")
+        print(f"| {rate:.0%} | " + " | ".join(cells) + " |")
+
+
+def beside_table(compared: list[dict[str, Any]]) -> None:
+    """What a comparison called each change."""
+    print("| what was done | stored as | called |\n| --- | --- | --- |")
+    keys = dict.fromkeys((c["name"], c["stored"]) for c in compared)
+    for name, stored in keys:
+        called = Counter(c["kind"] for c in compared if (c["name"], c["stored"]) == (name, stored))
+        print(f"| {name} | {stored} | " + ", ".join(f"{kind} {count}" for kind, count in called.most_common()) + " |")
 
 
 def main() -> None:

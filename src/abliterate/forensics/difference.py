@@ -35,8 +35,9 @@ _CLOSER = 0.01
 _ANOTHER = 0.7
 #: Correlation of what was taken along the direction with what the writer put there, from which it is an ablation.
 _READ = 0.7
-#: Times an even spread that the change along the direction exceeds.
-_EXCESS = 8.0
+#: Times an even spread that the change along a direction exceeds: a common one, and one of the writer's own, which was
+#: taken because most of the change lies there.
+_EXCESS, _OWN_EXCESS = 8.0, 20.0
 #: Share of the changed writers that are ablated, from which the difference is called an ablation.
 _ENOUGH = 0.2
 #: Peak below which a change is spread over the whole spectrum.
@@ -54,7 +55,7 @@ class Changed:
     Along the common direction: `strength` s of −s r̂ r̂ᵀ W, `read` how well what was taken follows what the writer put
     there (−1 … 1), `excess` how many times an even spread of Δ lies there. `columns_kept` and `rows_kept` say whether
     vectors kept their lengths, closer than the edit by itself would leave them; `rest` is the size of what the
-    directions do not explain.
+    directions do not explain. `ablated` says whether the change along the direction is a projection.
     """
 
     tensor: str
@@ -69,11 +70,7 @@ class Changed:
     columns_kept: bool = False
     rows_kept: bool = False
     rest: float = 0.0
-
-    @property
-    def ablated(self) -> bool:
-        """Whether the change along the common direction is a projection."""
-        return abs(self.read) >= _READ and self.excess >= _EXCESS
+    ablated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,19 +231,20 @@ class _Way:
 class _Taken:
     """For each candidate direction of one way: `strength`, `read`, `excess`, and the share of ‖Δ‖² along it.
 
-    `rest` is the size of what as many directions as pass do not explain.
+    A candidate passes from an excess of `least` on. `rest` is the size of what as many directions as pass do not explain.
     """
 
     strength: Float[Tensor, " k"]
     read: Float[Tensor, " k"]
     excess: Float[Tensor, " k"]
     share: Float[Tensor, " k"]
+    least: float
     rest: float = 0.0
 
     @property
     def passes(self) -> Tensor:
         """Which of them the change is a projection along."""
-        return (self.read.abs() >= _READ) & (self.excess >= _EXCESS)
+        return (self.read.abs() >= _READ) & (self.excess >= self.least)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +288,11 @@ def _along(subject: Subject, base: Subject, one: _Seen, common: dict[bool, Float
             product, length = (was * moved).sum(1), was.norm(dim=1).clamp_min(1e-30)
             share = moved.square().sum(1) / max(energy, 1e-30)
             found = _Taken(
-                -product / length**2, -product / (length * moved.norm(dim=1)).clamp_min(1e-30), share * len(old), share
+                strength=-product / length**2,
+                read=-product / (length * moved.norm(dim=1)).clamp_min(1e-30),
+                excess=share * len(old),
+                share=share,
+                least=_OWN_EXCESS if own else _EXCESS,
             )
             way = _Way(levelled, own)
             rows = basis[found.passes]
@@ -337,6 +339,7 @@ def _changed(one: _Seen, along: _Along, way: _Way, kept: Sequence[int]) -> Chang
         strength=float(taken.strength[index]),
         read=float(taken.read[index]),
         excess=float(taken.excess[index]),
+        ablated=bool(taken.passes[index]),
         columns_kept=columns,
         rows_kept=rows,
         rest=taken.rest,
