@@ -200,7 +200,7 @@ def write_audit(part: rec.AuditPart, session: Session, folder: Path) -> Path:
             created=now(),
             versions=versions(),
             command=command(),
-            settings={},
+            settings={"loading": session.loading.model_dump(mode="json")},
             model=model_part(files, session.model, session.anatomy, dtype, device, hashes),
             prompts=prompts_part(session),
             anatomy=anatomy_part(session.anatomy),

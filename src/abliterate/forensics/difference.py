@@ -231,7 +231,8 @@ class _Way:
 class _Taken:
     """For each candidate direction of one way: `strength`, `read`, `excess`, and the share of ‖Δ‖² along it.
 
-    A candidate passes from an excess of `least` on. `rest` is the size of what as many directions as pass do not explain.
+    A candidate passes from an excess of `least` on. `rest` is the size of what as many directions as pass do not
+    explain.
     """
 
     strength: Float[Tensor, " k"]
