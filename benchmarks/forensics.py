@@ -80,14 +80,16 @@ def taken_out(weight: Tensor, basis: Tensor, strength: float) -> Tensor:
 
 def columns_kept(weight: Tensor, basis: Tensor, strength: float) -> Tensor:
     edited = taken_out(weight, basis, strength)
-    return edited * (weight.norm(dim=0) / edited.norm(dim=0).clamp_min(1e-12))
+    kept: Tensor = edited * (weight.norm(dim=0) / edited.norm(dim=0).clamp_min(1e-12))
+    return kept
 
 
 def rows_renormalised(weight: Tensor, basis: Tensor, strength: float) -> Tensor:
     """Rows brought to length 1, edited, brought back to their old length, as some tools do."""
     lengths = weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
     edited = taken_out(weight / lengths, basis, strength)
-    return edited / edited.norm(dim=1, keepdim=True).clamp_min(1e-12) * lengths
+    kept: Tensor = edited / edited.norm(dim=1, keepdim=True).clamp_min(1e-12) * lengths
+    return kept
 
 
 def edits(directions: Tensor, layers: int) -> Iterator[tuple[str, Callable[[float], Change], Tensor]]:
@@ -163,7 +165,8 @@ def lora(weight: Tensor, generator: torch.Generator, rank: int = 16) -> Tensor:
     change = torch.randn(weight.shape[0], rank, generator=generator) @ torch.randn(
         rank, weight.shape[1], generator=generator
     )
-    return change * (0.05 * weight.norm() / change.norm())
+    scaled: Tensor = change * (0.05 * weight.norm() / change.norm())
+    return scaled
 
 
 def fine_tuned(folder: Path, target: Path, rate: float, rank: int, steps: int = 40) -> Path:

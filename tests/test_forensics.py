@@ -37,7 +37,8 @@ def weights(seed: int = 0) -> Weights:
 
 
 def rows(count: int, seed: int = 9) -> Tensor:
-    return torch.linalg.qr(torch.randn(D, count, generator=torch.Generator().manual_seed(seed)))[0].T.contiguous()
+    columns: Tensor = torch.linalg.qr(torch.randn(D, count, generator=torch.Generator().manual_seed(seed)))[0]
+    return columns.T.contiguous()
 
 
 def out_of(matrix: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
@@ -47,12 +48,14 @@ def out_of(matrix: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
 def rows_renormalised(matrix: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
     lengths = matrix.norm(dim=1, keepdim=True)
     even = out_of(matrix / lengths, basis, strength)
-    return even / even.norm(dim=1, keepdim=True) * lengths
+    renormalised: Tensor = even / even.norm(dim=1, keepdim=True) * lengths
+    return renormalised
 
 
 def columns_kept(matrix: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor:
     edited = out_of(matrix, basis, strength)
-    return edited * (matrix.norm(dim=0) / edited.norm(dim=0))
+    kept: Tensor = edited * (matrix.norm(dim=0) / edited.norm(dim=0))
+    return kept
 
 
 def subject(folder: Path, found: Weights, *, name: str = "model", dtype: torch.dtype = torch.bfloat16) -> Subject:
@@ -124,7 +127,8 @@ def test_directions_of_their_own_are_found_layer_by_layer(by_rows: bool, tmp_pat
 
     def own(name: str) -> Tensor:
         turn = torch.tensor(0.2 * block_of(name))
-        return (turn.cos() * start + turn.sin() * end)[None]
+        turned: Tensor = (turn.cos() * start + turn.sin() * end)[None]
+        return turned
 
     how = rows_renormalised if by_rows else out_of
     trace = lone.inspect(subject(tmp_path, {name: how(m, own(name)) for name, m in weights().items()}))

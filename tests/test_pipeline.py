@@ -280,6 +280,7 @@ def test_record_says_what_was_measured_and_written(done: Record, out: Path, plan
     assert done.prompts is not None
     assert done.prompts.counts["harmful"] == {"train": 77, "val": 19, "test": 24}
     assert done.prompts.positions == POSITIONS
+    assert done.anatomy is not None
     assert done.anatomy.worst_closure < done.anatomy.tolerance
     assert [token.text for token in done.refusal_tokens] == ["I"]
     assert done.warnings == []

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import abliterate as ab
-from abliterate import pipeline
+from abliterate import inspecting, pipeline
+from abliterate.config import InspectSettings
 from abliterate.generation import complete
 from abliterate.judging import Tally, judge
 
@@ -110,3 +111,24 @@ def test_apply_without_loading_writes_the_same_weights(record: ab.Record, tmp_pa
     applied = pipeline.apply(str(GGUF), direction, ab.OutputSettings(out=out))
     assert applied.plan is not None
     assert (out / "model.safetensors").read_bytes() == (Path(record.output) / "model.safetensors").read_bytes()
+
+
+def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Path) -> None:
+    assert record.output is not None
+    beside, found = inspecting.inspect(record.output, InspectSettings(base=str(GGUF)))
+    assert beside.verdict == "altered"
+    assert beside.kind == "ablation"
+    assert beside.others == 0
+    assert found is not None
+    direction = tmp_path / "direction.safetensors"
+    ab.save_direction(
+        direction, ab.Direction(ab.load_direction(Path(record.output) / "direction.safetensors").basis, {})
+    )
+    pipeline.apply(str(GGUF), direction, ab.OutputSettings(out=tmp_path / "plain"))
+    alone, recovered = inspecting.inspect(str(tmp_path / "plain" / "model.safetensors"))
+    assert alone.verdict == "altered"
+    assert alone.variant == "one direction, at full strength"
+    assert recovered is not None
+    assert float((recovered.basis @ ab.load_direction(direction).basis[:1].T).norm()) > 0.999
+    original, _ = inspecting.inspect(str(GGUF))
+    assert original.verdict == "unaltered"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from abliterate import auditing, hardening, pipeline, repairing
 from abliterate.additions import Addition, adding
 from abliterate.cli.app import app
+from abliterate.cli.auditing import hardened_as_dict, show_audit, show_hardened
+from abliterate.cli.repairing import show_repaired
 from abliterate.config import EvalSettings, HardenSettings, ModelSettings, OutputSettings
 from abliterate.directions import Direction, save_direction
 from abliterate.errors import GateNotMet, UsageError
@@ -100,7 +105,7 @@ def test_an_adapter_is_taken_out_again(planted: Planted, tmp_path: Path) -> None
     linear = {name for name in pairs if name.endswith("lora_A.weight")}
     assert linear
     merged = load_file(planted.folder / "model.safetensors")
-    kept = {}
+    kept: dict[str, Tensor] = {}
     for name in linear:
         other = name.replace("lora_A", "lora_B")
         tensor = name.removeprefix("base_model.model.").replace(".lora_A", "")
@@ -133,6 +138,9 @@ def test_without_anything_refusals_come_back_approximately(
         evaluating=EvalSettings(max_new_tokens=6),
     )
     assert done.how == "approximation"
+    screen = Console(file=io.StringIO(), width=100)
+    show_repaired(done, screen)
+    assert screen.file.getvalue().startswith("Repaired approximately")  # type: ignore[attr-defined]
     assert "approximation" in done.note
     assert done.evaluation is not None
     assert done.evaluation.after is not None
@@ -199,8 +207,13 @@ def test_an_audit_finds_that_one_direction_is_enough(planted: Planted, tmp_path:
     assert part.halving_strength is not None
     assert 0 < part.halving_strength <= 1
     assert part.halving_kl == min(
-        row.kl.value for row in part.rows if row.family != "random direction" and (row.refused.rate or 0) <= 0.5
+        row.kl.value or 0.0 for row in part.rows if row.family != "random direction" and (row.refused.rate or 0) <= 0.5
     )
+    screen = Console(file=io.StringIO(), width=80)
+    show_audit(part, screen)
+    shown = screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "To leave at most 10 %, one direction is enough." in shown
+    assert sum("random direction" in line for line in shown.splitlines()) == 1
     auditing.write_audit(part, session, tmp_path / "out")
     assert read_record(tmp_path / "out").audit == part
     assert "How brittle is refusal?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
@@ -208,16 +221,18 @@ def test_an_audit_finds_that_one_direction_is_enough(planted: Planted, tmp_path:
 
 def test_a_model_that_can_only_refuse_one_way_is_not_hardened(planted: Planted, tmp_path: Path) -> None:
     """The planted head knows refusal as one direction: nothing orthogonal to it can make the model refuse."""
-    options = {
-        "loading": FLOAT32,
-        "prompts": prompt_settings(planted),
-        "evaluating": EvalSettings(max_new_tokens=6),
-    }
     with pytest.raises(GateNotMet, match="nothing written"):
-        hardening.harden(str(planted.folder), tmp_path / "out", HardenSettings(detectors=2), **options)
+        hardening.harden(
+            str(planted.folder),
+            tmp_path / "out",
+            HardenSettings(detectors=2),
+            loading=FLOAT32,
+            prompts=prompt_settings(planted),
+            evaluating=EvalSettings(max_new_tokens=6),
+        )
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--detectors or --strengthen"):
-        hardening.harden(str(planted.folder), tmp_path / "out", HardenSettings(detectors=0), **options)
+        hardening.harden(str(planted.folder), tmp_path / "out", HardenSettings(detectors=0))
 
 
 def test_strengthening_helps_against_light_edits_and_not_against_full_ones(planted: Planted, tmp_path: Path) -> None:
@@ -233,6 +248,11 @@ def test_strengthening_helps_against_light_edits_and_not_against_full_ones(plant
     assert done.after.halving_strength is not None
     assert done.after.halving_strength > done.before.halving_strength
     assert done.after.directions_needed == 1
+    screen = Console(file=io.StringIO(), width=100)
+    show_hardened(done, screen)
+    assert "Before: Refuses" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert "component" in screen.file.getvalue()  # type: ignore[attr-defined]
+    assert hardened_as_dict(done)["after"]["directions_needed"] == 1
     original, written = (load_file(folder / "model.safetensors") for folder in (planted.folder, tmp_path / "out"))
     name = "model.layers.1.self_attn.o_proj.weight"
     r = planted.direction

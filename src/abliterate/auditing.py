@@ -141,10 +141,10 @@ def _trials(session: Session, found: Found, finding: FindSettings, seed: int) ->
     for part in range(_PARTS):
         first, last = part * blocks // _PARTS, (part + 1) * blocks // _PARTS - 1
         if last >= first:
-            yield "blocks only", f"{first}-{last}", session.plan(direction, EditSettings(layers=f"{first}-{last}"))
+            yield "blocks", f"{first}-{last}", session.plan(direction, EditSettings(layers=f"{first}-{last}"))
     kinds = dict.fromkeys(writer.kind.value for writer in session.anatomy.writers if writer.block is not None)
     for kind in kinds if len(kinds) > 1 else ():
-        yield "component only", kind, session.plan(direction, EditSettings(components=kind))
+        yield "component", kind, session.plan(direction, EditSettings(components=kind))
 
 
 def _with(first: torch.Tensor, basis: torch.Tensor, count: int) -> torch.Tensor:

@@ -263,9 +263,11 @@ def asked(record: Record) -> list[tuple[str, str]]:
     rows = [
         ("model", model.name),
         ("architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"),
-        ("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"),
     ]
-    if record.anatomy is not None:
+    if record.anatomy is None:
+        rows.append(("stored", model.storage))
+    else:
+        rows.append(("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"))
         rows.append(("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"))
     if record.prompts is not None:
         rows += _prompts(record.prompts)

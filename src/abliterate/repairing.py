@@ -57,8 +57,6 @@ _SIZES = (0.3, 0.45, 0.6, 0.9)
 _FROM, _UNTIL = 0.2, 0.75
 #: AUROC of the best MLP's reader below which attention's outputs get additions too.
 _TOLD = 0.98
-#: What the addition is to write at harmless prompts, in parts of what it writes at harmful ones.
-_LOW = -0.5
 #: Ridge, in parts of the mean squared length of what a map takes.
 _RIDGE = 0.1
 #: More refusals of harmless prompts than this, or broken replies, count against a trial twice.
@@ -337,7 +335,7 @@ def _chosen(session: Session, blocks: Sequence[int]) -> list[Writer]:
 
 
 def fit_readers(session: Session, writers: Sequence[Writer]) -> tuple[list[Float[Tensor, " n"]], float]:
-    """For each writer a vector a [n] of what its map takes: aᵀx ≈ 1 on harmful prompts, less than 0 on harmless ones.
+    """For each writer a vector a [n] of what its map takes: aᵀx ≈ 1 on harmful prompts and 0 on harmless ones.
 
     Ridge regression through the origin on the session's positions of the training prompts, in its dual form. The model
     is run as it is: inside `session.ablated` the readers are those of the ablated model. The second value is the best
@@ -347,7 +345,7 @@ def fit_readers(session: Session, writers: Sequence[Writer]) -> tuple[list[Float
     readers = []
     for harmful, harmless in zip(train["harmful"], train["harmless"], strict=True):
         x = torch.cat([harmful.flatten(0, 1), harmless.flatten(0, 1)]).double()
-        y = torch.full((len(x),), _LOW, dtype=x.dtype)
+        y = torch.zeros(len(x), dtype=x.dtype)
         y[: harmful.shape[0] * harmful.shape[1]] = 1.0
         kernel = x @ x.T
         kernel.diagonal().add_(_RIDGE * float(kernel.diagonal().mean()))

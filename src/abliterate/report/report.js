@@ -59,7 +59,7 @@
       const series = chart.series.map((one) => ({
         type: "line", name: one.name, symbol: "none", lineStyle: { width: 1.8 },
         data: chart.log ? one.points.filter((p) => p[1] > 0) : one.points }));
-      series.push({ type: "scatter", name: "chosen", symbolSize: 12, z: 5, data: chart.mark[1] === null ? [] : [chart.mark],
+      if (chart.mark[1] !== null) series.push({ type: "scatter", name: "chosen", symbolSize: 12, z: 5, data: [chart.mark],
                     itemStyle: { color: "transparent", borderColor: colour.ink, borderWidth: 2 } });
       return { ...common({ tooltip: { trigger: "axis", valueFormatter: (v) => (Array.isArray(v) ? text(v[1]) : v === undefined ? "–" : text(Number(v))) },
                            grid: { top: 58 } }),
