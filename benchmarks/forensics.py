@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -282,6 +283,41 @@ def run(models: list[str], work: Path, out: Path, *, brief: bool, difference: bo
                 file.flush()
 
 
+# --- speed ------------------------------------------------------------------------------------------------------------
+
+
+def speed(width: int, inputs: int, blocks: int, work: Path) -> None:
+    """Seconds per block of a lone inspection of that size, beside reading it and beside its matrix products alone."""
+    work.mkdir(parents=True, exist_ok=True)
+    path = work / "speed.safetensors"
+    tensors = {}
+    for block in range(blocks):
+        tensors[f"model.layers.{block}.self_attn.o_proj.weight"] = torch.randn(width, width).bfloat16()
+        tensors[f"model.layers.{block}.mlp.down_proj.weight"] = torch.randn(width, inputs).bfloat16()
+    save_file(tensors, path)
+    del tensors
+    started = time.perf_counter()
+    with path.open("rb") as file:
+        while file.read(1 << 24):
+            pass
+    reading = time.perf_counter() - started
+    wide = torch.randn(width, inputs)
+    started = time.perf_counter()
+    torch.matmul(wide, wide.T)
+    product = (time.perf_counter() - started) * (1 + width / inputs)
+    del wide
+    started = time.perf_counter()
+    inspect(open_subject(str(path)))
+    seconds = (time.perf_counter() - started) / blocks
+    print(f"{path.stat().st_size / blocks / 1e9:.2f} GB a block: {seconds:.1f} s; ", end="")
+    print(
+        f"reading {reading / blocks:.2f} s, its products alone {product:.1f} s; {torch.get_num_threads()} threads; ",
+        end="",
+    )
+    print(f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.1f} GB")
+    path.unlink()
+
+
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
@@ -405,7 +441,11 @@ def main() -> None:
     parser.add_argument("--brief", action="store_true", help="fewer strengths, formats and trainings (large models)")
     parser.add_argument("--difference", action="store_true", help="compare with the base, instead of lone files")
     parser.add_argument("--fit", type=Path, nargs=2, metavar=("LONE", "DIFFERENCES"), help="files of cases")
+    parser.add_argument("--speed", type=int, nargs=3, metavar=("WIDTH", "INPUTS", "BLOCKS"), help="time it")
     given = parser.parse_args()
+    if given.speed:
+        width, inputs, blocks = given.speed
+        speed(width, inputs, blocks, given.work)
     if given.models:
         run(given.models, given.work, given.out, brief=given.brief, difference=given.difference)
     if given.fit:

@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from abliterate.anatomy import Anatomy as Anatomy
     from abliterate.anatomy import study as study
+    from abliterate.auditing import audit as audit
     from abliterate.config import EditSettings as EditSettings
     from abliterate.config import EvalSettings as EvalSettings
     from abliterate.config import FindSettings as FindSettings
+    from abliterate.config import HardenSettings as HardenSettings
+    from abliterate.config import InspectSettings as InspectSettings
     from abliterate.config import ModelSettings as ModelSettings
     from abliterate.config import OutputSettings as OutputSettings
     from abliterate.config import PromptSettings as PromptSettings
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
     from abliterate.directions import save_direction as save_direction
     from abliterate.errors import AbliterateError as AbliterateError
     from abliterate.errors import GateNotMet as GateNotMet
+    from abliterate.hardening import harden as harden
+    from abliterate.inspecting import inspect as inspect
     from abliterate.interventions import ablation as ablation
     from abliterate.interventions import addition as addition
     from abliterate.judging import judge as judge
@@ -40,23 +45,28 @@ if TYPE_CHECKING:
     from abliterate.plan import make_plan as make_plan
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
+    from abliterate.repairing import repair as repair
     from abliterate.restoring import compare as compare
     from abliterate.restoring import undo as undo
     from abliterate.variants import plan_for as plan_for
 
 _HOMES = {
     "anatomy": ("Anatomy", "study"),
+    "auditing": ("audit",),
     "config": (
         *("EditSettings", "EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings"),
-        *("RunSettings", "SearchSettings"),
+        *("HardenSettings", "InspectSettings", "RunSettings", "SearchSettings"),
     ),
     "directions": ("Direction", "load_direction", "save_direction"),
     "errors": ("AbliterateError", "GateNotMet"),
+    "hardening": ("harden",),
+    "inspecting": ("inspect",),
     "interventions": ("ablation", "addition"),
     "judging": ("judge",),
     "pipeline": (*("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "verify"),),
     "plan": ("Plan", "make_plan"),
     "record": ("Record", "read_record"),
+    "repairing": ("repair",),
     "restoring": ("compare", "undo"),
     "variants": ("plan_for",),
 }

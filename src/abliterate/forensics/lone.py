@@ -182,7 +182,10 @@ def _windows(sums: dict[tuple[str, int], Tensor], counts: dict[tuple[str, int], 
             units = sum(counts[key] for key in keys)
             if units < _FEWEST:
                 continue
-            square = torch.stack([sums[key] for key in keys]).sum(0) / units
+            square = sums[keys[0]].clone()
+            for key in keys[1:]:
+                square += sums[key]
+            square /= units
             ends = -(-first * layers // _PARTS), -(-last * layers // _PARTS) - 1
             raw = dips(lowest(square))
             level, lengths = levelled(square)

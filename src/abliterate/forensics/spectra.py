@@ -63,20 +63,20 @@ def lowest(square: Float[Tensor, "d d"]) -> Low:
     Cheaper by far than all eigenpairs, and exact where it matters: the further an eigenvalue stands apart, the faster
     its vector is found. Eigenvalues below 1e-6 are not told from zero.
     """
-    wide = square.double()
+    wide = square.double() if square.dtype != torch.float64 else square.clone()
     size = len(wide)
     if size <= 4 * (LOWEST + _GUARD):
         values, vectors = torch.linalg.eigh(wide)
         return Low(values[:LOWEST].clamp_min(0), vectors[:, :LOWEST].T.contiguous())
-    mean = wide.diagonal().mean().clamp_min(1e-30)
-    identity = torch.eye(size, dtype=wide.dtype, device=wide.device)
-    factor = torch.linalg.cholesky(wide / mean + _SHIFT * identity)
+    shift = _SHIFT * float(wide.diagonal().mean().clamp_min(1e-30))
+    wide.diagonal().add_(shift)
+    factor = torch.linalg.cholesky(wide)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(size, LOWEST + _GUARD, generator=generator, dtype=wide.dtype).to(wide.device)
     for _ in range(_STEPS):
         block = torch.linalg.qr(torch.cholesky_solve(block, factor)).Q
     values, mix = torch.linalg.eigh(block.T @ wide @ block)
-    return Low(values[:LOWEST].clamp_min(0), (block @ mix[:, :LOWEST]).T.contiguous())
+    return Low((values[:LOWEST] - shift).clamp_min(0), (block @ mix[:, :LOWEST]).T.contiguous())
 
 
 def dips(low: Low, most: int = LOWEST - 1) -> Dip:
