@@ -43,7 +43,7 @@ def explained(part: InspectionPart) -> Iterator[str]:
         pooled, layers = part.evidence.get("pooled", 0.0), part.evidence.get("layers", 0.0)
         yield (
             f"Deepest dip of pooled writers {pooled:.2f} ({part.where or 'no window'}), mean of the three deepest of "
-            f"single layers {layers:.2f}; models that nobody edited stay below about 0.5 and 1."
+            f"single layers {layers:.2f}; models that nobody edited stayed below 0.6 and 0.9."
         )
         if part.verdict == "unaltered":
             yield "Edits below a strength of about 0.6 leave no such trace: compare with the base to be sure (--base)."
