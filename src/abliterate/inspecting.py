@@ -205,7 +205,7 @@ def _beside(
         probability=judge_difference(altered),
         kind=found.verdict,
         variant=found.variant,
-        also=list(found.also),
+        also=[*found.also, *_names(found.missing, "are missing"), *_names(found.added, "are new")],
         proved=subject.proved,
         writers=len(subject.places),
         layers=sorted({unit.block for unit in units if unit.edited and unit.block is not None}),
@@ -223,6 +223,12 @@ def _beside(
         loudest = max(range(len(found.writers)), key=lambda index: found.writers[index].size)
         basis = basis[loudest : loudest + 1]
     return part, _direction(subject, basis, {writer.tensor: writer.strength for writer in ablated}, base.name)
+
+
+def _names(tensors: Sequence[str], what: str) -> list[str]:
+    """'2 tensors are new (a, b)'; nothing for none."""
+    shown = ", ".join(tensors[:3]) + (", …" if len(tensors) > 3 else "")
+    return [f"{len(tensors)} tensors {what} ({shown})"] if tensors else []
 
 
 def _direction(subject: Subject, basis: Float[Tensor, "k d"], strengths: dict[str, float], source: str) -> Direction:

@@ -22,6 +22,7 @@ from abliterate.anatomy import Kind
 from abliterate.checkpoint import Checkpoint, TensorInfo, open_tensor
 from abliterate.errors import CheckpointError
 from abliterate.forensics.reading import Place, Subject, numbers
+from abliterate.formats import layout
 
 Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
 
@@ -210,8 +211,6 @@ def _look(subject: Subject, base: Subject, place: Place, old: Place) -> _Seen | 
 
 
 def _same_numbers(info: TensorInfo, old: TensorInfo, ours: Checkpoint, theirs: Checkpoint) -> None:
-    from abliterate.formats import layout
-
     found, expected = layout(ours, info).shape, layout(theirs, old).shape
     if found != expected:
         raise CheckpointError(
