@@ -35,6 +35,7 @@ from abliterate.forensics.reading import open_subject
 from abliterate.statistics import wilson
 
 CALIBRATION = Path(verdict.__file__).with_name("calibration.json")
+PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "forensics.svg"
 Weights = dict[str, Tensor]
 Change = Callable[[Weights], Weights]
 STRENGTHS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
@@ -376,6 +377,7 @@ def report(lone: Path, differences: Path) -> None:
     by_format(cases, chances)
     curve(cases, chances)
     fit = fitted(cases)
+    picture(cases, fit, PICTURE)
     edited = [c for c in compared if c["strength"] > 0]
     others = [c for c in compared if c["strength"] == 0]
     counts = {
@@ -422,6 +424,49 @@ def curve(cases: list[dict[str, Any]], chances: dict[int, float]) -> None:
             own = [chances[id(c)] for c in cases if c["strength"] == strength]
             cells.append(f"{sum(chance > bar for chance in own) / len(own):.0%}")
         print(f"| {rate:.0%} | " + " | ".join(cells) + " |")
+
+
+def picture(cases: list[dict[str, Any]], fit: dict[str, float], path: Path) -> None:
+    """Every lone file in the plane of the two depths, as an SVG; the line is the bar of "altered"."""
+    side, edge, least, most = 520, 60, 0.02, 13.0
+
+    def place(value: float) -> float:
+        return math.log(min(most, max(least, value)) / least) / math.log(most / least) * (side - 2 * edge)
+
+    def at(pooled: float, layers: float) -> tuple[float, float]:
+        return edge + place(pooled), side - edge - place(layers)
+
+    groups = (
+        ("nobody edited it", "#8a94a6", lambda s: s == 0),
+        ("strength 0.3 to 0.5", "#e0a100", lambda s: 0 < s <= 0.5),
+        ("0.6 and 0.7", "#d1500a", lambda s: 0.5 < s < 0.8),
+        ("0.8 and above", "#8f1d1d", lambda s: s >= 0.8),
+    )
+    parts = [f'<rect width="{side}" height="{side}" fill="white"/>']
+    for value in (0.03, 0.1, 0.3, 1, 3, 10):
+        (x, y), low, high = at(value, value), edge, side - edge
+        parts.append(f'<path d="M{x:.1f} {low}V{high}M{low} {y:.1f}H{high}" stroke="#e3e6eb"/>')
+        parts.append(f'<text x="{x:.1f}" y="{high + 18}" text-anchor="middle">{value:g}</text>')
+        parts.append(f'<text x="{low - 8}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    bar = math.log(verdict.ALTERED / (1 - verdict.ALTERED)) - fit["constant"]
+    steps = [least * (most / least) ** (step / 200) for step in range(201)]
+    line = [at(x, (bar - fit["pooled"] * x) / fit["layers"]) for x in steps if bar - fit["pooled"] * x > 0]
+    points = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
+    parts.append(f'<polyline points="{points}" fill="none" stroke="#1f2a37" stroke-dasharray="5 4"/>')
+    for row, (name, colour, fits) in enumerate(groups):
+        for found in (c for c in cases if fits(c["strength"])):
+            x, y = at(found["pooled"], found["layers"])
+            parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}" fill-opacity=".75"/>')
+        parts.append(f'<circle cx="{edge + 14}" cy="{edge + 14 + 20 * row}" r="5" fill="{colour}"/>')
+        parts.append(f'<text x="{edge + 26}" y="{edge + 18 + 20 * row}">{name}</text>')
+    parts.append(f'<text x="{side / 2}" y="{side - 16}" text-anchor="middle">deepest window</text>')
+    parts.append(
+        f'<text transform="translate(16 {side / 2}) rotate(-90)" text-anchor="middle">mean of three layers</text>'
+    )
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {side} {side}" font-family="sans-serif" font-size="13">'
+    )
+    path.write_text(head + "\n".join(parts) + "</svg>\n", encoding="utf-8")
 
 
 def beside_table(compared: list[dict[str, Any]]) -> None:
