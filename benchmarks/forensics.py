@@ -32,6 +32,7 @@ from abliterate.forensics import verdict
 from abliterate.forensics.difference import compare
 from abliterate.forensics.lone import inspect
 from abliterate.forensics.reading import open_subject
+from abliterate.repairing import read_adapter
 from abliterate.statistics import wilson
 
 CALIBRATION = Path(verdict.__file__).with_name("calibration.json")
@@ -319,6 +320,29 @@ def speed(width: int, inputs: int, blocks: int, work: Path) -> None:
     path.unlink()
 
 
+# --- edits of other tools ---------------------------------------------------------------------------------------------
+
+
+def merged(model: Path, adapters: Path, work: Path) -> None:
+    """Every adapter under a folder (as heretic_trials.py leaves them) merged into MODEL and inspected."""
+    work.mkdir(parents=True, exist_ok=True)
+    base = writers(model)
+    original, edited = work / "merged-base.safetensors", work / "merged-case.safetensors"
+    save_file({name: bf16(weight) for name, weight in base.items()}, original)
+    for file in sorted(adapters.rglob("adapter_model.safetensors")):
+        weights = dict(base)
+        for module, (down, up) in read_adapter(file.parent).items():
+            weights[f"{module}.weight"] = base[f"{module}.weight"] + up @ down
+        for stored, how in (("bf16", bf16), ("q4_0", gguf("Q4_0"))):
+            save_file({name: how(weight).contiguous() for name, weight in weights.items()}, edited)
+            trace, found = (
+                inspect(open_subject(str(edited))),
+                compare(open_subject(str(edited)), open_subject(str(original))),
+            )
+            print(f"{file.parent.name} {stored}: {trace.verdict.word} {trace.verdict.probability:.2f}, ", end="")
+            print(f"{trace.variant} | {found.verdict}, {found.variant}", flush=True)
+
+
 # --- the fit ----------------------------------------------------------------------------------------------------------
 
 
@@ -485,12 +509,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("forensics.jsonl"))
     parser.add_argument("--brief", action="store_true", help="fewer strengths, formats and trainings (large models)")
     parser.add_argument("--difference", action="store_true", help="compare with the base, instead of lone files")
+    parser.add_argument("--merged", type=Path, nargs=2, metavar=("MODEL", "ADAPTERS"), help="edits as adapters")
     parser.add_argument("--fit", type=Path, nargs=2, metavar=("LONE", "DIFFERENCES"), help="files of cases")
     parser.add_argument("--speed", type=int, nargs=3, metavar=("WIDTH", "INPUTS", "BLOCKS"), help="time it")
     given = parser.parse_args()
     if given.speed:
         width, inputs, blocks = given.speed
         speed(width, inputs, blocks, given.work)
+    if given.merged:
+        model, adapters = given.merged
+        merged(model, adapters, given.work)
     if given.models:
         run(given.models, given.work, given.out, brief=given.brief, difference=given.difference)
     if given.fit:

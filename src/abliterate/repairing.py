@@ -167,7 +167,7 @@ def _from_adapter(
     """W − B A of every tensor that a merged LoRA adapter (PEFT) changed: the original to within rounding, twice."""
     subject = open_subject(model, trust_remote_code=loading.trust_remote_code)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name, (down, up) in _adapter(adapter).items():
+    for name, (down, up) in read_adapter(adapter).items():
         tensor = _tensor_named(subject.checkpoint, name)
         shape = subject.checkpoint.tensors[tensor].shape
         if shape != (up.shape[0], down.shape[1]):
@@ -185,7 +185,7 @@ def _without(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
     return weight - (up.to(weight) @ down.to(weight))
 
 
-def _adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """A and scaled B of each linear module of an adapter of PEFT."""
     from safetensors import safe_open
 
@@ -439,4 +439,13 @@ def write_changed(
             return write_additions(source, folder, changes, axes, whole=whole, progress=advance)
 
 
-__all__ = ["Repaired", "fit_readers", "repair", "stream_length", "with_additions", "worth_of", "write_changed"]
+__all__ = [
+    "Repaired",
+    "fit_readers",
+    "read_adapter",
+    "repair",
+    "stream_length",
+    "with_additions",
+    "worth_of",
+    "write_changed",
+]
