@@ -177,7 +177,7 @@ def _from_adapter(
             )
         changes[tensor] = functools.partial(_without, up, down)
     write_changed(subject.checkpoint, out, overwrite, changes, dict.fromkeys(changes, 0), {}, monitor)
-    note = "what merging and taking back rounded stays: at most one step of the stored format each"
+    note = "what rounding took stays: up to half a step of the merged number and half a step of the restored one"
     return Repaired(out, "adapter", (), tuple(changes), note=note)
 
 
