@@ -366,8 +366,7 @@ def fitted(cases: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def probability(fit: dict[str, float], c: dict[str, Any]) -> float:
-    logit = fit["constant"] + fit["pooled"] * min(c["pooled"], 3.0) + fit["layers"] * min(c["layers"], 3.0)
-    return 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
+    return verdict.judge(verdict.Evidence(min(c["pooled"], 3.0), min(c["layers"], 3.0)), fit).probability
 
 
 def auc(positive: list[float], negative: list[float]) -> float:

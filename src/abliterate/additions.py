@@ -32,10 +32,6 @@ class Addition:
     left: Float[Tensor, "k d"]
     right: Float[Tensor, "k n"]
 
-    def scaled(self, factor: float) -> Addition:
-        """The same, `factor` times as strong."""
-        return Addition(self.writer, self.left * factor, self.right)
-
 
 def can_add(writer: Writer) -> bool:
     """Whether hooks see what the writer's last map takes."""

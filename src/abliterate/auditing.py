@@ -21,6 +21,7 @@ from abliterate.directions import Direction
 from abliterate.errors import NumericalError
 from abliterate.evaluation import Subject
 from abliterate.finding import choose, find
+from abliterate.judging import Judge
 from abliterate.judging.choice import open_judge
 from abliterate.measuring import answers_of, as_loaded, examiner_of, random_plan, try_judge
 from abliterate.monitor import Monitor
@@ -28,13 +29,12 @@ from abliterate.parts import (
     anatomy_part,
     command,
     estimate_part,
-    make_folder,
     model_part,
     now,
     prompts_part,
     rate_part,
     versions,
-    write_told,
+    write_beside,
 )
 from abliterate.plan import Plan
 from abliterate.search.objectives import Meter
@@ -73,14 +73,13 @@ def audit(
     session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
     findings = find(session, finding)
     found = choose(session, findings, finding, seed=prompts.seed, force=True)
-    return audit_session(session, found, finding, evaluating, seed=prompts.seed), session
+    return audit_session(session, found, finding, evaluating, judge, seed=prompts.seed), session
 
 
 def audit_session(
-    session: Session, found: Found, finding: FindSettings, evaluating: EvalSettings, *, seed: int = 0
+    session: Session, found: Found, finding: FindSettings, evaluating: EvalSettings, judge: Judge, *, seed: int = 0
 ) -> rec.AuditPart:
     """The same of a model that is loaded, with what was found on it."""
-    judge = open_judge(evaluating.judge, device=session.loading.device)
     tokens = [token.token for token in found.findings.tokens]
     trials = list(_trials(session, found, finding, seed))
     meter = Meter(session, tokens, judge, evaluating, "test")
@@ -184,33 +183,32 @@ def _crossing(points: Sequence[tuple[float, float]], level: float) -> float | No
     return None
 
 
-def write_audit(part: rec.AuditPart, session: Session, folder: Path) -> Path:
+def write_audit(part: rec.AuditPart, session: Session, folder: Path) -> None:
     """Write record and report of an audit into `folder`; a run's that are there get the audit added.
 
-    Raises `UsageError` when the folder cannot be made.
+    Raises `UsageError` when the folder cannot be made or holds a record of another version.
     """
-    if (folder / rec.FILE_NAME).is_file():
-        record = rec.read_record(folder).model_copy(update={"audit": part})
-    else:
-        make_folder(folder)
-        files, monitor = session.loaded.files, session.monitor
-        hashes = {shard.path.name: sha256(shard.path) for shard in open_checkpoint(files.folder).shards}
-        dtype, device = str(session.loaded.dtype).removeprefix("torch."), str(session.loaded.device)
-        record = rec.Record(
-            created=now(),
-            versions=versions(),
-            command=command(),
-            settings={"loading": session.loading.model_dump(mode="json")},
-            model=model_part(files, session.model, session.anatomy, dtype, device, hashes),
-            prompts=prompts_part(session),
-            anatomy=anatomy_part(session.anatomy),
-            audit=part,
-            warnings=monitor.warnings,
-            timings_s=monitor.timings(),
-            peak_memory_bytes=monitor.peak_bytes,
-        )
-    write_told(record, folder)
-    return folder
+    write_beside(folder, {"audit": part}, lambda: _record(part, session))
+
+
+def _record(part: rec.AuditPart, session: Session) -> rec.Record:
+    """The record of an audit by itself."""
+    files, monitor = session.loaded.files, session.monitor
+    hashes = {shard.path.name: sha256(shard.path) for shard in open_checkpoint(files.folder).shards}
+    dtype, device = str(session.loaded.dtype).removeprefix("torch."), str(session.loaded.device)
+    return rec.Record(
+        created=now(),
+        versions=versions(),
+        command=command(),
+        settings={"loading": session.loading.model_dump(mode="json")},
+        model=model_part(files, session.model, session.anatomy, dtype, device, hashes),
+        prompts=prompts_part(session),
+        anatomy=anatomy_part(session.anatomy),
+        audit=part,
+        warnings=monitor.warnings,
+        timings_s=monitor.timings(),
+        peak_memory_bytes=monitor.peak_bytes,
+    )
 
 
 __all__ = ["audit", "audit_session", "summarised", "write_audit"]

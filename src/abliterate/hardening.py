@@ -21,9 +21,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate import record as rec
-from abliterate.additions import Addition, adding, can_add, changes_of
+from abliterate.additions import Addition, adding, can_add
 from abliterate.algebra import orthonormal
-from abliterate.anatomy import Kind, Writer, names_on_disk
+from abliterate.anatomy import Kind, Writer
 from abliterate.auditing import audit_session
 from abliterate.checkpoint import check_output, open_checkpoint
 from abliterate.config import EvalSettings, FindSettings, HardenSettings, ModelSettings, PromptSettings
@@ -36,7 +36,7 @@ from abliterate.judging.choice import open_judge
 from abliterate.measuring import Evaluation, as_loaded, exam_of, examine, examiner_of, try_judge
 from abliterate.monitor import Monitor
 from abliterate.plan import Plan
-from abliterate.repairing import fit_readers, stream_length, with_additions, worth_of, write_changed
+from abliterate.repairing import fit_readers, stream_length, with_additions, worth_of, write_hooked
 from abliterate.scoring import refusal_score
 from abliterate.search.objectives import Meter
 from abliterate.search.points import Stage
@@ -88,7 +88,7 @@ def harden(
     session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
     found = _found(session, finding, prompts.seed)
     tokens = [token.token for token in found.findings.tokens]
-    before = audit_session(session, found, finding, evaluating, seed=prompts.seed)
+    before = audit_session(session, found, finding, evaluating, judge, seed=prompts.seed)
     direction = found.basis[:1]
     fixed = _strengthened(session, direction[0], settings.strengthen) if settings.strengthen else []
     size, additions = 0.0, fixed
@@ -99,12 +99,10 @@ def harden(
     evaluation = examine(session, examiner, exam, as_loaded(session), with_additions(session, additions))
     with adding(session.model, additions):
         again = _found(session, finding, prompts.seed)
-        after = audit_session(session, again, finding, evaluating, seed=prompts.seed)
+        after = audit_session(session, again, finding, evaluating, judge, seed=prompts.seed)
     source = open_checkpoint(session.loaded.files.folder)
-    axes = {str(one.writer.weight): one.writer.axis for one in additions}
-    changes, stored_axes = changes_of(additions, names_on_disk(session.model, axes, source.tensors))
-    write_changed(source, out, overwrite, changes, stored_axes, {}, monitor)
-    return Hardened(out, tuple(changes), size, before, after, evaluation)
+    tensors = write_hooked(session, source, additions, out, overwrite)
+    return Hardened(out, tensors, size, before, after, evaluation)
 
 
 def _found(session: Session, finding: FindSettings, seed: int) -> Found:

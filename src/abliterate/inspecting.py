@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +20,10 @@ from abliterate.forensics import difference, lone
 from abliterate.forensics.reading import Subject, open_subject
 from abliterate.forensics.verdict import judge_difference
 from abliterate.monitor import Monitor
-from abliterate.parts import behaviour_part, command, make_folder, now, versions, write_told
+from abliterate.parts import behaviour_part, command, now, versions, write_beside
 from abliterate.pipeline import evaluate
 from abliterate.session import Session, open_session
-from abliterate.storage import how_stored
+from abliterate.storage import configuration, how_stored
 
 _PLAIN = InspectSettings()
 
@@ -42,7 +40,7 @@ def inspect(
     """Whether directions were taken out of MODEL, and the recovered ones ([k, d], with strengths by tensor).
 
     Without `settings.base` only the model's own tensors are read, twice at most, and nothing is run. The direction
-    file is written where `settings.save` says.
+    file is written where `settings.save` says, record and report where `settings.out` does.
 
     Raises `UsageError` for settings that do not go together, and the errors of `open_subject`.
     """
@@ -66,35 +64,23 @@ def inspect(
     if found is not None and settings.save is not None:
         save_direction(settings.save, found)
         update["directions"] = str(settings.save)
-    if settings.activations:
-        update |= _activations(model, settings, found, loading, prompts, monitor)
-    if settings.behavioural:
+    if settings.activations or settings.behavioural:
         session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-        update["behaviour"] = behaviour_part(evaluate(session, evaluating).before)
+        if settings.activations:
+            update |= _activations(session, settings, found, prompts)
+        if settings.behavioural:
+            update["behaviour"] = behaviour_part(evaluate(session, evaluating).before)
     update["seconds"] = round(time.perf_counter() - started, 2)
-    return part.model_copy(update=update), found
+    part = part.model_copy(update=update)
+    if settings.out is not None:
+        write_beside(settings.out, {"inspection": part}, lambda: _record(subject, part, monitor))
+    return part, found
 
 
-def write_inspection(part: rec.InspectionPart, folder: Path, monitor: Monitor) -> Path:
-    """Write record and report of an inspection into `folder`; a run's that are there get the inspection added.
-
-    Raises `UsageError` when the folder cannot be made or holds a record of another version.
-    """
-    if (folder / rec.FILE_NAME).is_file():
-        record = rec.read_record(folder).model_copy(update={"inspection": part})
-    else:
-        make_folder(folder)
-        record = _bare_record(part, monitor)
-    write_told(record, folder)
-    return folder
-
-
-def _bare_record(part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
+def _record(subject: Subject, part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
     """The record of an inspection by itself."""
-    subject = open_subject(part.model)
-    files = subject.files
-    config = {} if files is None else _config(files.folder)
-    architectures = config.get("architectures")
+    files, checkpoint = subject.files, subject.checkpoint
+    architectures = None if files is None else configuration(checkpoint).get("architectures")
     return rec.Record(
         created=now(),
         versions=versions(),
@@ -103,28 +89,20 @@ def _bare_record(part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
         model=rec.ModelPart(
             name=part.model,
             kind="folder" if files is None else files.kind,
-            folder=str(subject.checkpoint.folder),
-            storage="plain" if files is None else how_stored(subject.checkpoint).method,
+            folder=str(checkpoint.folder),
+            storage="plain" if files is None else how_stored(checkpoint).method,
             architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
             d_model=subject.d_model,
             layers=subject.layers,
             dtype="float32",
             device="cpu",
-            source_sha256={shard.path.name: sha256(shard.path) for shard in subject.checkpoint.shards},
+            source_sha256={shard.path.name: sha256(shard.path) for shard in checkpoint.shards},
         ),
         inspection=part,
         warnings=monitor.warnings,
         timings_s=monitor.timings(),
         peak_memory_bytes=monitor.peak_bytes,
     )
-
-
-def _config(folder: Path) -> dict[str, object]:
-    """config.json of a model; empty where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError):
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    return {}
 
 
 def _check(model: str, settings: InspectSettings) -> None:
@@ -239,22 +217,16 @@ def _direction(subject: Subject, basis: Float[Tensor, "k d"], strengths: dict[st
 
 
 def _activations(
-    model: str,
-    settings: InspectSettings,
-    found: Direction | None,
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    monitor: Monitor,
+    mine: Session, settings: InspectSettings, found: Direction | None, prompts: PromptSettings
 ) -> dict[str, object]:
     """Where the recovered direction separates, and whether the inspected model still tells harm from harmlessness."""
-    mine = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
     other = settings.reference or settings.base
     basis = None if found is None else found.basis
     own = separations(mine, basis)
     known = max(layer.own for layer in own)
     if other is None:
-        return {"separation_in": model, "separation": own, "harm_known": known}
-    reference = open_session(other, loading=loading, prompts=prompts, monitor=monitor)
+        return {"separation_in": mine.loaded.files.name, "separation": own, "harm_known": known}
+    reference = open_session(other, loading=mine.loading, prompts=prompts, monitor=mine.monitor)
     if reference.anatomy.d_model != mine.anatomy.d_model:
         raise UsageError(
             f"{other}: expected a stream of width {mine.anatomy.d_model}, found {reference.anatomy.d_model}"

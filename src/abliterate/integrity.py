@@ -74,7 +74,7 @@ def check(
     if unknown := sorted({*planned, *added.values()} - old.tensors.keys()):
         raise UsageError(f"tensor '{unknown[0]}': expected one of {source}, found none; check what was planned")
     origins = {name: old.tensors.get(added.get(name, name)) for name in new.tensors}
-    reshaped = {name for name, origin in origins.items() if origin and not _same_layout(new.tensors[name], origin)}
+    reshaped = {name for name, origin in origins.items() if origin and not same_layout(new.tensors[name], origin)}
     different, hashes = _compare(new, origins)
     return Integrity(
         changed=_sorted(different & set(planned)),
@@ -100,7 +100,8 @@ def _sorted(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def _same_layout(a: TensorInfo, b: TensorInfo) -> bool:
+def same_layout(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two tensors have one dtype and shape."""
     return (a.dtype, a.shape) == (b.dtype, b.shape)
 
 
@@ -113,7 +114,7 @@ def _compare(new: Checkpoint, origins: Mapping[str, TensorInfo | None]) -> tuple
             digest = hashlib.sha256(_header(shard))
             for name, info in shard.tensors.items():
                 origin = origins[name]
-                known = readers.of(origin) if origin and _same_layout(info, origin) else None
+                known = readers.of(origin) if origin and same_layout(info, origin) else None
                 if not _same(readers.of(info), known, digest.update):
                     different.add(name)
             hashes[_name(new, shard)] = digest.hexdigest()

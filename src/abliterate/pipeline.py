@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 from abliterate import record as rec
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
+from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
 from abliterate.config import (
     EditSettings,
     EngineSettings,
@@ -87,6 +86,7 @@ from abliterate.session import (
     Session,
     load_contrast,
     locate_model,
+    named_by,
     open_model,
     open_session,
     warn_of_leaks,
@@ -144,7 +144,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     if not searched:
         say_caveat(plan, settings.editing, monitor)
         check_planned(session, found, plan, settings.finding, settings.editing, force)
-    patient = Patient(files, source, session.anatomy, _named_by(session, source), session.loaded)
+    patient = Patient(files, source, session.anatomy, named_by(session, source), session.loaded)
     with opened(output, patient, plan) as staging:
         done = realise(plan, found.direction, patient, staging, output, monitor)
         evaluation = evaluation_part(_evaluate(session, staging.folder, plan, done, settings, judge, exam))
@@ -400,15 +400,6 @@ def evaluate_elsewhere(
     with monitor.phase(f"open engine {engine.engine}"):
         opened = open_engine(engine.engine, pair)
     return examine_engine(opened, examiner, edited=bool(engine.edited or engine.served_edited))
-
-
-def _named_by(session: Session, source: Checkpoint) -> Any:
-    """The model that says where parameters lie on disk: a live one that computes with codes has others."""
-    if not session.loaded.quantised:
-        return session.model
-    loading = session.loading
-    trust = loading.trust_remote_code
-    return study_files(session.loaded.files, source, trust_remote_code=trust, max_leak=loading.max_leak)[1]
 
 
 def _evaluate(

@@ -39,13 +39,12 @@ from abliterate.finding import refusal_tokens
 from abliterate.forensics import difference, lone
 from abliterate.forensics.reading import Subject as Inspected
 from abliterate.forensics.reading import numbers, open_subject
-from abliterate.judging import Label
 from abliterate.judging.choice import open_judge
 from abliterate.measuring import Evaluation, as_loaded, exam_of, examine, examiner_of, try_judge
 from abliterate.monitor import Monitor
-from abliterate.search.objectives import Measured, Meter
+from abliterate.search.objectives import Measured, Meter, share_of
 from abliterate.search.points import Stage
-from abliterate.session import Session, open_session
+from abliterate.session import Session, named_by, open_session
 
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
 USUAL_REFUSALS = "I,Sorry,As,Unfortunately"
@@ -61,6 +60,8 @@ _TOLD = 0.98
 _RIDGE = 0.1
 #: More refusals of harmless prompts than this, or broken replies, count against a trial twice.
 _PRICE = 4.0
+_GAINED = share_of("harmful", refused)
+_PAID = (share_of("harmless", refused), share_of("harmful", degenerate), share_of("harmless", degenerate))
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ def _from_base(model: str, base: str, out: Path, overwrite: bool, loading: Model
         elif rows is not None:
             along[name] = functools.partial(_as_in, origin.checkpoint, name, rows, places[name].axis)
     axes = {name: places[name].axis for name in along}
-    write_changed(subject.checkpoint, out, overwrite, along, axes, dict.fromkeys(whole, origin.checkpoint), monitor)
+    _write_changed(subject.checkpoint, out, overwrite, along, axes, dict.fromkeys(whole, origin.checkpoint), monitor)
     note = "" if not along else "the rest of these tensors stays as it is: something else was done to them too"
     return Repaired(out, "base", tuple(whole), tuple(along), note=note)
 
@@ -176,7 +177,7 @@ def _from_adapter(
                 f"the adapter that was merged into {model}?"
             )
         changes[tensor] = functools.partial(_without, up, down)
-    write_changed(subject.checkpoint, out, overwrite, changes, dict.fromkeys(changes, 0), {}, monitor)
+    _write_changed(subject.checkpoint, out, overwrite, changes, dict.fromkeys(changes, 0), {}, monitor)
     note = "what rounding took stays: up to half a step of the merged number and half a step of the restored one"
     return Repaired(out, "adapter", (), tuple(changes), note=note)
 
@@ -284,16 +285,13 @@ def _approximately(
     monitor.note(f"size {chosen:+g} of the stream's length: refusals less their price {start:.2f} → {value:.2f}")
     examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, prompts.seed)
     evaluation = examine(session, examiner, exam, as_loaded(session), with_additions(session, best))
-    axes = {str(one.writer.weight): one.writer.axis for one in best}
-    names = names_on_disk(session.model, axes, subject.checkpoint.tensors)
-    changes, stored_axes = changes_of(best, names)
-    write_changed(subject.checkpoint, out, overwrite, changes, stored_axes, {}, monitor)
+    tensors = write_hooked(session, subject.checkpoint, best, out, overwrite)
     return Repaired(
         out,
         "approximation",
         (),
         (),
-        tuple(changes),
+        tensors,
         "an approximation: nothing is known of what the writers used to put along the direction",
         chosen,
         evaluation,
@@ -409,20 +407,25 @@ def with_additions(session: Session, additions: Sequence[Addition]) -> Subject:
 
 def worth_of(measured: Measured) -> float:
     """Share of harmful prompts refused, less what harmless ones pay."""
-    replies = measured.replies or {}
-
-    def share(name: str, what: Callable[..., bool]) -> float:
-        known = [verdict for verdict in replies[name].verdicts if verdict.label is not Label.UNKNOWN]
-        return sum(map(what, known)) / max(1, len(known))
-
-    broken = share("harmful", degenerate) + share("harmless", degenerate)
-    return share("harmful", refused) - _PRICE * (share("harmless", refused) + broken)
+    price = sum(measure(measured) for measure in _PAID)
+    return _GAINED(measured) - _PRICE * price
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
-def write_changed(
+def write_hooked(
+    session: Session, source: Checkpoint, additions: Sequence[Addition], out: Path, overwrite: bool
+) -> tuple[str, ...]:
+    """A copy of `source`, the session's model on disk, with additions that were tried as hooks; the changed tensors."""
+    axes = {str(one.writer.weight): one.writer.axis for one in additions}
+    names = names_on_disk(named_by(session, source), axes, source.tensors)
+    changes, stored_axes = changes_of(additions, names)
+    _write_changed(source, out, overwrite, changes, stored_axes, {}, session.monitor)
+    return tuple(changes)
+
+
+def _write_changed(
     source: Checkpoint,
     out: Path,
     overwrite: bool,
@@ -447,5 +450,5 @@ __all__ = [
     "stream_length",
     "with_additions",
     "worth_of",
-    "write_changed",
+    "write_hooked",
 ]

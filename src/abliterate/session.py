@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from abliterate.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.anatomy import TOLERANCE, Anatomy, study
 from abliterate.blueprint import study_files
-from abliterate.checkpoint import open_checkpoint
+from abliterate.checkpoint import Checkpoint, open_checkpoint
 from abliterate.config import (
     EditSettings,
     FileSettings,
@@ -177,6 +177,15 @@ def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
     checkpoint = open_checkpoint(loaded.files.folder)
     trust = loading.trust_remote_code
     return study_files(loaded.files, checkpoint, trust_remote_code=trust, max_leak=loading.max_leak)[0]
+
+
+def named_by(session: Session, source: Checkpoint) -> Any:
+    """The model that says where parameters lie on disk: a live one that computes with codes has others."""
+    if not session.loaded.quantised:
+        return session.model
+    loading = session.loading
+    trust = loading.trust_remote_code
+    return study_files(session.loaded.files, source, trust_remote_code=trust, max_leak=loading.max_leak)[1]
 
 
 def warn_of_leaks(anatomy: Anatomy, monitor: Monitor) -> None:

@@ -95,8 +95,11 @@ def _fitted(method: str, what: str) -> Storage:
     )
 
 
-def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The part of config.json that says how weights are quantised; empty when nothing does."""
+def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json of a checkpoint.
+
+    Raises `CheckpointError` when it cannot be read.
+    """
     file = checkpoint.folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -104,6 +107,12 @@ def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any]:
         raise CheckpointError(f"{file}: expected a model's configuration, found none that can be read") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected an object, found {type(config).__name__}")
+    return config
+
+
+def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any]:
+    """The part of config.json that says how weights are quantised; empty when nothing does."""
+    config = configuration(checkpoint)
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and isinstance(found := part.get("quantization_config"), dict):
             return found

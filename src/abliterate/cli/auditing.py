@@ -8,11 +8,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.cli.evaluating import PLAIN, show_evaluation
+from abliterate.cli.evaluating import PLAIN, percent, show_evaluation
 from abliterate.forensics.wording import audited
 from abliterate.hardening import Hardened
 from abliterate.parts import evaluation_part
-from abliterate.record import AuditPart, RatePart
+from abliterate.record import AuditPart
 
 
 def show_audit(part: AuditPart, console: Console) -> None:
@@ -52,7 +52,7 @@ def _rows(*parts: AuditPart) -> Table:
     for name in names:
         table.add_column(name, no_wrap=True)
         table.add_column("KL", no_wrap=True, justify="right")
-    table.add_row("nothing", *(cell for part in parts for cell in (_rate(part.base), "0")))
+    table.add_row("nothing", *(cell for part in parts for cell in (percent(part.base), "0")))
     family = ""
     for row in parts[0].rows:
         if row.family != family:
@@ -62,11 +62,6 @@ def _rows(*parts: AuditPart) -> Table:
         for part in parts:
             same = next((other for other in part.rows if (other.family, other.name) == (row.family, row.name)), None)
             value = None if same is None else same.kl.value
-            cells += ["–" if same is None else _rate(same.refused), "–" if value is None else f"{value:.3f}"]
+            cells += ["–" if same is None else percent(same.refused), "–" if value is None else f"{value:.3f}"]
         table.add_row(f"  {row.name}", *cells)
     return table
-
-
-def _rate(part: RatePart) -> str:
-    low, high = part.ci95
-    return "–" if part.rate is None else f"{100 * part.rate:.0f} [{100 * low:.0f}, {100 * high:.0f}]"

@@ -100,12 +100,13 @@ def _rates(title: str, states: list[State], extra: list[str]) -> Table:
                 "change": "" if pair is None else estimate(pair.change, 100, "+.0f"),
                 "p": "" if pair is None else pvalue(pair.p),
             }
-            cells = [f"  {state}" if several else name, f"{part.refusals}/{part.n}", _percent(part)]
+            cells = [f"  {state}" if several else name, f"{part.refusals}/{part.n}", percent(part)]
             table.add_row(*cells, *(known[column] for column in extra))
     return table
 
 
-def _percent(part: RatePart) -> str:
+def percent(part: RatePart) -> str:
+    """'41 [32, 51]': a rate in per cent."""
     low, high = part.ci95
     return f"{100 * part.refusals / part.n:.0f} [{100 * low:.0f}, {100 * high:.0f}]" if part.n else "–"
 

@@ -136,12 +136,9 @@ def inspect(
     from abliterate import inspecting as inspection
     from abliterate.cli.inspecting import show_inspection
 
-    monitor = monitor_for(quiet)
     part, _ = inspection.inspect(
-        model, inspecting, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor
+        model, inspecting, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor_for(quiet)
     )
-    if inspecting.out is not None:
-        inspection.write_inspection(part, inspecting.out, monitor)
     if as_json:
         typer.echo(part.model_dump_json(indent=1))
     else:

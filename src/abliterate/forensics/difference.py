@@ -23,6 +23,7 @@ from abliterate.checkpoint import Checkpoint, TensorInfo, open_tensor
 from abliterate.errors import CheckpointError
 from abliterate.forensics.reading import Place, Subject, numbers
 from abliterate.formats import layout
+from abliterate.integrity import same_layout
 
 Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
 
@@ -196,9 +197,10 @@ def _look(subject: Subject, base: Subject, place: Place, old: Place) -> _Seen | 
     energy = float(change.square().sum())
     if energy == 0:
         return None
-    torch.manual_seed(0)
     rank = min(_RANK, *change.shape)
-    left, values, _ = torch.svd_lowrank(change, q=rank, niter=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        left, values, _ = torch.svd_lowrank(change, q=rank, niter=2)
     shares = values.square() / energy
     held = shares.cumsum(0)
     enough = int((held < 0.9).sum()) + 1
@@ -387,7 +389,7 @@ def _others(
 
 
 def _same_bytes(info: TensorInfo, old: TensorInfo) -> bool:
-    if (info.dtype, info.shape) != (old.dtype, old.shape):
+    if not same_layout(info, old):
         return False
     with open_tensor(info) as new, open_tensor(old) as was:
         return all(

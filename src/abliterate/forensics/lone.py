@@ -148,6 +148,9 @@ def _scan(
     counts: dict[tuple[str, int], int] = {}
     lone: list[_Lone] = []
     for unit, places in subject.units.items():
+        block, kind = unit
+        if block is None:  # an embedding is in no window, and no layer
+            continue
         total = torch.zeros(subject.d_model, subject.d_model, device=device)
         columns = 0
         for place in places:
@@ -156,14 +159,12 @@ def _scan(
                 columns += matrix.shape[1]
             progress(place.info.nbytes)
         total *= subject.d_model / total.trace().clamp_min(1e-30)
-        block, kind = unit
-        if block is not None:
-            part = (_component(kind), _PARTS * block // subject.layers)
-            sums[part] = sums[part] + total if part in sums else total.clone()
-            counts[part] = counts.get(part, 0) + 1
-        if block is not None and columns >= _WIDE * subject.d_model:
+        if columns >= _WIDE * subject.d_model:
             level, lengths = levelled(total)
             lone.append(_Lone(unit, dips(lowest(total)), dips(lowest(level)), lengths.cpu()))
+        part = (_component(kind), _PARTS * block // subject.layers)
+        sums[part] = sums[part].add_(total) if part in sums else total
+        counts[part] = counts.get(part, 0) + 1
     return sums, counts, lone
 
 

@@ -33,11 +33,9 @@ class Low:
 
 @dataclass(frozen=True, slots=True)
 class Dip:
-    """`rank` directions along which little is written: `depth` = log of what follows over the last of them."""
+    """Directions along which little is written: `depth` = log of what follows over the last of them."""
 
     depth: float
-    rank: int
-    value: float
     basis: Float[Tensor, "rank d"]
 
 
@@ -86,10 +84,10 @@ def dips(low: Low, most: int = LOWEST - 1) -> Dip:
     values = low.values[kept].clamp_min(_FLOOR)
     vectors = low.vectors[kept]
     if len(values) < 2:
-        return Dip(0.0, 1, 1.0, low.vectors[:1])
+        return Dip(0.0, low.vectors[:1])
     depths = (values[1:] / values[:-1]).log()[:most]
     rank = int(depths.argmax()) + 1
-    return Dip(float(depths[rank - 1]), rank, float(values[rank - 1]), vectors[:rank])
+    return Dip(float(depths[rank - 1]), vectors[:rank])
 
 
 __all__ = ["FEWEST_COORDINATES", "LOWEST", "Dip", "Low", "dips", "gram", "levelled", "lowest"]

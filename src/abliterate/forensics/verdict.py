@@ -10,6 +10,7 @@ import functools
 import importlib.resources
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,9 +42,9 @@ class Verdict:
     probability: float
 
 
-def judge(evidence: Evidence) -> Verdict:
-    """The calibrated verdict."""
-    fit = calibration()["coefficients"]
+def judge(evidence: Evidence, fit: Mapping[str, float] | None = None) -> Verdict:
+    """The calibrated verdict; with other coefficients where given."""
+    fit = calibration()["coefficients"] if fit is None else fit
     logit = fit["constant"] + fit["pooled"] * evidence.pooled + fit["layers"] * evidence.layers
     probability = 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
     word: Word = "altered" if probability >= ALTERED else "unaltered" if probability <= UNALTERED else "inconclusive"

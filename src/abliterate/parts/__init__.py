@@ -16,7 +16,6 @@ from abliterate.parts.run import (
     anatomy_part,
     command,
     direction_metadata,
-    make_folder,
     model_part,
     now,
     plan_part,
@@ -30,6 +29,7 @@ from abliterate.parts.run import (
     source_hashes,
     versions,
     write_all,
+    write_beside,
     write_told,
     written_hashes,
 )
@@ -46,7 +46,6 @@ __all__ = [
     "estimate_part",
     "evaluation_part",
     "judge_part",
-    "make_folder",
     "manner_parts",
     "model_part",
     "now",
@@ -67,6 +66,7 @@ __all__ = [
     "source_hashes",
     "versions",
     "write_all",
+    "write_beside",
     "write_told",
     "written_hashes",
 ]

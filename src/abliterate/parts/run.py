@@ -6,13 +6,14 @@ import datetime
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
+from pydantic import BaseModel
 from torch import Tensor
 
 from abliterate import record as rec
@@ -270,15 +271,20 @@ def write_told(record: rec.Record, folder: Path) -> None:
     rec.write_record(record, folder)
 
 
-def make_folder(folder: Path) -> None:
-    """Make a folder for results that are not a model; it may be there.
+def write_beside(folder: Path, parts: Mapping[str, BaseModel], fresh: Callable[[], rec.Record]) -> None:
+    """Write record and report into `folder`: those of a run that are there with `parts` added, else a fresh record's.
 
-    Raises `UsageError` when it cannot be made.
+    Raises `UsageError` when the folder cannot be made or holds a record of another version.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--out {folder}: expected a folder, found {error.strerror}") from error
+    if (folder / rec.FILE_NAME).is_file():
+        record = rec.read_record(folder).model_copy(update=dict(parts))
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {folder}: expected a folder, found {error.strerror}") from error
+        record = fresh()
+    write_told(record, folder)
 
 
 def now() -> str:

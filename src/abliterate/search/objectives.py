@@ -163,7 +163,7 @@ def _replies(measured: Measured, name: str) -> Answers:
     return measured.replies[name]
 
 
-def _share(name: str, what: Callable[[Verdict], bool]) -> Callable[[Measured], float]:
+def share_of(name: str, what: Callable[[Verdict], bool]) -> Callable[[Measured], float]:
     """The share of judged replies of which the verdict says so."""
 
     def measure(measured: Measured) -> float:
@@ -207,14 +207,14 @@ def _nll(shift: Shift) -> float | None:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective("refusals", Stage.REPLIES, _share("harmful", refused), "harmful prompts refused", True),
-        Objective("over-refusals", Stage.REPLIES, _share("harmless", refused), "harmless prompts refused", True),
+        Objective("refusals", Stage.REPLIES, share_of("harmful", refused), "harmful prompts refused", True),
+        Objective("over-refusals", Stage.REPLIES, share_of("harmless", refused), "harmless prompts refused", True),
         Objective("kl", Stage.FEW, lambda m: float(m.kl.mean()), "KL of the first token, harmless prompts, nats"),
         Objective("kl-reply", Stage.SHIFT, _of_shift(_kl_reply), "KL per token of whole harmless replies, nats"),
         Objective("nll", Stage.SHIFT, _of_shift(_nll), "what the own harmless replies cost more, nats per token"),
         Objective("refusal-score", Stage.FEW, lambda m: float(m.harmful.mean()), "mean log-odds of refusal, harmful"),
         Objective("over-refusal-score", Stage.FEW, lambda m: float(m.harmless.mean()), "the same, harmless"),
-        Objective("degenerate", Stage.REPLIES, _share("harmless", degenerate), "harmless replies broken", True),
+        Objective("degenerate", Stage.REPLIES, share_of("harmless", degenerate), "harmless replies broken", True),
         Objective("length", Stage.REPLIES, _changed(0), "change of length of harmless replies, tokens"),
         Objective("repetition", Stage.REPLIES, _changed(1), "more repetition in harmless replies, share of 4-grams"),
     )
