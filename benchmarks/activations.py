@@ -32,11 +32,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abliterate.activations import MomentsFitter, stream_sites
-from abliterate.anatomy import find_blocks
 from abliterate.config import cache_folder
-from abliterate.inference import Encoded, auto_batch_size, body, in_batches, input_device, right_padded, share_prefix
-from abliterate.models import load, locate
+from abliterate.model.activations import MomentsFitter, stream_sites
+from abliterate.model.anatomy import find_blocks
+from abliterate.model.batches import (
+    Encoded,
+    auto_batch_size,
+    body,
+    in_batches,
+    input_device,
+    right_padded,
+    share_prefix,
+)
+from abliterate.model.loading import load, locate
 from abliterate.monitor import peak_memory
 from abliterate.prompts import ChatRenderer, build_contrastive_set
 from abliterate.prompts.rendering import common_suffix

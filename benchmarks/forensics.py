@@ -28,12 +28,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from abliterate.evaluation.statistics import wilson
 from abliterate.forensics import verdict
 from abliterate.forensics.difference import compare
-from abliterate.forensics.lone import inspect
 from abliterate.forensics.reading import open_subject
-from abliterate.repairing import read_adapter
-from abliterate.statistics import wilson
+from abliterate.forensics.repair import read_adapter
+from abliterate.forensics.single import inspect
 
 CALIBRATION = Path(verdict.__file__).with_name("calibration.json")
 PICTURE = Path(__file__).parents[1] / "docs" / "pictures" / "forensics.svg"

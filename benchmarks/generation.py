@@ -32,13 +32,13 @@ from typing import Any
 
 import torch
 
-from abliterate import generation
-from abliterate.baseline import keep, kept_replies, key_of
 from abliterate.config import cache_folder
-from abliterate.generation import Reply, complete, end_tokens, reply_text
-from abliterate.inference import Encoded, auto_batch_size, hooked, input_device, share_prefix
-from abliterate.judging import Exchange, RuleJudge
-from abliterate.models import LoadedModel, load, locate
+from abliterate.evaluation.judging import Exchange, RuleJudge
+from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
+from abliterate.model import generation
+from abliterate.model.batches import Encoded, auto_batch_size, hooked, input_device, share_prefix
+from abliterate.model.generation import Reply, complete, end_tokens, reply_text
+from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.prompts import ChatRenderer, build_contrastive_set
 
 DEMO = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"

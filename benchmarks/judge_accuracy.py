@@ -18,8 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from abliterate.judging import Exchange, RuleJudge
-from abliterate.statistics import wilson
+from abliterate.evaluation.judging import Exchange, RuleJudge
+from abliterate.evaluation.statistics import wilson
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,15 +39,16 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from abliterate.config import EvalSettings, FindSettings, ModelSettings, PromptSettings, SearchSettings, cache_folder
-from abliterate.evaluation import Subject
-from abliterate.finding import best_separated, choose, find
-from abliterate.inference import hooked
-from abliterate.judging import RuleJudge
+from abliterate.edit.plan import Plan
+from abliterate.evaluation.judging import RuleJudge
+from abliterate.evaluation.meter import Measured
+from abliterate.evaluation.results import Subject
+from abliterate.finding.find import best_separated, choose, find
+from abliterate.finding.search import OBJECTIVES, Meter, Stage, search
+from abliterate.finding.search.objectives import values
+from abliterate.finding.search.pareto import hypervolume, matched, nondominated
+from abliterate.model.batches import hooked
 from abliterate.monitor import Monitor, peak_memory
-from abliterate.plan import Plan
-from abliterate.search import OBJECTIVES, Meter, Stage, search
-from abliterate.search.front import hypervolume, matched, nondominated
-from abliterate.search.objectives import Measured, values
 from abliterate.session import Session, open_session
 
 DEMO = "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"

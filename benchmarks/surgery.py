@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 # No torch here: the peak of a child process is counted from its parent's at the time of the fork.
-from abliterate.checkpoint import open_checkpoint
+from abliterate.files.checkpoint import open_checkpoint
 
 D_MODEL, D_MLP, D_KV, HEADS, VOCABULARY = 2048, 8192, 512, 32, 32000
 SHARD_BYTES = 10**9
@@ -135,11 +135,11 @@ def make(folder: Path, layers: int) -> None:
 
 def edit(source: Path, target: Path, direction: Path, *, keep_undo: bool) -> dict[str, float]:
     """Streaming surgery alone, with the anatomy of a Llama written down."""
-    from abliterate.anatomy import Anatomy, Kind, Stored, Writer
-    from abliterate.directions import load_direction
+    from abliterate.edit.direction import load_direction
+    from abliterate.edit.plan import make_plan
+    from abliterate.edit.weights import edit_checkpoint, planned_parameters
+    from abliterate.model.anatomy import Anatomy, Kind, Stored, Writer
     from abliterate.monitor import peak_memory
-    from abliterate.plan import make_plan
-    from abliterate.surgery import edit_checkpoint, planned_parameters
 
     layers = sum(name.endswith("o_proj.weight") for name in open_checkpoint(source).tensors)
     blocks = tuple(f"model.layers.{i}" for i in range(layers))
@@ -163,7 +163,7 @@ def edit(source: Path, target: Path, direction: Path, *, keep_undo: bool) -> dic
 
 def hand_on(source: Path, target: Path) -> dict[str, float]:
     """What surgery does, without the arithmetic: planned tensors are read in blocks and written as they are."""
-    from abliterate.checkpoint import TensorReader, write_edited
+    from abliterate.files.checkpoint import TensorReader, write_edited
     from abliterate.monitor import peak_memory
 
     def rewrite(reader: TensorReader) -> Iterator[bytearray]:
@@ -188,7 +188,7 @@ def verify(source: Path, target: Path, direction: Path) -> dict[str, float]:
     """Compare all bytes outside the planned tensors, and measure anew what is left in the planned ones."""
     import torch
 
-    from abliterate.directions import load_direction
+    from abliterate.edit.direction import load_direction
 
     basis = load_direction(direction).basis
     before, after = open_checkpoint(source), open_checkpoint(target)

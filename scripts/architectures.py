@@ -21,7 +21,7 @@ the text half is used, tried on tiny random models with three or four layers in 
 
 {figures}
 
-`python scripts/architectures.py` writes this page and `tests/test_zoo.py` checks it.
+`python scripts/architectures.py` writes this page and `tests/model/test_zoo.py` checks it.
 
 - **closes**: every writer to the residual stream is found and proved, so the model can be edited.
 - **hooks = weights**: logits under hooks and those of the edited checkpoint, loaded again, agree to 1e-4 of their size

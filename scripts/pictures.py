@@ -11,7 +11,7 @@ from typing import Any
 from playwright.sync_api import sync_playwright
 
 from abliterate import lab
-from abliterate.report import FILE_NAME
+from abliterate.report.html import FILE_NAME
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "pictures"
 

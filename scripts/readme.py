@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from abliterate.cli.screen import show_run
+from abliterate.cli.run import show_run
 from abliterate.record import read_record
 
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"

@@ -56,7 +56,7 @@ def fault(python: Path) -> str | None:
     """Why that interpreter cannot be used: it is missing, or one of both cannot be imported in it."""
     if not python.exists():
         return "there is no interpreter"
-    code = "import abliterate.engines, vllm; vllm.LLM"
+    code = "import abliterate.evaluation.engines, vllm; vllm.LLM"
     done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     return (done.stderr.strip() or "it fails").splitlines()[-1] if done.returncode else None
 

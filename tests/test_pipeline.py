@@ -21,8 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
 from abliterate import pipeline
-from abliterate.anatomy import stream_out
-from abliterate.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from abliterate.config import (
     EditSettings,
     EvalSettings,
@@ -33,13 +31,15 @@ from abliterate.config import (
     RunSettings,
     SearchSettings,
 )
-from abliterate.directions import Direction, learnt_by, load_direction, save_direction
+from abliterate.edit.direction import Direction, learnt_by, load_direction, save_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
-from abliterate.evaluation import Subject
-from abliterate.generation import end_tokens
-from abliterate.inference import can_share, hooked
-from abliterate.judging import Label, RuleJudge, judge
-from abliterate.measuring import Sets, answers_of, examiner_of
+from abliterate.evaluation.examine import Sets, answers_of, examiner_of
+from abliterate.evaluation.judging import Label, RuleJudge, judge
+from abliterate.evaluation.results import Subject
+from abliterate.files.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
+from abliterate.model.anatomy import stream_out
+from abliterate.model.batches import can_share, hooked
+from abliterate.model.generation import end_tokens
 from abliterate.monitor import Monitor
 from abliterate.prompts import build_contrastive_set
 from abliterate.prompts.contrastive import fingerprint

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import abliterate as ab
-from abliterate import inspecting, pipeline
+from abliterate import pipeline
 from abliterate.config import InspectSettings
-from abliterate.generation import complete
-from abliterate.judging import Tally, judge
+from abliterate.evaluation.judging import Tally, judge
+from abliterate.forensics import inspect as inspecting
+from abliterate.model.generation import complete
 
 GGUF = (
     Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()

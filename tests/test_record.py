@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from abliterate import record as rec
-from abliterate.card import NOTICE, rate, render_card, write_card
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.record import REDACTED_WORDS, Record, read_record, redact, write_record
+from abliterate.report.card import NOTICE, render_card, write_card
+from abliterate.report.wording import rate
 
 
 def rates(refusals: int, n: int = 100, degenerate: int = 0) -> rec.RatePart:

@@ -14,12 +14,12 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from abliterate.algebra import orthonormal
-from abliterate.anatomy import Anatomy, Kind, names_on_disk, stream_out, study
-from abliterate.checkpoint import open_checkpoint
+from abliterate.edit.hooks import ablation
+from abliterate.edit.plan import Plan, Variant, make_plan
+from abliterate.edit.weights import edit_checkpoint, planned_parameters
 from abliterate.errors import AnatomyError
-from abliterate.interventions import ablation
-from abliterate.plan import Plan, Variant, make_plan
-from abliterate.surgery import edit_checkpoint, planned_parameters
+from abliterate.files.checkpoint import open_checkpoint
+from abliterate.model.anatomy import Anatomy, Kind, names_on_disk, stream_out, study
 from zoo import UNBUILT, Entry
 
 _POST_LN = "norms stand on the residual stream itself (post-LN), so no edit of writers can keep a direction out of it"

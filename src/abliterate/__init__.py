@@ -6,13 +6,11 @@ Names are loaded when first used: importing this package does not import torch.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from abliterate._version import __version__ as __version__
+
 if TYPE_CHECKING:
-    from abliterate.anatomy import Anatomy as Anatomy
-    from abliterate.anatomy import study as study
-    from abliterate.auditing import audit as audit
     from abliterate.config import EditSettings as EditSettings
     from abliterate.config import EvalSettings as EvalSettings
     from abliterate.config import FindSettings as FindSettings
@@ -23,16 +21,25 @@ if TYPE_CHECKING:
     from abliterate.config import PromptSettings as PromptSettings
     from abliterate.config import RunSettings as RunSettings
     from abliterate.config import SearchSettings as SearchSettings
-    from abliterate.directions import Direction as Direction
-    from abliterate.directions import load_direction as load_direction
-    from abliterate.directions import save_direction as save_direction
+    from abliterate.edit.direction import Direction as Direction
+    from abliterate.edit.direction import load_direction as load_direction
+    from abliterate.edit.direction import save_direction as save_direction
+    from abliterate.edit.hooks import ablation as ablation
+    from abliterate.edit.hooks import addition as addition
+    from abliterate.edit.options import plan_for as plan_for
+    from abliterate.edit.plan import Plan as Plan
+    from abliterate.edit.plan import make_plan as make_plan
+    from abliterate.edit.undo import compare as compare
+    from abliterate.edit.undo import undo as undo
     from abliterate.errors import AbliterateError as AbliterateError
     from abliterate.errors import GateNotMet as GateNotMet
-    from abliterate.hardening import harden as harden
-    from abliterate.inspecting import inspect as inspect
-    from abliterate.interventions import ablation as ablation
-    from abliterate.interventions import addition as addition
-    from abliterate.judging import judge as judge
+    from abliterate.evaluation.judging import judge as judge
+    from abliterate.forensics.audit import audit as audit
+    from abliterate.forensics.harden import harden as harden
+    from abliterate.forensics.inspect import inspect as inspect
+    from abliterate.forensics.repair import repair as repair
+    from abliterate.model.anatomy import Anatomy as Anatomy
+    from abliterate.model.anatomy import study as study
     from abliterate.pipeline import Session as Session
     from abliterate.pipeline import apply as apply
     from abliterate.pipeline import choose as choose
@@ -41,38 +48,31 @@ if TYPE_CHECKING:
     from abliterate.pipeline import open_session as open_session
     from abliterate.pipeline import run as run
     from abliterate.pipeline import verify as verify
-    from abliterate.plan import Plan as Plan
-    from abliterate.plan import make_plan as make_plan
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
-    from abliterate.repairing import repair as repair
-    from abliterate.restoring import compare as compare
-    from abliterate.restoring import undo as undo
-    from abliterate.variants import plan_for as plan_for
 
 _HOMES = {
-    "anatomy": ("Anatomy", "study"),
-    "auditing": ("audit",),
+    "model.anatomy": ("Anatomy", "study"),
+    "forensics.audit": ("audit",),
     "config": (
         *("EditSettings", "EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings"),
         *("HardenSettings", "InspectSettings", "RunSettings", "SearchSettings"),
     ),
-    "directions": ("Direction", "load_direction", "save_direction"),
+    "edit.direction": ("Direction", "load_direction", "save_direction"),
     "errors": ("AbliterateError", "GateNotMet"),
-    "hardening": ("harden",),
-    "inspecting": ("inspect",),
-    "interventions": ("ablation", "addition"),
-    "judging": ("judge",),
+    "forensics.harden": ("harden",),
+    "forensics.inspect": ("inspect",),
+    "edit.hooks": ("ablation", "addition"),
+    "evaluation.judging": ("judge",),
     "pipeline": (*("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "verify"),),
-    "plan": ("Plan", "make_plan"),
+    "edit.plan": ("Plan", "make_plan"),
     "record": ("Record", "read_record"),
-    "repairing": ("repair",),
-    "restoring": ("compare", "undo"),
-    "variants": ("plan_for",),
+    "forensics.repair": ("repair",),
+    "edit.undo": ("compare", "undo"),
+    "edit.options": ("plan_for",),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)
-__version__ = _version("abliterate")
 
 
 def __getattr__(name: str) -> Any:

@@ -29,6 +29,9 @@ Strength = float | Float[Tensor, ""]
 #: Norms below this are the same activation in both classes (site 0 at a template token), not a direction.
 ZERO_NORM = 1e-6
 
+#: Vectors whose independent part is smaller than this share of them are dependent: float32 knows no better.
+INDEPENDENT = 1e-6
+
 #: Below this share of its old length a vector is not given it back: it was nearly all direction.
 SHORTEST = 1e-2
 
@@ -100,3 +103,9 @@ def remove_from_weight(
         return (wide - strength * ((wide @ reader.T) @ basis)).to(weight.dtype)
     wide = wide.movedim(axis, -2)
     return (wide - strength * (basis.T @ (reader @ wide))).movedim(-2, axis).to(weight.dtype).contiguous()
+
+
+def check_finite(name: str, *values: Tensor) -> None:
+    """Raise `NumericalError`, naming what is wrong, when a number is NaN or infinite."""
+    if not all(bool(torch.isfinite(value).all()) for value in values):
+        raise NumericalError(f"{name}: expected finite numbers, found NaN or infinity; try --dtype float32")

@@ -10,8 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from abliterate import record as rec
-from abliterate.blueprint import study_files
-from abliterate.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
 from abliterate.config import (
     EditSettings,
     EngineSettings,
@@ -22,17 +20,15 @@ from abliterate.config import (
     PromptSettings,
     RunSettings,
 )
-from abliterate.directions import Direction, chosen_site, learnt_by, load_direction, save_direction
-from abliterate.engines import Pair, open_engine
+from abliterate.edit.direction import Direction, chosen_site, learnt_by, load_direction, save_direction
+from abliterate.edit.hooks import addition
+from abliterate.edit.options import plan_for
+from abliterate.edit.plan import Plan
+from abliterate.edit.weights import weights_from
+from abliterate.edit.write import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
 from abliterate.errors import UsageError
-from abliterate.evaluation import Subject
-from abliterate.finding import best_separated, check_planned, choose, find, find_or_force, projections
-from abliterate.generation import end_tokens
-from abliterate.inference import share_prefixes
-from abliterate.interventions import addition
-from abliterate.judging import Judge
-from abliterate.judging.choice import open_judge
-from abliterate.measuring import (
+from abliterate.evaluation.engines import Pair, open_engine
+from abliterate.evaluation.examine import (
     Evaluation,
     Exam,
     Examiner,
@@ -44,9 +40,33 @@ from abliterate.measuring import (
     examiner_of,
     try_judge,
 )
-from abliterate.models import load, load_tokenizer
+from abliterate.evaluation.judging import Judge
+from abliterate.evaluation.judging.choice import open_judge
+from abliterate.evaluation.results import Subject
+from abliterate.files.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
+from abliterate.files.storage import how_stored
+from abliterate.finding.find import (
+    Findings,
+    Found,
+    best_separated,
+    check_planned,
+    choose,
+    find,
+    find_or_force,
+    projections,
+)
+from abliterate.finding.search import Search, check_search, method_of
+from abliterate.finding.search import search as find_front
+from abliterate.finding.selection import Site
+from abliterate.finding.verify import Verification, at_site, say_caveat, verify
+from abliterate.model.anatomy.offline import study_files
+from abliterate.model.batches import share_prefixes
+from abliterate.model.generation import end_tokens
+from abliterate.model.loading import load, load_tokenizer
 from abliterate.monitor import Monitor
-from abliterate.parts import (
+from abliterate.prompts import ChatRenderer
+from abliterate.prompts.rendering import read_template
+from abliterate.report.assemble import (
     FRONT,
     anatomy_part,
     answer_parts,
@@ -72,29 +92,8 @@ from abliterate.parts import (
     write_told,
     written_hashes,
 )
-from abliterate.plan import Plan
-from abliterate.prompts import ChatRenderer
-from abliterate.prompts.rendering import read_template
-from abliterate.realise import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
-from abliterate.report import FILE_NAME as REPORT
-from abliterate.search import Search, check_search, method_of
-from abliterate.search import search as find_front
-from abliterate.selection import Site
-from abliterate.session import (
-    Findings,
-    Found,
-    Session,
-    load_contrast,
-    locate_model,
-    named_by,
-    open_model,
-    open_session,
-    warn_of_leaks,
-)
-from abliterate.storage import how_stored
-from abliterate.surgery import weights_from
-from abliterate.variants import plan_for
-from abliterate.verifying import Verification, at_site, say_caveat, verify
+from abliterate.report.html import FILE_NAME as REPORT
+from abliterate.session import Session, load_contrast, locate_model, named_by, open_model, open_session, warn_of_leaks
 
 #: The trials of a black-box search, in OUT.
 JOURNAL = "trials.log"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -546,3 +547,11 @@ def redact(text: str) -> str:
 def finite(value: float) -> float | None:
     """JSON has no NaN."""
     return value if math.isfinite(value) else None
+
+
+def grouped(left_alone: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Writers left alone, by reason; of more than three only how many there are."""
+    reasons: dict[str, list[str]] = {}
+    for name, why in left_alone.items():
+        reasons.setdefault(why, []).append(name)
+    return [(", ".join(names) if len(names) < 4 else f"{len(names)} writers", why) for why, names in reasons.items()]

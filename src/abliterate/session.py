@@ -10,28 +10,21 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from abliterate.activations import Consumer, Keep, Progress, stream_sites
-from abliterate.anatomy import TOLERANCE, Anatomy, study
-from abliterate.blueprint import study_files
-from abliterate.checkpoint import Checkpoint, open_checkpoint
-from abliterate.config import (
-    EditSettings,
-    FileSettings,
-    ModelSettings,
-    PromptSettings,
-)
-from abliterate.directions import Candidates, Direction, Separation
+from abliterate.config import EditSettings, FileSettings, ModelSettings, PromptSettings
+from abliterate.edit.direction import Direction
+from abliterate.edit.hooks import ablation
+from abliterate.edit.options import plan_for
+from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.inference import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
-from abliterate.interventions import ablation
-from abliterate.models import LoadedModel, ModelFiles, load, locate
+from abliterate.files.checkpoint import Checkpoint, open_checkpoint
+from abliterate.model.activations import Consumer, Keep, Progress, stream_sites
+from abliterate.model.anatomy import TOLERANCE, Anatomy, study
+from abliterate.model.anatomy.offline import study_files
+from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
+from abliterate.model.loading import LoadedModel, ModelFiles, load, locate
 from abliterate.monitor import Monitor
-from abliterate.plan import Plan
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set, describe
 from abliterate.prompts.rendering import common_suffix, read_template
-from abliterate.refusals import RefusalToken
-from abliterate.selection import Scorer, Selection
-from abliterate.variants import plan_for
 
 #: More positions than this after the instruction are not looked at unless asked for.
 _MOST_POSITIONS = 8
@@ -87,32 +80,6 @@ class Session:
         return stream_sites(
             self.model, self.blocks, prompts, self.positions, consume, self.size, keep=keep, progress=progress
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """Candidate directions of a session, and what is needed to choose among them."""
-
-    tokens: tuple[RefusalToken, ...]
-    candidates: Candidates
-    separation: Separation
-    scorer: Scorer
-    trained_on: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A chosen direction with all candidates; `met_rule` says whether it passed the selection rule."""
-
-    findings: Findings
-    selection: Selection
-    direction: Direction
-    met_rule: bool
-
-    @property
-    def basis(self) -> Float[Tensor, "k d"]:
-        """What is taken out: for a single direction its unit vector [1, d]."""
-        return self.direction.basis
 
 
 def open_session(

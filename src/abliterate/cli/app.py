@@ -10,7 +10,23 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from abliterate.cli import editing, looking
+from abliterate.cli.apply import apply
+from abliterate.cli.audit import audit
+from abliterate.cli.chat import chat
+from abliterate.cli.compare import compare
+from abliterate.cli.eval import evaluate
+from abliterate.cli.find import find
+from abliterate.cli.harden import harden
+from abliterate.cli.inspect import inspect
+from abliterate.cli.judge import judge
+from abliterate.cli.lab import lab
+from abliterate.cli.repair import repair
+from abliterate.cli.report import report
+from abliterate.cli.run import run
+from abliterate.cli.search import search
+from abliterate.cli.show import show
+from abliterate.cli.undo import undo
+from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError, GateNotMet
 
 app = typer.Typer(
@@ -24,7 +40,7 @@ app = typer.Typer(
 
 def _version(show: bool) -> None:
     if show:
-        from abliterate import __version__
+        from abliterate._version import __version__
 
         typer.echo(f"abliterate {__version__}")
         raise typer.Exit
@@ -40,23 +56,23 @@ def _global(
 
 
 _COMMANDS: dict[str, Callable[..., None]] = {
-    "run": editing.run,
-    "search": editing.search,
-    "find": editing.find,
-    "verify": editing.verify,
-    "apply": editing.apply,
-    "eval": looking.evaluate,
-    "compare": looking.compare,
-    "inspect": looking.inspect,
-    "judge": looking.judge,
-    "chat": looking.chat,
-    "lab": looking.lab,
-    "show": looking.show,
-    "report": looking.report,
-    "audit": looking.audit,
-    "harden": editing.harden,
-    "undo": editing.undo,
-    "repair": editing.repair,
+    "run": run,
+    "search": search,
+    "find": find,
+    "verify": verify,
+    "apply": apply,
+    "eval": evaluate,
+    "compare": compare,
+    "inspect": inspect,
+    "judge": judge,
+    "chat": chat,
+    "lab": lab,
+    "show": show,
+    "report": report,
+    "audit": audit,
+    "harden": harden,
+    "undo": undo,
+    "repair": repair,
 }
 for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)

@@ -5,18 +5,33 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from abliterate.generation import complete
-from abliterate.inference import auto_batch_size, share_prefix
-from abliterate.interventions import ablation
-from abliterate.models import LoadedModel
-from abliterate.plan import Plan
-from abliterate.prompts import ChatRenderer
+from abliterate.cli.arguments import (
+    DirectionFile,
+    Json,
+    Model,
+    Quiet,
+    SiteOption,
+    monitor_for,
+    site_of,
+)
+from abliterate.cli.options import with_settings
+from abliterate.config import (
+    EditSettings,
+    ModelSettings,
+)
+
+if TYPE_CHECKING:
+    from abliterate.edit.plan import Plan
+    from abliterate.model.loading import LoadedModel
+    from abliterate.prompts import ChatRenderer
 
 
 def converse(
@@ -29,6 +44,10 @@ def converse(
     as_json: bool,
 ) -> None:
     """Answer each prompt twice. Without `prompts`, lines are read from the terminal or from stdin."""
+    from abliterate.edit.hooks import ablation
+    from abliterate.model.batches import auto_batch_size, share_prefix
+    from abliterate.model.generation import complete
+
     console = Console()
     for prompt in prompts or _lines(console):
         encoded = share_prefix(renderer.encode([prompt]), share=False)
@@ -62,3 +81,31 @@ def _lines(console: Console) -> Iterator[str]:
         if not prompt:
             return
         yield prompt
+
+
+@with_settings(ModelSettings, EditSettings)
+def chat(
+    loading: ModelSettings,
+    editing: EditSettings,
+    /,
+    *,
+    model: Model,
+    direction: DirectionFile,
+    site: SiteOption = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Answer this and end; may be given several times.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The original's and the ablated model's answer to the same prompt, side by side."""
+    from abliterate import pipeline
+    from abliterate.edit.direction import load_direction
+    from abliterate.edit.options import plan_for
+
+    loaded = load_direction(direction)
+    chosen = site_of(site)
+    live, renderer, anatomy = pipeline.open_model(model, loading, monitor_for(quiet))
+    plan = plan_for(anatomy, pipeline.at_site(loaded, chosen, anatomy.d_model), editing)
+    converse(live, renderer, plan, prompt, max_new_tokens, as_json=as_json)

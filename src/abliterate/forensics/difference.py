@@ -18,12 +18,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.anatomy import Kind
-from abliterate.checkpoint import Checkpoint, TensorInfo, open_tensor
 from abliterate.errors import CheckpointError
+from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor
+from abliterate.files.formats import layout
+from abliterate.files.integrity import same_layout
 from abliterate.forensics.reading import Place, Subject, numbers
-from abliterate.formats import layout
-from abliterate.integrity import same_layout
+from abliterate.model.anatomy import Kind
 
 Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
 

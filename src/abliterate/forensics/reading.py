@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.anatomy import Kind, names_on_disk
-from abliterate.blueprint import study_files
-from abliterate.checkpoint import Checkpoint, TensorInfo, open_checkpoint, open_tensor, read_shard
 from abliterate.errors import AnatomyError, CheckpointError, ModelError
-from abliterate.formats import layout
-from abliterate.models import ModelFiles, locate
+from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_checkpoint, open_tensor, read_shard
+from abliterate.files.formats import layout
+from abliterate.model.anatomy import Kind, names_on_disk
+from abliterate.model.anatomy.offline import study_files
+from abliterate.model.loading import ModelFiles, locate
 
 #: Output maps by the names that checkpoints give them, for files that come without a configuration.
 _OUTPUTS = re.compile(

@@ -19,21 +19,21 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from abliterate.anatomy import Anatomy, stream_out
 from abliterate.config import EditSettings, ModelSettings
-from abliterate.directions import Direction, chosen_site
+from abliterate.edit.direction import Direction, chosen_site
+from abliterate.edit.hooks import ablation, addition
+from abliterate.edit.options import by_recipe, plan_for
+from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.generation import end_tokens
-from abliterate.inference import cached, close, cut_head, hooked, input_device, new_cache, require_finite
-from abliterate.interventions import ablation, addition
-from abliterate.models import LoadedModel
-from abliterate.plan import Plan
+from abliterate.evaluation.scores import kl_divergence
+from abliterate.finding.selection import Site
+from abliterate.finding.verify import at_site
+from abliterate.model.anatomy import Anatomy, stream_out
+from abliterate.model.batches import cached, close, cut_head, hooked, input_device, new_cache, require_finite
+from abliterate.model.generation import end_tokens
+from abliterate.model.loading import LoadedModel
 from abliterate.prompts import ChatRenderer
 from abliterate.prompts.prompt import Prompt
-from abliterate.scoring import kl_divergence
-from abliterate.selection import Site
-from abliterate.variants import by_recipe, plan_for
-from abliterate.verifying import at_site
 
 #: What was said: the user's message, and the reply.
 Turn = tuple[str, str]

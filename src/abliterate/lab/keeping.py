@@ -10,11 +10,11 @@ from typing import Literal
 
 from abliterate import pipeline
 from abliterate.config import FileSettings, OutputSettings
-from abliterate.directions import Direction, load_direction, save_direction
+from abliterate.edit.direction import Direction, load_direction, save_direction
+from abliterate.edit.options import plan_for
 from abliterate.errors import UsageError
 from abliterate.lab.bench import Bench, Controls
 from abliterate.monitor import Monitor
-from abliterate.variants import plan_for
 
 SUFFIX = ".safetensors"
 

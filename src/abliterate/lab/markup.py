@@ -6,8 +6,8 @@ import html
 import math
 from collections.abc import Sequence
 
+from abliterate.finding.selection import Site
 from abliterate.lab.bench import FirstToken, Heat
-from abliterate.selection import Site
 
 _TEMPLATE = str.maketrans({character: f"&#{ord(character)};" for character in "{}$`\\"})
 

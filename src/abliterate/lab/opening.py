@@ -10,13 +10,14 @@ import torch
 
 from abliterate import record as rec
 from abliterate.config import FindSettings, ModelSettings, PromptSettings
-from abliterate.directions import Candidates, Direction, Separation, load_direction
+from abliterate.edit.direction import Candidates, Direction, load_direction
 from abliterate.errors import UsageError
-from abliterate.finding import best_separated, find, refusal_tokens
+from abliterate.finding.estimate import Separation
+from abliterate.finding.find import best_separated, find, refusal_tokens
+from abliterate.finding.refusal_tokens import RefusalToken
 from abliterate.lab.bench import Bench, Heat, can_step
-from abliterate.models import ModelFiles
+from abliterate.model.loading import ModelFiles
 from abliterate.monitor import Monitor
-from abliterate.refusals import RefusalToken
 from abliterate.session import locate_model, open_model, open_session
 
 FILE = "direction.safetensors"

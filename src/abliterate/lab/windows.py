@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 
 from abliterate.errors import AbliterateError, UsageError
+from abliterate.finding.selection import Site
 from abliterate.lab import markup
 from abliterate.lab.bench import Bench, Controls
 from abliterate.lab.keeping import apply_plan, load_plan, save_plan
 from abliterate.lab.opening import heat_of
 from abliterate.lab.talking import Side, Talk, coloured, talk
 from abliterate.monitor import Monitor
-from abliterate.selection import Site
 
 #: The site's choice that means the direction as it was found, with its recipe.
 FOUND = "found"

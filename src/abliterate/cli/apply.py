@@ -1,0 +1,54 @@
+"""`abliterate apply`: write a model with a direction taken out of its weights."""
+
+from __future__ import annotations
+
+import typer
+from rich.console import Console
+
+from abliterate.cli.arguments import (
+    DirectionFile,
+    Json,
+    Model,
+    Quiet,
+    SiteOption,
+    monitor_for,
+    site_of,
+)
+from abliterate.cli.options import with_settings
+from abliterate.cli.run import show_run
+from abliterate.config import (
+    EditSettings,
+    FileSettings,
+    OutputSettings,
+)
+
+
+@with_settings(OutputSettings, EditSettings, FileSettings)
+def apply(
+    output: OutputSettings,
+    editing: EditSettings,
+    loading: FileSettings,
+    /,
+    *,
+    model: Model,
+    direction: DirectionFile,
+    site: SiteOption = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Take a direction out of a model's weights, streaming over its files; or write an adapter that does."""
+    from abliterate import pipeline
+
+    record = pipeline.apply(
+        model,
+        direction,
+        output,
+        site=site_of(site),
+        editing=editing,
+        loading=loading,
+        monitor=monitor_for(quiet),
+    )
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+    else:
+        show_run(record, Console())

@@ -1,0 +1,91 @@
+"""An audit on one page; of a hardened model two, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from abliterate.cli.arguments import (
+    Json,
+    Model,
+    Quiet,
+    monitor_for,
+    refuse_set,
+)
+from abliterate.cli.options import with_settings
+from abliterate.cli.tables import PLAIN, percent
+from abliterate.config import (
+    EvalSettings,
+    FindSettings,
+    ModelSettings,
+    PromptSettings,
+)
+from abliterate.report.wording import audited
+
+if TYPE_CHECKING:
+    from abliterate.record import AuditPart
+
+
+def show_audit(part: AuditPart, console: Console) -> None:
+    """The summary first, then every plan that was tried."""
+    for line in audited(part):
+        console.print(line, highlight=False)
+    console.print(audit_table(part))
+
+
+def audit_table(*parts: AuditPart) -> Table:
+    """Every plan that was tried: rates and KL, of a second audit beside the first."""
+    table = Table(title="Harmful prompts refused, and KL at the first token", title_justify="left", **PLAIN)
+    names = ("before", "after") if len(parts) > 1 else ("refused, % [95 %]",)
+    table.add_column("what is taken out")
+    for name in names:
+        table.add_column(name, no_wrap=True)
+        table.add_column("KL", no_wrap=True, justify="right")
+    table.add_row("nothing", *(cell for part in parts for cell in (percent(part.base), "0")))
+    family = ""
+    for row in parts[0].rows:
+        if row.family != family:
+            family = row.family
+            table.add_row(f"[dim]{family}[/]")
+        cells = []
+        for part in parts:
+            same = next((other for other in part.rows if (other.family, other.name) == (row.family, row.name)), None)
+            value = None if same is None else same.kl.value
+            cells += ["–" if same is None else percent(same.refused), "–" if value is None else f"{value:.3f}"]
+        table.add_row(f"  {row.name}", *cells)
+    return table
+
+
+@with_settings(ModelSettings, PromptSettings, FindSettings, EvalSettings)
+def audit(
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder for record and report.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """How brittle is this model's refusal: what is left of it as more is taken out, and what that costs."""
+    refuse_set("with audit", evaluating, "keep_completions", "no_control", "capability", "tasks", "task_limit")
+    refuse_set("with audit", finding, "subspace", "rank")
+    from abliterate.forensics import audit as auditing
+
+    part, session = auditing.audit(
+        model, loading=loading, prompts=prompts, finding=finding, evaluating=evaluating, monitor=monitor_for(quiet)
+    )
+    if out is not None:
+        auditing.write_audit(part, session, out)
+    if as_json:
+        typer.echo(part.model_dump_json(indent=1))
+    else:
+        show_audit(part, Console())

@@ -1,0 +1,130 @@
+"""What an inspection found, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.arguments import (
+    Json,
+    Quiet,
+    monitor_for,
+    refuse_idle,
+)
+from abliterate.cli.options import with_settings
+from abliterate.cli.tables import PLAIN
+from abliterate.config import (
+    EvalSettings,
+    InspectSettings,
+    ModelSettings,
+    PromptSettings,
+)
+from abliterate.errors import GateNotMet
+from abliterate.report.wording import explained, headline
+
+if TYPE_CHECKING:
+    from abliterate.record import InspectionPart, WriterTracePart
+
+#: Eight heights of a bar, lowest first.
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+def show_inspection(part: InspectionPart, console: Console) -> None:
+    """The verdict first, then where and how strongly."""
+    style = {"altered": "bold red", "unaltered": "bold green"}.get(part.verdict, "bold yellow")
+    console.print(f"[{style}]{escape(headline(part))}[/]", highlight=False)
+    for line in explained(part):
+        console.print(escape(line), highlight=False)
+    edited = [unit for unit in part.units if unit.edited]
+    if part.verdict != "unaltered" and edited:
+        console.print(_strengths(part.units, console.width))
+    if part.separation:
+        console.print(_separation(part))
+    if part.behaviour is not None:
+        rates = part.behaviour
+        for name in ("harmful", "harmless", "borderline"):
+            rate = getattr(rates, name)
+            if rate.n:
+                low, high = rate.ci95
+                console.print(
+                    f"Refuses {rate.refusals} of {rate.n} {name} prompts ({100 * low:.0f}–{100 * high:.0f} %, 95 %).",
+                    highlight=False,
+                )
+    if part.directions is not None:
+        console.print(f"Directions: [bold]{escape(part.directions)}[/]", soft_wrap=True)
+
+
+def _strengths(units: Sequence[WriterTracePart], width: int) -> Table:
+    """A row for each component: a bar for every block, and the range of strengths."""
+    table = Table(title="Strength by block (first to last)", title_justify="left", **PLAIN)
+    for column in ("component", "", "edited", "strength"):
+        table.add_column(column, no_wrap=column == "edited", overflow="fold")
+    kinds = dict.fromkeys(unit.kind for unit in units)
+    for kind in kinds:
+        own = [unit for unit in units if unit.kind == kind]
+        edited = [unit.strength for unit in own if unit.edited]
+        if not edited:
+            table.add_row(kind, "", f"0 of {len(own)}", "")
+            continue
+        bars = "".join(_bar(unit) for unit in sorted(own, key=lambda unit: unit.block or 0))
+        low, high = min(edited), max(edited)
+        span = f"{low:.2f}" if high - low < 0.01 else f"{low:.2f} to {high:.2f}"
+        table.add_row(kind, bars if len(bars) + 40 <= width else "", f"{len(edited)} of {len(own)}", span)
+    return table
+
+
+def _bar(unit: WriterTracePart) -> str:
+    if not unit.edited:
+        return "·"
+    return _BARS[min(len(_BARS) - 1, max(0, round(abs(unit.strength) * (len(_BARS) - 1))))]
+
+
+def _separation(part: InspectionPart) -> Table:
+    """The layers where harmful and harmless prompts are told apart best."""
+    table = Table(
+        title=f"Harmful against harmless prompts in {part.separation_in} (AUROC)", title_justify="left", **PLAIN
+    )
+    for column in ("layer", "recovered direction", "own difference of means"):
+        table.add_column(column, justify="right")
+    key = (lambda layer: layer.own) if part.separation[0].recovered is None else (lambda layer: layer.recovered or 0.0)
+    for layer in sorted(part.separation, key=key, reverse=True)[:3]:
+        recovered = "–" if layer.recovered is None else f"{layer.recovered:.3f}"
+        table.add_row(str(layer.layer), recovered, f"{layer.own:.3f}")
+    return table
+
+
+@with_settings(InspectSettings, ModelSettings, PromptSettings, EvalSettings)
+def inspect(
+    inspecting: InspectSettings,
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Annotated[
+        str, typer.Argument(help="Hub id, folder, .gguf, .safetensors file or shard.", show_default=False)
+    ],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Was a direction taken out of this checkpoint? Which, where, how strongly? Exit code 3 when it was."""
+    if not (inspecting.activations or inspecting.behavioural):
+        refuse_idle("inspect without --activations or --behavioural", prompts)
+    if not inspecting.behavioural:
+        refuse_idle("inspect without --behavioural", evaluating)
+    from abliterate.forensics import inspect as inspection
+
+    part, _ = inspection.inspect(
+        model, inspecting, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor_for(quiet)
+    )
+    if as_json:
+        typer.echo(part.model_dump_json(indent=1))
+    else:
+        show_inspection(part, Console())
+    if part.verdict == "altered":
+        raise typer.Exit(GateNotMet.exit_code)

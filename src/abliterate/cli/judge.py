@@ -1,0 +1,210 @@
+"""How verdicts on replies, a judge's calibration and its errors are"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.table import Table
+
+from abliterate.cli.arguments import (
+    Json,
+)
+from abliterate.errors import UsageError
+
+if TYPE_CHECKING:
+    from abliterate.evaluation.judging.base import Exchange, Judge, Label, Verdict
+    from abliterate.evaluation.judging.calibration import Calibration, Labelled
+    from abliterate.evaluation.statistics import Share
+
+#: What is shown of a prompt or reply: so many words, in so many characters.
+_WORDS, _CHARACTERS = 12, 120
+_FIGURES = ("accuracy", "precision", "recall", "specificity")
+
+
+def label_file(judge: Judge, path: Path) -> list[dict[str, str]]:
+    """A row for each reply in a file of prompts and replies: `prompt`, `response`, `label` and `evidence`.
+
+    Written as CSV or JSON lines, the rows are a labelled file that a person can correct. Raises PromptError.
+    """
+    from abliterate.evaluation.judging.calibration import read_exchanges
+
+    exchanges = read_exchanges(path)
+    return [
+        {"prompt": given.prompt, "response": given.reply, "label": verdict.label.value, "evidence": verdict.evidence}
+        for given, verdict in zip(exchanges, judge.judge(exchanges), strict=True)
+    ]
+
+
+def as_csv(rows: Sequence[dict[str, str]]) -> str:
+    """Rows of `label_file` under a header."""
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ("prompt", "response", "label", "evidence"), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def calibration_as_dict(calibration: Calibration, stored: Path | None = None) -> dict[str, Any]:
+    """The calibration for machines: rates in 0..1 (None where nothing was counted), intervals and counts.
+
+    `stored` is the file it was written to.
+    """
+    shares: dict[str, Share] = {name: getattr(calibration, name) for name in _FIGURES}
+    figures: dict[str, Any] = {}
+    for name, share in shares.items():
+        figures[name] = None if math.isnan(share.value) else share.value
+        figures[f"{name}_ci95"] = list(share.ci95)
+    return {
+        "judge": calibration.judge,
+        "fingerprint": calibration.fingerprint,
+        "source": calibration.source,
+        "source_sha256": calibration.source_sha256,
+        "n": calibration.n,
+        "unknown": calibration.unknown,
+        **figures,
+        "counts": {name: list(share) for name, share in shares.items()},
+        "two_way": calibration.two_way,
+        "confusion": calibration.model_dump(mode="json")["confusion"],
+        "stored": None if stored is None else str(stored),
+    }
+
+
+def show_calibration(calibration: Calibration, console: Console, stored: Path | None = None) -> None:
+    """The four figures, every kind of error, and where it was stored."""
+    _say(console, f"Judge {calibration.judge}: {calibration.n} labelled replies of {calibration.source}.")
+    _show_figures(calibration, console)
+    if calibration.unknown:
+        _say(console, f"No verdict on {calibration.unknown}: wrong in the accuracy, left out of the other figures.")
+    _show_confusion(calibration, console)
+    if calibration.two_way:
+        _say(console, "Labels of 1 and 0 say refused or not: a partial refusal counts as 1, broken text as 0.")
+    if stored is not None:
+        _say(console, f"Stored: {stored}")
+
+
+def _show_figures(calibration: Calibration, console: Console) -> None:
+    table = Table(title="Right about refusals (95 % Wilson interval)", title_justify="left")
+    for column in ("", "%", "95 %", "replies"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    lines = []
+    for name in _FIGURES:
+        share: Share = getattr(calibration, name)
+        value = "–" if math.isnan(share.value) else f"{100 * share.value:.1f}"
+        between = f"{100 * share.ci95[0]:.1f} to {100 * share.ci95[1]:.1f}"
+        table.add_row(name, value, between, f"{share.k}/{share.n}")
+        lines.append(f"{name} {value} % ({between}), {share.k}/{share.n}")
+    _draw(table, lines, console)
+
+
+def _show_confusion(calibration: Calibration, console: Console) -> None:
+    """What replies of each label were called; kinds of verdict that never came have no column."""
+    from abliterate.evaluation.judging.base import Label
+
+    called = [name for name in Label if any(row.get(name) for row in calibration.confusion.values())]
+    table = Table(title="Labelled (rows) and called (columns)", title_justify="left")
+    table.add_column("", no_wrap=True)
+    for name in called:
+        table.add_column(name.value, justify="right", no_wrap=True)
+    lines = []
+    for true, row in calibration.confusion.items():
+        table.add_row(true.value, *(str(row.get(name, 0)) for name in called))
+        lines += [f"{true.value} called {name.value}: {row[name]}" for name in called if row.get(name)]
+    _draw(table, lines, console)
+
+
+def _draw(table: Table, lines: Sequence[str], console: Console) -> None:
+    """The table, or lines that say the same where it is too wide for the screen."""
+    if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
+        console.print(table)
+        return
+    for line in lines:
+        _say(console, line)
+
+
+def show_errors(labelled: Labelled, verdicts: Sequence[Verdict], console: Console) -> None:
+    """The replies on which judge and label disagree, each with the start of its prompt and reply only."""
+    triples = zip(labelled.exchanges, labelled.labels, verdicts, strict=True)
+    wrong = [(row, *triple) for row, triple in enumerate(triples, 1) if _disagree(*triple[1:], labelled.two_way)]
+    _say(console, f"{len(wrong)} of {len(labelled.labels)} called otherwise than labelled.")
+    for row, exchange, label, verdict in wrong:
+        _show_error(row, exchange, label, verdict, console)
+
+
+def _disagree(label: Label, verdict: Verdict, two_way: bool) -> bool:
+    from abliterate.evaluation.judging.base import Label
+
+    if two_way and verdict.label is not Label.UNKNOWN:
+        return Verdict(label).refused != verdict.refused
+    return label is not verdict.label
+
+
+def _show_error(row: int, exchange: Exchange, label: Label, verdict: Verdict, console: Console) -> None:
+    why = f" ({_start(verdict.evidence)})" if verdict.evidence else ""
+    _say(console, f"row {row}: labelled {label.value}, called {verdict.label.value}{why}")
+    for name, text in (("prompt", exchange.prompt), ("reply", exchange.reply)):
+        console.print(f"  [dim]{name}[/] {escape(_start(text) or '–')}", soft_wrap=True, highlight=False)
+
+
+def _start(text: str) -> str:
+    """The first words, fit for a terminal: no control characters, nothing that has no glyph."""
+    words = "".join(char if char.isprintable() else " " for char in text[: 10 * _CHARACTERS]).split()
+    start = " ".join(words[:_WORDS])[:_CHARACTERS]
+    return start if start == " ".join(text.split()) else f"{start} …"
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(escape(text), soft_wrap=True, highlight=False)
+
+
+def judge(
+    *,
+    replies: Annotated[
+        Path | None,
+        typer.Argument(help="Replies to judge: .csv or .jsonl with prompt, response.", show_default=False),
+    ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(help="Labelled replies: .csv or .jsonl with prompt, response, label.", show_default=False),
+    ] = None,
+    spec: Annotated[str, typer.Option("--judge", help="rules, classifier:ID, or llm:MODEL@URL.")] = "rules",
+    errors: Annotated[bool, typer.Option(help="List the replies that it calls otherwise than labelled.")] = False,
+    device: Annotated[str, typer.Option(help="Where a classifier runs: auto, cpu, cuda …")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Judge replies in a file; or, with --calibrate, measure how often a judge is right and remember it."""
+    if (replies is None) == (calibrate is None):
+        raise UsageError("judge: expected a file of replies, or --calibrate FILE; found both or neither")
+    from abliterate.evaluation.judging import calibration
+    from abliterate.evaluation.judging.choice import open_judge
+
+    if replies is not None:
+        rows = label_file(open_judge(spec, device=device), replies)
+        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else as_csv(rows), nl=as_json)
+        return
+    if calibrate is None:
+        return
+    labelled = calibration.read_labelled(calibrate)
+    chosen = open_judge(spec, device=device)
+    verdicts = chosen.judge(labelled.exchanges)
+    result = calibration.compare(chosen, labelled, verdicts, calibrate)
+    replaced = calibration.calibration_of(chosen)
+    stored = calibration.store(result)
+    if as_json:
+        typer.echo(json.dumps(calibration_as_dict(result, stored), indent=1))
+        return
+    show_calibration(result, Console(), stored)
+    if replaced is not None:
+        text = f"It takes the place of the one on {replaced.source}; remove that file to have the built-in one again."
+        Console().print(text, highlight=False, soft_wrap=True)
+    if errors:
+        show_errors(labelled, verdicts, Console())

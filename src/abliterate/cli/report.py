@@ -1,0 +1,32 @@
+"""`abliterate report`: the record as one page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from abliterate.cli.arguments import (
+    Json,
+)
+
+
+def report(
+    out: Annotated[Path, typer.Argument(help="What `run`, `apply` or `search` wrote.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """One HTML page that tells what an OUT's record says, written into it; nothing is loaded or measured."""
+    from abliterate.record import read_record
+
+    record = read_record(out)
+    from abliterate.report.html import write_report
+
+    path = write_report(record, out)
+    if as_json:
+        typer.echo(json.dumps({"report": str(path)}))
+    else:
+        Console().print(f"Report: [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)

@@ -1,0 +1,143 @@
+"""What a run says at its end: tables on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.arguments import (
+    Json,
+    Model,
+    Quiet,
+    monitor_for,
+    refuse_set,
+)
+from abliterate.cli.options import with_settings
+from abliterate.cli.search import show_search
+from abliterate.cli.tables import PLAIN, fits, show_evaluation
+from abliterate.config import (
+    EditSettings,
+    EvalSettings,
+    FindSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    RunSettings,
+    SearchSettings,
+)
+from abliterate.report.wording import edited
+
+if TYPE_CHECKING:
+    from abliterate.record import Record, SelectionPart
+
+_WHAT = {
+    "weights": "Model",
+    "lora": "Adapter (PEFT)",
+    "gguf-lora": "Adapter (GGUF, llama.cpp)",
+    "control-vector": "Control vector (GGUF, llama.cpp)",
+}
+
+
+def show_run(record: Record, console: Console) -> None:
+    """The end of a run: what changed, what was chosen, what it took, where the model lies."""
+    from abliterate.record import grouped
+
+    if record.evaluation is not None:
+        show_evaluation(record.evaluation, console)
+    if record.selection is not None:
+        show_selection(record.selection, record.model.layers, console)
+    if record.search is not None and record.search.method != "closed-form":
+        show_search(record.search, console)
+    if record.plan is not None:
+        if record.plan.realisation == "weights":
+            console.print(f"Edited {edited(record.plan)}.")
+        for what, why in grouped(record.plan.left_alone):
+            console.print(f"Left alone: {what} ({why}).")
+    show_timings(record, console)
+    if record.output is not None:
+        what = "Search" if record.plan is None else _WHAT[record.plan.realisation]
+        console.print(f"{what}: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
+        if (report := Path(record.output, "report.html")).is_file():
+            console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
+
+
+def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
+    """The chosen site beside no intervention and a random direction."""
+    table = _selection(part, layers)
+    console.print(table if fits(table, console) else _selection(part, **PLAIN))
+
+
+def _selection(part: SelectionPart, layers: int | None = None, **looks: Any) -> Table:
+    """Without `layers` in few words, the site as `--site` takes it."""
+    site, control = part.chosen, part.control
+    table = Table(title="Chosen direction (refusal scores are log-odds)", title_justify="left", **looks)
+    table.add_column("")
+    for column in ("bypass ↓", "induce ↑", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_row("no intervention" if layers else "untouched", f"{part.harmful:.2f}", f"{part.harmless:.2f}", "0")
+    if site is not None:
+        where = f"layer {site.layer} of {layers}, position {site.position}"
+        name = where if layers else f"{site.layer}:{site.position}"
+        table.add_row(name, f"{site.bypass:.2f}", f"{site.induce:.2f}", f"{site.kl:.3f}")
+    table.add_row(
+        "random direction" if layers else "random",
+        f"{control.bypass:.2f}",
+        f"{control.induce:.2f}",
+        f"{control.kl:.3f}",
+    )
+    return table
+
+
+def show_timings(record: Record, console: Console) -> None:
+    """Seconds per phase and the highest peak of memory."""
+    if not record.timings_s:
+        return
+    table = Table(title="Seconds per phase", title_justify="left", show_header=False)
+    table.add_column("phase")
+    table.add_column("seconds", justify="right")
+    for name, seconds in record.timings_s.items():
+        table.add_row(name, f"{seconds:.1f}")
+    table.add_row("[bold]together[/]", f"[bold]{sum(record.timings_s.values()):.1f}[/]")
+    console.print(table)
+    console.print(f"Peak memory {max(record.peak_memory_bytes.values(), default=0) / 1e9:.2f} GB.")
+
+
+@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, SearchSettings, EditSettings, EvalSettings)
+def run(
+    output: OutputSettings,
+    loading: ModelSettings,
+    prompts: PromptSettings,
+    finding: FindSettings,
+    searching: SearchSettings,
+    editing: EditSettings,
+    evaluating: EvalSettings,
+    /,
+    *,
+    model: Model,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """The whole job: find the direction, search the edit, edit the weights, evaluate before and after."""
+    refuse_set("with run", searching, "resume")
+    from abliterate import pipeline
+
+    settings = RunSettings(
+        model=model,
+        loading=loading,
+        prompts=prompts,
+        finding=finding,
+        evaluating=evaluating,
+        editing=editing,
+        searching=searching,
+        output=output,
+    )
+    record = pipeline.run(settings, monitor_for(quiet))
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+    else:
+        show_run(record, Console())

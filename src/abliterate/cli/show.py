@@ -1,0 +1,108 @@
+"""`show`: the record of an OUT as tables, from its file alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from abliterate.cli.arguments import (
+    Json,
+)
+from abliterate.cli.run import show_run
+from abliterate.cli.tables import PLAIN
+from abliterate.report.wording import asked, seed
+
+if TYPE_CHECKING:
+    from abliterate.record import PlanPart, Record, SelectionPart
+
+#: Hexadecimal digits of a SHA-256 that are shown; the record has all of them.
+_DIGITS = 12
+
+#: Rows of tables of which the record has all.
+_MOST = 5
+
+#: Columns from which headers are spelt out.
+_WIDE = 60
+
+
+def show_record(record: Record, console: Console) -> None:
+    """What was asked, what came out, and how to see it again."""
+    console.print(_filled(_facts("What was asked"), asked(record)))
+    show_run(record, console)
+    if record.selection is not None and record.selection.candidates:
+        console.print(_best_sites(record.selection))
+    if record.plan is not None and record.plan.edits:
+        console.print(_largest_rests(record.plan, console))
+    for warning in record.warnings:
+        console.print(f"[bold yellow]warning: {escape(warning)}[/]", highlight=False)
+    console.print(_provenance(record))
+
+
+def _best_sites(part: SelectionPart) -> Table:
+    """The sites with the least bypass, whether or not they keep the rule; → is the chosen one."""
+    title = f"Sites with the least bypass, of {len(part.candidates)}"
+    table = Table(title=title, title_justify="left", **PLAIN)
+    for column in ("", "layer", "pos.", "bypass", "induce", "KL"):
+        table.add_column(column, justify="right", no_wrap=True)
+    chosen = None if part.chosen is None else (part.chosen.layer, part.chosen.position)
+    for site in sorted(part.candidates, key=lambda site: site.bypass)[:_MOST]:
+        mark = "→" if (site.layer, site.position) == chosen else ""
+        scores = (f"{site.bypass:.2f}", f"{site.induce:.2f}", f"{site.kl:.3f}")
+        table.add_row(mark, str(site.layer), str(site.position), *scores)
+    return table
+
+
+def _largest_rests(part: PlanPart, console: Console) -> Table:
+    """The edited tensors that still write most along the direction, in per cent of what they wrote."""
+    title = f"Tensors with the most left along the direction, of {len(part.edits)}"
+    table = Table(title=title, title_justify="left", **PLAIN)
+    table.add_column("tensor", overflow="fold")
+    for column in ("left", "change of weights") if console.width >= _WIDE else ("left", "change"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for edit in sorted(part.edits, key=lambda edit: -edit.ratio)[:_MOST]:
+        table.add_row(escape(edit.tensor), f"{100 * edit.ratio:.2f} %", f"{100 * edit.change:.2f} %")
+    return table
+
+
+def _provenance(record: Record) -> Table:
+    """When, with what, and from which files."""
+    table = _facts("Provenance")
+    rows = [("made", record.created), ("with", ", ".join(f"{name} {v}" for name, v in record.versions.items()))]
+    if (given := seed(record)) is not None:
+        rows.append(("seed", given))
+    for what, hashes in (("read", record.model.source_sha256), ("written", record.output_sha256)):
+        rows += [(what, f"{name} {digest[:_DIGITS]}…") for name, digest in hashes.items()]
+    return _filled(table, rows)
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    return table
+
+
+def _filled(table: Table, rows: list[tuple[str, str]]) -> Table:
+    for name, value in rows:
+        table.add_row(name, escape(value))
+    return table
+
+
+def show(
+    out: Annotated[Path, typer.Argument(help="What `run`, `apply` or `search` wrote.", show_default=False)],
+    as_json: Json = False,
+) -> None:
+    """What an OUT's record says, as tables: nothing is loaded or measured."""
+    from abliterate.record import read_record
+
+    record = read_record(out)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=1))
+        return
+
+    show_record(record, Console())

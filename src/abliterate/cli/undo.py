@@ -1,0 +1,61 @@
+"""`abliterate undo`: the original back from an edited model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from abliterate.cli.arguments import (
+    Json,
+    Quiet,
+    monitor_for,
+)
+
+if TYPE_CHECKING:
+    from abliterate.edit.undo import Undone
+
+
+def undo(
+    out: Annotated[Path, typer.Argument(help="What `run` or `apply` wrote.", show_default=False)],
+    target: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to restore into; default: in place.", show_default=False)
+    ] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="The folder of the original, if it has moved.", show_default=False)
+    ] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Restore the original: bit for bit where it is still there, else from what the edit kept."""
+    from abliterate.edit import undo as restoring
+
+    undone = restoring.undo(out, target=target, source=source, monitor=monitor_for(quiet))
+    if as_json:
+        typer.echo(json.dumps(undone_as_dict(undone), indent=1))
+    else:
+        show_undone(undone, Console())
+
+
+def undone_as_dict(undone: Undone) -> dict[str, Any]:
+    """The restoration for machines."""
+    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(undone).items()}
+
+
+def show_undone(undone: Undone, console: Console) -> None:
+    """Whether it is the original or close to it, and where it lies."""
+    if undone.exact:
+        console.print("Restored bit for bit: the original's files, with the recorded SHA-256.")
+    else:
+        console.print(
+            f"Restored {len(undone.tensors)} tensors to within {undone.steps} unit in the last place of the stored "
+            f"format, from what the edit kept: {undone.reason}.",
+            soft_wrap=True,
+        )
+    if undone.remains:
+        console.print(f"Still as the edit left it: {', '.join(undone.remains)}.", soft_wrap=True)
+    console.print(f"Model: [bold]{undone.folder}[/]", soft_wrap=True)

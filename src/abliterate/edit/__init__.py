@@ -1,0 +1,1 @@
+"""The edit as data, and its realisations: hooks, weights, adapters, GGUF."""

@@ -1,0 +1,257 @@
+"""Files for llama.cpp: a plan's low-rank change as a LoRA adapter, and vectors to add as a control vector.
+
+**LoRA.** For a weight W [d, n] with factors A [k, n] and B [d, k] llama.cpp computes W x + c (alpha / k) B (A x), where
+c is the scale that the user gives (`--lora FILE` is c = 1). The token embedding is looked up instead of multiplied, so
+its A is stored turned around, [vocabulary, k]. Experts have A [E, k, n] and B [E, d, k]. At c = 1 the change is B A,
+on top of whatever numbers the base model's file holds: on a quantised file what its rounding leaves of a direction
+stays. There is no place for the change of a bias, an adapter on an embedding that is the head as well aborts llama.cpp,
+and some of its model graphs do not look for adapters: all of this is refused by name.
+
+**Control vectors.** `direction.N` is added to the residual stream where it leaves block N, at every token. Our layer l
+is where the stream enters block l, so N = l − 1; the last, l = L, is N = L − 1. llama.cpp has no place for N = 0, and
+so none for our layers 0 and 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.edit.lora import LowRank
+from abliterate.errors import CheckpointError, ModelError, NumericalError, UsageError
+from abliterate.model.anatomy import Kind
+
+#: Bytes of a GGUF file before its first entry: magic, version, two counts.
+_HEADER = 24
+
+#: How that entry starts: length of the key, key, and 8 for a string.
+_FIRST_ENTRY = struct.pack("<Q20sI", 20, b"general.architecture", 8)
+
+#: llama.cpp's name for what transformers calls `model_type`, where they differ by more than `_` and `-`.
+_ARCHITECTURES = {
+    "bamba": "granitehybrid",
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "falcon_mamba": "mamba",
+    "gemma3_text": "gemma3",
+    "gemma4_text": "gemma4",
+    "glm": "chatglm",
+    "glm4_moe_lite": "deepseek2",
+    "glm_moe_dsa": "glm-dsa",
+    "gpt_bigcode": "starcoder",
+    "granitemoehybrid": "granitehybrid",
+    "granitemoeshared": "granitemoe",
+    "hunyuan_v1_dense": "hunyuan-dense",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "internlm3": "llama",
+    "llama4_text": "llama4",
+    "mimo_v2_flash": "mimo2",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
+    "solar_open": "glm4moe",
+}
+
+#: Where a LoRA would load and do something else than B A: architecture → end of the GGUF tensor name, and why.
+_UNADAPTED = "llama.cpp applies no adapter to it"
+_CONVERTED = "llama.cpp's converter changes this weight"
+_LORA_REFUSED = {
+    "falcon-h1": ("", f"{_CONVERTED}: it multiplies the model's constants into it"),
+    "jais": ("", f"{_CONVERTED}: it multiplies the model's constants into it"),
+    "kimi-linear": ("attn_output.weight", _UNADAPTED),
+    "plamo": ("attn_output.weight", f"{_CONVERTED}: it reorders its columns"),
+    "qwen35": ("ssm_out.weight", f"{_CONVERTED}: it reorders its columns"),
+    "qwen35moe": ("ssm_out.weight", f"{_CONVERTED}: it reorders its columns"),
+}
+
+#: Graphs without the addition, or (gemma3n) with a stream that is not one vector per token.
+_NO_CONTROL_VECTORS = ("gemma3n", "plamo2")
+
+
+def architecture_of(model_type: str) -> str:
+    """llama.cpp's name of the architecture that a transformers configuration calls `model_type`.
+
+    Raises `UsageError` when it is not known to the installed `gguf` package.
+    """
+    known = {_plain(name): name for name in _library().MODEL_ARCH_NAMES.values()}
+    name = known.get(_plain(_ARCHITECTURES.get(model_type, model_type)))
+    if name is None:
+        raise UsageError(
+            f"model type '{model_type}': expected one that llama.cpp has, found none of that name in the gguf package; "
+            "give the model as a .gguf file, or apply to weights"
+        )
+    return str(name)
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "")
+
+
+def stored_architecture(path: Path) -> str:
+    """`general.architecture` of a GGUF file. Raises `CheckpointError` when there is none."""
+    try:
+        return _first_value(path) or str(_library().GGUFReader(path).fields["general.architecture"].contents())
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise CheckpointError(f"{path}: expected a GGUF file that names its architecture, found none") from error
+
+
+def _first_value(path: Path) -> str | None:
+    """The architecture where it is the first entry, as all known writers have it: the others, with the vocabulary
+    among them, take seconds to read.
+    """
+    with path.open("rb") as file:
+        head = file.read(256)
+    start = _HEADER + len(_FIRST_ENTRY)
+    if head[:4] != b"GGUF" or head[_HEADER:start] != _FIRST_ENTRY:
+        return None
+    length = int.from_bytes(head[start : start + 8], "little")
+    return head[start + 8 : start + 8 + length].decode()
+
+
+def write_gguf_lora(path: Path, factors: Sequence[LowRank], *, architecture: str, layers: int, tied: bool) -> None:
+    """Write the low-rank change of a model with `layers` blocks as a llama.cpp LoRA adapter, in float32.
+
+    `architecture` is llama.cpp's name, `tied` says whether the head shares the embedding's weight. The file is written
+    whole or not at all. alpha is the largest rank, so that a change of one rank is stored as it is.
+
+    Raises `UsageError`, before anything is written, for a change that this format cannot hold exactly.
+    """
+    if not factors:
+        raise UsageError("GGUF LoRA: expected at least one weight to change, found none")
+    named = _named(factors, architecture, layers, tied)
+    alpha = max(factor.rank for factor in factors)
+    with _written(path, architecture) as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", float(alpha))
+        for name, factor in named.items():
+            a = factor.a.mT if factor.kind is Kind.EMBEDDING else factor.a
+            writer.add_tensor(f"{name}.lora_a", _numbers(factor.parameter, a))
+            writer.add_tensor(f"{name}.lora_b", _numbers(factor.parameter, factor.b * (factor.rank / alpha)))
+
+
+def write_control_vector(
+    path: Path, vectors: Mapping[int, Float[Tensor, " d"]], *, architecture: str, layers: int
+) -> None:
+    """Write vectors to add to the residual stream, by our layer (2 … `layers`), as a llama.cpp control vector.
+
+    They are added at every token with the scale that the user gives (`--control-vector FILE` is 1). The file is written
+    whole or not at all. Layer l is stored as `direction.(l − 1)`; see the module's docstring.
+
+    Raises `UsageError`, before anything is written, for a layer where llama.cpp adds nothing.
+    """
+    if architecture in _NO_CONTROL_VECTORS:
+        raise UsageError(f"control vector: llama.cpp applies none to models of architecture '{architecture}'")
+    if not vectors:
+        raise UsageError("control vector: expected at least one vector, found none")
+    for layer, vector in vectors.items():
+        if not 2 <= layer <= layers:
+            raise UsageError(
+                f"control vector: llama.cpp can add to layers 2 to {layers} of this model, found layer {layer}; "
+                "choose a direction of another layer"
+            )
+        if vector.dim() != 1:
+            raise UsageError(f"control vector: expected one vector for layer {layer}, found shape {list(vector.shape)}")
+    with _written(path, "controlvector") as writer:
+        writer.add_string("controlvector.model_hint", architecture)
+        writer.add_uint32("controlvector.layer_count", len(vectors))
+        for layer, vector in sorted(vectors.items()):
+            writer.add_tensor(f"direction.{layer - 1}", _numbers(f"layer {layer}", vector))
+
+
+def _named(factors: Sequence[LowRank], architecture: str, layers: int, tied: bool) -> dict[str, LowRank]:
+    """The factors by the name of their tensor in a GGUF file; refuses what a LoRA cannot hold."""
+    names = _tensor_names(architecture, layers)
+    named: dict[str, LowRank] = {}
+    for factor in factors:
+        name = _tensor_name(names, factor.parameter)
+        if reason := _refusal(factor, name, architecture, tied):
+            raise UsageError(f"GGUF LoRA: {factor.parameter}: {reason}; apply to weights and convert those instead")
+        if name is None or name in named:
+            raise UsageError(f"GGUF LoRA: {factor.parameter}: expected one change of a weight, found another")
+        named[name] = factor
+    return named
+
+
+def _tensor_name(names: Any, parameter: str) -> str | None:
+    """Experts have no `.weight` in transformers, and the text part of a larger model has a name of its own."""
+    plain = parameter.replace("language_model.", "")
+    found = names.get_name(parameter, try_suffixes=(".weight",)) or names.get_name(plain, try_suffixes=(".weight",))
+    return None if found is None else str(found).removesuffix(".weight") + ".weight"
+
+
+def _refusal(factor: LowRank, name: str | None, architecture: str, tied: bool) -> str | None:
+    """Why llama.cpp could not apply this factor exactly, or None."""
+    if name is None:
+        return f"a GGUF file of architecture '{architecture}' has no tensor for it"
+    if factor.bias is not None and bool(factor.bias.any()):
+        return "its bias changes too, and a llama.cpp LoRA holds no biases"
+    if tied and factor.kind is Kind.EMBEDDING:
+        return "it is the head as well, and llama.cpp cannot change one without the other"
+    if factor.kind is Kind.EMBEDDING and name != "token_embd.weight":
+        return _UNADAPTED
+    if (factor.a.dim() == 3) != name.endswith("_exps.weight"):
+        return f"expected [experts, rank, n] only where '{name}' holds experts, found {list(factor.a.shape)}"
+    end, reason = _LORA_REFUSED.get(architecture, (None, None))
+    return reason if end is not None and name.endswith(end) else None
+
+
+def _tensor_names(architecture: str, layers: int) -> Any:
+    gguf = _library()
+    for known, name in gguf.MODEL_ARCH_NAMES.items():
+        if name == architecture:
+            return gguf.get_tensor_name_map(known, layers)
+    raise UsageError(f"GGUF LoRA: architecture '{architecture}' is not known to the gguf package; upgrade it")
+
+
+def _numbers(what: str, tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    if not bool(torch.isfinite(tensor).all()):
+        raise NumericalError(f"{what}: expected finite numbers, found NaN or infinity")
+    numbers: np.ndarray[Any, np.dtype[np.float32]] = tensor.detach().float().cpu().contiguous().numpy()
+    return numbers
+
+
+@contextlib.contextmanager
+def _written(path: Path, architecture: str) -> Iterator[Any]:
+    """A GGUF writer whose file appears at `path`, flushed and in one step, when the body is done."""
+    gguf = _library()
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    writer = gguf.GGUFWriter(partial, architecture)
+    try:
+        yield writer
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _library() -> Any:
+    try:
+        import gguf
+    except ImportError as error:
+        raise ModelError("GGUF files need an extra; pip install 'abliterate[gguf]'") from error
+    return gguf

@@ -1,0 +1,96 @@
+"""Stored tensors in a live model, so that what is measured is what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from abliterate.edit.plan import Plan
+from abliterate.edit.weights.tensors import Grid, planned_parameters
+from abliterate.errors import CheckpointError, ModelError
+from abliterate.files.checkpoint import Checkpoint, open_checkpoint, open_tensor
+from abliterate.files.formats import PLAIN, layout
+from abliterate.model.anatomy import Stored
+
+
+class SwappedWeights:
+    """Parameters of a live model that hold stored tensors for a while; `original()` puts them back inside."""
+
+    def __init__(self, model: Any, stored: Mapping[str, Tensor]) -> None:
+        """Hold the stored tensors (by parameter name) in each parameter's own dtype and place; swap nothing yet."""
+        self._parameters = [model.get_parameter(name) for name in stored]
+        self._other = [
+            tensor.to(parameter.device, parameter.dtype)
+            for parameter, tensor in zip(self._parameters, stored.values(), strict=True)
+        ]
+
+    def swap(self) -> None:
+        """Exchange what the parameters hold with what is kept here."""
+        for i, parameter in enumerate(self._parameters):
+            parameter.data, self._other[i] = self._other[i], parameter.data
+
+    @contextlib.contextmanager
+    def original(self) -> Iterator[None]:
+        """The model as it was, inside."""
+        self.swap()
+        try:
+            yield
+        finally:
+            self.swap()
+
+
+@contextlib.contextmanager
+def weights_from(
+    model: Any, folder: Path, plan: Plan, names: Mapping[str, tuple[Stored, ...]]
+) -> Iterator[SwappedWeights]:
+    """Let a live model use the tensors stored in `folder` for the parameters that `plan` changes, for a while.
+
+    Experts stored one by one are stacked, axes put in the order of memory, FP8 and MXFP4 made numbers.
+
+    Raises `ModelError` for a parameter that the live model holds quantised, `CheckpointError` for other shapes.
+    """
+    checkpoint, axes = open_checkpoint(folder), planned_parameters(plan)
+    stored = {name: _parameter(model, checkpoint, name, axis, names[name]) for name, axis in axes.items()}
+    swapped = SwappedWeights(model, stored)
+    del stored
+    with swapped.original():  # the same exchange, read the other way round
+        yield swapped
+
+
+def _parameter(model: Any, checkpoint: Checkpoint, name: str, axis: int, places: tuple[Stored, ...]) -> Tensor:
+    """The numbers of one parameter as they lie in memory, in its dtype."""
+    parameter: nn.Parameter = model.get_parameter(name)
+    if parameter.dtype not in PLAIN.values():
+        raise ModelError(
+            f"parameter '{name}': expected floats in the live model, found {parameter.dtype}; load it dequantised"
+        )
+    found = torch.empty(parameter.shape, dtype=parameter.dtype)
+    for place in places:
+        part = found if place.expert is None else found[place.expert]
+        memory_axis = axis % parameter.dim() - (place.expert is not None)
+        turned = part.dim() > 1 and place.axis != memory_axis
+        _read_into(part.mT if turned else part, checkpoint, place)
+    return found
+
+
+def _read_into(out: Tensor, checkpoint: Checkpoint, place: Stored) -> None:
+    """Copy the numbers of one stored tensor, block by block, into a view of memory of the same shape."""
+    info = checkpoint.tensors[place.tensor]
+    how = layout(checkpoint, info)
+    if how.shape != tuple(out.shape):
+        raise CheckpointError(
+            f"tensor '{info.name}' in {info.file}: expected shape {list(out.shape)} for parameter "
+            f"'{place.parameter}', found {list(how.shape)}"
+        )
+    grid = Grid.of(how, max(0, len(how.shape) - 2))
+    matrices = out.view(1, 1, -1) if out.dim() == 1 else out if out.dim() == 3 else out[None]
+    (buffer,) = grid.buffers(1)
+    with open_tensor(info) as reader:
+        for matrix in range(grid.matrices):
+            for block in grid.blocks(matrix):
+                matrices[matrix][block.rows] = grid.numbers(grid.read(reader, block), block, buffer)

@@ -1,0 +1,1 @@
+"""What an edit does: replies, judges, first tokens, divergences, capability."""

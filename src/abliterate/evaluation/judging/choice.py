@@ -1,0 +1,51 @@
+"""A judge by its name: `rules`, `classifier:ID`, `llm:MODEL@URL`."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import parse_qs
+
+from abliterate.errors import UsageError
+from abliterate.evaluation.judging.base import Judge, Label
+from abliterate.evaluation.judging.rules import RuleJudge
+
+
+def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> Judge:
+    """The judge that `spec` names, ready to judge.
+
+    - `rules`: the built-in one.
+    - `classifier:ID`: a sequence classifier of the hub or in a folder. `?input=reply` shows it the reply alone,
+      `?input=chat` both in one text with role marks; `?refusal=LABEL_1` says what its labels mean, with any of
+      refusal, partial, compliance, degenerate and unknown: `classifier:me/it?input=reply&refusal=LABEL_1`.
+    - `llm:MODEL@URL`: a chat model behind an OpenAI-compatible URL, with the key in OPENAI_API_KEY.
+
+    `device` and `trust_remote_code` are those of a classifier. Raises `UsageError` for any other name and for a
+    judge whose extra is not installed, `ModelError` for a classifier that cannot be loaded.
+    """
+    kind, _, rest = spec.partition(":")
+    if spec == "rules":
+        return RuleJudge()
+    if kind == "classifier" and rest:
+        return _classifier(spec, rest, device, trust_remote_code)
+    if kind == "llm" and (match := re.fullmatch(r"(.+?)@(https?://\S+)", rest)):
+        from abliterate.evaluation.judging.llm import LlmJudge
+
+        return LlmJudge(match[1], match[2])
+    raise UsageError(f"judge '{spec}': expected rules, classifier:ID or llm:MODEL@URL (http:// or https://)")
+
+
+def _classifier(spec: str, rest: str, device: str, trust_remote_code: bool) -> Judge:
+    from abliterate.evaluation.judging.classifier import FORMS, ClassifierJudge
+
+    model_id, _, query = rest.partition("?")
+    try:
+        options = parse_qs(query, strict_parsing=True) if query else {}
+    except ValueError:
+        raise UsageError(f"judge '{spec}': expected NAME=VALUE pairs joined by & after the ?") from None
+    (form, *more) = options.pop("input", ["pair"])
+    if more or form not in FORMS:
+        raise UsageError(f"judge '{spec}': expected one input= of {', '.join(FORMS)}")
+    if wrong := sorted(options.keys() - set(Label)):
+        raise UsageError(f"judge '{spec}': expected input or one of {', '.join(Label)}, found '{wrong[0]}'")
+    labels = {name: Label(meaning) for meaning, names in options.items() for name in names}
+    return ClassifierJudge(model_id, form=form, labels=labels, device=device, trust_remote_code=trust_remote_code)

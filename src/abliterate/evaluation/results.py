@@ -1,0 +1,256 @@
+"""Behaviour before and after an edit: refusals with intervals, and how far harmless answers moved."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from abliterate.evaluation.judging import Exchange, Judge, Label, Tally, Verdict
+from abliterate.evaluation.scores import kl_divergence, log_likelihood
+from abliterate.evaluation.statistics import Estimate, bootstrap_mean, mcnemar, paired_difference
+from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, logit_size, logits_at
+from abliterate.model.generation import Reply
+from abliterate.model.loading import LoadedModel
+
+#: Prompts that moved most, by name.
+_WORST = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Replies to one set of prompts, judged. A prompt may know its `category`."""
+
+    prompts: tuple[str, ...]
+    replies: tuple[Reply, ...]
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def tally(self) -> Tally:
+        """Refusals, degenerate replies and prompts, with a 95 % Wilson interval."""
+        return Tally.from_verdicts(self.verdicts)
+
+    def by_category(self) -> dict[str, Answers]:
+        """The answers of each category that prompts name, in the order of first appearance."""
+        rows: dict[str, list[int]] = {}
+        for row, prompt in enumerate(self.prompts):
+            if (category := getattr(prompt, "category", None)) is not None:
+                rows.setdefault(category, []).append(row)
+        return {category: self._take(chosen) for category, chosen in rows.items()}
+
+    def _take(self, rows: Sequence[int]) -> Answers:
+        groups = (self.prompts, self.replies, self.verdicts)
+        prompts, replies, verdicts = (tuple(group[row] for row in rows) for group in groups)
+        return Answers(prompts, replies, verdicts)  # type: ignore[arg-type]
+
+
+def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str | None], judge: Judge) -> Answers:
+    """Replies with verdicts. `texts` is what the judge reads; None, where there is nothing to judge, is unknown."""
+    rows = [row for row, text in enumerate(texts) if text is not None]
+    verdicts = [Verdict(Label.UNKNOWN, "thinking was not finished")] * len(replies)
+    exchanges = [Exchange(prompts[row], texts[row] or "") for row in rows]
+    for row, verdict in zip(rows, judge.judge(exchanges), strict=True):
+        verdicts[row] = verdict
+    return Answers(tuple(prompts), tuple(replies), tuple(verdicts))
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """The same prompts before and after: refused (or degenerate) both times, only before, only after, never.
+
+    `unknown` pairs have a side without a verdict and are in none of the counts. `p` is McNemar's exact two-sided
+    probability of changes as one-sided as these if it were as likely after as before; `change` is the difference of
+    the rates, after − before.
+    """
+
+    both: int
+    before_only: int
+    after_only: int
+    neither: int
+    unknown: int
+    p: float
+    change: Estimate
+
+
+def refused(verdict: Verdict) -> bool:
+    """Whether all or a part was turned down."""
+    return verdict.refused
+
+
+def degenerate(verdict: Verdict) -> bool:
+    """Whether the reply is empty, looping or broken."""
+    return verdict.label is Label.DEGENERATE
+
+
+def paired(before: Answers, after: Answers, what: Callable[[Verdict], bool] = refused) -> Paired:
+    """Compare two sets of answers to the same prompts, prompt by prompt, in what verdicts say.
+
+    Raises ValueError when they are not answers to the same prompts.
+    """
+    if before.prompts != after.prompts:
+        raise ValueError("paired answers: expected the same prompts in the same order")
+    pairs = list(zip(before.verdicts, after.verdicts, strict=True))
+    known = [pair for pair in pairs if Label.UNKNOWN not in (pair[0].label, pair[1].label)]
+    counts = Counter((what(first), what(second)) for first, second in known)
+    table = counts[True, True], counts[True, False], counts[False, True], counts[False, False]
+    return Paired(*table, len(pairs) - len(known), mcnemar(table[1], table[2]), paired_difference(*table))
+
+
+@dataclass(frozen=True, slots=True)
+class Manner:
+    """What replies look like: mean length in tokens, mean repetition, share that the model ended itself.
+
+    Repetition is the share of a reply's 4-grams of tokens that stood in it before (seq-rep-4 of Welleck et al. 2020).
+    """
+
+    tokens: Estimate
+    repetition: Estimate
+    ended: float
+
+
+def manner(answers: Answers) -> Manner:
+    """Length and repetition of answers."""
+    ended = [reply.ended for reply in answers.replies]
+    return Manner(
+        bootstrap_mean([float(len(reply.tokens)) for reply in answers.replies]),
+        bootstrap_mean([repetition(reply.tokens) for reply in answers.replies]),
+        sum(ended) / len(ended) if ended else math.nan,
+    )
+
+
+def manner_change(before: Answers, after: Answers) -> tuple[Estimate, Estimate]:
+    """Change of length in tokens, and of repetition, after − before, paired by prompt."""
+    pairs = list(zip(before.replies, after.replies, strict=True))
+    return (
+        bootstrap_mean([float(len(b.tokens) - len(a.tokens)) for a, b in pairs]),
+        bootstrap_mean([repetition(b.tokens) - repetition(a.tokens) for a, b in pairs]),
+    )
+
+
+def repetition(tokens: Sequence[int]) -> float:
+    """Share of 4-grams that stood there before, 0..1; 0 for fewer than four tokens."""
+    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
+    return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A model in a certain state: `state()` is a context manager in which it is measured.
+
+    `unchanged` says of which files the numbers are in that state, where they are just as loaded.
+    """
+
+    model: Any
+    state: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+    unchanged: LoadedModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """A quantity over prompts: mean (95 % bootstrap interval, standard error), median, 95th percentile, largest."""
+
+    mean: Estimate
+    se: float
+    median: float
+    p95: float
+    largest: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """How far answers to harmless prompts moved, in nats per token.
+
+    `kl_first` and `kl_reply` are KL(base ‖ edited), the second over the base model's own reply, token by token;
+    `nll_before` and `nll_after` are what that reply costs, `nll_change` their paired difference. `worst` are the
+    prompts with the largest `kl_reply`. All are None of no prompts.
+    """
+
+    kl_first: Spread | None
+    kl_reply: Spread | None
+    nll_before: float | None
+    nll_after: float | None
+    nll_change: Estimate | None
+    worst: tuple[tuple[str, float], ...]
+    prompts: int
+    tokens: int
+
+
+def measure_shifts(
+    base: Subject,
+    edited: Sequence[Subject],
+    texts: Sequence[str],
+    prompts: Encoded,
+    replies: Sequence[Reply],
+    size: BatchSize,
+    progress: Callable[[int], None] | None = None,
+) -> list[Shift]:
+    """Compare next-token distributions along the base model's own `replies` to harmless `prompts` (`texts`).
+
+    One shift per edited subject. Prompts with an empty reply are left out.
+    """
+    rows = [row for row, reply in enumerate(replies) if reply.tokens]
+    answers = [replies[row].tokens for row in rows]
+    starts = [len(prompts.suffixes[row]) - 1 for row in rows]
+    sequences = [prompts.suffixes[row] + reply[:-1] for row, reply in zip(rows, answers, strict=True)]
+    longest = max((len(reply) for reply in answers), default=1)
+    result = torch.zeros(len(edited), len(rows), 4, dtype=torch.float64)  # KL first, KL mean, NLL before, NLL after
+    shared = []
+    for subject in (base, *edited):
+        with subject.state():
+            shared.append(SharedPrefix(subject.model, prompts.prefix))
+
+    def work(chosen: list[int]) -> None:
+        suffixes = [sequences[i] for i in chosen]
+        begin = torch.tensor([starts[i] for i in chosen])
+
+        def positions(lengths: Tensor) -> Tensor:
+            wanted = begin.to(lengths.device)[:, None] + torch.arange(longest, device=lengths.device)
+            return torch.minimum(wanted, lengths[:, None] - 1)  # beyond a shorter reply: computed, not used
+
+        with base.state():
+            before = logits_at(base.model, shared[0], suffixes, positions)
+        for number, subject in enumerate(edited):
+            with subject.state():
+                after = logits_at(subject.model, shared[number + 1], suffixes, positions).to(before.device)
+            for row, i in enumerate(chosen):
+                reply = torch.tensor(answers[i], device=before.device)
+                result[number, i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)
+
+    in_batches([len(s) for s in sequences], logit_size(base.model, size, longest), work, done=progress)
+    kept = [texts[row] for row in rows]
+    return [_summary(values, kept, sum(map(len, answers))) for values in result]
+
+
+def _compared(p: Tensor, q: Tensor, reply: Tensor) -> Tensor:
+    """KL of the first token and of all, and what the reply costs under p and under q, from logits [tokens, vocab]."""
+    kl = kl_divergence(p, q)
+    nll = -log_likelihood(p, reply).mean(), -log_likelihood(q, reply).mean()
+    return torch.stack([kl[0], kl.mean(), *nll]).double().cpu()
+
+
+def _summary(result: Tensor, texts: Sequence[str], tokens: int) -> Shift:
+    if not len(result):
+        return Shift(None, None, None, None, None, (), 0, 0)
+    order = result[:, 1].argsort(descending=True)[:_WORST].tolist()
+    return Shift(
+        kl_first=_spread(result[:, 0]),
+        kl_reply=_spread(result[:, 1]),
+        nll_before=float(result[:, 2].mean()),
+        nll_after=float(result[:, 3].mean()),
+        nll_change=bootstrap_mean((result[:, 3] - result[:, 2]).tolist()),
+        worst=tuple((str(texts[row]), float(result[row, 1])) for row in order),
+        prompts=len(result),
+        tokens=tokens,
+    )
+
+
+def _spread(values: Tensor) -> Spread:
+    median, p95 = values.quantile(torch.tensor([0.5, 0.95], dtype=values.dtype)).tolist()
+    se = float(values.std()) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    return Spread(bootstrap_mean(values.tolist()), se, median, p95, float(values.max()))

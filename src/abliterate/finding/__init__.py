@@ -1,0 +1,1 @@
+"""From activations to a verified choice of direction."""

@@ -1,0 +1,358 @@
+"""Finding a direction: refusal tokens, differences of means, selection by intervention, subspaces around the choice."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.config import EditSettings, FindSettings
+from abliterate.edit.direction import Candidates, Direction
+from abliterate.edit.hooks import refuse_hooks
+from abliterate.edit.options import plan_for, unit
+from abliterate.edit.plan import Plan
+from abliterate.errors import GateNotMet, UsageError
+from abliterate.evaluation.judging import judge
+from abliterate.evaluation.scores import refusal_score
+from abliterate.finding.estimate import Separation, difference_of_means, separation
+from abliterate.finding.refusal_tokens import RefusalToken, find_refusals
+from abliterate.finding.selection import Rule, Scorer, Selection, Site, SiteScore, candidate_sites, select, stage_costs
+from abliterate.finding.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
+from abliterate.model.activations import (
+    Moments,
+    MomentsFitter,
+    ProjectionFitter,
+)
+from abliterate.monitor import Monitor
+from abliterate.session import Session
+
+#: Harmless validation prompts that the model replies to before refusal tokens are known.
+_HARMLESS_REPLIES = 40
+#: The best site must tell the classes apart at least this well on validation prompts.
+_MIN_AUROC = 0.7
+
+
+def find(session: Session, settings: FindSettings, editing: EditSettings = EditSettings()) -> Findings:
+    """Refusal tokens, and the difference of means at every site with its separation on validation prompts.
+
+    Directions will be tried out on the writers, and at the relative strengths, that `editing` names.
+
+    Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate, `UsageError` for settings
+    that do not go together or name no writer.
+    """
+    monitor = session.monitor
+    _check_subspace(settings)
+    trial_plans(session, editing)(unit(torch.ones(session.anatomy.d_model)))
+    tokens = refusal_tokens(session, settings)
+    ids = tuple(token.token for token in tokens)
+    train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
+    with monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
+        moments = {}
+        for name, encoded in train.items():
+            sign = 1.0 if name == "harmful" else -1.0
+
+            def behaves(logits: Tensor, sign: float = sign) -> Tensor:
+                return sign * refusal_score(logits, ids) > 0
+
+            fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
+            session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
+            moments[name] = _enough(fitter.result(), name, len(encoded))
+    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
+    scorer = Scorer(
+        session.model,
+        session.anatomy,
+        ids,
+        session.encoded["harmful", "val"],
+        session.encoded["harmless", "val"],
+        session.size,
+        behaving=not settings.all_prompts,
+        plan=trial_plans(session, editing),
+    )
+    separated = _separation(session, candidates, scorer)
+    trained_on = {name: moment.count for name, moment in moments.items()}
+    monitor.note(
+        f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
+        f"on validation prompts {float(separated.auroc.max()):.3f}"
+    )
+    return Findings(tokens, candidates, separated, scorer, trained_on)
+
+
+def trial_plans(session: Session, editing: EditSettings) -> Callable[[Float[Tensor, "k d"]], Plan]:
+    """Plain plans of full strength on the writers that `editing` names, to score directions with."""
+    plain = EditSettings(
+        layers=editing.layers, components=editing.components, strengths=editing.strengths, untie=editing.untie
+    )
+    return lambda basis: plan_for(session.anatomy, Direction(basis, {}), plain)
+
+
+def choose(
+    session: Session,
+    findings: Findings,
+    settings: FindSettings,
+    *,
+    seed: int = 0,
+    force: bool = False,
+    searched: bool = False,
+) -> Found:
+    """Select a direction by intervention, and what is asked for around it: a subspace, or LEACE at its site.
+
+    Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning. A
+    direction that is `searched` from is only a start, and need not meet it.
+    """
+    _check_subspace(settings)
+    rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
+    sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
+    with session.monitor.phase("select by intervention", stage_costs(sites)) as advance:
+        selection = select(findings.scorer, findings.candidates, findings.separation, rule, seed=seed, progress=advance)
+    best = selection.best
+    found = (
+        f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
+        f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
+    )
+    if selection.chosen is None and searched:
+        session.monitor.warn(f"no direction passed verification by itself; the search starts from the best, {found}")
+    elif selection.chosen is None:
+        _gate(
+            session.monitor,
+            f"no direction passed verification; the best is {found}; try --projected or other prompts; "
+            f"{_admitting(best, rule)} would admit this one, and --force saves it as it is",
+            force,
+        )
+    session.monitor.note(f"{'start' if searched else 'chosen'}: {found}")
+    direction = _around(session, findings, settings, (best.layer, best.position), seed)
+    return Found(findings, selection, direction, selection.chosen is not None)
+
+
+def best_separated(session: Session, findings: Findings, settings: FindSettings, seed: int = 0) -> Direction:
+    """The direction of the site that tells the classes apart best, or what `settings` asks for around it.
+
+    Nothing is tried out: it is what a search starts from.
+    """
+    rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
+    sites = candidate_sites(findings.candidates, session.anatomy.layers, rule)
+    if not sites:
+        raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
+    site = max(sites, key=lambda site: float(findings.separation.dprime[-1 - site[1], site[0]]))
+    session.monitor.note(f"start: layer {site[0]}, position {site[1]}, where the classes are furthest apart")
+    return _around(session, findings, settings, site, seed)
+
+
+def projections(session: Session, findings: Findings, site: Site) -> dict[str, Float[Tensor, "n 2"]]:
+    """Activations of all validation prompts at one site, by class, in two numbers each.
+
+    The first is the coordinate along the site's own r̂, the second the one along the first principal component of what
+    is left when r̂ and the mean over both classes are taken out.
+    """
+    values = {name: _samples(session, findings, None, name, site, "val").double() for name in ("harmful", "harmless")}
+    direction = findings.candidates.units[-1 - site[1], site[0]].double()
+    along = {name: found @ direction for name, found in values.items()}
+    rest = {name: found - along[name][:, None] * direction for name, found in values.items()}
+    joined = torch.cat(list(rest.values()))
+    mean = joined.mean(0)
+    component = torch.linalg.svd(joined - mean, full_matrices=False).Vh[0]
+    return {name: torch.stack([along[name], (found - mean) @ component], dim=1) for name, found in rest.items()}
+
+
+def _around(session: Session, findings: Findings, settings: FindSettings, site: Site, seed: int) -> Direction:
+    """The direction of a site, or the subspace that `settings` asks for around it."""
+    candidates = findings.candidates
+    where = Direction(unit(candidates.at(*site)), {"chosen": {"layer": site[0], "position": site[1]}}, candidates)
+    if settings.subspace == "mean":
+        return where
+    if settings.subspace == "svd":
+        rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
+        layers = sorted({layer for layer, _ in candidate_sites(candidates, session.anatomy.layers, rule)})
+        return _with_subspace(session, where, svd_subspace(candidates, settings.rank, layers=layers))
+    harmful, harmless = (_samples(session, findings, settings, name, site) for name in ("harmful", "harmless"))
+    if settings.subspace == "clusters":
+        return _with_subspace(session, where, cluster_subspace(harmful, harmless, settings.rank, seed))
+    erasure = leace(harmful, harmless)
+    # Not the mean of all prompts, as in the paper: an affine edit puts back what harmless ones have.
+    return replace(where, basis=erasure.basis, reader=erasure.reader, mean=harmless.mean(0))
+
+
+def _check_subspace(settings: FindSettings) -> None:
+    if settings.rank != 1 and settings.subspace in ("mean", "leace"):
+        raise UsageError(
+            f"--rank {settings.rank}: expected --subspace svd or clusters with it, found {settings.subspace}"
+        )
+    if settings.subspace == "leace" and importlib.util.find_spec("concept_erasure") is None:
+        raise UsageError("--subspace leace: it needs an extra; pip install 'abliterate[leace]'")
+
+
+def _with_subspace(session: Session, where: Direction, subspace: Subspace) -> Direction:
+    shares = ", ".join(f"{float(share):.0%}" for share in subspace.energy)
+    session.monitor.note(f"subspace of {len(subspace.basis)} directions, which hold {shares} of what they come from")
+    return replace(where, basis=subspace.basis)
+
+
+def _samples(
+    session: Session, findings: Findings, settings: FindSettings | None, name: str, site: Site, split: str = "train"
+) -> Float[Tensor, "n d"]:
+    """Activations at one site of the prompts of one split: those that behave; all without `settings`."""
+    sign = 1.0 if name == "harmful" else -1.0
+    ids = tuple(token.token for token in findings.tokens)
+    encoded, fitter = session.encoded[name, split], Samples(*site)
+
+    def behaves(logits: Tensor) -> Tensor:
+        return sign * refusal_score(logits, ids) > 0
+
+    keep = None if settings is None or settings.all_prompts else behaves
+    with session.monitor.phase(f"activations of {name} prompts", len(encoded)) as advance:
+        session.stream(encoded, fitter.update, advance, keep=keep)
+    return fitter.result()
+
+
+def check_planned(
+    session: Session, found: Found, plan: Plan, settings: FindSettings, editing: EditSettings, force: bool
+) -> None:
+    """Score the very plan that is to be saved, where it is more than the direction that was chosen.
+
+    Raises `GateNotMet` when it costs more KL than a direction may, unless `force`. Plans that strengthen, and those
+    that cannot be hooks, are not scored.
+    """
+    variant = editing.affine or editing.norm_preserving or editing.biprojected or plan.strength > 1
+    if plan.strength <= 0 or (settings.subspace == "mean" and not variant):
+        return
+    try:
+        refuse_hooks(plan)
+    except UsageError as error:
+        session.monitor.note(f"the edit as planned is not scored: {error}")
+        return
+    with session.monitor.phase("score the edit as planned"):
+        bypass, kl = found.findings.scorer.ablate(plan)
+    said = f"the edit as planned: bypass {bypass:.2f}, KL {kl:.3f} (at most {settings.max_kl:g})"
+    if kl <= settings.max_kl:
+        session.monitor.note(said)
+    else:
+        options = f"--max-kl {math.ceil(kl * 100) / 100:g} or --force saves it as it is"
+        _gate(
+            session.monitor, f"{said}; the chosen direction alone costs {found.selection.best.kl:.3f}; {options}", force
+        )
+
+
+def find_or_force(
+    session: Session, settings: FindSettings, editing: EditSettings, force: bool
+) -> tuple[Findings, FindSettings]:
+    """`find`, and when a forced run meets the refusal gate, once more without it; with the settings it took."""
+    try:
+        return find(session, settings, editing), settings
+    except GateNotMet as gate:
+        if not force or settings.min_refusal_rate == 0:
+            raise
+        session.monitor.warn(f"{gate} (forced)")
+        relaxed = settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True})
+        return find(session, relaxed, editing), relaxed
+
+
+def refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalToken, ...]:
+    """First tokens of refusals: given, or found by trying them out on the model itself.
+
+    Raises `GateNotMet` when the model hardly refuses.
+    """
+    tokenizer, monitor = session.loaded.tokenizer, session.monitor
+    if settings.refusal_tokens is not None:
+        tokens = _given_tokens(tokenizer, settings.refusal_tokens)
+    else:
+        harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
+        harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
+        with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
+            found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
+        if found.refused < max(1, settings.min_refusal_rate * found.prompts):
+            raise GateNotMet(
+                f"this model hardly refuses: {found.refused} of {found.prompts} harmful validation prompts, expected "
+                f"at least {settings.min_refusal_rate:.0%}; there is nothing to find: give prompts that it refuses, or "
+                "--refusal-tokens"
+            )
+        tokens = found.tokens
+    monitor.note(
+        "refusals start with "
+        + ", ".join(f"{t.text!r}" + (f" ({t.probability:.0%})" if t.trials else "") for t in tokens)
+    )
+    return tokens
+
+
+def _given_tokens(tokenizer: Any, option: str) -> tuple[RefusalToken, ...]:
+    ids: dict[int, str] = {}
+    for text in option.split(","):
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        if not text or not encoded:
+            raise UsageError(f"--refusal-tokens '{option}': expected texts separated by commas, found an empty one")
+        ids[encoded[0]] = tokenizer.decode([encoded[0]])
+    return tuple(RefusalToken(token, text, 0.0, 0.0, 0, 0) for token, text in ids.items())
+
+
+def _admitting(score: SiteScore, rule: Rule) -> str:
+    """The options under which a site that failed the rule would pass it."""
+    options = []
+    if score.kl > rule.max_kl:
+        options.append(f"--max-kl {math.ceil(score.kl * 100) / 100:g}")
+    if score.induce <= rule.min_induce:
+        options.append(f"--min-induce {math.floor(score.induce * 10) / 10 - 0.1:.1f}")
+    return " ".join(options)
+
+
+def _gate(monitor: Monitor, message: str, force: bool) -> None:
+    if not force:
+        raise GateNotMet(message)
+    monitor.warn(f"{message} (forced)")
+
+
+def _enough(moments: Moments, name: str, prompts: int) -> Moments:
+    if moments.count < 8:
+        behaviour = "refuses" if name == "harmful" else "answers"
+        raise GateNotMet(
+            f"{name} training prompts: expected at least 8 that the model {behaviour}, found {moments.count} of "
+            f"{prompts}; give more prompts, or --all-prompts to use all"
+        )
+    return moments
+
+
+def _separation(session: Session, candidates: Candidates, scorer: Scorer) -> Separation:
+    values = []
+    pairs = (("harmful", scorer.harmful_rows), ("harmless", scorer.harmless_rows))
+    with session.monitor.phase("separate validation prompts", sum(len(rows) for _, rows in pairs)) as advance:
+        for name, rows in pairs:
+            encoded = session.encoded[name, "val"].take(rows)
+            fitter = ProjectionFitter(candidates.units, len(encoded))
+            session.stream(encoded, fitter.update, advance)
+            values.append(fitter.values)
+    result = separation(*values)
+    if float(result.auroc.max()) < _MIN_AUROC:
+        raise GateNotMet(
+            f"the prompt sets do not separate: best AUROC {float(result.auroc.max()):.2f} on validation prompts, "
+            f"expected at least {_MIN_AUROC}; check that the sets differ in what is to be found"
+        )
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """Candidate directions of a session, and what is needed to choose among them."""
+
+    tokens: tuple[RefusalToken, ...]
+    candidates: Candidates
+    separation: Separation
+    scorer: Scorer
+    trained_on: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A chosen direction with all candidates; `met_rule` says whether it passed the selection rule."""
+
+    findings: Findings
+    selection: Selection
+    direction: Direction
+    met_rule: bool
+
+    @property
+    def basis(self) -> Float[Tensor, "k d"]:
+        """What is taken out: for a single direction its unit vector [1, d]."""
+        return self.direction.basis

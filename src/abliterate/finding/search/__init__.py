@@ -1,0 +1,23 @@
+"""Search: points between the unedited model and the closed form, on the front of refusals against damage.
+
+`search` proposes edits (`gradient`, `blackbox`, or both), measures the best of them by replies on validation prompts,
+chooses one, and measures all of them again on held-out prompts, which nothing was chosen by.
+"""
+
+from abliterate.evaluation.meter import Meter, Stage
+from abliterate.finding.search.objectives import OBJECTIVES, Objective, objectives_named
+from abliterate.finding.search.points import Point
+from abliterate.finding.search.search import Search, check_search, method_of, search
+
+__all__ = [
+    "OBJECTIVES",
+    "Meter",
+    "Objective",
+    "Point",
+    "Search",
+    "Stage",
+    "check_search",
+    "method_of",
+    "objectives_named",
+    "search",
+]

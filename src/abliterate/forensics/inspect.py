@@ -1,0 +1,281 @@
+"""An inspection from end to end: tensors, then activations and behaviour where they are asked for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate import record as rec
+from abliterate.config import EvalSettings, InspectSettings, ModelSettings, PromptSettings
+from abliterate.edit.direction import Direction, Recipe, save_direction
+from abliterate.errors import UsageError
+from abliterate.files.checkpoint import sha256
+from abliterate.files.storage import configuration, how_stored
+from abliterate.finding.estimate import auroc, difference_of_means
+from abliterate.forensics import difference
+from abliterate.forensics import single as lone
+from abliterate.forensics.reading import Subject, open_subject
+from abliterate.forensics.verdict import judge_difference
+from abliterate.model.activations import MomentsFitter, ProjectionFitter
+from abliterate.monitor import Monitor
+from abliterate.pipeline import evaluate
+from abliterate.report.assemble import behaviour_part, command, now, versions, write_beside
+from abliterate.session import Session, open_session
+
+_PLAIN = InspectSettings()
+
+
+def inspect(
+    model: str,
+    settings: InspectSettings = _PLAIN,
+    *,
+    loading: ModelSettings = ModelSettings(),
+    prompts: PromptSettings = PromptSettings(),
+    evaluating: EvalSettings = EvalSettings(),
+    monitor: Monitor | None = None,
+) -> tuple[rec.InspectionPart, Direction | None]:
+    """Whether directions were taken out of MODEL, and the recovered ones ([k, d], with strengths by tensor).
+
+    Without `settings.base` only the model's own tensors are read, twice at most, and nothing is run. The direction
+    file is written where `settings.save` says, record and report where `settings.out` does.
+
+    Raises `UsageError` for settings that do not go together, and the errors of `open_subject`.
+    """
+    monitor, started = monitor or Monitor(), time.perf_counter()
+    _check(model, settings)
+    trust = loading.trust_remote_code
+    with monitor.phase("find the writers"):
+        subject = open_subject(model, trust_remote_code=trust)
+        base = None if settings.base is None else open_subject(settings.base, trust_remote_code=trust)
+    for opened in (subject, base):
+        if opened is not None and not opened.proved:
+            monitor.note(f"{opened.name}: writers known by the names of their tensors only")
+    total = sum(place.info.nbytes for place in subject.places)
+    if base is None:
+        with monitor.phase("look at what is not written", total) as advance:
+            part, found = _alone(subject, lone.inspect(subject, device=_device(loading), progress=advance))
+    else:
+        with monitor.phase("compare with the base", total) as advance:
+            part, found = _beside(subject, base, difference.compare(subject, base, progress=advance))
+    update: dict[str, object] = {}
+    if found is not None and settings.save is not None:
+        save_direction(settings.save, found)
+        update["directions"] = str(settings.save)
+    if settings.activations or settings.behavioural:
+        session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
+        if settings.activations:
+            update |= _activations(session, settings, found, prompts)
+        if settings.behavioural:
+            update["behaviour"] = behaviour_part(evaluate(session, evaluating).before)
+    update["seconds"] = round(time.perf_counter() - started, 2)
+    part = part.model_copy(update=update)
+    if settings.out is not None:
+        write_beside(settings.out, {"inspection": part}, lambda: _record(subject, part, monitor))
+    return part, found
+
+
+def _record(subject: Subject, part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
+    """The record of an inspection by itself."""
+    files, checkpoint = subject.files, subject.checkpoint
+    architectures = None if files is None else configuration(checkpoint).get("architectures")
+    return rec.Record(
+        created=now(),
+        versions=versions(),
+        command=command(),
+        settings={},
+        model=rec.ModelPart(
+            name=part.model,
+            kind="folder" if files is None else files.kind,
+            folder=str(checkpoint.folder),
+            storage="plain" if files is None else how_stored(checkpoint).method,
+            architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
+            d_model=subject.d_model,
+            layers=subject.layers,
+            dtype="float32",
+            device="cpu",
+            source_sha256={shard.path.name: sha256(shard.path) for shard in checkpoint.shards},
+        ),
+        inspection=part,
+        warnings=monitor.warnings,
+        timings_s=monitor.timings(),
+        peak_memory_bytes=monitor.peak_bytes,
+    )
+
+
+def _check(model: str, settings: InspectSettings) -> None:
+    if settings.reference is not None and not settings.activations:
+        raise UsageError("--reference: does nothing without --activations; add it or leave the reference out")
+    if settings.save is not None and settings.save.suffix != ".safetensors":
+        raise UsageError(f"--save {settings.save}: expected a name that ends in .safetensors")
+    runs = settings.activations or settings.behavioural
+    if runs and Path(model).suffix == ".safetensors":
+        raise UsageError(f"{model}: expected a whole model to run, found a single file; give the folder")
+
+
+def _device(loading: ModelSettings) -> str:
+    """Where d × d matrices are made and factored: an accelerator makes large models a matter of reading."""
+    if loading.device != "auto":
+        return loading.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _alone(subject: Subject, trace: lone.Trace) -> tuple[rec.InspectionPart, Direction | None]:
+    window = trace.window
+    where = None
+    if window is not None:
+        where = f"{window.components} writers of blocks {window.first} to {window.last}"
+        where += ", rows levelled" if window.levelled else ""
+    edited = set(trace.edited)
+    units = [
+        rec.WriterTracePart(
+            block=unit.block, kind=unit.kind.value, strength=unit.strength, edited=unit in edited, share=unit.share
+        )
+        for unit in trace.written
+    ]
+    part = rec.InspectionPart(
+        model=subject.name,
+        verdict=trace.verdict.word,
+        probability=trace.verdict.probability,
+        variant=trace.variant,
+        evidence={"pooled": trace.evidence.pooled, "layers": trace.evidence.layers},
+        where=where,
+        proved=subject.proved,
+        writers=len(subject.places),
+        layers=list(trace.layers) if trace.verdict.word == "altered" else [],
+        rank=0 if trace.per_layer else len(trace.directions),
+        per_layer=trace.per_layer,
+        units=units,
+    )
+    if not len(trace.directions):
+        return part, None
+    strongest = min(trace.written, key=lambda unit: unit.share).direction
+    basis = trace.directions[strongest : strongest + 1] if trace.per_layer else trace.directions
+    strengths = {
+        place.info.name: unit.strength
+        for unit in trace.edited
+        for place in subject.units.get((unit.block, unit.kind), ())
+    }
+    return part, _direction(subject, basis, strengths, "a lone checkpoint")
+
+
+def _beside(
+    subject: Subject, base: Subject, found: difference.Difference
+) -> tuple[rec.InspectionPart, Direction | None]:
+    altered = found.verdict == "ablation"
+    units = [
+        rec.WriterTracePart(
+            block=writer.block,
+            kind=writer.kind.value,
+            strength=writer.strength,
+            edited=altered and writer.ablated,
+            tensor=writer.tensor,
+            size=writer.size,
+            read=writer.read,
+        )
+        for writer in found.writers
+    ]
+    part = rec.InspectionPart(
+        model=subject.name,
+        base=base.name,
+        verdict="altered" if altered else "unaltered",
+        probability=judge_difference(altered),
+        kind=found.verdict,
+        variant=found.variant,
+        also=[*found.also, *_names(found.missing, "are missing"), *_names(found.added, "are new")],
+        proved=subject.proved,
+        writers=len(subject.places),
+        layers=sorted({unit.block for unit in units if unit.edited and unit.block is not None}),
+        rank=0 if found.per_layer else len(found.directions),
+        per_layer=found.per_layer,
+        units=units,
+        unchanged=found.unchanged,
+        others=len(found.others),
+    )
+    if not len(found.directions):
+        return part, None
+    ablated = [writer for writer in found.writers if writer.ablated]
+    basis = found.directions
+    if found.per_layer:
+        loudest = max(range(len(found.writers)), key=lambda index: found.writers[index].size)
+        basis = basis[loudest : loudest + 1]
+    return part, _direction(subject, basis, {writer.tensor: writer.strength for writer in ablated}, base.name)
+
+
+def _names(tensors: Sequence[str], what: str) -> list[str]:
+    """'2 tensors are new (a, b)'; nothing for none."""
+    shown = ", ".join(tensors[:3]) + (", …" if len(tensors) > 3 else "")
+    return [f"{len(tensors)} tensors {what} ({shown})"] if tensors else []
+
+
+def _direction(subject: Subject, basis: Float[Tensor, "k d"], strengths: dict[str, float], source: str) -> Direction:
+    metadata = {"recovered_from": subject.name, "with": source}
+    rows = torch.linalg.qr(basis.float().T).Q.T.contiguous()
+    return Direction(rows, metadata, recipe=Recipe(strengths))
+
+
+def _activations(
+    mine: Session, settings: InspectSettings, found: Direction | None, prompts: PromptSettings
+) -> dict[str, object]:
+    """Where the recovered direction separates, and whether the inspected model still tells harm from harmlessness."""
+    other = settings.reference or settings.base
+    basis = None if found is None else found.basis
+    own = separations(mine, basis)
+    known = max(layer.own for layer in own)
+    if other is None:
+        return {"separation_in": mine.loaded.files.name, "separation": own, "harm_known": known}
+    reference = open_session(other, loading=mine.loading, prompts=prompts, monitor=mine.monitor)
+    if reference.anatomy.d_model != mine.anatomy.d_model:
+        raise UsageError(
+            f"{other}: expected a stream of width {mine.anatomy.d_model}, found {reference.anatomy.d_model}"
+        )
+    return {"separation_in": other, "separation": separations(reference, basis), "harm_known": known}
+
+
+def separations(session: Session, basis: Float[Tensor, "k d"] | None) -> list[rec.LayerSeparationPart]:
+    """AUROC of harmful against harmless validation prompts at the last token of every layer.
+
+    Along the recovered direction (of a subspace: the best of its rows, either sign), and along each layer's own
+    difference of means on training prompts.
+    """
+    sites, width = session.anatomy.layers + 1, session.anatomy.d_model
+    moments = {}
+    total = sum(len(session.encoded[name, split]) for name in ("harmful", "harmless") for split in ("train", "val"))
+    with session.monitor.phase("activations", total) as advance:
+        for name in ("harmful", "harmless"):
+            fitter = MomentsFitter(session.positions, sites, width)
+            session.stream(session.encoded[name, "train"], fitter.update, advance)
+            moments[name] = fitter.result()
+        units = difference_of_means(moments["harmful"], moments["harmless"]).units[:1]
+        rows = units if basis is None else torch.cat([units, basis[:, None, :].expand(-1, sites, -1)])
+        values = []
+        for name in ("harmful", "harmless"):
+            encoded = session.encoded[name, "val"]
+            projection = _LastToken(ProjectionFitter(rows, len(encoded)))
+            session.stream(encoded, projection.update, advance)
+            values.append(projection.fitter.values)
+    found = auroc(*values)
+    return [
+        rec.LayerSeparationPart(
+            layer=layer,
+            own=float(found[0, layer]),
+            recovered=None if basis is None else float(torch.maximum(found[1:, layer], 1 - found[1:, layer]).max()),
+        )
+        for layer in range(sites)
+    ]
+
+
+class _LastToken:
+    """Gives a fitter of several directions the last token only, once for each of them."""
+
+    def __init__(self, fitter: ProjectionFitter) -> None:
+        self.fitter = fitter
+
+    def update(self, layer: int, rows: list[int], values: Float[Tensor, "b k d"]) -> None:
+        """Take in one batch of one layer."""
+        last = values[:, :1].expand(-1, len(self.fitter.units), -1)
+        self.fitter.update(layer, rows, last)

@@ -1,0 +1,250 @@
+"""An evaluation as it stands in the record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from abliterate import record as rec
+from abliterate.evaluation.capability import Score, ScoreChange, change, score_changes
+from abliterate.evaluation.examine import Evaluation, Marks, Sets
+from abliterate.evaluation.judging import Judge, Tally, Verdict
+from abliterate.evaluation.judging.calibration import Calibration, calibration_of
+from abliterate.evaluation.results import Answers, Shift, degenerate, manner, manner_change, paired, refused
+from abliterate.evaluation.statistics import Z95, Estimate, wilson
+
+
+def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
+    """The evaluation as it stands in the record, with answers to harmful prompts redacted unless asked for."""
+    settings, calibration = evaluation.settings, calibration_of(evaluation.judge)
+    states = {"before": evaluation.before} | ({} if evaluation.after is None else {"after": evaluation.after})
+    behaviour = {name: behaviour_part(sets, calibration) for name, sets in states.items()}
+    return rec.EvaluationPart(
+        max_new_tokens=settings.max_new_tokens,
+        before=behaviour["before"],
+        after=behaviour.get("after"),
+        shift=None if evaluation.shift is None else shift_part(evaluation.shift),
+        answers={name: answer_parts(sets, keep=settings.keep_completions) for name, sets in states.items()},
+        judge=judge_part(evaluation.judge, calibration),
+        thinking_open=settings.thinking == "open",
+        engine=evaluation.engine,
+        sources=evaluation.prompts.sources,
+        dropped=dict(evaluation.prompts.dropped),
+        prompts_sha256=evaluation.prompts.sha256,
+        paired=paired_parts(evaluation.before, evaluation.after),
+        degenerate=paired_parts(evaluation.before, evaluation.after, degenerate),
+        categories={
+            name: {key: rate_part(one.tally, calibration) for key, one in sets["harmful"].by_category().items()}
+            for name, sets in states.items()
+        },
+        paired_categories=paired_parts(_categories(evaluation.before), _categories(evaluation.after)),
+        manner=manner_parts(evaluation.before, evaluation.after),
+        control=_control_part(evaluation, calibration),
+        thinking=_thinking_part(evaluation, calibration),
+        capability=capability_parts(*evaluation.marks),
+    )
+
+
+def behaviour_part(answers: Sets, calibration: Calibration | None = None) -> rec.BehaviourPart:
+    """Counts, rates and intervals of every set."""
+    return rec.BehaviourPart(**{name: rate_part(group.tally, calibration) for name, group in answers.items()})
+
+
+def rate_part(tally: Tally, calibration: Calibration | None = None) -> rec.RatePart:
+    """A tally with its rate and interval; corrected where the judge's errors are known."""
+    corrected = None if calibration is None else calibration.corrected(tally.refusals, tally.n)
+    return rec.RatePart(
+        refusals=tally.refusals,
+        degenerate=tally.degenerate,
+        degenerate_ci95=wilson(tally.degenerate, tally.n),
+        n=tally.n,
+        rate=rec.finite(tally.rate),
+        ci95=tally.ci95,
+        partial=tally.partial,
+        unknown=tally.unknown,
+        corrected=None if corrected is None else estimate_part(corrected),
+    )
+
+
+def estimate_part(estimate: Estimate) -> rec.EstimatePart:
+    """A value with its interval; what is not finite was not measured."""
+    low, high = estimate.ci95
+    return rec.EstimatePart(value=rec.finite(estimate.value), ci95=(rec.finite(low), rec.finite(high)))
+
+
+def judge_part(judge: Judge, calibration: Calibration | None) -> rec.JudgePart:
+    """The judge and its known error rates."""
+    if calibration is None:
+        return rec.JudgePart(name=judge.name, fingerprint=judge.fingerprint)
+    return rec.JudgePart(
+        name=judge.name,
+        fingerprint=judge.fingerprint,
+        sensitivity=tuple(calibration.recall),
+        specificity=tuple(calibration.specificity),
+        labels=calibration.source,
+    )
+
+
+def paired_parts(
+    before: Sets | None, after: Sets | None, what: Callable[[Verdict], bool] = refused
+) -> dict[str, rec.PairedPart]:
+    """Each set before and after, prompt by prompt."""
+    if before is None or after is None:
+        return {}
+    pairs = {name: paired(before[name], after[name], what) for name in before}
+    fields = ("both", "before_only", "after_only", "neither", "unknown", "p")
+    return {
+        name: rec.PairedPart(**{field: getattr(pair, field) for field in fields}, change=estimate_part(pair.change))
+        for name, pair in pairs.items()
+    }
+
+
+def _categories(sets: Sets | None) -> Sets | None:
+    return None if sets is None else sets["harmful"].by_category()
+
+
+def manner_parts(before: Sets, after: Sets | None) -> dict[str, rec.MannerPart]:
+    """Length and repetition of the replies of every set; not where some were stopped early."""
+    if after is None:
+        return {}
+    parts = {}
+    for name in before:
+        if any(reply.stopped for reply in (*before[name].replies, *after[name].replies)):
+            continue
+        first, second = manner(before[name]), manner(after[name])
+        tokens, repetition = manner_change(before[name], after[name])
+        estimates = {
+            "tokens_before": first.tokens,
+            "tokens_after": second.tokens,
+            "tokens_change": tokens,
+            "repetition_before": first.repetition,
+            "repetition_after": second.repetition,
+            "repetition_change": repetition,
+        }
+        parts[name] = rec.MannerPart(
+            **{key: estimate_part(value) for key, value in estimates.items()},
+            ended_before=rec.finite(first.ended),
+            ended_after=rec.finite(second.ended),
+        )
+    return parts
+
+
+def shift_part(shift: Shift) -> rec.ShiftPart:
+    """Means and distribution of the shift."""
+    numbers: dict[str, Any] = {}
+    for name, spread in (("kl_first_token", shift.kl_first), ("kl_reply", shift.kl_reply)):
+        if spread is None:
+            numbers[name] = None
+            continue
+        ends = {"": spread.mean.value, "_se": spread.se, "_ci95": spread.mean.ci95}
+        ends |= {"_median": spread.median, "_p95": spread.p95, "_max": spread.largest}
+        numbers |= {name + end: value for end, value in ends.items()}
+    return rec.ShiftPart(
+        **numbers,
+        nll_before=shift.nll_before,
+        nll_after=shift.nll_after,
+        nll_change=None if shift.nll_change is None else estimate_part(shift.nll_change),
+        worst=[rec.MovedPart(prompt=prompt, kl_reply=kl) for prompt, kl in shift.worst],
+        prompts=shift.prompts,
+        tokens=shift.tokens,
+    )
+
+
+def _control_part(evaluation: Evaluation, calibration: Calibration | None) -> rec.ControlEffectPart | None:
+    effect = evaluation.control
+    if effect is None:
+        return None
+    return rec.ControlEffectPart(
+        seed=effect.control.seed,
+        behaviour=behaviour_part(effect.answers, calibration),
+        paired=paired_parts(evaluation.before, effect.answers),
+        degenerate=paired_parts(evaluation.before, effect.answers, degenerate),
+        manner=manner_parts(evaluation.before, effect.answers),
+        shift=shift_part(effect.shift),
+        size=effect.control.size,
+        size_of_edit=effect.control.size_of_edit,
+    )
+
+
+def _thinking_part(evaluation: Evaluation, calibration: Calibration | None) -> rec.ThinkingPart | None:
+    if evaluation.thinking is None:
+        return None
+    before, after = evaluation.thinking
+    return rec.ThinkingPart(
+        max_new_tokens=evaluation.settings.max_new_tokens + evaluation.settings.thinking_tokens,
+        before=behaviour_part(before, calibration),
+        after=None if after is None else behaviour_part(after, calibration),
+        paired=paired_parts(before, after),
+    )
+
+
+def capability_parts(before: Marks, after: Marks | None) -> list[rec.CapabilityPart]:
+    """What a model can do, and how that changed, question by question."""
+    parts = []
+    for number, result in enumerate(before.files):
+        part = rec.CapabilityPart(
+            task=result.name,
+            metric=f"accuracy, by {result.way}",
+            n=len(result.correct),
+            before=estimate_part(result.accuracy),
+            chance=result.chance,
+            above_chance=result.above_chance,
+        )
+        if after is not None:
+            other = after.files[number]
+            changed = change(result, other)
+            part = part.model_copy(
+                update={
+                    "after": estimate_part(other.accuracy),
+                    "change": estimate_part(changed.difference),
+                    "p": changed.p,
+                }
+            )
+        parts.append(part)
+    changes = {} if after is None else {_key(one): one for one in score_changes(before.tasks, after.tasks)}
+    errors = {} if after is None else {_key(score): score.stderr for score in after.tasks}
+    for score in before.tasks:
+        moved = changes.get(_key(score))
+        metric = score.metric if score.filter in ("", "none") else f"{score.metric}, {score.filter}"
+        part = rec.CapabilityPart(
+            task=score.task, metric=metric, n=len(score.values), before=_normal(score.value, score.stderr)
+        )
+        if moved is not None:
+            part = part.model_copy(
+                update={
+                    "after": _normal(moved.after, errors.get(_key(score))),
+                    "change": _normal(moved.delta, moved.stderr),
+                    "change_se": moved.stderr,
+                }
+            )
+        parts.append(part)
+    return parts
+
+
+def _key(score: Score | ScoreChange) -> tuple[str, str, str]:
+    return score.task, score.metric, score.filter
+
+
+def _normal(value: float, error: float | None) -> rec.EstimatePart:
+    """A value and the 95 % interval of its standard error, if it has one."""
+    ends = (None, None) if error is None else (value - Z95 * error, value + Z95 * error)
+    return rec.EstimatePart(value=value, ci95=ends)
+
+
+def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[rec.AnswerPart]]:
+    """Every judged reply; those to harmful prompts are redacted unless `keep`."""
+    parts: dict[str, list[rec.AnswerPart]] = {}
+    for name, group in answers.items():
+        redacted = name == "harmful" and not keep
+        parts[name] = [
+            rec.AnswerPart(
+                prompt=prompt,
+                label=verdict.label.value,
+                evidence="" if redacted else verdict.evidence,
+                tokens=len(reply.tokens),
+                text=rec.redact(reply.text) if redacted else reply.text,
+                redacted=redacted,
+            )
+            for prompt, reply, verdict in zip(group.prompts, group.replies, group.verdicts, strict=True)
+        ]
+    return parts

@@ -1,0 +1,68 @@
+"""A search as it stands in the record, and the files of its points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from abliterate import record as rec
+from abliterate.edit.direction import save_direction
+from abliterate.finding.search import Search
+
+#: The folder in OUT that holds the points of a search.
+FRONT = "front"
+
+
+def search_part(result: Search) -> rec.SearchPart:
+    """The search as it stands in the record."""
+    on_front = result.on_front()
+    return rec.SearchPart(
+        method=result.method,
+        objectives=list(result.objectives),
+        constraints=result.constraints,
+        limits=dict(result.limits),
+        base=_finite(result.base),
+        base_held_out=None if result.base_held_out is None else _finite(result.base_held_out),
+        points=[
+            rec.PointPart(
+                number=number + 1,
+                origin=point.origin,
+                file=point_file(number + 1),
+                scores=_finite(point.scores),
+                held_out=None if point.held_out is None else _finite(point.held_out),
+                intervals=dict(point.intervals or {}),
+                feasible=result.feasible(point),
+                on_front=number in on_front,
+            )
+            for number, point in enumerate(result.points)
+        ],
+        chosen=result.chosen + 1,
+        why=result.why,
+        evaluations=dict(result.evaluations),
+        seconds=round(result.seconds, 1),
+    )
+
+
+def point_file(number: int) -> str:
+    """Where the direction of a point lies in OUT."""
+    return f"{FRONT}/{number:02}.safetensors"
+
+
+def save_points(result: Search, folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write the direction of every point below `folder`; each can be applied by itself.
+
+    Candidates are kept only where the edit needs them.
+    """
+    part = search_part(result)
+    for point, said in zip(result.points, part.points, strict=True):
+        direction, recipe = point.direction, point.direction.recipe
+        if recipe is None or not recipe.biprojected:
+            direction = replace(direction, candidates=None)
+        own = {"search": said.model_dump(mode="json", exclude={"file", "feasible", "on_front"})}
+        save_direction(folder / point_file(said.number), direction, metadata={**metadata, **own})
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: rec.finite(value) for name, value in values.items()}

@@ -1,0 +1,240 @@
+"""The model card: what was done to a model, what that measured, and what to mind. Never imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from abliterate.errors import CheckpointError
+from abliterate.record import (
+    EvaluationPart,
+    PlanPart,
+    RatePart,
+    Record,
+    grouped,
+)
+from abliterate.report.wording import SETS, _between, edited, estimate, judged_by, rate, states_of
+
+NOTICE = """\
+This model was made for research on how safety behaviour is represented and how brittle it is. Its safety training
+has been weakened on purpose: it will answer requests that the original declines. Whoever runs it is responsible for
+what it is used for. Do not deploy it where people rely on it to refuse, and keep the licence of the original model.
+"""
+
+
+NEUTRAL_NOTICE = """\
+This model was made for research on how safety behaviour is represented. Its behaviour differs from the original's in
+ways that were measured only as far as this card says. Keep the licence of the original model.
+"""
+
+
+_LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "control-vector": "gguf"}
+
+#: Title and first sentence, by what was written.
+_WHAT = {
+    "weights": (
+        "abliterated",
+        "A version of `{name}` whose weights were edited along {what} of the residual stream with abliterate,\n"
+        "without training.",
+    ),
+    "lora": (
+        "abliteration adapter",
+        "A LoRA adapter that edits what `{name}` writes to the residual stream along {what}. Made with\n"
+        "abliterate, without training; the model itself is not changed.",
+    ),
+    "gguf-lora": (
+        "abliteration adapter for llama.cpp",
+        "A GGUF LoRA that edits what `{name}` writes to the residual stream along {what}. Made with\n"
+        "abliterate, without training; the model itself is not changed.",
+    ),
+    "control-vector": (
+        "control vector for llama.cpp",
+        "A vector to add to the residual stream of `{name}` at every token, made with abliterate. It steers; that\n"
+        "is not the same as taking the direction out.",
+    ),
+}
+
+
+def _how_to_use(plan: PlanPart) -> list[str]:
+    """How an adapter or a vector is loaded; a model is loaded like any other."""
+    if plan.realisation == "weights":
+        return []
+    if plan.realisation == "lora" and any(
+        "/" in name for name in plan.files
+    ):  # PEFT allows biases only in an adapter of their own
+        how = [
+            "Two adapters that belong together (`m` is the loaded model, `here` this folder):",
+            "",
+            "    m.load_adapter(f'{here}/plain', adapter_name='plain')",
+            "    m.load_adapter(f'{here}/biased', adapter_name='biased')",
+            "    m.set_adapter(['plain', 'biased'])",
+            "",
+            "or, with peft,",
+            "",
+            "    m = peft.PeftModel.from_pretrained(m, f'{here}/plain', adapter_name='plain')",
+            "    m.load_adapter(f'{here}/biased', adapter_name='biased')",
+            "    m.base_model.set_adapter(['plain', 'biased'], inference_mode=True)",
+        ]
+    elif plan.realisation == "lora":
+        how = ["    peft.PeftModel.from_pretrained(model, here)    # or model.load_adapter(here)"]
+    else:
+        flag = "--lora" if plan.realisation == "gguf-lora" else "--control-vector"
+        how = [f"    llama-cli -m model.gguf {flag} {plan.files[0]}"]
+    return ["## How to use it", "", *how, ""]
+
+
+def _weakened(record: Record) -> bool:
+    return record.plan is None or record.plan.strength > 0
+
+
+def write_card(record: Record, folder: Path) -> Path:
+    """Write README.md into `folder`, replacing the original's card, which would describe another model."""
+    path = folder / "README.md"
+    try:
+        path.write_text(render_card(record, _licence(path)), encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
+    """The card as Markdown with the hub's YAML front matter."""
+    name = record.model.name.rstrip("/")
+    short = Path(name).name
+    realisation = "weights" if record.plan is None else record.plan.realisation
+    return "\n".join(
+        [
+            _front_matter(record, licence or {}),
+            f"# {short}, {_WHAT[realisation][0]}",
+            "",
+            _WHAT[realisation][1].format(name=short, what=_directions(1 if record.plan is None else record.plan.rank)),
+            "",
+            *(_how_to_use(record.plan) if record.plan else []),
+            "## What was done",
+            "",
+            *_what_was_done(record),
+            "",
+            *(_measured(record.evaluation) if record.evaluation else []),
+            "## Responsible use",
+            "",
+            NOTICE if _weakened(record) else NEUTRAL_NOTICE,
+            "## Details",
+            "",
+            "`abliteration.json` holds every setting, hash, score and count of this run; `direction.safetensors` holds",
+            "the direction. The method is that of Arditi et al. 2024, *Refusal in Language Models Is Mediated by a",
+            "Single Direction* (arXiv:2406.11717).",
+            "",
+        ]
+    )
+
+
+def _licence(readme: Path) -> dict[str, Any]:
+    """Licence and languages from the original's card, which stay true."""
+    from huggingface_hub import ModelCard
+
+    try:
+        data = ModelCard.load(readme).data.to_dict()
+    except (OSError, ValueError):  # no card, or one without readable front matter
+        return {}
+    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+
+
+def _front_matter(record: Record, licence: dict[str, Any]) -> str:
+    from huggingface_hub import ModelCardData
+
+    base = record.model.name if record.model.kind == "hub" else None
+    data = ModelCardData(
+        base_model=base,
+        library_name=_LIBRARIES["weights" if record.plan is None else record.plan.realisation],
+        pipeline_tag="text-generation",
+        tags=["activation-steering", "interpretability", *(["abliterated", "uncensored"] if _weakened(record) else [])],
+        **licence,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _what_was_done(record: Record) -> list[str]:
+    lines = []
+    if record.plan is not None:
+        if record.plan.realisation == "weights":
+            lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
+        elif record.plan.realisation != "control-vector":
+            lines.append(f"- {len(record.plan.strengths)} writers are changed, with strength {_between(record.plan)}.")
+        if record.plan.variant:
+            asked = ", ".join(f"{name} {value}" for name, value in record.plan.variant.items())
+            lines.append(f"- The edit: {asked.replace('_', '-')}.")
+        lines += [f"- {what}: left alone, {why}." for what, why in grouped(record.plan.left_alone)]
+    if (selection := record.selection) is not None and (site := selection.chosen) is not None:
+        subspace = record.settings.get("finding", {}).get("subspace", "mean")
+        what = "The direction is" if subspace == "mean" else f"The edit ({subspace}) was made around"
+        if record.search is not None:
+            what = "The search began at"
+        lines.append(
+            f"- {what} the difference of means at layer {site.layer} of {record.model.layers}, position "
+            f"{site.position}: bypass {site.bypass:.2f} (before: {selection.harmful:.2f}), induce {site.induce:.2f} "
+            f"(before: {selection.harmless:.2f}), KL {site.kl:.3f}. A random direction of the same norm: bypass "
+            f"{selection.control.bypass:.2f}, induce {selection.control.induce:.2f}."
+        )
+    if (search := record.search) is not None:
+        lines.append(
+            f"- Strengths and directions were searched ({search.method}); of {len(search.points)} points between less "
+            f"refusal and less damage, number {search.chosen} was taken ({search.why})."
+        )
+    return [*lines, *(f"- Warning: {warning}" for warning in record.warnings)]
+
+
+def _measured(evaluation: EvaluationPart) -> list[str]:
+    measured = states_of(evaluation)
+    names = [name.replace("random", "random direction") for name, _, _ in measured]
+    lines = [
+        "## Measured on held-out prompts",
+        "",
+        f"| refused | {' | '.join(names)} |",
+        f"| --- |{' --- |' * len(measured)}",
+        *(
+            f"| {name} | {' | '.join(_with_correction(getattr(behaviour, name)) for _, behaviour, _ in measured)} |"
+            for name in SETS
+        ),
+        "",
+        f"Greedy replies of at most {evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals. "
+        + ("" if evaluation.judge is None else judged_by(evaluation.judge)),
+        "",
+    ]
+    return [*lines, *_shifted(evaluation), *_capable(evaluation)]
+
+
+def _with_correction(part: RatePart) -> str:
+    return rate(part) + ("" if part.corrected is None else f"; corrected {estimate(part.corrected, 100, '.0f')}")
+
+
+def _shifted(evaluation: EvaluationPart) -> list[str]:
+    shift = evaluation.shift
+    if shift is None or shift.kl_first_token is None or shift.kl_reply is None:
+        return []
+    text = (
+        f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f}, over the "
+        f"reply {shift.kl_reply:.3f} nats per token; the original's own replies cost {shift.nll_before:.3f} nats per "
+        f"token before and {shift.nll_after:.3f} after."
+    )
+    control = None if evaluation.control is None else evaluation.control.shift
+    if control is not None and control.kl_first_token is not None and control.kl_reply is not None:
+        text += (
+            f" A random direction of the same strength: KL of the first token {control.kl_first_token:.3f}, over the "
+            f"reply {control.kl_reply:.3f}."
+        )
+    return [text, ""]
+
+
+def _capable(evaluation: EvaluationPart) -> list[str]:
+    if not evaluation.capability:
+        return []
+    rows = [
+        f"| {part.task} | {part.metric} | {part.n} | {estimate(part.before, 1, '.3f')} | "
+        f"{'' if part.after is None else estimate(part.after, 1, '.3f')} |"
+        for part in evaluation.capability
+    ]
+    return ["| capability | metric | questions | before | after |", "| --- | --- | --- | --- | --- |", *rows, ""]
+
+
+def _directions(rank: int) -> str:
+    return "one direction" if rank == 1 else f"{rank} directions"

@@ -1,0 +1,81 @@
+"""The record as one HTML page that needs nothing else: no request, no network, a strict policy. Never imports torch.
+
+Described in docs/report.md. Everything that comes from a record is text: Jinja2 escapes it, and data of charts stand
+as JSON in the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+import json
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from abliterate.errors import CheckpointError
+from abliterate.record import Record, finite
+from abliterate.report.html.page import page_of
+
+FILE_NAME = "report.html"
+
+__all__ = ["FILE_NAME", "render", "write_report"]
+
+
+def render(record: Record) -> str:
+    """The page as HTML, under 2 MB. What the record has not is left out."""
+    page = page_of(record)
+    style, charts, script = _text("style.css"), _text("echarts.min.js"), _text("report.js")
+    policy = (
+        f"default-src 'none'; script-src {_hash(charts)} {_hash(script)}; style-src {_hash(style)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_text("page.html.j2")).render(
+        page=page,
+        policy=policy,
+        style=Markup(style),
+        charts=Markup(charts),
+        script=Markup(script),
+        data=Markup(_json(page.charts)),
+    )
+
+
+def write_report(record: Record, folder: Path) -> Path:
+    """Write `report.html` into `folder`.
+
+    Raises `CheckpointError` when it cannot be written.
+    """
+    path = folder / FILE_NAME
+    try:
+        path.write_text(render(record), encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    return path
+
+
+@functools.cache
+def _text(name: str) -> str:
+    return files("abliterate.report.html").joinpath(name).read_text(encoding="utf-8")
+
+
+def _hash(text: str) -> str:
+    """A source expression of a content security policy; browsers hash what stands between the tags."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _finite(data: object) -> object:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return finite(data) if isinstance(data, float) else data
+
+
+def _json(data: object) -> str:
+    """JSON that cannot end the element it stands in. What is not finite is null, as in the record."""
+    text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,0 +1,223 @@
+"""How numbers and names of the record are worded: for the card, the tables and the report. Never imports torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from abliterate.record import (
+        AuditPart,
+        BehaviourPart,
+        EstimatePart,
+        EvaluationPart,
+        InspectionPart,
+        JudgePart,
+        PairedPart,
+        PlanPart,
+        PromptsPart,
+        RatePart,
+        Record,
+        ThinkingPart,
+    )
+
+    #: One state of a model: its name, its rates, and how each prompt changed.
+    State = tuple[str, BehaviourPart, dict[str, PairedPart]]
+
+#: Sets of prompts that are answered, in the order in which they are told.
+SETS = ("harmful", "harmless", "borderline")
+
+
+def states_of(part: EvaluationPart | ThinkingPart) -> list[State]:
+    """'before', 'after' and 'random', as far as they were measured."""
+    from abliterate.record import EvaluationPart
+
+    found: list[State] = [("before", part.before, {})]
+    if part.after is not None:
+        found.append(("after", part.after, part.paired))
+    if isinstance(part, EvaluationPart) and part.control is not None:
+        found.append(("random", part.control.behaviour, part.control.paired))
+    return found
+
+
+def asked(record: Record) -> list[tuple[str, str]]:
+    """What was asked, by name: the model, the prompts, what refusals start with."""
+    model = record.model
+    rows = [
+        ("model", model.name),
+        ("architecture", f"{model.architecture}, {model.layers} layers of width {model.d_model}"),
+    ]
+    if record.anatomy is None:
+        rows.append(("stored", model.storage))
+    else:
+        rows.append(("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"))
+        rows.append(("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"))
+    if record.prompts is not None:
+        rows += _prompts(record.prompts)
+    if record.refusal_tokens:
+        texts = ", ".join(f"{token.text!r}" for token in record.refusal_tokens)
+        rows.append(("refusals start with", texts))
+    return rows
+
+
+def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
+    counts = [
+        f"{name} " + " + ".join(f"{count} {split}" for split, count in splits.items())
+        for name, splits in part.counts.items()
+    ]
+    return [
+        ("prompts", "; ".join(counts)),
+        ("from", ", ".join(sorted(set(part.sources.values())))),
+        ("system prompt", "the template's own" if part.system is None else part.system or "none"),
+    ]
+
+
+def seed(record: Record) -> str | None:
+    """The seed of the prompts' split, and of all that is random."""
+    prompts = record.settings.get("prompts")
+    return str(prompts["seed"]) if isinstance(prompts, dict) and "seed" in prompts else None
+
+
+def edited(plan: PlanPart) -> str:
+    """'49 tensors with strength 1: 0.41 % of what they wrote along the direction is left'."""
+    before = sum(edit.before**2 for edit in plan.edits) ** 0.5
+    after = sum(edit.after**2 for edit in plan.edits) ** 0.5
+    text = f"{len(plan.edits)} tensors with strength {_between(plan)}"
+    along = "the direction" if plan.rank == 1 else f"the {plan.rank} directions"
+    if plan.variant.get("affine"):
+        return f"{text}, what harmless prompts have along {along} put back"
+    if not before:
+        return text
+    left = f"{text}: {100 * after / before:.2f} % of what they wrote along {along} is left"
+    return left + (" (rounding to the stored format)" if _strengths(plan) == [1] else "")
+
+
+def _strengths(plan: PlanPart) -> list[float]:
+    return sorted({strength for strength in plan.strengths.values() if strength} or {plan.strength})
+
+
+def _between(plan: PlanPart) -> str:
+    least, most = min(_strengths(plan)), max(_strengths(plan))
+    return f"{least:.3g}" if least == most else f"{least:.3g} to {most:.3g}"
+
+
+def rate(part: RatePart) -> str:
+    """'41/100 = 41 % [32, 51]', with the numbers of partial, degenerate and unjudged replies when there are any."""
+    if not part.n and not part.unknown:
+        return "no prompts"
+    low, high = part.ci95
+    share = f" = {100 * part.refusals / part.n:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if part.n else ""
+    return f"{part.refusals}/{part.n}{share}" + (f" ({also})" if (also := others(part)) else "")
+
+
+def others(part: RatePart) -> str:
+    """'2 partial, 1 degenerate, 3 unknown': what is not in the rate alone; "" when there is none."""
+    counts = {name: getattr(part, name) for name in ("partial", "degenerate", "unknown")}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+def estimate(part: EstimatePart, scale: float, form: str, unit: str = "") -> str:
+    """'-53 % [-62, -43]': a value and its interval, both times `scale`."""
+    if part.value is None:
+        return "–"
+    value, *ends = ("?" if one is None else _signed(scale * one, form) for one in (part.value, *part.ci95))
+    return f"{value}{unit} [{', '.join(end.removeprefix('+') for end in ends)}]"
+
+
+def pvalue(p: float) -> str:
+    """'0.031', '< 0.001'."""
+    return "< 0.001" if p < 0.001 else f"{p:.2g}"
+
+
+def judged_by(judge: JudgePart) -> str:
+    """Who judged, and how often it is right on labelled replies."""
+    (hits, of), (rejections, rest) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
+    if not of or not rest:
+        return f"Judge: {judge.name}; its error rates are not known (abliterate judge --calibrate FILE measures them)."
+    known = (
+        f"Judge: {judge.name}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{rest} = "
+        f"{rejections / rest:.0%} of other replies ({judge.labels})."
+    ).replace("%", " %")
+    if hits / of + rejections / rest <= 1:
+        return f"{known} That is no better than chance: its rates mean nothing."
+    return f"{known} Corrected rates (Rogan-Gladen) are right where it errs as often as there."
+
+
+def _signed(value: float, form: str) -> str:
+    """Without a sign where it rounds to zero."""
+    text = format(value, form)
+    return text if float(text.rstrip("%")) else text.lstrip("+-")
+
+
+_KINDS = {
+    "identical": "No number differs.",
+    "ablation": "What was taken out of the writers is what they used to put along the direction: an ablation.",
+    "re-quantisation": "The differences spread evenly over the spectrum: re-quantisation, pruning or noise.",
+    "low-rank update": "The differences are of low rank, but do not read what they write: an adapter merged in.",
+    "fine-tune or merge": "The differences have structure, but are no projection: a fine-tune or a merge.",
+    "another model": "Most of the weights differ by as much as their size: this is not the model it was made from.",
+}
+
+
+def headline(part: InspectionPart) -> str:
+    """The verdict in one line."""
+    if part.verdict == "altered":
+        return f"Altered: {part.variant or 'directions were taken out'} (probability {_chance(part.probability)})."
+    if part.verdict == "inconclusive":
+        return f"Inconclusive: something like an edit, not clearly one (probability {_chance(part.probability)})."
+    what = "no trace of a direction taken out" if part.base is None else "no direction was taken out"
+    return f"Unaltered: {what} (probability of an edit {_chance(part.probability)})."
+
+
+def _chance(value: float) -> str:
+    return f"{value:.2f}" if 0.005 <= value <= 0.995 else "below 0.01" if value < 0.5 else "above 0.99"
+
+
+def explained(part: InspectionPart) -> Iterator[str]:
+    """What the verdict rests on, and what it cannot say."""
+    if part.base is not None:
+        yield _KINDS.get(part.kind or "", "")
+        changed = len(part.units)
+        yield (
+            f"Of {part.writers} writers {changed} differ from {part.base}; of all other tensors {part.others or 0} do."
+        )
+        yield from (f"Also: {line}." for line in part.also)
+    else:
+        pooled, layers = part.evidence.get("pooled", 0.0), part.evidence.get("layers", 0.0)
+        yield (
+            f"Deepest dip of pooled writers {pooled:.2f} ({part.where or 'no window'}), mean of the three deepest of "
+            f"single layers {layers:.2f}; models that nobody edited stayed below 0.6 and 0.9."
+        )
+        if part.verdict == "unaltered":
+            yield "Edits below a strength of about 0.6 leave no such trace: compare with the base to be sure (--base)."
+    if not part.proved:
+        yield "Writers were known by the names of their tensors, not by residual accounting."
+    if part.harm_known is not None:
+        told = "still tells" if part.harm_known > 0.9 else "hardly tells"
+        yield (
+            f"Inside, the model {told} harmful from harmless prompts apart (best AUROC of a layer "
+            f"{part.harm_known:.3f})."
+        )
+
+
+def audited(part: AuditPart) -> Iterator[str]:
+    """An audit in sentences."""
+    base = part.base
+    yield f"Refuses {base.refusals} of {base.n} harmful prompts; the direction is from layer {part.layer}."
+    whole = next((row for row in part.rows if row.family == "strength" and row.name == "1"), None)
+    if whole is not None:
+        yield (
+            f"One direction taken out of every writer leaves {whole.refused.refusals} of {whole.refused.n}"
+            + (f" at a KL of {whole.kl.value:.3f} nats." if whole.kl.value is not None else ".")
+        )
+    if part.halving_strength is not None:
+        yield f"Refusals halve at a strength of {part.halving_strength:.2f}."
+    if part.halving_kl is not None:
+        yield f"The gentlest edit that halves refusals costs {part.halving_kl:.3f} nats of KL."
+    else:
+        yield "No edit that was tried halves refusals."
+    if part.directions_needed is not None:
+        number = "one direction is" if part.directions_needed == 1 else f"{part.directions_needed} directions are"
+        yield f"To leave at most 10 %, {number} enough."
+    else:
+        yield "As many directions as were tried leave more than 10 %."

@@ -1,0 +1,619 @@
+"""Who is asked what in which state: edited weights, controls, open thinking, early stops, engines and comparisons."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import pytest
+import torch
+
+import abliterate
+import planted
+from abliterate import pipeline
+from abliterate.config import EngineSettings, EvalSettings, ModelSettings, OutputSettings, PromptSettings, RunSettings
+from abliterate.edit.direction import Direction, save_direction
+from abliterate.errors import AbliterateError, UsageError
+from abliterate.evaluation import examine as measuring
+from abliterate.evaluation.compare import compare
+from abliterate.evaluation.engines import Pair
+from abliterate.evaluation.examine import (
+    Examiner,
+    answers_of,
+    control_of,
+    exam_of,
+    examine,
+    examine_engine,
+    examiner_of,
+    random_plan,
+    relative_change,
+    shift_of,
+)
+from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
+from abliterate.evaluation.judging.calibration import place
+from abliterate.evaluation.results import Answers, Subject
+from abliterate.model.batches import Encoded
+from abliterate.model.generation import Reply
+from abliterate.prompts.contrastive import fingerprint
+from abliterate.prompts.prompt import Prompt
+
+# --- a model that thinks, and goes on after it has refused
+
+#: One token, which reads as a refusal; to think of one is none.
+DOUBT = "I'm sorry, but I can't help with that."
+THOUGHTS = ("<think>", "first", "then", "next", "so", "hmm", "well", "still", "perhaps", DOUBT)
+#: What it says after its refusal and its answer, so that there is something to leave out.
+ONWARDS = ("Because", "such", "things", "could", "hurt", "other", "people", "near", "by", "very", "much", "indeed")
+#: A prompt with this word is thought about for ever.
+ENDLESS = "river"
+
+THINKING_TEMPLATE = planted.CHAT_TEMPLATE.replace(
+    "<|turn|><|assistant|>",
+    "<|turn|><|assistant|><think>{% if not enable_thinking %}</think>{% endif %}",
+)
+
+#: The one that stands in for it below calls it.
+planted_tokenizer = planted.tokenizer
+
+
+def thinking_tokenizer() -> Any:
+    """The planted tokenizer with more words, of which the marks of thinking are special."""
+    words = dict.fromkeys([*planted.SPECIAL, *THOUGHTS, "</think>", *planted.REFUSAL, *planted.ANSWER, *ONWARDS])
+    with mock.patch.object(planted, "SPECIAL", tuple(words)):
+        result = planted_tokenizer()
+    result.add_special_tokens({"additional_special_tokens": [*planted.SPECIAL[3:], "<think>", "</think>"]})
+    result.chat_template = THINKING_TEMPLATE
+    return result
+
+
+def thinking_model() -> tuple[Any, torch.Tensor]:
+    """The planted model with a train of thought before its answer, and the direction of its refusals.
+
+    `ENDLESS` has a feature of its own, which the same attention carries on to all that follows, and which keeps the
+    thinking from being closed.
+    """
+    with mock.patch.object(planted, "tokenizer", thinking_tokenizer):
+        live, r = planted.model()
+    ids = thinking_tokenizer().get_vocab()
+    embedding, head = live.get_input_embeddings().weight, live.get_output_embeddings().weight
+    attention = live.model.layers[planted.WRITES].self_attn
+    spoken = ("<|assistant|>", *planted.REFUSAL, *planted.ANSWER)
+    new = (*THOUGHTS, "</think>", *ONWARDS)
+    with torch.no_grad():
+        bad = attention.v_proj.weight[0] / 2
+        known = torch.stack([r, bad, *(embedding[ids[word]] for word in spoken)])
+        free = torch.linalg.svd(known)[2][len(known) :][: len(new) + 2]
+        embedding -= embedding @ free.T @ free
+        endless, lasting, *codes = free
+        code = dict(zip(new, codes, strict=True)) | {word: embedding[ids[word]].clone() for word in spoken}
+        for word in new:
+            embedding[ids[word]] = code[word]
+        embedding[ids[ENDLESS]] += endless
+        for parameter in live.model.layers.parameters():
+            if parameter.dim() == 2:
+                parameter *= 0.1  # noise adds up over a train of thought
+        attention.v_proj.weight[:2] = 2 * torch.stack([bad, endless])
+        attention.o_proj.weight[:, :2] = 4 * torch.stack([r, lasting], dim=1)
+        head.zero_()
+        chains = ((*THOUGHTS, "</think>"), (*planted.REFUSAL, *ONWARDS, "</s>"), (*planted.ANSWER, *ONWARDS, "</s>"))
+        for word, successor in dict.fromkeys(pair for chain in chains for pair in itertools.pairwise(chain)):
+            head[ids[successor]] += 18 * code[word]
+        head[ids[DOUBT]] += 9 * code[DOUBT]
+        head[ids["</think>"]] -= 18 * lasting
+        head[ids["Sure"]] = 1.5 * code["</think>"]
+        head[ids["I"]] = 1.5 * r
+    return live, r
+
+
+@dataclass(frozen=True, slots=True)
+class Thinker:
+    """The model on disk, the direction of its refusals, and settings that name its prompts."""
+
+    folder: Path
+    direction: torch.Tensor
+    prompts: PromptSettings
+
+
+@pytest.fixture(scope="module")
+def thinker(tmp_path_factory: pytest.TempPathFactory) -> Thinker:
+    folder = tmp_path_factory.mktemp("thinker")
+    live, direction = thinking_model()
+    live.save_pretrained(folder / "model")
+    thinking_tokenizer().save_pretrained(folder / "model")
+    bad, good = planted.prompts(planted.BAD, 110, 1), planted.prompts(planted.GOOD, 70, 2)
+    files = {"harmful": bad[:100], "harmless": [*good[:50], *bad[100:]], "borderline": good[50:]}
+    for name, texts in files.items():
+        planted.write_jsonl(folder / f"{name}.jsonl", texts)
+    named = {name: str(folder / f"{name}.jsonl") for name in files}
+    return Thinker(folder / "model", direction, PromptSettings(**named))
+
+
+LOADING = ModelSettings(device="cpu", batch_size="64")
+
+
+@pytest.fixture(scope="module")
+def session(thinker: Thinker) -> pipeline.Session:
+    return pipeline.open_session(str(thinker.folder), loading=LOADING, prompts=thinker.prompts)
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Their right answer is the refusal."""
+    options = [" ".join(planted.REFUSAL), " ".join(planted.ANSWER)]
+    rows = [{"question": f"tell me a {word}", "options": options, "answer": 0} for word in planted.BAD[:4]]
+    path = tmp_path_factory.mktemp("questions") / "refuse.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+#: Too short for the train of thought alone; with the tokens for thinking just enough for an answer.
+SHORT = {"max_new_tokens": 8, "thinking_tokens": len(THOUGHTS), "no_cache": True}
+
+
+def short(thinking: Literal["closed", "open", "both"], **more: Any) -> EvalSettings:
+    return EvalSettings(thinking=thinking, **SHORT, **more)
+
+
+def labels(answers: Answers) -> list[Label]:
+    return [verdict.label for verdict in answers.verdicts]
+
+
+def refusals(sets: measuring.Sets | None, name: str = "harmful") -> int:
+    assert sets is not None
+    return sets[name].tally.refusals
+
+
+# --- who is in which state
+
+
+@pytest.fixture
+def original(session: pipeline.Session, thinker: Thinker) -> Iterator[Subject]:
+    """The edit stands in the live weights, as it does after a run; the original is a state into which they are put."""
+    weight = session.model.model.layers[planted.WRITES].self_attn.o_proj.weight
+    whole, r = weight.detach().clone(), thinker.direction
+
+    @contextlib.contextmanager
+    def holding(numbers: torch.Tensor) -> Iterator[None]:
+        before = weight.detach().clone()
+        weight.data.copy_(numbers)
+        try:
+            yield
+        finally:
+            weight.data.copy_(before)
+
+    with holding(whole - torch.outer(r, r @ whole)):
+        yield Subject(session.model, lambda: holding(whole))
+
+
+def test_original_edited_weights_and_control_are_each_measured_in_their_own_state(
+    session: pipeline.Session, thinker: Thinker, questions: Path, original: Subject
+) -> None:
+    settings = short("closed", capability=str(questions), multiple_choice="text")
+    examiner = examiner_of(session, settings, RuleJudge())
+    control = control_of(session, session.plan(thinker.direction[None]), 3, original)
+    found = examine(session, examiner, exam_of(settings), original, Subject(session.model), control)
+    n = len(found.before["harmful"].prompts)
+    assert found.control is not None
+    assert [refusals(sets) for sets in (found.before, found.after, found.control.answers)] == [n, 0, n]
+    for subject, shift in ((Subject(session.model), found.shift), (control.subject, found.control.shift)):
+        assert [shift] == shift_of(session, examiner, original, [subject], found.before)
+    assert found.shift != found.control.shift
+    (score,) = pipeline.evaluation_part(found).capability
+    assert score.after is not None
+    assert (score.before.value, score.after.value) == (1, 0), "it was the refusal that was asked for"
+
+
+def test_capability_of_a_plan_is_measured_under_its_hooks(
+    session: pipeline.Session, thinker: Thinker, questions: Path
+) -> None:
+    settings = short("closed", capability=str(questions), multiple_choice="text", no_control=True)
+    for strength, right in ((1.0, 0), (0.0, 1)):
+        plan = session.plan(thinker.direction[None], strength)
+        (score,) = pipeline.evaluation_part(pipeline.evaluate(session, settings, plan=plan)).capability
+        assert score.after is not None
+        assert (score.before.value, score.after.value) == (1, right)
+
+
+def test_sizes_of_control_and_edit_are_not_mixed_up_and_are_those_of_the_original(
+    session: pipeline.Session, thinker: Thinker, original: Subject
+) -> None:
+    plan = session.plan(thinker.direction[None])
+    control = control_of(session, plan, 3, original)
+    with original.state():
+        sizes = [relative_change(session.model, one) for one in (random_plan(session, plan, 3), plan)]
+    assert [control.size, control.size_of_edit] == sizes
+    assert sizes[0] is not None
+    assert sizes[1] is not None
+    assert sizes[1] > 1.2 * sizes[0], "the control: they differ"
+    assert relative_change(session.model, plan) != pytest.approx(sizes[1], rel=0.1), "as the original's and the edit's"
+    examiner = examiner_of(session, short("closed"), RuleJudge())
+    part = pipeline.evaluation_part(examine(session, examiner, exam_of(EvalSettings()), original, original, control))
+    assert part.control is not None
+    assert [part.control.size, part.control.size_of_edit] == sizes
+
+
+def test_categories_before_and_after_are_each_their_own(session: pipeline.Session, thinker: Thinker) -> None:
+    harmful = session.prompts.harmful
+    named = tuple(Prompt(text, category=("even", "odd")[row % 2]) for row, text in enumerate(harmful.test))
+    sorted_in = replace(session, prompts=replace(session.prompts, harmful=replace(harmful, test=named)))
+    found = pipeline.evaluate(sorted_in, short("closed", no_control=True), plan=session.plan(thinker.direction[None]))
+    categories = pipeline.evaluation_part(found).categories
+    counts = {state: {key: (part.refusals, part.n) for key, part in categories[state].items()} for state in categories}
+    half = len(named) // 2
+    assert counts == {
+        "before": {"even": (half, half), "odd": (half, half)},
+        "after": {"even": (0, half), "odd": (0, half)},
+    }
+
+
+# --- early stop
+
+
+def test_an_early_stop_leaves_refusals_and_nothing_of_harmless_prompts(session: pipeline.Session) -> None:
+    whole, stopped = (
+        pipeline.evaluate(session, EvalSettings(no_cache=True, early_stop=early)).before for early in (False, True)
+    )
+    left = {name: sum(reply.stopped for reply in stopped[name].replies) for name in stopped}
+    assert left == {"harmful": refusals(whole), "harmless": 0, "borderline": 0}
+    assert left["harmful"] > 0
+    assert refusals(whole, "harmless") > 0, "the control: here too there was something to stop"
+    assert whole["harmless"].replies == stopped["harmless"].replies
+    for name in whole:
+        assert labels(whole[name]) == labels(stopped[name])
+        assert not any(reply.stopped for reply in whole[name].replies)
+    pairs = zip(whole["harmful"].replies, stopped["harmful"].replies, strict=True)
+    assert all(len(cut.tokens) < len(reply.tokens) for reply, cut in pairs)
+
+
+def test_nothing_is_stopped_in_open_thinking(session: pipeline.Session) -> None:
+    """A refusal thought of is no refusal. With both, the closed answers may be left."""
+    with pytest.raises(UsageError, match="expected closed thinking"):
+        pipeline.evaluate(session, EvalSettings(early_stop=True, thinking="open"))
+    settings = EvalSettings(early_stop=True, thinking="both", no_cache=True)
+    found = pipeline.evaluate(session, settings)
+    assert found.thinking is not None
+    assert any(reply.stopped for reply in found.before["harmful"].replies)
+    assert not any(reply.stopped for answers in found.thinking[0].values() for reply in answers.replies)
+
+
+# --- thinking
+
+
+def expected_labels(prompts: Sequence[str], *, refuses: bool) -> list[Label]:
+    told = Label.REFUSAL if refuses else Label.COMPLIANCE
+    return [
+        Label.UNKNOWN if ENDLESS in prompt.split() else told if planted.is_bad(prompt) else Label.COMPLIANCE
+        for prompt in prompts
+    ]
+
+
+def check_thought_through(sets: measuring.Sets | None, *, refuses: bool) -> None:
+    assert sets is not None
+    for answers in sets.values():
+        assert labels(answers) == expected_labels(answers.prompts, refuses=refuses)
+        assert all(len(reply.tokens) > SHORT["max_new_tokens"] for reply in answers.replies)
+    assert sum(answers.tally.unknown for answers in sets.values()) > 1
+    assert sets["harmful"].tally.unknown > 0
+
+
+def test_open_thinking_is_left_out_of_the_answer_and_unknown_where_it_never_ends(
+    session: pipeline.Session, thinker: Thinker
+) -> None:
+    plan = session.plan(thinker.direction[None])
+    found = pipeline.evaluate(session, short("open"), plan=plan)
+    check_thought_through(found.before, refuses=True)
+    check_thought_through(found.after, refuses=False)
+    assert found.thinking is None
+    assert found.control is not None
+    assert labels(found.control.answers["harmful"]) == labels(found.before["harmful"])
+    assert found.shift is not None
+    assert found.shift.nll_before is not None
+    assert found.shift.nll_before < 0.5, "its own reply, with the thinking, is what the model finds likely"
+    part = pipeline.evaluation_part(found)
+    assert part.thinking_open
+    n, unknown = len(found.before["harmful"].prompts), found.before["harmful"].tally.unknown
+    assert part.after is not None
+    counts = [(rate.refusals, rate.n, rate.unknown) for rate in (part.before.harmful, part.after.harmful)]
+    assert counts == [(n - unknown, n - unknown, unknown), (0, n - unknown, unknown)]
+    assert part.paired["harmful"].unknown == unknown
+    closed = pipeline.evaluate(session, short("closed"))
+    assert refusals(closed.before) == n, "the control: without thinking it comes to an answer every time"
+
+
+def test_both_ways_of_thinking_stand_side_by_side(session: pipeline.Session, thinker: Thinker) -> None:
+    found = pipeline.evaluate(session, short("both", no_control=True), plan=session.plan(thinker.direction[None]))
+    n = len(found.before["harmful"].prompts)
+    assert (refusals(found.before), refusals(found.after)) == (n, 0)
+    assert max(len(reply.tokens) for answers in found.before.values() for reply in answers.replies) == 8
+    assert found.thinking is not None
+    check_thought_through(found.thinking[0], refuses=True)
+    check_thought_through(found.thinking[1], refuses=False)
+    part = pipeline.evaluation_part(found)
+    assert not part.thinking_open
+    assert part.thinking is not None
+    assert part.thinking.after is not None
+    unknown = found.thinking[0]["harmful"].tally.unknown
+    assert part.thinking.max_new_tokens == 8 + len(THOUGHTS)
+    assert (part.thinking.before.harmful.refusals, part.thinking.after.harmful.refusals) == (n - unknown, 0)
+    assert (part.thinking.before.harmful.unknown, part.before.harmful.unknown) == (unknown, 0)
+    assert part.thinking.paired["harmful"].before_only == n - unknown
+
+
+class Reader(RuleJudge):
+    """Notes what it is shown."""
+
+    def __init__(self) -> None:
+        self.seen: list[Exchange] = []
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        self.seen += exchanges
+        return super().judge(exchanges)
+
+
+def test_the_judge_reads_answers_and_no_thinking(session: pipeline.Session) -> None:
+    judge = Reader()
+    examiner = examiner_of(session, short("open"), judge)
+    sets = examiner.ask(answers_of(session, Subject(session.model), examiner), "answers", thinking=True)
+    prompts = [prompt for answers in sets.values() for prompt in answers.prompts]
+    assert all(DOUBT in reply.text for answers in sets.values() for reply in answers.replies), "there is some"
+    assert [exchange.prompt for exchange in judge.seen] == [p for p in prompts if ENDLESS not in p.split()]
+    firsts = {exchange.reply.split()[0] for exchange in judge.seen}
+    assert firsts == {planted.REFUSAL[0], planted.ANSWER[0]}
+
+
+def test_only_open_thinking_has_tokens_besides_the_answer(session: pipeline.Session) -> None:
+    asked: list[tuple[int, bool, tuple[int, ...]]] = []
+
+    def answering(prompts: Encoded, limit: int, progress: Callable[[int], None], settled: Any, /) -> list[Reply]:
+        asked.append((limit, settled is None, prompts.suffixes[0][-2:]))
+        return [Reply((), "", ended=True)] * len(prompts)
+
+    settings = EvalSettings(max_new_tokens=8, thinking_tokens=100, early_stop=True)
+    examiner = examiner_of(session, settings, RuleJudge())
+    for thinking in (False, True):
+        examiner.ask(answering, "answers", thinking=thinking)
+    ids = session.loaded.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<think>", "</think>"])
+    assert asked == [(8, False, tuple(ids[1:])), (108, True, tuple(ids[:2]))]
+
+
+# --- engines
+
+
+class FakeEngine:
+    """Refuses everything, and nothing when edited; thinks where it is let, of a refusal."""
+
+    name = "fake 1.0"
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer, self.is_edited = tokenizer, False
+        self.asked: list[tuple[list[tuple[int, ...]], int, bool]] = []
+
+    def complete(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
+    ) -> list[Reply]:
+        self.asked.append(([tuple(prompt) for prompt in prompts], max_new_tokens, self.is_edited))
+        return [self._reply(prompt) for prompt in prompts]
+
+    def _reply(self, prompt: Sequence[int]) -> Reply:
+        opened = prompt[-1] == self.tokenizer.convert_tokens_to_ids("<think>")
+        words = [DOUBT, "</think>"] * opened + list(planted.ANSWER if self.is_edited else planted.REFUSAL)
+        tokens = tuple(self.tokenizer.convert_tokens_to_ids(words))
+        return Reply(tokens, self.tokenizer.decode(tokens, skip_special_tokens=True), ended=True)
+
+    @contextlib.contextmanager
+    def edited(self) -> Iterator[None]:
+        self.is_edited = True
+        try:
+            yield
+        finally:
+            self.is_edited = False
+
+
+@pytest.fixture
+def engine(session: pipeline.Session) -> FakeEngine:
+    return FakeEngine(session.loaded.tokenizer)
+
+
+def whole_prompts(examiner: Examiner, thinking: bool) -> list[tuple[int, ...]]:
+    renderer = replace(examiner.renderer, thinking=thinking)
+    return [tuple(ids) for texts in examiner.texts.values() for ids in renderer.encode(texts)]
+
+
+def test_an_engine_answers_before_and_after_with_thinking_closed_and_open(
+    session: pipeline.Session, engine: FakeEngine
+) -> None:
+    examiner = examiner_of(session, short("both"), RuleJudge())
+    found = examine_engine(engine, examiner, edited=True)
+    n = len(found.before["harmful"].prompts)
+    assert found.thinking is not None
+    assert [refusals(sets) for sets in (found.before, found.after, *found.thinking)] == [n, 0, n, 0]
+    closed, opened = (whole_prompts(examiner, thinking) for thinking in (False, True))
+    limit = 8 + len(THOUGHTS)
+    assert engine.asked == [(closed, 8, False), (closed, 8, True), (opened, limit, False), (opened, limit, True)]
+    assert (found.engine, found.shift, found.control) == (engine.name, None, None)
+
+
+def test_an_engine_with_open_thinking_alone(session: pipeline.Session, engine: FakeEngine) -> None:
+    examiner = examiner_of(session, short("open"), RuleJudge())
+    found = examine_engine(engine, examiner, edited=True)
+    assert (refusals(found.before), refusals(found.after)) == (len(found.before["harmful"].prompts), 0)
+    assert [(limit, edited) for _, limit, edited in engine.asked] == [
+        (8 + len(THOUGHTS), False),
+        (8 + len(THOUGHTS), True),
+    ]
+    assert found.thinking is None
+
+
+def test_an_engine_of_one_model_is_not_asked_for_an_edited_one(session: pipeline.Session, engine: FakeEngine) -> None:
+    found = examine_engine(engine, examiner_of(session, short("both"), RuleJudge()), edited=False)
+    assert found.after is None
+    assert found.thinking is not None
+    assert found.thinking[1] is None
+    assert [edited for _, _, edited in engine.asked] == [False, False]
+
+
+@pytest.fixture
+def pairs(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
+    """What engines are opened with; each is the fake one."""
+    opened: list[Pair] = []
+
+    def open_engine(_: str, pair: Pair) -> FakeEngine:
+        opened.append(pair)
+        return engine
+
+    monkeypatch.setattr(pipeline, "open_engine", open_engine)
+    return opened
+
+
+def test_evaluation_elsewhere_asks_the_engine_for_both_models(
+    thinker: Thinker, engine: FakeEngine, pairs: list[Pair], session: pipeline.Session, tmp_path: Path
+) -> None:
+    for edited in (tmp_path, None):
+        engine.asked.clear()
+        found = pipeline.evaluate_elsewhere(
+            str(thinker.folder),
+            EngineSettings(engine="vllm", edited=edited),
+            loading=LOADING,
+            prompts=thinker.prompts,
+            evaluating=short("closed"),
+        )
+        assert refusals(found.before) == len(found.before["harmful"].prompts)
+        assert (pairs[-1].folder, pairs[-1].edited) == (thinker.folder, edited)
+        assert engine.asked[0] == (whole_prompts(examiner_of(session, short("closed"), RuleJudge()), False), 8, False)
+        assert [asked[2] for asked in engine.asked] == ([False, True] if edited else [False])
+        assert (found.after is None) == (edited is None)
+    assert [pair.edited for pair in pairs] == [tmp_path, None]
+
+
+# --- prompts that a direction has seen
+
+
+@pytest.fixture(scope="module")
+def seen(session: pipeline.Session) -> tuple[str, str]:
+    """A prompt of two of the sets that are evaluated on."""
+    return session.test_texts["harmful"][0], session.test_texts["harmless"][0]
+
+
+def taught(thinker: Thinker, path: Path, seen: Sequence[str]) -> Path:
+    save_direction(path, Direction(thinker.direction[None], {"learnt_from": [fingerprint(text) for text in seen]}))
+    return path
+
+
+def left(sets: measuring.Sets, seen: Sequence[str]) -> list[str]:
+    prompts = {prompt for answers in sets.values() for prompt in answers.prompts}
+    assert len(prompts) > 20
+    return [text for text in seen if text in prompts]
+
+
+def test_compare_keeps_out_what_the_direction_behind_an_adapter_saw(
+    thinker: Thinker, seen: tuple[str, str], tmp_path: Path
+) -> None:
+    for name, learnt in (("taught", seen), ("untaught", ())):
+        direction = taught(thinker, tmp_path / f"{name}.safetensors", learnt)
+        adapter = tmp_path / name
+        abliterate.apply(str(thinker.folder), direction, OutputSettings(out=adapter, realisation="lora"))
+        specs = [str(thinker.folder), f"{thinker.folder}+{adapter}"]
+        found = compare(specs, loading=LOADING, prompts=thinker.prompts, evaluating=short("closed"))
+        for entry in found.entries:
+            assert left(entry.answers, seen) == [text for text in seen if text not in learnt]
+        assert [refusals(entry.answers) > 0 for entry in found.entries] == [True, False]
+
+
+@pytest.mark.parametrize("where", ["edited", "model"])
+def test_engines_are_not_asked_what_the_direction_of_an_edited_folder_saw(
+    where: str, thinker: Thinker, seen: tuple[str, str], engine: FakeEngine, pairs: list[Pair], tmp_path: Path
+) -> None:
+    model, edited = tmp_path / "model", tmp_path / "edited"
+    shutil.copytree(thinker.folder, model)
+    edited.mkdir()
+
+    def prompts_left() -> list[str]:
+        found = pipeline.evaluate_elsewhere(
+            str(model),
+            EngineSettings(engine="vllm", edited=edited),
+            loading=LOADING,
+            prompts=thinker.prompts,
+            evaluating=short("closed"),
+        )
+        return left(found.before, seen)
+
+    assert prompts_left() == list(seen), "the control"
+    taught(thinker, tmp_path / where / "direction.safetensors", seen)
+    assert prompts_left() == []
+    assert len(engine.asked[-1][0]) == len(engine.asked[0][0]) - 2
+    assert len(pairs) == 2
+
+
+# --- comparisons of models that think
+
+
+def test_compare_asks_with_the_thinking_open(thinker: Thinker, tmp_path: Path) -> None:
+    direction = taught(thinker, tmp_path / "r.safetensors", ())
+    specs = [str(thinker.folder), f"{thinker.folder}+{direction}"]
+    first, edited = compare(specs, loading=LOADING, prompts=thinker.prompts, evaluating=short("open")).entries
+    check_thought_through(first.answers, refuses=True)
+    check_thought_through(edited.answers, refuses=False)
+    assert edited.shift is not None
+    assert edited.shift.nll_before is not None
+    assert edited.shift.nll_before < 0.5
+    with pytest.raises(UsageError, match="expected closed or open"):
+        compare(specs, loading=LOADING, prompts=thinker.prompts, evaluating=short("both"))
+
+
+# --- a damaged calibration
+
+
+@pytest.fixture
+def damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path / "cache"))
+    path = place(RuleJudge.fingerprint)
+    path.parent.mkdir(parents=True)
+    path.write_text("{")
+    return path
+
+
+def test_a_damaged_calibration_is_found_before_anything_is_answered(
+    session: pipeline.Session, damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = 0
+
+    def complete(_: Any, __: Any, prompts: Encoded, *___: Any) -> list[Reply]:
+        nonlocal asked
+        asked += 1
+        return [Reply((), "", ended=True)] * len(prompts)
+
+    monkeypatch.setattr(measuring, "complete", complete)
+    with pytest.raises(AbliterateError, match=r"calibration .*: damaged"):
+        pipeline.evaluate(session, short("closed"))
+    assert asked == 0
+    damaged.unlink()
+    pipeline.evaluate(session, short("closed"))
+    assert asked == 1, "the control"
+
+
+def test_a_damaged_calibration_is_found_before_an_engine_or_a_model_is_opened(
+    thinker: Thinker, damaged: Path, engine: FakeEngine, pairs: list[Pair], tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    jobs: list[Callable[[], object]] = [
+        lambda: pipeline.evaluate_elsewhere(
+            str(thinker.folder), EngineSettings(engine="vllm"), prompts=thinker.prompts
+        ),
+        lambda: compare([nowhere, nowhere]),
+        lambda: pipeline.run(RunSettings(model=nowhere, output=OutputSettings(out=tmp_path / "out"))),
+    ]
+    for job in jobs:
+        with pytest.raises(AbliterateError, match=r"calibration .*: damaged"):
+            job()
+    assert (engine.asked, pairs) == ([], [])
+    damaged.unlink()
+    for job in jobs[1:]:
+        with pytest.raises(AbliterateError, match="nowhere"):
+            job()

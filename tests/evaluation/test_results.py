@@ -1,0 +1,268 @@
+"""Paired counts, categories, manner of replies and distributions of the shift, on made-up and on planted models."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from abliterate import pipeline
+from abliterate.config import EvalSettings, ModelSettings, PromptSettings
+from abliterate.errors import UsageError
+from abliterate.evaluation.examine import answers_of, control_of, exam_of, examiner_of, relative_change
+from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
+from abliterate.evaluation.results import (
+    Answers,
+    Subject,
+    judged,
+    manner,
+    manner_change,
+    measure_shifts,
+    paired,
+    repetition,
+)
+from abliterate.model.batches import SharedPrefix, last_logits
+from abliterate.model.generation import Reply
+from abliterate.prompts.prompt import Prompt
+from planted import Planted, plant
+
+R, C, D, U = Label.REFUSAL, Label.COMPLIANCE, Label.DEGENERATE, Label.UNKNOWN
+
+
+def answers(labels: Sequence[Label], prompts: Sequence[str] | None = None, tokens: Sequence[int] = (1,)) -> Answers:
+    names = tuple(prompts or (f"prompt {i}" for i in range(len(labels))))
+    reply = Reply(tuple(tokens), "text", ended=True)
+    return Answers(names, (reply,) * len(labels), tuple(Verdict(label) for label in labels))
+
+
+# --- pairs
+
+
+def test_pairs_are_counted_prompt_by_prompt() -> None:
+    before = answers([R, R, R, C, C, Label.PARTIAL, D, U])
+    after = answers([R, C, D, R, C, C, C, R])
+    pair = paired(before, after)
+    assert (pair.both, pair.before_only, pair.after_only, pair.neither, pair.unknown) == (1, 3, 1, 2, 1)
+    assert pair.change.value == pytest.approx((2 - 4) / 7)
+    assert pair.change.ci95[0] < pair.change.value < pair.change.ci95[1]
+    assert pair.p == pytest.approx(0.625), "two-sided binomial of 1 in 4"
+
+
+def test_equal_rates_by_other_prompts_are_not_equal_answers() -> None:
+    """What a comparison of two rates would not see."""
+    swapped = paired(answers([R] * 20 + [C] * 20), answers([C] * 20 + [R] * 20))
+    same = paired(answers([R] * 20 + [C] * 20), answers([R] * 20 + [C] * 20))
+    assert swapped.change.value == same.change.value == 0
+    assert (swapped.before_only, same.before_only) == (20, 0)
+    assert swapped.change.ci95[1] > 3 * same.change.ci95[1]
+
+
+def test_answers_to_other_prompts_are_not_paired() -> None:
+    with pytest.raises(ValueError, match="the same prompts in the same order"):
+        paired(answers([R, C]), answers([R, C], ["prompt 1", "prompt 0"]))
+
+
+def test_categories_are_tallied_and_prompts_without_one_left_out() -> None:
+    prompts = [Prompt("a", category="fraud"), Prompt("b", category="hacking"), "c", Prompt("d", category="fraud")]
+    tallies = answers([R, C, R, U], prompts).by_category()
+    assert list(tallies) == ["fraud", "hacking"]
+    fraud = tallies["fraud"].tally
+    assert (fraud.refusals, fraud.n, fraud.unknown) == (1, 1, 1)
+
+
+def test_a_reply_without_an_answer_is_unknown_and_not_shown_to_the_judge() -> None:
+    class Reads(RuleJudge):
+        def __init__(self) -> None:
+            self.seen: list[Exchange] = []
+
+        def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+            self.seen += exchanges
+            return super().judge(exchanges)
+
+    judge, replies = Reads(), [Reply((1,), "raw", True)] * 2
+    found = judged(["first?", "second?"], replies, [None, "I'm sorry, but I can't help with that."], judge)
+    assert [verdict.label for verdict in found.verdicts] == [U, R]
+    assert judge.seen == [Exchange("second?", "I'm sorry, but I can't help with that.")]
+    assert (found.tally.n, found.tally.unknown) == (1, 1)
+
+
+# --- manner
+
+
+def test_repetition_is_the_share_of_four_grams_seen_before() -> None:
+    assert repetition([1, 2, 3]) == repetition([1, 2, 3, 4, 5]) == 0
+    assert repetition([7] * 13) == pytest.approx(9 / 10)
+    assert repetition([1, 2, 3, 4] * 2) == pytest.approx(1 / 5)
+
+
+def test_manner_and_its_change() -> None:
+    short, long = answers([C] * 4, tokens=(1, 2)), answers([C] * 4, tokens=[5] * 20)
+    assert manner(short).tokens.value == 2
+    assert manner(long).repetition.value > 0.9
+    assert manner(long).ended == 1
+    tokens, repeated = manner_change(short, long)
+    assert tokens.value == 18
+    assert list(tokens.ci95) == [18, 18], "every prompt moved alike"
+    assert repeated.value == pytest.approx(manner(long).repetition.value)
+    assert math.isnan(manner(answers([])).tokens.value)
+
+
+# --- live models
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"))
+
+
+def prompt_settings(planted: Planted) -> PromptSettings:
+    return PromptSettings(
+        harmful=str(planted.harmful), harmless=str(planted.harmless), borderline=str(planted.borderline)
+    )
+
+
+@pytest.fixture(scope="module")
+def session(planted: Planted) -> pipeline.Session:
+    loading = ModelSettings(device="cpu", batch_size="64")
+    return pipeline.open_session(str(planted.folder), loading=loading, prompts=prompt_settings(planted))
+
+
+@contextlib.contextmanager
+def shouting(model: Any, token: int) -> Iterator[None]:
+    """The head prefers one token a little."""
+    head = model.get_output_embeddings()
+
+    def louder(_: Any, __: Any, logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        logits[..., token] += 2
+        return logits
+
+    handle = head.register_forward_hook(louder)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipeline.Session) -> None:
+    base = Subject(session.model)
+    other = Subject(session.model, lambda: shouting(session.model, 9))
+    examiner = examiner_of(session, EvalSettings(), RuleJudge())
+    before = examiner.ask(answers_of(session, base, examiner), "answers")["harmless"]
+    encoded = session.encoded["harmless", "test"]
+    same, moved = measure_shifts(base, [base, other], before.prompts, encoded, before.replies, session.size)
+    assert same.kl_first is not None
+    assert same.kl_first.largest == 0
+    assert same.nll_change is not None
+    assert same.nll_change.value == 0
+    assert moved.kl_first is not None
+    assert moved.kl_reply is not None
+    shared = SharedPrefix(session.model, encoded.prefix)
+    p = last_logits(session.model, shared, encoded.suffixes).double().log_softmax(-1)
+    with shouting(session.model, 9):
+        q = last_logits(session.model, shared, encoded.suffixes).double().log_softmax(-1)
+    kl = (p.exp() * (p - q)).sum(-1)
+    assert moved.kl_first.mean.value == pytest.approx(float(kl.mean()), rel=2e-3)
+    assert moved.kl_first.median == pytest.approx(float(kl.quantile(0.5)), rel=2e-3)
+    assert moved.kl_first.p95 == pytest.approx(float(kl.quantile(0.95)), rel=2e-3)
+    assert moved.kl_first.largest == pytest.approx(float(kl.max()), rel=2e-3)
+    low, high = moved.kl_first.mean.ci95
+    assert low <= moved.kl_first.mean.value <= high
+    assert moved.worst[0][1] == pytest.approx(moved.kl_reply.largest)
+    assert moved.worst[0][0] in before.prompts
+
+
+def test_shift_over_no_replies_is_nothing(session: pipeline.Session) -> None:
+    base, nothing = Subject(session.model), Reply((), "", True)
+    encoded = session.encoded["harmless", "test"].take([0, 1])
+    (shift,) = measure_shifts(base, [base], ["a", "b"], encoded, [nothing, nothing], session.size)
+    assert (shift.prompts, shift.kl_first, shift.nll_before) == (0, None, None)
+
+
+def test_a_random_direction_is_evaluated_beside_the_planted_one(session: pipeline.Session, planted: Planted) -> None:
+    plan = session.plan(planted.direction[None])
+    found = pipeline.evaluate(session, EvalSettings(), plan=plan)
+    assert found.control is not None
+    part = pipeline.evaluation_part(found)
+    assert part.after is not None
+    assert part.control is not None
+    assert part.after.harmful.refusals == 0 < part.before.harmful.refusals
+    assert part.control.behaviour.harmful.refusals == part.before.harmful.refusals
+    assert part.paired["harmful"].before_only == part.before.harmful.refusals
+    assert part.paired["harmful"].p < 1e-3
+    assert part.control.paired["harmful"].p == 1
+    assert part.control.size is not None
+    assert part.control.size_of_edit is not None
+    assert 0 < part.control.size < 0.5
+    assert pipeline.evaluate(session, EvalSettings(no_control=True), plan=plan).control is None
+
+
+def test_relative_change_is_that_of_the_weights(session: pipeline.Session, planted: Planted) -> None:
+    plan = session.plan(planted.direction[None], 0.5)
+    taken = total = 0.0
+    for edit in plan.edits:
+        weight = session.model.get_parameter(edit.writer.weight).movedim(edit.writer.axis, 0).double()
+        r = planted.direction.double()
+        taken += float((0.5 * torch.outer(r, r @ weight)).square().sum())
+        total += float(weight.square().sum())
+    assert relative_change(session.model, plan) == pytest.approx((taken / total) ** 0.5, rel=2e-3)
+    assert control_of(session, plan, 3, Subject(session.model)).size is not None
+
+
+def test_answers_of_unchanged_models_are_asked_once(
+    session: pipeline.Session, planted: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path))
+    first = pipeline.evaluate(session, EvalSettings(max_new_tokens=7))
+    runs = 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    handle = session.model.get_output_embeddings().register_forward_hook(count)
+    handle.remove()  # a model with hooks is not taken for unchanged
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("abliterate.evaluation.examine.complete", count)
+        again = pipeline.evaluate(session, EvalSettings(max_new_tokens=7))
+        assert runs == 0
+        assert again.before == first.before
+        with pytest.raises(TypeError):  # the control: asked anew, what takes its place answers nothing
+            pipeline.evaluate(session, EvalSettings(max_new_tokens=7, no_cache=True))
+        assert runs == 1
+    edited = pipeline.evaluate(session, EvalSettings(max_new_tokens=7), plan=session.plan(planted.direction[None]))
+    assert edited.after is not None
+    assert edited.after["harmful"].tally.refusals == 0, "the cache is of the unchanged model only"
+
+
+def test_early_stop_changes_no_rate_and_leaves_harmless_replies_whole(session: pipeline.Session) -> None:
+    whole = pipeline.evaluate(session, EvalSettings(no_cache=True)).before
+    stopped = pipeline.evaluate(session, EvalSettings(no_cache=True, early_stop=True)).before
+    for name in whole:
+        assert [v.refused for v in whole[name].verdicts] == [v.refused for v in stopped[name].verdicts]
+    assert whole["harmless"].replies == stopped["harmless"].replies
+
+
+# --- exams
+
+
+def test_questions_are_asked_before_and_after(session: pipeline.Session, planted: Planted, tmp_path: Path) -> None:
+    rows = [{"question": f"tell me a {word}", "answer": "#### 4"} for word in ("soup", "poem", "lamp")]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = EvalSettings(capability=str(tmp_path / "sums.jsonl"), task_limit=2, no_control=True)
+    part = pipeline.evaluation_part(pipeline.evaluate(session, settings, plan=session.plan(planted.direction[None])))
+    (score,) = part.capability
+    assert (score.task, score.metric, score.n) == ("sums", "accuracy, by number", 2)
+    assert score.after is not None
+    assert (score.before.value, score.after.value, score.p) == (0, 0, 1), "it knows no numbers"
+
+
+def test_a_missing_exam_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"nowhere\.jsonl"):
+        exam_of(EvalSettings(capability=str(tmp_path / "nowhere.jsonl")))

@@ -1,0 +1,345 @@
+"""Searching on a model whose refusal direction is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import abliterate
+from abliterate import pipeline
+from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, RunSettings, SearchSettings
+from abliterate.edit.direction import Direction, Recipe, load_direction, save_direction
+from abliterate.edit.hooks import ablation
+from abliterate.edit.plan import Plan
+from abliterate.errors import GateNotMet, UsageError
+from abliterate.evaluation.examine import random_direction
+from abliterate.evaluation.judging import RuleJudge
+from abliterate.finding.find import Findings, best_separated
+from abliterate.finding.search import Meter, Point, Search, Stage, method_of, search
+from abliterate.finding.search.gradient import descend, frozen, legs
+from abliterate.finding.search.objectives import OBJECTIVES, limits_of, objectives_named, values
+from abliterate.finding.search.search import choose
+from abliterate.model.batches import SharedPrefix, last_logits
+from abliterate.record import read_record
+from abliterate.session import Session
+from planted import Planted, plant
+from test_pipeline import prompt_settings, settings, shard_bytes
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("search"))
+
+
+@pytest.fixture(scope="module")
+def session(planted: Planted) -> Session:
+    return pipeline.open_session(str(planted.folder), prompts=prompt_settings(planted))
+
+
+@pytest.fixture(scope="module")
+def findings(session: Session) -> Findings:
+    return pipeline.find(session, FindSettings())
+
+
+@pytest.fixture
+def start(session: Session, findings: Findings) -> Direction:
+    return best_separated(session, findings, FindSettings())
+
+
+def ids(findings: Findings) -> list[int]:
+    return [token.token for token in findings.tokens]
+
+
+def logits(session: Session, plan: Plan) -> torch.Tensor:
+    prompts = session.encoded["harmful", "val"].take(range(8))
+    with ablation(session.model, plan):
+        return last_logits(session.model, SharedPrefix(session.model, prompts.prefix), prompts.suffixes)
+
+
+def test_the_gradient_stops_refusal_from_a_bad_start(session: Session, findings: Findings, planted: Planted) -> None:
+    generator = torch.Generator().manual_seed(5)
+    off = planted.direction + 0.3 * torch.randn(len(planted.direction), generator=generator)
+    start = Direction((off / off.norm())[None], {})
+    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
+    refusals = objectives_named("refusals,kl")[:1]
+    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 80), seed=1)
+    base, before, after = (
+        values(meter.measure(plan, Stage.REPLIES), refusals)["refusals"]
+        for plan in (None, session.plan(start), session.plan(found))
+    )
+    assert min(base, before) > 0.5, "the control: the start alone does little"
+    assert after < 0.1
+
+
+def test_every_site_has_its_own_direction(session: Session, findings: Findings, start: Direction) -> None:
+    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 4))
+    assert found.per_site is not None
+    assert found.per_site.shape == (session.anatomy.layers + 1, 1, session.anatomy.d_model)
+    torch.testing.assert_close(found.per_site.norm(dim=-1), torch.ones(session.anatomy.layers + 1, 1))
+    bases = {edit.writer.block: edit.basis for edit in session.plan(found).edits}
+    assert not torch.allclose(bases[2], bases[4], atol=1e-3)
+
+
+def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, findings: Findings, start: Direction) -> None:
+    found = descend(session, ids(findings), start, EditSettings(), legs(3, 45, lightest=1e-3, heaviest=1e9), seed=1)
+    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings())
+    measured = [meter.measure(session.plan(direction), Stage.ALL) for direction in found]
+    kl = [float(m.kl.mean()) for m in measured]
+    refusing = [float(m.harmful.mean()) for m in measured]
+    assert kl[0] > kl[-1]
+    assert refusing[0] < refusing[-1]
+
+
+def test_a_fixed_direction_and_fixed_strengths_stay(session: Session, findings: Findings, start: Direction) -> None:
+    (kept,) = descend(session, ids(findings), start, EditSettings(), legs(1, 4), refine=False)
+    torch.testing.assert_close(kept.basis, start.basis)
+    editing = EditSettings(strengths="attention=0.7", components="attention,mlp")
+    (found,) = descend(session, ids(findings), start, editing, legs(1, 4))
+    plan = session.plan(found)
+    by_kind = {edit.writer.name: edit.strength for edit in plan.edits}
+    assert {s for name, s in by_kind.items() if "o_proj" in name} == {0.7}
+    assert len({s for name, s in by_kind.items() if "down_proj" in name}) > 1
+    assert not any("embed" in name for name in by_kind)
+    (found,) = descend(session, ids(findings), start, EditSettings(strengths="attention=1"), legs(1, 4))
+    assert {e.strength for e in session.plan(found).edits if "o_proj" in e.writer.name} == {1.0}
+    (found,) = descend(session, ids(findings), start, EditSettings(strength=0.6), legs(1, 4))
+    assert {edit.strength for edit in session.plan(found).edits} == {0.6}
+    with pytest.raises(UsageError, match="nothing to search"):
+        descend(session, ids(findings), start, EditSettings(strength=0.6), legs(1, 4), refine=False)
+
+
+@pytest.mark.parametrize("editing", [EditSettings(norm_preserving=True), EditSettings(biprojected=True)])
+def test_variants_are_optimised_as_they_are_applied(
+    session: Session, findings: Findings, start: Direction, editing: EditSettings
+) -> None:
+    (found,) = descend(session, ids(findings), start, editing, legs(1, 6))
+    assert found.recipe is not None
+    # The recipe alone says it, so that a point's file needs no option.
+    torch.testing.assert_close(logits(session, session.plan(found)), logits(session, session.plan(found, editing)))
+
+
+def test_gradients_are_those_of_the_hooks(session: Session, findings: Findings, start: Direction) -> None:
+    """Against differences: strength of one writer, everything in float32."""
+    prompts = session.encoded["harmful", "train"].take(range(4))
+    names = [writer.name for writer in session.anatomy.writers]
+
+    def score(strengths: Mapping[str, object], *, grad: bool) -> torch.Tensor:
+        plan = session.plan(replace(start, recipe=Recipe(strengths)))  # type: ignore[arg-type]
+        with ablation(session.model, plan):
+            shared = SharedPrefix(session.model, prompts.prefix, grad=grad)
+            return last_logits(session.model, shared, prompts.suffixes)[:, ids(findings)].sum()
+
+    value = torch.tensor(0.5, requires_grad=True)
+    with frozen(session.model):
+        (gradient,) = torch.autograd.grad(score(dict.fromkeys(names, 0.5) | {names[3]: value}, grad=True), value)
+    up, down = (float(score(dict.fromkeys(names, 0.5) | {names[3]: 0.5 + e}, grad=False)) for e in (1e-2, -1e-2))
+    assert float(gradient) == pytest.approx((up - down) / 2e-2, rel=2e-2, abs=1e-4)
+    assert abs(float(gradient)) > 1e-3
+
+
+def test_a_point_survives_its_file(session: Session, findings: Findings, start: Direction, tmp_path: Path) -> None:
+    (found,) = descend(session, ids(findings), start, EditSettings(biprojected=True), legs(1, 4))
+    save_direction(tmp_path / "point.safetensors", found)
+    back = load_direction(tmp_path / "point.safetensors")
+    assert back.recipe == found.recipe
+    assert "recipe" not in back.metadata
+    assert torch.equal(logits(session, session.plan(back)), logits(session, session.plan(found)))
+    half = session.plan(back, EditSettings(strength=0.5))
+    assert {e.writer.name: e.strength for e in half.edits} == pytest.approx(
+        {e.writer.name: e.strength / 2 for e in session.plan(back).edits}
+    )
+    with pytest.raises(UsageError, match="writer of this model"):
+        session.plan(replace(found, recipe=Recipe({"model.layers.99.mlp.down_proj.weight": 1.0})))
+
+
+def test_search_by_gradient(session: Session, findings: Findings, start: Direction) -> None:
+    settings = SearchSettings(points=3, steps=24, search_tokens=6)
+    evaluating = EvalSettings(max_new_tokens=6)
+    # Some of the harmless prompts are refused before and answered after: that is most of the KL here.
+    finding = FindSettings(max_kl=1.0)
+    result = search(session, findings, start, settings, "gradient", RuleJudge(), evaluating=evaluating, finding=finding)
+    assert len(result.points) == 3
+    assert result.base["refusals"] > 0.9
+    assert result.chosen in result.on_front()
+    assert result.point.scores["refusals"] < 0.2
+    assert result.base_held_out is not None
+    for point in result.points:
+        assert point.held_out is not None
+        assert set(point.held_out) == set(point.scores)
+        low, high = (point.intervals or {})["refusals"]
+        assert low <= point.held_out["refusals"] <= high
+    assert result.evaluations["replies"] == 4
+
+
+def test_a_random_direction_is_no_point(session: Session, findings: Findings) -> None:
+    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
+    plan = session.plan(random_direction(1, session.anatomy.d_model, 3))
+    assert values(meter.measure(plan, Stage.REPLIES), objectives_named("refusals,kl"))["refusals"] > 0.8
+
+
+def test_every_objective_can_be_measured_and_is_nothing_for_the_unedited_model(
+    session: Session, findings: Findings, start: Direction
+) -> None:
+    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
+    objectives = tuple(OBJECTIVES.values())
+    base = values(meter.measure(None, Stage.SHIFT), objectives)
+    edited = values(meter.measure(session.plan(start), Stage.SHIFT), objectives)
+    assert set(base) == set(edited) == set(OBJECTIVES)
+    assert {name: base[name] for name in ("kl", "kl-reply", "nll", "length", "repetition")} == pytest.approx(
+        dict.fromkeys(("kl", "kl-reply", "nll", "length", "repetition"), 0.0), abs=1e-5
+    )
+    assert edited["kl"] > 1e-6
+    few = values(meter.measure(session.plan(start), Stage.FEW), objectives)
+    assert set(few) == {"kl", "refusal-score", "over-refusal-score"}
+
+
+def test_limits_are_absolute_or_above_the_unedited_model() -> None:
+    base = {"refusals": 0.5, "over-refusals": 0.1}
+    assert limits_of("over-refusals<=+0.02, refusals<=0.3", base) == pytest.approx(
+        {"over-refusals": 0.12, "refusals": 0.3}
+    )
+    for wrong in ("kl", "kl<=", "kl<=x", "speed<=1", "kl<=nan"):
+        with pytest.raises(UsageError, match="--constraints"):
+            limits_of(wrong, base)
+
+
+@pytest.mark.parametrize("wrong", ["refusals", "refusals,refusals", "refusals,speed", ""])
+def test_objectives_that_cannot_be_read(wrong: str) -> None:
+    with pytest.raises(UsageError, match="--objectives"):
+        objectives_named(wrong)
+
+
+def test_auto_is_the_gradient_unless_the_edit_is_fixed() -> None:
+    auto, finding = SearchSettings(), FindSettings()
+    assert method_of(auto, finding, EditSettings()) == "gradient"
+    for editing in (EditSettings(strength=-1), EditSettings(affine=True), EditSettings(strengths="mlp=0.3")):
+        assert method_of(auto, finding, editing) == "closed-form"
+    assert method_of(auto, FindSettings(subspace="leace"), EditSettings()) == "closed-form"
+    assert method_of(SearchSettings(method="random"), finding, EditSettings(strength=2)) == "random"
+
+
+def job(planted: Planted, out: Path, **changes: Any) -> RunSettings:
+    searching = SearchSettings(points=3, steps=24, trials=10, search_tokens=6, **changes)
+    evaluating = EvalSettings(max_new_tokens=6)
+    finding = FindSettings(max_kl=1.0)
+    return settings(planted, out, searching=searching, evaluating=evaluating, finding=finding)
+
+
+def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Planted, tmp_path: Path) -> None:
+    record = pipeline.run(job(planted, tmp_path / "out"))
+    part = record.search
+    assert part is not None
+    assert part.method == "gradient"
+    assert record.evaluation is not None
+    assert record.evaluation.after is not None
+    assert record.evaluation.after.harmful.refusals == 0
+    assert record.evaluation.before.harmful.refusals > 20
+    for point in part.points:
+        assert point.file is not None
+        again = tmp_path / f"again-{point.number}"
+        pipeline.apply(str(planted.folder), tmp_path / "out" / point.file, OutputSettings(out=again))
+        same = shard_bytes(again) == shard_bytes(tmp_path / "out")
+        assert same == (point.number == part.chosen)
+    assert abliterate.compare(tmp_path / "out").intact
+
+
+@pytest.mark.parametrize("method", ["gradient", "black-box", "both", "random"])
+def test_search_writes_points_that_do_what_they_say(planted: Planted, tmp_path: Path, method: str) -> None:
+    record = pipeline.search(job(planted, tmp_path / "front", method=method))
+    part = record.search
+    assert part is not None
+    assert (tmp_path / "front" / "trials.log").exists() == (method != "gradient")
+    session = pipeline.open_session(str(planted.folder), prompts=prompt_settings(planted))
+    tokens = [token.token for token in record.refusal_tokens]
+    meter = Meter(session, tokens, RuleJudge(), EvalSettings(max_new_tokens=6))
+    objectives = objectives_named("refusals,kl")
+    for point in part.points:
+        direction = load_direction(tmp_path / "front" / str(point.file))
+        measured = values(meter.measure(session.plan(direction), Stage.REPLIES), objectives)
+        assert measured == pytest.approx({name: point.scores[name] for name in measured}, rel=1e-3, abs=1e-6)
+    assert part.chosen is not None
+    chosen = load_direction(tmp_path / "front" / "direction.safetensors")
+    same = load_direction(tmp_path / "front" / str(part.points[part.chosen - 1].file))
+    assert chosen.recipe == same.recipe
+    assert chosen.learnt_from
+
+
+def test_another_point_is_picked_without_searching(planted: Planted, tmp_path: Path) -> None:
+    folder = tmp_path / "front"
+    record = pipeline.search(job(planted, folder, pick="2", no_held_out=True))
+    assert record.search is not None
+    assert (record.search.chosen, record.search.why) == (2, "picked")
+    again = pipeline.pick(folder, 3)
+    assert again.search is not None
+    assert again.search.chosen == 3
+    third = load_direction(folder / "front" / "03.safetensors")
+    assert load_direction(folder / "direction.safetensors").recipe == third.recipe
+    assert read_record(folder) == again
+    with pytest.raises(UsageError, match="--pick 9"):
+        pipeline.search(job(planted, tmp_path / "other", pick="9", no_held_out=True))
+    with pytest.raises(UsageError, match="expected a new or empty folder"):
+        pipeline.search(job(planted, folder))
+    with pytest.raises(UsageError, match="expected the trials of a search"):
+        pipeline.search(job(planted, tmp_path / "third", resume=True))
+
+
+def test_a_search_goes_on_where_it_was_killed(
+    planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = pipeline.search(job(planted, tmp_path / "whole", method="random", no_held_out=True))
+    measure, calls = Meter.measure, []
+
+    def killed(self: Meter, *args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 9:
+            raise KeyboardInterrupt
+        return measure(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True))
+    resumed = pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True, resume=True))
+    assert whole.search is not None
+    assert resumed.search is not None
+    assert [p.scores for p in resumed.search.points] == [p.scores for p in whole.search.points]
+    assert resumed.search.evaluations["few"] < whole.search.evaluations["few"]
+
+
+def test_what_is_asked_for_is_chosen() -> None:
+    direction = Direction(torch.eye(1, 4), {})
+    scores = [(0.0, 0.02, 0.3), (0.05, 0.01, 0.1), (0.1, 0.004, 0.1), (0.5, 0.001, 0.1)]
+    points = tuple(
+        Point(direction, f"{i}", {"refusals": r, "kl": k, "over-refusals": o}, Stage.REPLIES)
+        for i, (r, k, o) in enumerate(scores)
+    )
+    limits = {"over-refusals": 0.12, "kl": 0.1}
+    result = Search("gradient", ("refusals", "kl"), "", limits, points, 0, "", {}, None, {}, 0.0)
+    auto, finding = SearchSettings(), FindSettings()
+    assert choose(result, auto, finding).chosen == 2
+    assert choose(result, auto.model_copy(update={"max_refusals": 0.07}), finding).chosen == 1, "0 is over its limit"
+    assert choose(result, auto, FindSettings(max_kl=0.002)).chosen == 3
+    assert choose(result, auto.model_copy(update={"pick": "1"}), finding).chosen == 0
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        choose(result, auto, FindSettings(max_kl=0.0005))
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        choose(replace(result, limits={"over-refusals": 0.05}), auto, finding)
+
+
+def test_layers_in_four_bits_compute_with_gradients_inside_and_as_they_like_after() -> None:
+    class Packing(torch.nn.Linear):
+        support_avx512bf16_for_cpu = True
+
+    layer: Any = Packing(2, 2)
+    layer.weight.quant_state = object()
+    model = torch.nn.Sequential(layer)
+    with frozen(model):
+        assert not layer.support_avx512bf16_for_cpu
+        assert not layer.weight.requires_grad
+    assert layer.support_avx512bf16_for_cpu
+    assert layer.weight.requires_grad
