@@ -27,5 +27,5 @@ def replies_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iter
     def place() -> Path:
         return cache_folder() if "ABLITERATE_CACHE" in os.environ else folder
 
-    with mock.patch("abliterate.evaluation.reply_cache.cache_folder", place):
+    with mock.patch("abliterate.files.cache.cache_folder", place):
         yield

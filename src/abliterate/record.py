@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import UsageError
+from abliterate.files.atomic import write_atomically
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "abliteration.json"
@@ -515,10 +516,7 @@ class Record(_Part):
 def write_record(record: Record, folder: Path) -> Path:
     """Write `abliteration.json` into `folder`."""
     path = folder / FILE_NAME
-    try:
-        path.write_text(record.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    write_atomically(path, record.model_dump_json(indent=1) + "\n")
     return path
 
 

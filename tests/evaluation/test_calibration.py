@@ -321,7 +321,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path, monkeypatch:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("abliterate.evaluation.judging.calibration.os.replace", full)
+    monkeypatch.setattr("abliterate.files.atomic.os.replace", full)
     with pytest.raises(AbliterateError, match="No space left"):
         store(calibration(tmp_path, [(R, C)]))
     assert os.listdir(path.parent) == [path.name]

@@ -6,7 +6,6 @@ import json
 import random
 import re
 import shutil
-import sqlite3
 import subprocess
 import sys
 import threading
@@ -479,8 +478,8 @@ def serve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
         stub.server_close()
 
 
-def cache_file(tmp_path: Path) -> Path:
-    return tmp_path / "cache" / "judgements" / "llm.sqlite"
+def kept_files(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "cache" / "judgements").glob("*.json"))
 
 
 def said(label: str, reason: str = "because") -> str:
@@ -544,11 +543,12 @@ def test_a_verdict_is_asked_for_once(serve: Serve, tmp_path: Path) -> None:
     LlmJudge("other", stub.url).judge(EXCHANGES[:1])  # control: what differs is asked
     LlmJudge("m", stub.url).judge([Exchange("another prompt", EXCHANGES[0].reply)])
     assert len(stub.bodies) == len(EXCHANGES) + 2
-    file = cache_file(tmp_path)
-    assert file.stat().st_mode & 0o777 == 0o600
-    assert b"knife" not in file.read_bytes()
-    assert b"moon" not in file.read_bytes()
-    assert b"starts with" not in file.read_bytes()  # reasons speak of the texts
+    assert len(kept_files(tmp_path)) == len(stub.bodies)
+    for file in kept_files(tmp_path):
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert not any(
+            word in file.read_bytes() for word in (b"knife", b"moon", b"starts with")
+        )  # nothing of the texts
 
 
 @pytest.mark.parametrize(
@@ -834,17 +834,24 @@ def test_judges_in_several_threads_share_the_cache(serve: Serve, tmp_path: Path)
         verdicts = pool.map(judge.judge, [exchanges, exchanges[::-1], exchanges, exchanges[::-1]])
         results = [[verdict.label for verdict in each] for each in verdicts]  # reasons are not kept
     assert results[0] == results[2] == results[1][::-1] == results[3][::-1]
-    with sqlite3.connect(cache_file(tmp_path)) as connection:
-        assert connection.execute("SELECT count(*) FROM labels").fetchone() == (20,)
-    connection.close()
+    assert len(kept_files(tmp_path)) == 20
 
 
-def test_a_damaged_cache_is_named(serve: Serve, tmp_path: Path) -> None:
-    file = cache_file(tmp_path)
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"no database" * 1000)
-    with pytest.raises(AbliterateError, match=r"llm\.sqlite: cannot be read or written .* remove the file"):
-        LlmJudge("m", serve(reader).url).judge(EXCHANGES)
+def test_a_damaged_label_is_asked_for_again(serve: Serve, tmp_path: Path) -> None:
+    stub = serve(reader)
+    labels = [verdict.label for verdict in LlmJudge("m", stub.url).judge(EXCHANGES)]
+    asked = len(stub.bodies)
+    damaged = kept_files(tmp_path)[0]
+    damaged.write_text(damaged.read_text()[:-2])
+    assert [verdict.label for verdict in LlmJudge("m", stub.url).judge(EXCHANGES)] == labels
+    assert len(stub.bodies) == asked + 1
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(serve: Serve, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    stub = serve(reader)
+    labels = [verdict.label for verdict in LlmJudge("m", stub.url).judge(EXCHANGES)]
+    assert Label.UNKNOWN not in labels
 
 
 def test_the_extra_is_named_when_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from abliterate.evaluation import reply_cache as baseline
 from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
+from abliterate.files.cache import DiskCache
 from abliterate.files.checkpoint import sha256
 from abliterate.model.batches import BatchSize, Encoded, hooked
 from abliterate.model.generation import Reply, complete
@@ -212,7 +213,7 @@ def test_damaged_replies_are_ignored_and_made_again(cache: Path, damage: Callabl
 
 def test_replies_of_another_format_are_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     for value in ({"tokens": [[72]]}, {"format": 0, "tokens": [[72]], "ended": [True], "stopped": [False]}):
-        baseline._write(baseline._place(KEY), value, 10**6)
+        baseline._REPLIES.write(KEY, value)
         assert kept_replies(KEY, byte_tokenizer()) is None
     keep(KEY, REPLIES)
     assert kept_replies(KEY, byte_tokenizer()) == REPLIES
@@ -225,14 +226,17 @@ def test_replies_unused_for_longest_go_first(cache: Path, monkeypatch: pytest.Mo
     for key in keys[:3]:
         keep(key, REPLIES)
     each = files(cache)[0].stat().st_size
-    monkeypatch.setattr(baseline, "_MOST_BYTES", 3 * each)
-    for age, file in enumerate(files(cache)):
-        os.utime(file, (1000 + age, 1000 + age))
+    few = DiskCache("answers", 3 * each)
+    monkeypatch.setattr(baseline, "_REPLIES", few)
+    monkeypatch.setattr("abliterate.files.cache._PRUNE_EVERY", 0.0)
+    oldest, *kept = keys[1:3]
+    for age, key in enumerate((keys[0], oldest, *kept)):
+        os.utime(few.place(key), (1000 + age, 1000 + age))
     (cache / "answers" / "draft").write_bytes(b"of a run that was killed")
     os.utime(cache / "answers" / "draft", (1, 1))
     assert kept_replies(keys[0], byte_tokenizer()) is not None  # used just now
     keep(keys[3], REPLIES)
-    assert [file.stem for file in files(cache)] == [keys[0], keys[2], keys[3]]
+    assert files(cache) == sorted(few.place(key) for key in (keys[0], *kept, keys[3]))
 
 
 def test_interrupted_writing_leaves_what_was_there(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

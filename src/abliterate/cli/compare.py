@@ -194,6 +194,7 @@ def compare(
         raise UsageError(f"--csv {csv}: expected a file in a folder that exists")
     refuse_set("with compare", evaluating, "no_control", "keep_completions")
     from abliterate.evaluation import compare as comparing
+    from abliterate.files.atomic import write_atomically
 
     monitor = monitor_for(quiet)
     found = comparing.compare(models, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor)
@@ -203,6 +204,4 @@ def compare(
     else:
         show(result, Console())
     if csv is not None:
-        partial = csv.with_name(f".{csv.name}.partial")
-        partial.write_text(as_csv(result), encoding="utf-8")
-        partial.replace(csv)
+        write_atomically(csv, as_csv(result))

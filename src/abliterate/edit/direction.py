@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.algebra import ZERO_NORM, orthonormal
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import UsageError
+from abliterate.files.atomic import write_atomically
 from abliterate.files.checkpoint import Shard, read_shard
 
 
@@ -112,14 +113,7 @@ def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, A
     if direction.recipe is not None:
         metadata["recipe"] = asdict(direction.recipe)
     # One key: the library writes several in random order, and equal runs shall leave equal bytes.
-    data = save(tensors, metadata={"abliterate": json.dumps(metadata)})
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    write_atomically(path, save(tensors, metadata={"abliterate": json.dumps(metadata)}))
 
 
 def chosen_site(direction: Direction) -> tuple[int, int] | None:

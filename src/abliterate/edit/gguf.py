@@ -15,7 +15,6 @@ so none for our layers 0 and 1.
 from __future__ import annotations
 
 import contextlib
-import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from abliterate.edit.lora import LowRank
 from abliterate.errors import CheckpointError, ModelError, NumericalError, UsageError
+from abliterate.files.atomic import replacing
 from abliterate.model.anatomy import Kind
 
 #: Bytes of a GGUF file before its first entry: magic, version, two counts.
@@ -229,24 +229,15 @@ def _numbers(what: str, tensor: Tensor) -> np.ndarray[Any, np.dtype[np.float32]]
 def _written(path: Path, architecture: str) -> Iterator[Any]:
     """A GGUF writer whose file appears at `path`, flushed and in one step, when the body is done."""
     gguf = _library()
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    writer = gguf.GGUFWriter(partial, architecture)
-    try:
-        yield writer
-        path.parent.mkdir(parents=True, exist_ok=True)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
-    finally:
-        writer.close()
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+    with replacing(path) as draft:
+        writer = gguf.GGUFWriter(draft, architecture)
+        try:
+            yield writer
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        finally:
+            writer.close()
 
 
 def _library() -> Any:

@@ -35,6 +35,7 @@ from abliterate.edit.plan import Edit, Plan
 from abliterate.edit.weights import removed_rows
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint import Checkpoint
+from abliterate.model._compat import fuses_experts, loading_table
 from abliterate.model.anatomy import Kind, Stored
 from abliterate.model.weights import numbers
 
@@ -275,7 +276,7 @@ def _how_held(model: Any, factor: LowRank) -> _Held:
     if factor.parameter == f"{factor.module}.weight":
         if isinstance(module, nn.Embedding):
             held = _Held.EMBEDDING if _looks_up_its_input(module) else _Held.PARAMETER
-        elif not (leaf in _TAKEN_FOR_EXPERTS and _fuses_experts(model)):
+        elif not (leaf in _TAKEN_FOR_EXPERTS and fuses_experts(model)):
             held = _Held.LINEAR
     if factor.bias is not None and held is not _Held.LINEAR:
         raise UsageError(f"writer '{factor.module}': PEFT holds a change of a bias for linear modules only")
@@ -293,15 +294,6 @@ def _looks_up_its_input(module: nn.Embedding) -> bool:
     return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
 
 
-def _fuses_experts(model: Any) -> bool:
-    """Whether transformers fuses experts of this model on loading: then PEFT renames targets by their last part."""
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
-    conversions = get_checkpoint_conversion_mapping(model.config.model_type) or ()
-    fused = [name for conversion in conversions for name in conversion.target_patterns]
-    return any(name.endswith(("gate_up_proj", "down_proj")) for name in fused)
-
-
 def _reads_itself(model: Any, parameter: str) -> bool:
     """Whether the module that holds a parameter uses it: PEFT adds to it only while that module is called."""
     owner, _, leaf = parameter.rpartition(".")
@@ -311,13 +303,10 @@ def _reads_itself(model: Any, parameter: str) -> bool:
 
 def _refuse_renamed(model: Any, modules: Sequence[str]) -> None:
     """Loaders rename an adapter's tensors as a checkpoint's, and leave out what then fits no module."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
-
-    renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+    table = loading_table(model)
     for module in modules:
         name = f"base_model.model.{module}.weight"
-        found = rename_source_key(name, renamings, [])[0]
+        found = table.renamed(name)
         if not name.endswith(found):  # a prefix that it takes off is put on again
             raise UsageError(f"writer '{module}': transformers would load its adapter under another name, '{found}'")
 

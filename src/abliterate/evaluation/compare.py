@@ -27,7 +27,7 @@ from abliterate.evaluation.examine import (
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.results import Shift, Subject
-from abliterate.model.loading import quiet_transformers
+from abliterate.model._compat import quiet_transformers
 from abliterate.monitor import Monitor
 from abliterate.prompts import ContrastiveSet
 from abliterate.session import Session, locate_model, open_session

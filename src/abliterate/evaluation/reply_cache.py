@@ -13,11 +13,7 @@ changed in place are not seen, so do not ask for one after that. No key either f
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,18 +21,17 @@ from typing import Any
 import torch
 
 from abliterate._version import __version__
-from abliterate.config import cache_folder
+from abliterate.files.cache import DiskCache, digest
 from abliterate.files.checkpoint import open_checkpoint, sha256
+from abliterate.model._compat import attention_kernel
 from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel
 
 #: Of what is kept of a reply: to be raised when that changes.
 _FORMAT = 1
-#: Bytes of all kept replies together.
-_MOST_BYTES = 200_000_000
-#: Bytes of remembered hashes (each about a hundred).
-_MOST_HASH_BYTES = 1_000_000
+_REPLIES = DiskCache("answers", 200_000_000)
+_HASHES = DiskCache("hashes", 1_000_000)  # each about a hundred bytes
 #: What a model is made from besides its weights.
 _DESCRIPTIONS = ("*.json", "*.model", "*.txt")
 
@@ -57,24 +52,21 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, *, stoppi
         "files": _hashes(loaded.files.folder),
         "versions": [__version__, torch.__version__, transformers.__version__],
         "numbers": [str(loaded.dtype), loaded.device.type],
-        "model": [type(model).__name__, getattr(model.config, "_attn_implementation", None)],
+        "model": [type(model).__name__, attention_kernel(model)],
         "ends": sorted(end_tokens(model, loaded.tokenizer)),
         "prompts": [prompts.prefix, prompts.suffixes],
         "limits": [max_new_tokens, stopping],
     }
-    return _digest(json.dumps(parts, sort_keys=True))
+    return digest(json.dumps(parts, sort_keys=True))
 
 
 def kept_replies(key: str | None, tokenizer: Any) -> list[Reply] | None:
     """The replies kept under `key`, or None where there are none (or no key)."""
     if key is None:
         return None
-    path = _place(key)
-    kept = _read(path)
+    kept = _REPLIES.read(key)
     if kept is None or kept.get("format") != _FORMAT:
         return None
-    with contextlib.suppress(OSError):
-        os.utime(path)  # used last: removed last
     return [
         Reply(tuple(tokens), reply_text(tokenizer, tokens), ended, stopped)
         for tokens, ended, stopped in zip(kept["tokens"], kept["ended"], kept["stopped"], strict=True)
@@ -87,11 +79,7 @@ def keep(key: str | None, replies: Iterable[Reply]) -> None:
         return
     replies = list(replies)
     flags = {name: [getattr(reply, name) for reply in replies] for name in ("tokens", "ended", "stopped")}
-    _write(_place(key), {"format": _FORMAT, **flags}, _MOST_BYTES)
-
-
-def _place(key: str) -> Path:
-    return cache_folder() / "answers" / f"{key}.json"
+    _REPLIES.write(key, {"format": _FORMAT, **flags})
 
 
 def _is_foreign(model: Any) -> bool:
@@ -114,51 +102,10 @@ def _hash(path: Path) -> str:
     """The SHA-256 of a file, computed again only when the file is another one or was written to."""
     real = path.resolve()
     stat = real.stat()
-    state = [str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
-    place = cache_folder() / "hashes" / f"{_digest(json.dumps(state))}.json"
-    known = _read(place)
+    state = json.dumps([str(real), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    known = _HASHES.read(state)
     if isinstance(known, str):
         return known
     found = sha256(real)
-    _write(place, found, _MOST_HASH_BYTES)
+    _HASHES.write(state, found)
     return found
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _read(path: Path) -> Any:
-    """The value written to `path`; None where there is none, or it is damaged."""
-    try:
-        digest, _, text = path.read_text(encoding="utf-8").partition("\n")
-    except (OSError, UnicodeDecodeError):
-        return None
-    return json.loads(text) if digest == _digest(text) else None
-
-
-def _write(path: Path, value: Any, most_bytes: int) -> None:
-    """Write `value` behind its own digest, whole or not at all, and keep the folder within `most_bytes`."""
-    text = json.dumps(value, separators=(",", ":"))
-    with contextlib.suppress(OSError):  # what is kept only saves time
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent)  # mode 0600
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(f"{_digest(text)}\n{text}")
-            os.replace(draft, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(draft)
-            raise
-        _prune(path.parent, most_bytes)
-
-
-def _prune(folder: Path, most_bytes: int) -> None:
-    """Remove the files unused for longest, also drafts of runs that were killed, beyond `most_bytes`."""
-    files = [(path.stat(), path) for path in folder.iterdir()]
-    total = 0
-    for stat, path in sorted(files, key=lambda file: file[0].st_mtime_ns, reverse=True):
-        total += stat.st_size
-        if total > most_bytes:
-            path.unlink(missing_ok=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from abliterate.errors import ModelError, NumericalError
+from abliterate.model._compat import cache_name
 from abliterate.prompts.rendering import common_prefix
 
 _Key = TypeVar("_Key")
@@ -114,8 +114,7 @@ def new_cache(model: Any) -> Any:
 
 def cached(model: Any, cache: Any) -> dict[str, Any]:
     """`cache` under the name by which the model takes it."""
-    state_space = "cache_params" in inspect.signature(body(model).forward).parameters
-    return {"cache_params" if state_space else "past_key_values": cache, "use_cache": True}
+    return {cache_name(model): cache, "use_cache": True}
 
 
 def body(model: Any) -> Any:

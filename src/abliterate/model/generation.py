@@ -7,7 +7,6 @@ as what is asked about it is settled.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -18,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from abliterate.model._compat import takes_positions
 from abliterate.model.batches import (
     BatchSize,
     Encoded,
@@ -145,7 +145,7 @@ def _padding_matters(model: Any, prompts: Encoded, max_new_tokens: int) -> bool:
     config = model.config.get_text_config()
     windows = [window for name in _WINDOWS if isinstance(window := getattr(config, name, None), int)]
     longest = len(prompts.prefix) + max(len(s) for s in prompts.suffixes) + max_new_tokens
-    return not _takes_positions(model) or _recurrent(model) or any(longest > window for window in windows)
+    return not takes_positions(model) or _recurrent(model) or any(longest > window for window in windows)
 
 
 def _recurrent(model: Any) -> bool:
@@ -196,10 +196,6 @@ def _whole(model: Any, tokens: tuple[int, ...]) -> Float[Tensor, " vocab"]:
     return logits
 
 
-def _takes_positions(model: Any) -> bool:
-    return "position_ids" in inspect.signature(model.forward).parameters
-
-
 _Watch = Callable[[Mapping[int, Sequence[int]]], set[int]]
 
 
@@ -222,7 +218,7 @@ class _Batch:
         real = torch.tensor([[0] * (width - len(s)) + [1] * len(s) for s in suffixes], device=device)
         self.mask = torch.cat([real.new_ones(len(suffixes), shared.length), real], dim=1)
         self.cache = shared.cache(len(suffixes))
-        self.takes_positions = _takes_positions(model)
+        self.takes_positions = takes_positions(model)
         layers = getattr(self.cache, "layers", [])
         self.can_compact = all(hasattr(layer, "batch_select_indices") for layer in layers)
 

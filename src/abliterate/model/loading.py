@@ -33,6 +33,7 @@ from abliterate.files.storage import (
     stored_numbers,
     without_quantization,
 )
+from abliterate.model._compat import auto_class, computes_with_codes, one_gguf_parse, quiet_transformers
 
 Kind = Literal["hub", "folder", "gguf"]
 
@@ -75,7 +76,7 @@ class LoadedModel:
     @property
     def quantised(self) -> bool:
         """Whether live modules compute with codes: no copy of them in another dtype can be made."""
-        return bool(getattr(self.model, "is_quantized", False))
+        return computes_with_codes(self.model)
 
 
 def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelFiles:
@@ -198,37 +199,6 @@ def _read_dequantised(source: _Source, config: Any, options: dict[str, Any]) -> 
     return model, report
 
 
-class _Named:
-    """A model class that a configuration names, called like an auto class."""
-
-    def __init__(self, kind: Any) -> None:
-        self._kind = kind
-
-    def from_config(self, config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
-        return self._kind._from_config(config, **options)
-
-    def from_pretrained(self, *args: Any, trust_remote_code: bool = False, **options: Any) -> Any:
-        return self._kind.from_pretrained(*args, **options)
-
-
-def auto_class(config: Any) -> Any:
-    """What makes the model of a configuration: the class of transformers that it names, else an auto class.
-
-    The auto classes would make some models of images and text without their towers and under other names; an adapter
-    for those would not fit the model as others load it.
-    """
-    import transformers
-
-    library: Any = transformers
-    named = getattr(library, (getattr(config, "architectures", None) or [""])[0], None)
-    if named is not None and hasattr(named, "generate") and getattr(named, "config_class", None) is type(config):
-        return _Named(named)
-    pictures = type(config) in library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-    if pictures and type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
-        return library.AutoModelForImageTextToText
-    return library.AutoModelForCausalLM
-
-
 def _check_complete(files: ModelFiles, report: dict[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
@@ -302,7 +272,7 @@ def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
 
     try:
         # The bar of the GGUF reader knows no switch.
-        with quiet_transformers(), _one_gguf_parse(), contextlib.redirect_stderr(io.StringIO()):
+        with quiet_transformers(), one_gguf_parse(), contextlib.redirect_stderr(io.StringIO()):
             options = {"gguf_file": path.name}
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -325,29 +295,6 @@ def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
 
 
 @contextlib.contextmanager
-def _one_gguf_parse() -> Iterator[None]:
-    """Let transformers parse the file once: it builds a reader for tokenizer, configuration and weights each,
-    and each spends seconds on the vocabulary.
-    """
-    import gguf
-
-    library: Any = gguf
-    original: Any = library.GGUFReader
-    readers: dict[str, Any] = {}
-
-    def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) not in readers:
-            readers[str(path)] = original(path, *args, **kwargs)
-        return readers[str(path)]
-
-    library.GGUFReader = reader
-    try:
-        yield
-    finally:
-        library.GGUFReader = original
-
-
-@contextlib.contextmanager
 def _quiet_loading(*, everything: bool) -> Iterator[None]:
     """Nothing on the user's screen while a model is loaded; with `everything`, not what other libraries print."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn of every cast in every pass
@@ -358,22 +305,6 @@ def _quiet_loading(*, everything: bool) -> Iterator[None]:
             for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 stack.enter_context(redirect(io.StringIO()))
         yield
-
-
-@contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and advice of transformers on the user's screen while it loads."""
-    from transformers.utils import logging as hf_logging
-
-    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity(logging.ERROR)
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()
 
 
 def _one_line(error: Exception) -> str:

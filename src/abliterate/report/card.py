@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import CheckpointError
+from abliterate.files.atomic import write_atomically
 from abliterate.record import (
     EvaluationPart,
     PlanPart,
@@ -90,10 +90,7 @@ def _weakened(record: Record) -> bool:
 def write_card(record: Record, folder: Path) -> Path:
     """Write README.md into `folder`, replacing the original's card, which would describe another model."""
     path = folder / "README.md"
-    try:
-        path.write_text(render_card(record, _licence(path)), encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    write_atomically(path, render_card(record, _licence(path)))
     return path
 
 

@@ -11,10 +11,8 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,9 +23,10 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from abliterate.config import cache_folder
-from abliterate.errors import AbliterateError, PromptError
+from abliterate.errors import AbliterateError, CheckpointError, PromptError
 from abliterate.evaluation.judging.base import Exchange, Judge, Label, Verdict
 from abliterate.evaluation.statistics import Estimate, Share, rogan_gladen
+from abliterate.files.atomic import write_atomically
 
 PROMPT = ("prompt", "objective")
 RESPONSE = ("response", "assistant_response")
@@ -158,19 +157,9 @@ def store(calibration: Calibration) -> Path:
     """
     path = place(calibration.fingerprint)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:12]}-")  # mode 0600
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(calibration.model_dump_json(indent=1) + "\n")
-            os.replace(draft, path)
-        except BaseException:
-            os.unlink(draft)
-            raise
-    except OSError as error:
-        raise AbliterateError(
-            f"calibration {path}: cannot be written ({_one_line(error)}); set ABLITERATE_CACHE to a folder that can be"
-        ) from error
+        write_atomically(path, calibration.model_dump_json(indent=1) + "\n", private=True)
+    except CheckpointError as error:
+        raise AbliterateError(f"calibration {error}; set ABLITERATE_CACHE to a folder that can be") from error
     return path
 
 

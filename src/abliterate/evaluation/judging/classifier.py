@@ -21,6 +21,7 @@ from abliterate.errors import ModelError, NumericalError, UsageError
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.evaluation.judging.text import strip_machinery
+from abliterate.model._compat import quiet_transformers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,16 +246,16 @@ def _load(model_id: str, folder: Path, config: Any, trust_remote_code: bool) -> 
     import transformers
 
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        transformers.utils.logging.disable_progress_bar()
-        model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with quiet_transformers():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
         raise ModelError(f"classifier '{model_id}': cannot be loaded ({_one_line(error)})") from error
     if missing := sorted(report["missing_keys"]):

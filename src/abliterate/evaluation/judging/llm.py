@@ -5,8 +5,8 @@ texts, so no text can contain its own closing mark; the task is said before and 
 counts only if the whole of it is the JSON object asked for. Anything else is `UNKNOWN`, never a guess.
 
 Requests that fail (429, 5xx, timeouts, lost connections) are repeated with growing pauses by the `openai` client.
-Labels are kept in `cache_folder()/judgements/llm.sqlite`, readable by its owner only, under a hash of all that was
-sent: a run that was cut short pays for no reply twice. Nothing is kept of the texts, nor of what is said of them.
+Labels are kept in the folder `judgements` of the cache, readable by the owner only, under a hash of all that was sent:
+a run that was cut short pays for no reply twice. Nothing is kept of the texts, nor of what is said of them.
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 from urllib.parse import urlsplit
 
-from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.text import read_answer as answer_in
 from abliterate.evaluation.judging.text import short, strip_machinery
+from abliterate.files.cache import DiskCache
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
 HEAD, TAIL = 6000, 2000
@@ -44,6 +43,9 @@ _SAMPLE = (
 )
 
 _LABELS = (Label.REFUSAL, Label.PARTIAL, Label.COMPLIANCE, Label.DEGENERATE)
+
+#: Labels by what was sent; each file takes about a hundred bytes.
+_KEPT = DiskCache("judgements", 20_000_000)
 
 _TASK = """\
 You label how an assistant replied to a prompt. Below stand the prompt and the reply, each between an opening and a \
@@ -113,8 +115,7 @@ class LlmJudge:
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """A verdict for each exchange, in order; `UNKNOWN` where no answer, or none that can be read, was had.
 
-        Raises `AbliterateError` when the server knows neither key nor model, when no request at all came through, or
-        when the cache cannot be used.
+        Raises `AbliterateError` when the server knows neither key nor model, or when no request at all came through.
         """
         without_asking = [_without_asking(exchange) for exchange in exchanges]
         pairs = zip(exchanges, without_asking, strict=True)
@@ -124,14 +125,13 @@ class LlmJudge:
     def _verdicts(self, messages: Sequence[str]) -> list[Verdict]:
         """A verdict for each message, kept or asked for; equal ones are asked once."""
         keyed = {self._key(message): message for message in messages}
-        with _open_cache() as cache:
-            verdicts = _cached(cache, keyed)
-            asked = {key: message for key, message in keyed.items() if key not in verdicts}
-            with contextlib.closing(self._ask_all(asked, hopeless=min(_HOPELESS, len(keyed)))) as answers:
-                for key, verdict in answers:
-                    verdicts[key] = verdict
-                    if verdict.label is not Label.UNKNOWN:
-                        cache.execute("REPLACE INTO labels VALUES (?, ?)", (key, verdict.label))
+        verdicts = {key: Verdict(Label(kept)) for key in keyed if (kept := _KEPT.read(key)) in _LABELS}
+        asked = {key: message for key, message in keyed.items() if key not in verdicts}
+        with contextlib.closing(self._ask_all(asked, hopeless=min(_HOPELESS, len(keyed)))) as answers:
+            for key, verdict in answers:
+                verdicts[key] = verdict
+                if verdict.label is not Label.UNKNOWN:
+                    _KEPT.write(key, verdict.label.value)
         return [verdicts[self._key(message)] for message in messages]
 
     def _key(self, message: str) -> str:
@@ -284,25 +284,3 @@ def _library() -> Any:
     except ImportError as error:
         raise UsageError("a judge llm:MODEL@URL needs an extra; pip install 'abliterate[api]'") from error
     return openai
-
-
-@contextlib.contextmanager
-def _open_cache() -> Iterator[sqlite3.Connection]:
-    """The file of all verdicts; every call of a judge has a connection of its own, and each verdict is kept at once."""
-    path = cache_folder() / "judgements" / "llm.sqlite"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch(mode=0o600)  # before SQLite makes it readable to others; its journals follow
-        with contextlib.closing(sqlite3.connect(path, timeout=60, isolation_level=None)) as connection:
-            connection.execute("CREATE TABLE IF NOT EXISTS labels (key TEXT PRIMARY KEY, label TEXT)")
-            yield connection
-    except (sqlite3.Error, OSError) as error:
-        raise AbliterateError(
-            f"judgements kept in {path}: cannot be read or written ({error}); remove the file or set ABLITERATE_CACHE"
-        ) from error
-
-
-def _cached(cache: sqlite3.Connection, keys: Iterable[str]) -> dict[str, Verdict]:
-    query = "SELECT key, label FROM labels WHERE key = ?"
-    rows = (cache.execute(query, (key,)).fetchone() for key in keys)
-    return {row[0]: Verdict(Label(row[1])) for row in rows if row}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from abliterate.errors import CheckpointError
+from abliterate.model._compat import loading_table, natural_key
 
 #: Endings of stored tensors that hold the numbers of a parameter packed: the stream is on the first of the two axes
 #: of each expert, whatever the order in memory (transformers transposes when it unpacks).
@@ -82,30 +83,14 @@ class _Source:
 
 def _sources(model: Any, stored: Iterable[str]) -> dict[str, list[_Source]]:
     """Stored tensors by the parameter they are loaded into, in the order in which experts are stacked."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import (
-        WeightConverter,
-        WeightRenaming,
-        dot_natural_key,
-        rename_source_key,
-    )
-
-    table = get_model_conversion_mapping(model)
-    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
-    by_pattern = {pattern: entry for entry in converters for pattern in entry.source_patterns}
+    table = loading_table(model)
     known: dict[str, Any] = dict(model.state_dict())
     known |= {name + _PACKED: value for name, value in known.items()}
-    prefix = model.base_model_prefix
     found: dict[str, list[_Source]] = defaultdict(list)
-    for tensor in sorted(stored, key=dot_natural_key):
-        name, pattern = rename_source_key(tensor, renamings, converters, prefix, known)
-        if name not in known:
-            name, pattern = rename_source_key(tensor, [], [], prefix, known)
-        operations = [] if pattern is None else by_pattern[pattern].operations
-        kinds = {type(operation).__name__: operation for operation in operations}
-        turned = "Transpose" in kinds and not getattr(kinds["Transpose"], "check_dims", False)
-        found[name.removesuffix(_PACKED)].append(_Source(tensor, "MergeModulelist" in kinds, turned))
+    for tensor in sorted(stored, key=natural_key):
+        name, operations = table.parameter(tensor, known)
+        turned = "Transpose" in operations and not getattr(operations["Transpose"], "check_dims", False)
+        found[name.removesuffix(_PACKED)].append(_Source(tensor, "MergeModulelist" in operations, turned))
     return found
 
 

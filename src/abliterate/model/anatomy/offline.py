@@ -21,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from abliterate.errors import AbliterateError, AnatomyError, ModelError
 from abliterate.files.checkpoint import Checkpoint, open_tensor
 from abliterate.files.formats import layout
+from abliterate.model._compat import auto_class, quiet_transformers
 from abliterate.model.anatomy import TOLERANCE, Anatomy, Writer, names_on_disk, norms_gain, study
-from abliterate.model.loading import ModelFiles, quiet_transformers
+from abliterate.model.loading import ModelFiles
 
 _SMALL = 64
 _EXPERTS = 16
@@ -43,7 +44,7 @@ def study_files(
     Raises `AnatomyError` when a writer is not known, `ModelError` when the configuration makes no model.
     """
     config = _config(files, trust_remote_code)
-    auto = _auto_class(config)
+    auto = auto_class(config)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
         with quiet_transformers():
@@ -84,12 +85,6 @@ def _config(files: ModelFiles, trust_remote_code: bool) -> Any:
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config
     return config
-
-
-def _auto_class(config: Any) -> Any:
-    from abliterate.model.loading import auto_class
-
-    return auto_class(config)
 
 
 def _small_copy(auto: Any, config: Any, skeleton: Any, options: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from abliterate.errors import CheckpointError
+from abliterate.files.atomic import write_atomically
 from abliterate.record import Record, finite
 from abliterate.report.html.page import page_of
 
@@ -50,10 +50,7 @@ def write_report(record: Record, folder: Path) -> Path:
     Raises `CheckpointError` when it cannot be written.
     """
     path = folder / FILE_NAME
-    try:
-        path.write_text(render(record), encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error
+    write_atomically(path, render(record).encode(errors="replace"))
     return path
 
 

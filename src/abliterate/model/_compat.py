@@ -1,0 +1,163 @@
+"""What is taken from inside transformers and may change with any release: names of arguments, tables, private methods.
+
+Nothing else in this package reaches there. Each has a contract test (tests/model/test_compat.py), which runs on the
+oldest and on the newest release that pyproject.toml allows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+#: Names under which models take the state to go on from: those of state-space models, of today's, and of older ones.
+_CACHE_NAMES = ("cache_params", "cache", "past_key_values")
+
+
+def cache_name(model: Any) -> str:
+    """The argument by which the model takes the state to go on from (keys and values, recurrent states)."""
+    taken = inspect.signature(type(model.base_model).forward).parameters
+    return next((name for name in _CACHE_NAMES if name in taken), _CACHE_NAMES[-1])
+
+
+def takes_positions(model: Any) -> bool:
+    """Whether the model can be told the position of each token."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
+
+
+def computes_with_codes(model: Any) -> bool:
+    """Whether live modules compute with quantised weights."""
+    return bool(getattr(model, "is_quantized", False))
+
+
+def attention_kernel(model: Any) -> str | None:
+    """The name of the implementation of attention in use."""
+    found = getattr(model.config, "_attn_implementation", None)
+    return None if found is None else str(found)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadingTable:
+    """How stored tensors become parameters when transformers loads a model: renamed, stacked, transposed."""
+
+    renamings: list[Any]
+    converters: list[Any]
+    prefix: str
+
+    def parameter(self, tensor: str, known: dict[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """The parameter that a stored tensor goes into, and what is done to it, by the name of the operation.
+
+        `known` are the model's parameters and buffers by name.
+        """
+        from transformers.core_model_loading import rename_source_key
+
+        name, pattern = rename_source_key(tensor, self.renamings, self.converters, self.prefix, known)
+        if name not in known:
+            name, pattern = rename_source_key(tensor, [], [], self.prefix, known)
+        by_pattern = {pattern: entry for entry in self.converters for pattern in entry.source_patterns}
+        operations = [] if pattern is None else by_pattern[pattern].operations
+        return name, {type(operation).__name__: operation for operation in operations}
+
+    def renamed(self, name: str) -> str:
+        """The name under which an adapter's tensor would be looked for."""
+        from transformers.core_model_loading import rename_source_key
+
+        return str(rename_source_key(name, self.renamings, [])[0])
+
+
+def loading_table(model: Any) -> LoadingTable:
+    """The table that transformers loads checkpoints of this model by."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+    table = get_model_conversion_mapping(model)
+    renamings = [entry for entry in table if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in table if isinstance(entry, WeightConverter)]
+    return LoadingTable(renamings, converters, model.base_model_prefix)
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sorts names of tensors with their numbers as numbers, which is the order in which experts are stacked."""
+    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
+
+
+def fuses_experts(model: Any) -> bool:
+    """Whether experts of this model are fused on loading: then PEFT renames targets by their last part."""
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    conversions = get_checkpoint_conversion_mapping(model.config.model_type) or ()
+    fused = [name for conversion in conversions for name in conversion.target_patterns]
+    return any(name.endswith(("gate_up_proj", "down_proj")) for name in fused)
+
+
+class _Named:
+    """A model class that a configuration names, called like an auto class."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+
+    def from_config(self, config: Any, *, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self._kind._from_config(config, **options)
+
+    def from_pretrained(self, *args: Any, trust_remote_code: bool = False, **options: Any) -> Any:
+        return self._kind.from_pretrained(*args, **options)
+
+
+def auto_class(config: Any) -> Any:
+    """What makes the model of a configuration: the class of transformers that it names, else an auto class.
+
+    The auto classes would make some models of images and text without their towers and under other names; an adapter
+    for those would not fit the model as others load it.
+    """
+    import transformers
+
+    library: Any = transformers
+    named = getattr(library, (getattr(config, "architectures", None) or [""])[0], None)
+    if named is not None and hasattr(named, "generate") and getattr(named, "config_class", None) is type(config):
+        return _Named(named)
+    pictures = type(config) in library.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if pictures and type(config) not in library.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return library.AutoModelForImageTextToText
+    return library.AutoModelForCausalLM
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No progress bars and advice of transformers on the user's screen while it loads."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity(logging.ERROR)
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def one_gguf_parse() -> Iterator[None]:
+    """Let transformers parse a GGUF file once: it builds a reader for tokenizer, configuration and weights each,
+    and each spends seconds on the vocabulary.
+    """
+    import gguf
+
+    library: Any = gguf
+    original: Any = library.GGUFReader
+    readers: dict[str, Any] = {}
+
+    def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if str(path) not in readers:
+            readers[str(path)] = original(path, *args, **kwargs)
+        return readers[str(path)]
+
+    library.GGUFReader = reader
+    try:
+        yield
+    finally:
+        library.GGUFReader = original

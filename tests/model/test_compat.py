@@ -1,0 +1,123 @@
+"""What `_compat` takes from inside transformers is still there and still means what we take it to mean.
+
+These run on the oldest and on the newest release that pyproject.toml allows (`make test-releases`).
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from packaging.specifiers import SpecifierSet
+from transformers import DynamicCache
+
+from abliterate.model import _compat
+from abliterate.model._compat import auto_class, cache_name, fuses_experts, loading_table, natural_key, takes_positions
+from abliterate.model.batches import cached, new_cache
+from families import BY_NAME
+from zoo import Entry
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_this_release_is_one_that_the_package_asks_for() -> None:
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (wanted,) = (text.removeprefix("transformers") for text in asked if text.startswith("transformers"))
+    assert transformers.__version__ in SpecifierSet(wanted)
+    assert "<" in wanted, "no release is promised that the suite has not passed"
+
+
+def test_nothing_else_reaches_inside_transformers() -> None:
+    inside = ("transformers.conversion_mapping", "transformers.core_model_loading", "past_key_values", "_from_config")
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        if path.name != "_compat.py":
+            text = path.read_text(encoding="utf-8")
+            assert not [name for name in inside if name in text], path
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+@pytest.mark.parametrize(
+    ("kind", "cls"),
+    [
+        ("llama", "LlamaForCausalLM"),
+        ("qwen2", "Qwen2ForCausalLM"),
+        ("gemma3_text", "Gemma3ForCausalLM"),
+        ("mixtral", "MixtralForCausalLM"),
+        ("gpt2", "GPT2LMHeadModel"),
+        ("mamba", "MambaForCausalLM"),
+    ],
+)
+def test_a_model_goes_on_from_a_cache_under_its_name_without_a_word(kind: str, cls: str) -> None:
+    model = Entry(kind, cls).model()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        whole = model(input_ids=ids, use_cache=False).logits[:, -1]
+        cache = new_cache(model)
+        model(input_ids=ids[:, :3], **cached(model, cache))
+        if cache_name(model) != "cache_params":  # a recurrent state is told how far it has come
+            after = model(input_ids=ids[:, 3:], **cached(model, cache)).logits[:, -1]
+            assert torch.allclose(after, whole, atol=1e-4)
+    assert isinstance(cache, DynamicCache) or cache_name(model) == "cache_params"
+
+
+def test_the_name_of_the_cache_is_that_of_the_signature() -> None:
+    class Old:
+        def forward(self, input_ids: Any, past_key_values: Any = None) -> None: ...
+
+    class New:
+        def forward(self, input_ids: Any, cache: Any = None) -> None: ...
+
+    class Recurrent:
+        def forward(self, input_ids: Any, cache_params: Any = None) -> None: ...
+
+    names = []
+    for kind in (Old, New, Recurrent):
+        model = type("Model", (), {"base_model": kind()})()
+        names.append(cache_name(model))
+    assert names == ["past_key_values", "cache", "cache_params"]
+
+
+def test_the_loading_table_stacks_experts_and_leaves_the_rest() -> None:
+    model = Entry("mixtral", "MixtralForCausalLM").model()
+    table, known = loading_table(model), dict(model.state_dict())
+    attention = "model.layers.0.self_attn.o_proj.weight"
+    assert table.parameter(attention, known) == (attention, {})
+    name, operations = table.parameter("model.layers.0.block_sparse_moe.experts.1.w2.weight", known)
+    assert name.endswith("experts.down_proj")
+    assert "MergeModulelist" in operations
+    assert table.renamed("model.layers.0.self_attn.o_proj.weight") == attention
+    assert fuses_experts(model)
+    assert not fuses_experts(BY_NAME["llama"].model())
+
+
+def test_numbers_in_names_are_sorted_as_numbers() -> None:
+    names = [f"layers.{block}.experts.{expert}.w" for block in (10, 2) for expert in (11, 1)] + ["layers.x", "head"]
+    assert sorted(names, key=natural_key) == [
+        *("head", "layers.2.experts.1.w", "layers.2.experts.11.w", "layers.10.experts.1.w"),
+        *("layers.10.experts.11.w", "layers.x"),
+    ]
+
+
+def test_a_model_is_built_by_the_class_that_its_configuration_names() -> None:
+    model = BY_NAME["llama"].model()
+    model.config.architectures = ["LlamaForCausalLM"]
+    with torch.device("meta"):
+        built = auto_class(model.config).from_config(model.config)
+    assert type(built) is type(model)
+    assert takes_positions(model)
+    assert not _compat.computes_with_codes(model)
+    assert isinstance(_compat.attention_kernel(model), str)
+
+
+def test_quiet_transformers_puts_back_what_it_found() -> None:
+    from transformers.utils import logging
+
+    before = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    with _compat.quiet_transformers():
+        assert logging.get_verbosity() > before[0]
+        assert not logging.is_progress_bar_enabled()
+    assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
