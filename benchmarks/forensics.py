@@ -31,7 +31,7 @@ from torch import Tensor
 from abliterate.evaluation.statistics import wilson
 from abliterate.forensics import verdict
 from abliterate.forensics.difference import compare
-from abliterate.forensics.reading import open_subject
+from abliterate.forensics.reading import open_inspected
 from abliterate.forensics.repair import read_adapter
 from abliterate.forensics.single import inspect
 
@@ -214,7 +214,7 @@ def directions_of(file: Path) -> Tensor:
 def alone(path: Path, wanted: Tensor | None) -> dict[str, Any]:
     """What an inspection of a lone file finds."""
     started = time.perf_counter()
-    trace = inspect(open_subject(str(path)))
+    trace = inspect(open_inspected(str(path)))
     cosine = None
     if wanted is not None and len(trace.directions):
         cosine = float((wanted @ trace.directions.T).norm(dim=1).min())
@@ -232,7 +232,7 @@ def alone(path: Path, wanted: Tensor | None) -> dict[str, Any]:
 def beside(path: Path, base: Path, wanted: Tensor | None) -> dict[str, Any]:
     """What a comparison with the base finds."""
     started = time.perf_counter()
-    found = compare(open_subject(str(path)), open_subject(str(base)))
+    found = compare(open_inspected(str(path)), open_inspected(str(base)))
     cosine = None
     if wanted is not None and len(found.directions) and not found.per_layer:
         cosine = float((wanted @ found.directions.T).norm(dim=1).min())
@@ -309,7 +309,7 @@ def speed(width: int, inputs: int, blocks: int, work: Path) -> None:
     product = (time.perf_counter() - started) * (1 + width / inputs)
     del wide
     started = time.perf_counter()
-    inspect(open_subject(str(path)))
+    inspect(open_inspected(str(path)))
     seconds = (time.perf_counter() - started) / blocks
     print(f"{path.stat().st_size / blocks / 1e9:.2f} GB a block: {seconds:.1f} s; ", end="")
     print(
@@ -336,8 +336,8 @@ def merged(model: Path, adapters: Path, work: Path) -> None:
         for stored, how in (("bf16", bf16), ("q4_0", gguf("Q4_0"))):
             save_file({name: how(weight).contiguous() for name, weight in weights.items()}, edited)
             trace, found = (
-                inspect(open_subject(str(edited))),
-                compare(open_subject(str(edited)), open_subject(str(original))),
+                inspect(open_inspected(str(edited))),
+                compare(open_inspected(str(edited)), open_inspected(str(original))),
             )
             print(f"{file.parent.name} {stored}: {trace.verdict.word} {trace.verdict.probability:.2f}, ", end="")
             print(f"{trace.variant} | {found.verdict}, {found.variant}", flush=True)

@@ -25,7 +25,7 @@ from abliterate.edit.hooks import addition
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.edit.weights import weights_from
-from abliterate.edit.write import Patient, Realised, check_realisation, opened, realise, refuse, rehearse, untied
+from abliterate.edit.write import EditTarget, Realised, check_realisation, dry_run_plan, opened, realise, refuse, untied
 from abliterate.errors import UsageError
 from abliterate.evaluation.engines import Pair, open_engine
 from abliterate.evaluation.examine import (
@@ -43,8 +43,7 @@ from abliterate.evaluation.examine import (
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.results import Subject
-from abliterate.files.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes, open_checkpoint
-from abliterate.files.storage import how_stored
+from abliterate.files.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes
 from abliterate.finding.find import (
     Findings,
     Found,
@@ -59,7 +58,6 @@ from abliterate.finding.search import Search, check_search, method_of
 from abliterate.finding.search import search as find_front
 from abliterate.finding.selection import Site
 from abliterate.finding.verify import Verification, at_site, say_caveat, verify
-from abliterate.model.anatomy.offline import study_files
 from abliterate.model.batches import share_prefixes
 from abliterate.model.generation import end_tokens
 from abliterate.model.loading import load, load_tokenizer
@@ -93,7 +91,7 @@ from abliterate.report.assemble import (
     written_hashes,
 )
 from abliterate.report.html import FILE_NAME as REPORT
-from abliterate.session import Session, load_contrast, locate_model, named_by, open_model, open_session, warn_of_leaks
+from abliterate.session import Session, load_contrast, locate_model, open_model, open_session, warn_of_leaks
 
 #: The trials of a black-box search, in OUT.
 JOURNAL = "trials.log"
@@ -116,11 +114,10 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     try_judge(judge, monitor)
     with monitor.phase("find model"):
         files = locate_model(settings.model, settings.loading)
-        source = open_checkpoint(files.folder)
-        check_realisation(files, source, output)
+        check_realisation(files, output)
         check_output(output.out, overwrite=output.overwrite, source=files.folder)
         if output.realisation == "weights":
-            ensure_space(output.out.parent, bytes_to_write(source) - left_bytes(output.out))
+            ensure_space(output.out.parent, bytes_to_write(files.checkpoint) - left_bytes(output.out))
     session = open_session(
         files,
         loading=settings.loading,
@@ -128,7 +125,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
         positions=settings.finding.positions,
         monitor=monitor,
     )
-    rehearse(session.anatomy, settings.finding, settings.editing, output)
+    dry_run_plan(session.anatomy, settings.finding, settings.editing, output)
     findings, finding = find_or_force(session, settings.finding, settings.editing, output.force)
     settings = settings.model_copy(update={"finding": finding})
     searched = method != "closed-form"
@@ -143,9 +140,9 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     if not searched:
         say_caveat(plan, settings.editing, monitor)
         check_planned(session, found, plan, settings.finding, settings.editing, force)
-    patient = Patient(files, source, session.anatomy, named_by(session, source), session.loaded)
-    with opened(output, patient, plan) as staging:
-        done = realise(plan, found.direction, patient, staging, output, monitor)
+    target = EditTarget(files, session.anatomy, session.named_model, session.loaded)
+    with opened(output, target, plan) as staging:
+        done = realise(plan, found.direction, target, staging, output, monitor)
         evaluation = evaluation_part(_evaluate(session, staging.folder, plan, done, settings, judge, exam))
         record = run_record(
             session, settings, output, found, plan, done, staging.folder, evaluation, separation, result
@@ -281,21 +278,18 @@ def apply(
     chosen = at_site(load_direction(direction), site)
     with monitor.phase("find model"):
         files = locate_model(model, loading)
-        source = open_checkpoint(files.folder)
-        check_realisation(files, source, output)
+        check_realisation(files, output)
         check_output(output.out, overwrite=output.overwrite, source=files.folder)
     with monitor.phase("know every writer"):
-        anatomy, skeleton = study_files(
-            files, source, trust_remote_code=loading.trust_remote_code, max_leak=loading.max_leak
-        )
+        anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
     warn_of_leaks(anatomy, monitor)
     plan = plan_for(anatomy, chosen, editing)
     say_caveat(plan, editing, monitor)
     refuse(plan, anatomy, output)
-    loaded = None if how_stored(source).editable else load(files, trust_remote_code=loading.trust_remote_code)
-    patient = Patient(files, source, anatomy, skeleton, loaded)
-    with opened(output, patient, plan) as staging:
-        done = realise(plan, chosen, patient, staging, output, monitor)
+    loaded = None if files.storage.editable else load(files)
+    target = EditTarget(files, anatomy, skeleton, loaded)
+    with opened(output, target, plan) as staging:
+        done = realise(plan, chosen, target, staging, output, monitor)
         settings = {
             "model": model,
             "direction": str(direction),
@@ -380,7 +374,7 @@ def evaluate_elsewhere(
     try_judge(judge, monitor)
     with monitor.phase("find model"):
         files = locate_model(model, loading)
-        tokenizer, settings = load_tokenizer(files, trust_remote_code=loading.trust_remote_code)
+        tokenizer, settings = load_tokenizer(files)
     renderer = ChatRenderer(tokenizer, read_template(loading.chat_template), loading.system)
     seen = learnt_by(str(files.folder)) | learnt_by(str(engine.edited or ""))
     contrast = load_contrast(prompts, monitor, seen)

@@ -16,12 +16,11 @@ from abliterate.edit.hooks import ablation
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import Checkpoint, open_checkpoint
 from abliterate.model.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.model.anatomy import TOLERANCE, Anatomy, study
-from abliterate.model.anatomy.offline import study_files
 from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
-from abliterate.model.loading import LoadedModel, ModelFiles, load, locate
+from abliterate.model.loading import LoadedModel, load, locate
+from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set, describe
 from abliterate.prompts.rendering import common_suffix, read_template
@@ -30,12 +29,13 @@ from abliterate.prompts.rendering import common_suffix, read_template
 _MOST_POSITIONS = 8
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Session:
     """A loaded model whose writers are all known, with the prompts it is measured on.
 
     `encoded` maps (set, split) to token ids; all share one prefix. `positions` is how many tokens from the end are
-    looked at.
+    looked at, `seed` that of everything random, `size` how many prompts fit at once: it is halved for good when memory
+    runs out. A session is live: it holds the model, is not copied, and equals only itself.
     """
 
     loaded: LoadedModel
@@ -46,12 +46,23 @@ class Session:
     positions: int
     size: BatchSize
     loading: ModelSettings
+    seed: int
     monitor: Monitor
+
+    def __repr__(self) -> str:
+        """In a line: the model, and how many prompts."""
+        count = sum(map(len, self.encoded.values()))
+        return f"Session({self.loaded.files.name!r}, {self.anatomy.layers} blocks, {count} prompts)"
 
     @property
     def model(self) -> Any:
         """The live transformers model."""
         return self.loaded.model
+
+    @property
+    def named_model(self) -> Any:
+        """The model that says where parameters lie on disk: of one that computes with codes, its skeleton."""
+        return self.loaded.files.skeleton(self.loading.max_leak) if self.loaded.quantised else self.model
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -83,7 +94,7 @@ class Session:
 
 
 def open_session(
-    model: str | ModelFiles,
+    model: str | ModelOnDisk,
     *,
     loading: ModelSettings = ModelSettings(),
     prompts: PromptSettings = PromptSettings(),
@@ -114,22 +125,16 @@ def open_session(
         f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, books close to {max(anatomy.closure):.0e}; "
         f"{len(prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
     )
-    return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, monitor)
+    return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, prompts.seed, monitor)
 
 
 def open_model(
-    model: str | ModelFiles, loading: ModelSettings, monitor: Monitor
+    model: str | ModelOnDisk, loading: ModelSettings, monitor: Monitor
 ) -> tuple[LoadedModel, ChatRenderer, Anatomy]:
     """Load a model, check that it can be talked to, and prove its anatomy."""
     with monitor.phase("load model"):
-        files = model if isinstance(model, ModelFiles) else locate_model(model, loading)
-        loaded = load(
-            files,
-            dtype=loading.dtype,
-            device=loading.device,
-            trust_remote_code=loading.trust_remote_code,
-            quantization=loading.quantization,
-        )
+        files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
+        loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
         renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
     with monitor.phase("know every writer"):
         anatomy = _anatomy(loaded, loading)
@@ -139,20 +144,9 @@ def open_model(
 
 def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
     """Of a live model; of one that computes with codes, from its configuration and files."""
-    if not loaded.quantised:
-        return study(loaded.model, max_leak=loading.max_leak)
-    checkpoint = open_checkpoint(loaded.files.folder)
-    trust = loading.trust_remote_code
-    return study_files(loaded.files, checkpoint, trust_remote_code=trust, max_leak=loading.max_leak)[0]
-
-
-def named_by(session: Session, source: Checkpoint) -> Any:
-    """The model that says where parameters lie on disk: a live one that computes with codes has others."""
-    if not session.loaded.quantised:
-        return session.model
-    loading = session.loading
-    trust = loading.trust_remote_code
-    return study_files(session.loaded.files, source, trust_remote_code=trust, max_leak=loading.max_leak)[1]
+    return (
+        loaded.files.anatomy(loading.max_leak) if loaded.quantised else study(loaded.model, max_leak=loading.max_leak)
+    )
 
 
 def warn_of_leaks(anatomy: Anatomy, monitor: Monitor) -> None:
@@ -165,7 +159,7 @@ def warn_of_leaks(anatomy: Anatomy, monitor: Monitor) -> None:
         )
 
 
-def locate_model(model: str, loading: FileSettings) -> ModelFiles:
+def locate_model(model: str, loading: FileSettings) -> ModelOnDisk:
     """Find MODEL on disk under the settings for reading files."""
     return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
 

@@ -21,12 +21,11 @@ from abliterate.edit.direction import Candidates, Direction
 from abliterate.edit.hooks import ablation
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
-from abliterate.edit.write import Patient, opened, realise
+from abliterate.edit.write import EditTarget, opened, realise
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import open_checkpoint
 from abliterate.model.anatomy import Anatomy, stream_out, study
 from abliterate.model.batches import hooked
-from abliterate.model.loading import ModelFiles
+from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from families import BY_NAME, D_MODEL, load, save
 from zoo import ENTRIES
@@ -243,11 +242,11 @@ def nothing_written(folder: Path) -> Iterator[None]:
 
 def write(name: str, source: Path, plan: Plan, direction: Direction, out: Path, realisation: str) -> tuple[str, ...]:
     """Write `plan` into the new folder `out`, as a run does; what was written."""
-    files = ModelFiles(str(source), "folder", source)
-    patient = Patient(files, open_checkpoint(source), anatomy_of(name), model_of(name))
+    files = ModelOnDisk(str(source), "folder", source)
+    target = EditTarget(files, anatomy_of(name), model_of(name))
     output = OutputSettings.model_validate({"out": out, "realisation": realisation})
-    with opened(output, patient, plan) as staging, nothing_written(staging.folder):
-        return realise(plan, direction, patient, staging, output, Monitor()).written
+    with opened(output, target, plan) as staging, nothing_written(staging.folder):
+        return realise(plan, direction, target, staging, output, Monitor()).written
 
 
 def adapted(name: str, out: Path, folders: tuple[str, ...]) -> Any:

@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,10 @@ from abliterate.files.integrity import Integrity, check, has_own_index
 
 PLANNED = ("a.down", "b.down")
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def compared(out: Path, source: Path, planned: Sequence[str], **options: Any) -> Integrity:
+    return check(ck.open_checkpoint(out), ck.open_checkpoint(source), planned, **options)
 
 
 def make_source(folder: Path) -> Path:
@@ -86,7 +90,7 @@ def without_hashes(found: Integrity) -> Integrity:
 
 def test_a_clean_edit(pair: tuple[Path, Path, dict[str, str]]) -> None:
     source, out, recorded = pair
-    found = check(out, source, PLANNED, recorded=recorded)
+    found = compared(out, source, PLANNED, recorded=recorded)
     assert found.ok
     assert without_hashes(found) == CLEAN
     assert found.sha256 == recorded == {name: ck.sha256(out / name) for name in SHARDS}
@@ -94,14 +98,14 @@ def test_a_clean_edit(pair: tuple[Path, Path, dict[str, str]]) -> None:
 
 def test_a_copy_has_nothing_changed_and_an_unplanned_edit_is_damage(pair: tuple[Path, Path, dict[str, str]]) -> None:
     source, out, _ = pair
-    same = check(source, source, PLANNED)
+    same = compared(source, source, PLANNED)
     assert same.ok
     assert (same.changed, same.unchanged) == ((), PLANNED)
-    found = check(out, source, ["a.down"])
+    found = compared(out, source, ["a.down"])
     assert not found.ok
     assert (found.changed, found.damaged) == (("a.down",), ("b.down",))
     with pytest.raises(UsageError, match=r"'c\.down'"):
-        check(out, source, ["c.down"])
+        compared(out, source, ["c.down"])
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 300, 500, 10**9])
@@ -114,16 +118,16 @@ def test_any_sharding_is_compared(shard_bytes: int, pair: tuple[Path, Path, dict
     )
     files = edit(source, tmp_path / "out", changes)
     recorded = {name: digest for name, digest in files.sha256.items() if name.endswith(".safetensors")}
-    found = check(tmp_path / "out", source, PLANNED, extra={"head": "a.down"}, recorded=recorded)
+    found = compared(tmp_path / "out", source, PLANNED, extra={"head": "a.down"}, recorded=recorded)
     assert found.ok
     assert found.changed == PLANNED
     assert found.other_files["config.json"] == "different"
     assert found.other_files["tokenizer.json"] == "equal"
-    assert check(tmp_path / "out", source, PLANNED).extra == ("head",)
-    assert check(source, tmp_path / "out", PLANNED).missing == ("head",)
-    wrong = check(tmp_path / "out", source, PLANNED, extra={"head": "b.down"})
+    assert compared(tmp_path / "out", source, PLANNED).extra == ("head",)
+    assert compared(source, tmp_path / "out", PLANNED).missing == ("head",)
+    wrong = compared(tmp_path / "out", source, PLANNED, extra={"head": "b.down"})
     assert wrong.damaged == ("head",)
-    assert check(source, source, PLANNED, extra={"head": "a.down"}).missing == ("head",)
+    assert compared(source, source, PLANNED, extra={"head": "a.down"}).missing == ("head",)
 
 
 @pytest.fixture
@@ -138,7 +142,7 @@ def indexed(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_an_index_that_was_added_is_no_fault(indexed: tuple[Path, Path]) -> None:
     source, out = indexed
-    found = check(out, source, PLANNED, indexed=True)
+    found = compared(out, source, PLANNED, indexed=True)
     assert found.ok
     assert found.other_files == {ck.INDEX_NAME: "extra"}
     assert has_own_index(ck.open_checkpoint(out))
@@ -162,7 +166,7 @@ def test_an_index_that_was_added_is_checked(
     before, after = (out / ck.INDEX_NAME).read_text(), damage((out / ck.INDEX_NAME).read_text())
     assert after != before
     (out / ck.INDEX_NAME).unlink() if after is None else (out / ck.INDEX_NAME).write_text(after)
-    assert check(out, source, PLANNED, indexed=True).other_files == {ck.INDEX_NAME: state}
+    assert compared(out, source, PLANNED, indexed=True).other_files == {ck.INDEX_NAME: state}
 
 
 def test_shapes_and_types_must_stay(pair: tuple[Path, Path, dict[str, str]], tmp_path: Path) -> None:
@@ -172,9 +176,9 @@ def test_shapes_and_types_must_stay(pair: tuple[Path, Path, dict[str, str]], tmp
     content = path.read_bytes()
     assert content.count(b'"shape":[6,4]') == 1
     path.write_bytes(content.replace(b'"shape":[6,4]', b'"shape":[4,6]'))
-    assert check(tmp_path / "out", source, PLANNED).reshaped == ("a.down",)
+    assert compared(tmp_path / "out", source, PLANNED).reshaped == ("a.down",)
     path.write_bytes(content.replace(b'"F32"', b'"I32"'))
-    found = check(tmp_path / "out", source, PLANNED)
+    found = compared(tmp_path / "out", source, PLANNED)
     assert found.reshaped == ("a.up",)
     assert not found.ok
 
@@ -192,8 +196,8 @@ def test_one_flipped_bit_anywhere_is_seen(data: st.DataObject, pair: tuple[Path,
         path.write_bytes(content)
         info = find(copy, path, bit // 8)
         try:
-            found = check(copy, source, PLANNED, recorded=recorded)
-            bare = check(copy, source, PLANNED)
+            found = compared(copy, source, PLANNED, recorded=recorded)
+            bare = compared(copy, source, PLANNED)
         except CheckpointError:
             assert info is None  # no longer a checkpoint
             return
@@ -218,7 +222,7 @@ def find(folder: Path, path: Path, byte: int) -> str | None:
 def test_hashes_must_be_of_all_shards(pair: tuple[Path, Path, dict[str, str]]) -> None:
     source, out, recorded = pair
     some = {SHARDS[0]: recorded[SHARDS[0]], "gone.safetensors": "0"}
-    assert check(out, source, PLANNED, recorded=some).wrong_hashes == ("gone.safetensors", SHARDS[1])
+    assert compared(out, source, PLANNED, recorded=some).wrong_hashes == ("gone.safetensors", SHARDS[1])
 
 
 def test_memory_stays_small(tmp_path: Path) -> None:
@@ -232,10 +236,11 @@ def test_memory_stays_small(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
+from abliterate.files.checkpoint import open_checkpoint
 from abliterate.files.integrity import check
 from abliterate.monitor import peak_memory
 before = peak_memory() // 1024
-assert check(Path(sys.argv[1]), Path(sys.argv[2]), ["a"]).unchanged == ("a",)
+assert check(open_checkpoint(Path(sys.argv[1])), open_checkpoint(Path(sys.argv[2])), ["a"]).unchanged == ("a",)
 print(peak_memory() // 1024 - before)
 """
     command = [sys.executable, "-c", code, str(tmp_path / "out"), str(tmp_path / "source")]

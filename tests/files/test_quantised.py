@@ -24,8 +24,7 @@ from abliterate.errors import CheckpointError, ModelError, UsageError
 from abliterate.files.checkpoint import open_checkpoint
 from abliterate.files.storage import PLAIN_STORAGE, Storage, how_stored, stored_numbers, without_quantization
 from abliterate.model.anatomy import study
-from abliterate.model.anatomy.offline import study_files
-from abliterate.model.loading import LoadedModel, ModelFiles, load, locate, require_editable
+from abliterate.model.loading import load, locate
 from abliterate.model.weights import numbers
 from families import BY_NAME, COMMON, byte_tokenizer, random_model, randomise, save
 from families import load as load_plain
@@ -126,8 +125,8 @@ def test_fp8_is_measured_on_the_numbers_that_it_stores(tmp_path: Path, block: tu
     loaded = load(locate(str(folder)), dtype="float32", device="cpu")
     assert torch.equal(logits_of(loaded.model), logits_of(expected))
     assert not loaded.quantised
-    assert loaded.storage == Storage("fp8", True, loaded.storage.why)
-    assert loaded.storage.dequantised
+    assert loaded.files.storage == Storage("fp8", True, loaded.files.storage.why)
+    assert loaded.files.storage.dequantised
     assert getattr(loaded.model.config, "quantization_config", None) is None
     assert {type(module) for module in loaded.model.modules() if hasattr(module, "in_features")} == {nn.Linear}
     control = logits_of(BY_NAME["llama-bias"].model())
@@ -207,8 +206,8 @@ def test_fp8_by_any_other_name_is_read_without_its_library(tmp_path: Path, suffi
     folder, expected = in_fp8(BY_NAME["llama"].model(), tmp_path / "m", (1, -1), suffix, **method)
     loaded = load(locate(str(folder)), dtype="float32", device="cpu")
     assert torch.equal(logits_of(loaded.model), logits_of(expected))
-    assert loaded.storage == Storage(method["quant_method"], True, loaded.storage.why)
-    require_editable(loaded.files, loaded.storage)
+    assert loaded.files.storage == Storage(method["quant_method"], True, loaded.files.storage.why)
+    loaded.files.require_editable()
 
 
 # ------------------------------------------------------------------------------------------------------- MXFP4
@@ -245,7 +244,7 @@ def test_mxfp4_is_measured_on_the_numbers_that_it_stores(gpt_oss: Path) -> None:
         gpt_oss, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
     )
     loaded = load(locate(str(gpt_oss)), dtype="float32", device="cpu")
-    assert loaded.storage == Storage("mxfp4", True, loaded.storage.why)
+    assert loaded.files.storage == Storage("mxfp4", True, loaded.files.storage.why)
     assert not loaded.quantised
     for name, parameter in theirs.named_parameters():
         assert torch.equal(loaded.model.get_parameter(name), parameter.float()), name
@@ -309,7 +308,7 @@ def test_fitted_grids_cannot_be_edited_and_it_is_said_why(fitted: tuple[str, Pat
     storage = stored_as(folder)
     assert (storage.method, storage.editable, storage.dequantised) == (method, False, False)
     with pytest.raises(ModelError) as caught:
-        require_editable(files, storage)
+        files.require_editable()
     message = str(caught.value)
     assert message.isprintable()
     for part in (f"stored quantised ({method})", "fitted", "full-precision checkpoint", "--as lora"):
@@ -418,7 +417,7 @@ def test_codes_that_transformers_passes_over_in_silence_are_an_error(tmp_path: P
 
 def test_writers_of_quantised_files_are_found_without_loading_them(fitted: tuple[str, Path, Any]) -> None:
     _, folder, expected = fitted
-    anatomy, _ = study_files(locate(str(folder)), open_checkpoint(folder))
+    anatomy = locate(str(folder)).anatomy()
     assert [writer.module for writer in anatomy.writers] == [writer.module for writer in study(expected).writers]
 
 
@@ -478,8 +477,8 @@ def test_full_precision_is_quantised_for_measuring(full: Path, quantization: str
     loaded = load(files, dtype="float32", device="cpu", quantization=quantization)
     assert loaded.quantised
     assert loaded.dtype == torch.float32
-    assert loaded.storage == PLAIN_STORAGE, "the files edited stay the full-precision ones"
-    require_editable(files, loaded.storage)
+    assert loaded.files.storage == PLAIN_STORAGE, "the files edited stay the full-precision ones"
+    files.require_editable()
     plain = load_plain(full)
     assert 1e-3 < apart(logits_of(loaded.model), logits_of(plain)) < error
     check_ablation(loaded.model, plain)
@@ -490,7 +489,7 @@ def test_what_is_dequantised_can_be_quantised_for_measuring(tmp_path: Path) -> N
     folder, expected = in_fp8(BY_NAME["llama"].model(**WIDE), tmp_path / "m")
     loaded = load(locate(str(folder)), dtype="float32", device="cpu", quantization="bnb-4bit")
     assert loaded.quantised
-    assert loaded.storage.method == "fp8"
+    assert loaded.files.storage.method == "fp8"
     name = "model.layers.1.mlp.down_proj"
     found = numbers(loaded.model.get_submodule(name))
     assert 1e-3 < apart(found, expected.get_submodule(name).weight) < 0.15
@@ -572,7 +571,10 @@ def test_compressed_tensors_are_measured_on_the_numbers_that_they_store(tmp_path
     model = BY_NAME["llama"].model(**WIDE)
     folder, expected = compress(model, tmp_path / "m", preset)
     loaded = load(locate(str(folder)), dtype="float32", device="cpu")
-    assert (loaded.storage.method, loaded.storage.editable) == ("compressed-tensors", preset == "FP8_DYNAMIC")
+    assert (loaded.files.storage.method, loaded.files.storage.editable) == (
+        "compressed-tensors",
+        preset == "FP8_DYNAMIC",
+    )
     assert apart(logits_of(loaded.model), logits_of(expected)) < 1e-5
     assert apart(logits_of(loaded.model), logits_of(model)) > 1e-3, "a control"
     name = "model.layers.1.mlp.down_proj"
@@ -645,11 +647,3 @@ def test_files_with_codes_give_every_parameter_lazily(tmp_path: Path) -> None:
     for name, value in expected.state_dict().items():
         assert torch.equal(found[name][...], value), name
         assert torch.equal(found[name][1:3], value[1:3]), name
-
-
-def test_loaded_model_needs_no_storage_to_be_made() -> None:
-    """Others make one of a model that they hold."""
-    model = BY_NAME["llama"].model()
-    loaded = LoadedModel(model, None, ModelFiles("x", "folder", Path("x")))
-    assert loaded.storage == PLAIN_STORAGE
-    assert not loaded.quantised

@@ -16,7 +16,7 @@ from abliterate.cli.app import app
 from abliterate.errors import CheckpointError
 from abliterate.forensics import difference
 from abliterate.forensics import single as lone
-from abliterate.forensics.reading import Subject, open_subject
+from abliterate.forensics.reading import InspectedModel, open_inspected
 from abliterate.forensics.spectra import dips, gram, levelled, lowest
 from abliterate.forensics.verdict import Evidence, judge, judge_difference
 from abliterate.model.anatomy import Kind
@@ -59,10 +59,12 @@ def columns_kept(matrix: Tensor, basis: Tensor, strength: float = 1.0) -> Tensor
     return kept
 
 
-def subject(folder: Path, found: Weights, *, name: str = "model", dtype: torch.dtype = torch.bfloat16) -> Subject:
+def subject(
+    folder: Path, found: Weights, *, name: str = "model", dtype: torch.dtype = torch.bfloat16
+) -> InspectedModel:
     path = folder / f"{name}.safetensors"
     save_file({key: value.to(dtype).contiguous() for key, value in found.items()}, path)
-    return open_subject(str(path))
+    return open_inspected(str(path))
 
 
 def block_of(name: str) -> int:
@@ -244,7 +246,7 @@ def test_models_that_share_nothing_are_one_clear_error(tmp_path: Path) -> None:
 def test_files_without_writers_and_broken_ones_are_one_clear_error(tmp_path: Path) -> None:
     save_file({"lm_head.weight": torch.ones(4, 4)}, tmp_path / "none.safetensors")
     with pytest.raises(CheckpointError, match="found none of 1"):
-        open_subject(str(tmp_path / "none.safetensors"))
+        open_inspected(str(tmp_path / "none.safetensors"))
     found = weights()
     found["model.layers.0.mlp.down_proj.weight"][0, 0] = torch.nan
     with pytest.raises(CheckpointError, match="expected finite numbers"):
@@ -252,7 +254,7 @@ def test_files_without_writers_and_broken_ones_are_one_clear_error(tmp_path: Pat
     whole = (tmp_path / "model.safetensors").read_bytes()
     (tmp_path / "cut.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match="cut"):
-        open_subject(str(tmp_path / "cut.safetensors"))
+        open_inspected(str(tmp_path / "cut.safetensors"))
 
 
 def test_probabilities_rise_with_the_evidence_and_say_what_they_were_fitted_on() -> None:

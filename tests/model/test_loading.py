@@ -13,7 +13,8 @@ import torch
 
 from abliterate.config import cache_folder
 from abliterate.errors import CheckpointError, ModelError, UsageError
-from abliterate.model.loading import ModelFiles, load, locate
+from abliterate.model.loading import load, locate
+from abliterate.model.on_disk import ModelOnDisk
 from families import BY_NAME, byte_tokenizer, save
 
 
@@ -41,7 +42,7 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 def test_folder_is_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert locate(str(folder)) == ModelFiles(str(folder), "folder", folder)
+    assert locate(str(folder)) == ModelOnDisk(str(folder), "folder", folder)
     monkeypatch.setenv("HOME", str(folder.parent))
     assert locate("~/llama").folder == folder
     monkeypatch.chdir(folder.parent)
@@ -64,7 +65,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
 
 
 def test_hub_id_is_fetched_without_pickles_and_without_code(hub: SimpleNamespace, folder: Path) -> None:
-    assert locate("owner/name") == ModelFiles("owner/name", "hub", folder)
+    assert locate("owner/name") == ModelOnDisk("owner/name", "hub", folder)
     ((identifier, patterns),) = hub.asked
     assert identifier == "owner/name"
     assert "*.safetensors" in patterns

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,6 @@ from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_checkpoint,
 from abliterate.model.anatomy import Anatomy, Kind, Writer, names_on_disk, study
 from abliterate.model.anatomy import offline as blueprint
 from abliterate.model.anatomy.offline import study_files
-from abliterate.model.loading import ModelFiles
 from families import BY_NAME, D_MODEL, VOCAB, randomise, save
 from zoo import ENTRIES
 
@@ -71,7 +71,7 @@ def model_of(name: str) -> Any:
 
 def read(folder: Path) -> tuple[Anatomy, Any, Checkpoint]:
     checkpoint = open_checkpoint(folder)
-    anatomy, skeleton = study_files(ModelFiles("model", "folder", folder), checkpoint)
+    anatomy, skeleton = study_files("model", checkpoint)
     return anatomy, skeleton, checkpoint
 
 
@@ -176,19 +176,19 @@ def test_nothing_that_others_see_is_changed(tmp_path: Path) -> None:
 def test_architecture_that_does_not_close_stops(tmp_path: Path) -> None:
     transformers.AutoConfig.for_model("openai-gpt", n_embd=D_MODEL, n_layer=2, n_head=4).save_pretrained(tmp_path)
     with pytest.raises(AnatomyError, match=r"transformer\.h\.0 .*not every writer"):
-        study_files(ModelFiles("model", "folder", tmp_path), _empty())
+        study_files("model", _empty(tmp_path))
 
 
 def test_configuration_that_makes_no_model_is_an_error(tmp_path: Path) -> None:
     for text in ('{"model_type": "never-seen"}', '{"model_type": "llama", "hidden_size": "wide"}'):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ModelError, match=r"model 'mine': .* configuration"):
-            study_files(ModelFiles("mine", "folder", tmp_path), _empty())
+            study_files("mine", _empty(tmp_path))
 
 
-def _empty() -> Any:
-    """A checkpoint that is not looked at."""
-    return None
+def _empty(folder: Path) -> Any:
+    """A checkpoint of which only the folder is looked at."""
+    return types.SimpleNamespace(folder=folder, tensors={})
 
 
 # --- a toy whose modules are of the kinds that transformers' own models avoid
@@ -261,7 +261,7 @@ def test_sequences_lists_and_what_starts_at_zero_are_found(
 ) -> None:
     config = ToyConfig(num_experts=experts)
     monkeypatch.setattr(blueprint, "_config", lambda *_: config)
-    monkeypatch.setattr(blueprint, "_auto_class", lambda _: ToyModel)
+    monkeypatch.setattr(blueprint, "auto_class", lambda _: ToyModel)
     model = randomise(ToyModel(config)).eval()
     save(model, tmp_path, tokenizer=False)
     found, _, _ = read(tmp_path)
@@ -278,8 +278,8 @@ _MEASURED = """
 import resource, sys, tempfile
 import torch, transformers
 from pathlib import Path
+from types import SimpleNamespace
 from abliterate.model.anatomy.offline import study_files
-from abliterate.model.loading import ModelFiles
 from abliterate.monitor import peak_memory
 
 torch.set_num_threads(1)
@@ -289,7 +289,7 @@ config = transformers.AutoConfig.for_model(
 )
 with tempfile.TemporaryDirectory() as folder:
     config.save_pretrained(folder)
-    anatomy, skeleton = study_files(ModelFiles("model", "folder", Path(folder)), None)
+    anatomy, skeleton = study_files("model", SimpleNamespace(folder=Path(folder), tensors={}))
 used = resource.getrusage(resource.RUSAGE_SELF)
 parameters = sum(parameter.numel() for parameter in skeleton.parameters())
 print(len(anatomy.writers), parameters, used.ru_utime + used.ru_stime, peak_memory() // 1024)

@@ -110,11 +110,12 @@ def compare(out: Path, source: Path | None = None, monitor: Monitor | None = Non
                 raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")
         planned = [edit.tensor for edit in plan.edits]
         indexed = INDEX_NAME in plan.files
-        found = check(out, origin, planned, extra=plan.copied, recorded=record.output_sha256, indexed=indexed)
+        edited = open_checkpoint(out)
+        found = check(edited, original, planned, extra=plan.copied, recorded=record.output_sha256, indexed=indexed)
     rewritten = {_CARD, *record.left_out}
     if plan.copied or plan.variant.get("untie"):
         rewritten.add("config.json")
-    if not indexed or (original.index and has_own_index(open_checkpoint(out), original.index)):
+    if not indexed or (original.index and has_own_index(edited, original.index)):
         rewritten.add(INDEX_NAME)
     return Comparison(out, origin, found, frozenset(rewritten))
 

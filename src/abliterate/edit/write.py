@@ -24,10 +24,10 @@ from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.edit.weights import Surgery, edit_checkpoint, planned_parameters, refusal
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import Changes, Checkpoint, Staging, bytes_to_write, ensure_space, resumable
-from abliterate.files.storage import how_stored
+from abliterate.files.checkpoint import Changes, Staging, bytes_to_write, ensure_space, resumable
 from abliterate.model.anatomy import Anatomy, Stored, names_on_disk, unclaimed
-from abliterate.model.loading import LoadedModel, ModelFiles, require_editable
+from abliterate.model.loading import LoadedModel
+from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.record import grouped
 
@@ -39,11 +39,10 @@ _UNDO_SHARE = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
-    """What is edited: the files, their checkpoint, their anatomy, and a model for names: live, or a skeleton."""
+class EditTarget:
+    """What is edited: a model on disk with its anatomy, and a model for names: the live one, or its skeleton."""
 
-    files: ModelFiles
-    source: Checkpoint
+    files: ModelOnDisk
     anatomy: Anatomy
     model: Any
     loaded: LoadedModel | None = None
@@ -62,7 +61,7 @@ class Realised:
     vectors: Mapping[int, Float[Tensor, " d"]] = field(default_factory=dict)
 
 
-def rehearse(anatomy: Anatomy, finding: FindSettings, editing: EditSettings, output: OutputSettings) -> None:
+def dry_run_plan(anatomy: Anatomy, finding: FindSettings, editing: EditSettings, output: OutputSettings) -> None:
     """Raise what the plan of a direction that is still to be found would raise, before hours of work."""
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(finding.rank, anatomy.d_model, generator=generator)
@@ -118,19 +117,19 @@ def _by_block(plan: Plan, anatomy: Anatomy) -> dict[int, list[float | None]]:
     return found
 
 
-def check_realisation(files: ModelFiles, source: Checkpoint, output: OutputSettings) -> None:
+def check_realisation(files: ModelOnDisk, output: OutputSettings) -> None:
     """Raise, before any work, for weights that cannot be edited in place, and for options that do not go together."""
     if output.realisation == "weights":
-        require_editable(files, how_stored(source))
+        files.require_editable()
     elif output.shard_size is not None:
         raise UsageError(f"--shard-size: expected --as weights with it, found {output.realisation}")
 
 
 @contextlib.contextmanager
-def opened(output: OutputSettings, patient: Patient, plan: Plan) -> Iterator[Staging]:
+def opened(output: OutputSettings, target: EditTarget, plan: Plan) -> Iterator[Staging]:
     """The folder that becomes OUT when all is done. A run that was killed goes on where it was."""
     identity = _identity(output, plan)
-    folder = patient.files.folder
+    folder = target.files.folder
     with resumable(output.out, identity=identity, source=folder, overwrite=output.overwrite) as staging:
         yield staging
 
@@ -146,39 +145,39 @@ def _identity(output: OutputSettings, plan: Plan) -> bytes:
 
 
 def realise(
-    plan: Plan, direction: Direction, patient: Patient, staging: Staging, output: OutputSettings, monitor: Monitor
+    plan: Plan, direction: Direction, target: EditTarget, staging: Staging, output: OutputSettings, monitor: Monitor
 ) -> Realised:
     """Write `plan` into the folder of `staging`.
 
     Raises `UsageError`, naming the writer, for an edit that this realisation cannot hold exactly.
     """
-    refuse(plan, patient.anatomy, output)
+    refuse(plan, target.anatomy, output)
     for name, why in grouped(dict(plan.left_alone)):
         monitor.note(f"{name} left alone: {why}")
-    if (others := unclaimed(patient.model, patient.source.tensors)) and output.realisation == "weights":
+    if (others := unclaimed(target.model, target.files.checkpoint.tensors)) and output.realisation == "weights":
         monitor.warn(
             f"{len(others)} stored matrices are no part of the model as transformers loads it and stay as they are: "
             f"{', '.join(others[:3])}{' …' if len(others) > 3 else ''}"
         )
     if output.realisation == "weights":
-        return _weights(plan, patient, staging, output, monitor)
+        return _weights(plan, target, staging, output, monitor)
     if output.realisation == "control-vector":
-        return _control_vector(plan, direction, patient, staging.folder)
+        return _control_vector(plan, direction, target, staging.folder)
     with monitor.phase("factors of the adapter"):
-        factors = _factors(plan, patient)
+        factors = _factors(plan, target)
     if output.realisation == "lora":
-        folders = write_peft(staging.folder, factors, model=patient.model, base_model=_base_model(patient.files))
+        folders = write_peft(staging.folder, factors, model=target.model, base_model=_base_model(target.files))
         return Realised(tuple(str(folder.relative_to(staging.folder)) for folder in folders))
-    tied = bool(patient.model.config.get_text_config().tie_word_embeddings)
-    layers = patient.anatomy.layers
-    write_gguf_lora(staging.folder / GGUF_LORA, factors, architecture=_architecture(patient), layers=layers, tied=tied)
+    tied = bool(target.model.config.get_text_config().tie_word_embeddings)
+    layers = target.anatomy.layers
+    write_gguf_lora(staging.folder / GGUF_LORA, factors, architecture=_architecture(target), layers=layers, tied=tied)
     return Realised((GGUF_LORA,))
 
 
-def _weights(plan: Plan, patient: Patient, staging: Staging, output: OutputSettings, monitor: Monitor) -> Realised:
-    source = patient.source
-    names = names_on_disk(patient.model, planned_parameters(plan), source.tensors)
-    changes = _changes(plan, patient, output)
+def _weights(plan: Plan, target: EditTarget, staging: Staging, output: OutputSettings, monitor: Monitor) -> Realised:
+    source = target.files.checkpoint
+    names = names_on_disk(target.model, planned_parameters(plan), source.tensors)
+    changes = _changes(plan, target, output)
     total = bytes_to_write(source, changes)
     planned = sum(source.tensors[place.tensor].nbytes for places in names.values() for place in places)
     ensure_space(staging.folder, total - staging.journal.kept_bytes + planned // _UNDO_SHARE)
@@ -194,20 +193,20 @@ def _weights(plan: Plan, patient: Patient, staging: Staging, output: OutputSetti
     return Realised((*surgery.files.written, *surgery.undo), surgery, names, copied)
 
 
-def _changes(plan: Plan, patient: Patient, output: OutputSettings) -> Changes:
+def _changes(plan: Plan, target: EditTarget, output: OutputSettings) -> Changes:
     """New shards, and an untied head with its own copy of the embedding.
 
     There is always an index: without one vLLM takes direction.safetensors and undo.safetensors for weights.
     """
     if not plan.untie:
         return Changes(output.shard_bytes, indexed=True)
-    model = patient.model
+    model = target.model
     embedding, head = (_name_of(model, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-    config = {"config.json": _untied_config(patient.files.folder)}
-    if f"{head}.weight" in patient.source.tensors:
+    config = {"config.json": _untied_config(target.files.folder)}
+    if f"{head}.weight" in target.files.checkpoint.tensors:
         return Changes(output.shard_bytes, replaced=config, indexed=True)
-    (place,) = names_on_disk(model, {f"{embedding}.weight": 1}, patient.source.tensors)[f"{embedding}.weight"]
-    extra = {f"{head}.weight": patient.source.tensors[place.tensor]}
+    (place,) = names_on_disk(model, {f"{embedding}.weight": 1}, target.files.checkpoint.tensors)[f"{embedding}.weight"]
+    extra = {f"{head}.weight": target.files.checkpoint.tensors[place.tensor]}
     return Changes(output.shard_bytes, extra, config, indexed=True)
 
 
@@ -240,40 +239,40 @@ def untied(model: Any, plan: Plan) -> Iterator[None]:
         head.weight = shared
 
 
-def _factors(plan: Plan, patient: Patient) -> list[LowRank]:
+def _factors(plan: Plan, target: EditTarget) -> list[LowRank]:
     """From the files; from the live model where their numbers can only be had through it."""
-    if how_stored(patient.source).editable:
-        names = names_on_disk(patient.model, planned_parameters(plan), patient.source.tensors)
-        return low_rank(patient.source, plan, names)
-    if patient.loaded is None:
+    if target.files.storage.editable:
+        names = names_on_disk(target.model, planned_parameters(plan), target.files.checkpoint.tensors)
+        return low_rank(target.files.checkpoint, plan, names)
+    if target.loaded is None:
         raise UsageError("the weights are quantised: expected a loaded model to take the adapter from, found none")
-    return low_rank_live(patient.loaded.model, plan)
+    return low_rank_live(target.loaded.model, plan)
 
 
-def _base_model(files: ModelFiles) -> str:
+def _base_model(files: ModelOnDisk) -> str:
     return files.name if files.kind == "hub" else str(files.folder.resolve())
 
 
-def _architecture(patient: Patient) -> str:
-    if patient.files.kind == "gguf":
-        return stored_architecture(Path(patient.files.name).expanduser())
-    return architecture_of(str(patient.model.config.get_text_config().model_type))
+def _architecture(target: EditTarget) -> str:
+    if target.files.kind == "gguf":
+        return stored_architecture(Path(target.files.name).expanduser())
+    return architecture_of(str(target.model.config.get_text_config().model_type))
 
 
-def _control_vector(plan: Plan, direction: Direction, patient: Patient, folder: Path) -> Realised:
+def _control_vector(plan: Plan, direction: Direction, target: EditTarget, folder: Path) -> Realised:
     """−s r where r was measured, or at the layers that the plan chooses: scale 1 works against the direction."""
     site = chosen_site(direction)
     if direction.candidates is None or site is None:
         raise UsageError("control vector: expected a direction file with candidates and a chosen site; see `find`")
     layer, position = site
-    strengths = {block: own[0] for block, own in _by_block(plan, patient.anatomy).items() if own[0] is not None}
-    everywhere = len(strengths) == patient.anatomy.layers
+    strengths = {block: own[0] for block, own in _by_block(plan, target.anatomy).items() if own[0] is not None}
+    everywhere = len(strengths) == target.anatomy.layers
     vectors = {}
     for at in [layer] if everywhere else sorted(strengths):
         vectors[at] = -strengths.get(at, plan.strength) * direction.candidates.at(at, position)
         if not bool(vectors[at].any()):
             raise UsageError(f"control vector: the classes do not differ at layer {at}, or its strength is 0")
-    architecture = _architecture(patient)
+    architecture = _architecture(target)
     path = folder / CONTROL_VECTOR
-    write_control_vector(path, vectors, architecture=architecture, layers=patient.anatomy.layers)
+    write_control_vector(path, vectors, architecture=architecture, layers=target.anatomy.layers)
     return Realised((CONTROL_VECTOR,), vectors=vectors)

@@ -27,7 +27,7 @@ from abliterate.evaluation.examine import (
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.results import Shift, Subject
-from abliterate.model._compat import quiet_transformers
+from abliterate.model._compat import load_adapter
 from abliterate.monitor import Monitor
 from abliterate.prompts import ContrastiveSet
 from abliterate.session import Session, locate_model, open_session
@@ -149,8 +149,7 @@ def _subject(session: Session, one: Contender, seed: int, *, kept: bool = False)
     if one.kind == "model":
         return as_loaded(session) if kept else Subject(session.model)
     if one.kind == "adapter":
-        with quiet_transformers():
-            session.model.load_adapter(str(one.extra))
+        load_adapter(session.model, str(one.extra))
         return Subject(session.model)
     width = session.anatomy.d_model
     plan = session.plan(random_direction(1, width, seed) if one.extra is None else load_direction(one.extra))

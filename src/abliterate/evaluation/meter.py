@@ -20,7 +20,6 @@ from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.results import Shift, Subject, measure_shifts
 from abliterate.evaluation.scores import kl_divergence, refusal_score
 from abliterate.model.batches import Encoded
-from abliterate.model.lower_layers import LowerLayers, lowest_block
 from abliterate.monitor import Monitor
 from abliterate.session import Session
 
@@ -56,10 +55,9 @@ class Meter:
         judge: Judge,
         evaluating: EvalSettings,
         split: str = "val",
-        lower: LowerLayers | None = None,
     ) -> None:
         """`tokens` start refusals. The unedited model's first tokens are run now, its replies when asked."""
-        self.session, self.tokens, self._lower = session, list(tokens), lower
+        self.session, self.tokens = session, list(tokens)
         texts = {name: getattr(getattr(session.prompts, name), split) for name in ("harmful", "harmless")}
         encoded = {name: session.encoded[name, split] for name in texts}
         plain = evaluating.model_copy(update={"thinking": "closed", "early_stop": False})
@@ -78,7 +76,7 @@ class Meter:
         self.counts[stage] += 1
         few = FEW_PROMPTS if stage == Stage.FEW else None
         edited = self._hooked(edit) if isinstance(edit, Plan) else edit
-        with self._skipping(edit), contextlib.nullcontext() if edited is None else edited.state():
+        with contextlib.nullcontext() if edited is None else edited.state():
             harmful, _ = self._first_tokens(_first(self._harmful, few))
             harmless, kl = self._first_tokens(_first(self._harmless, few))
             kl = kl[self._answered[:few]]
@@ -92,15 +90,6 @@ class Meter:
         return Measured(
             harmful, harmless, kl, replies, base, self._shift(edited, base) if stage == Stage.SHIFT else None
         )
-
-    def _skipping(self, edit: Plan | Subject | None) -> contextlib.AbstractContextManager[None]:
-        """Blocks below all that is edited are not computed again."""
-        lower = self._lower
-        if lower is None or isinstance(edit, Subject):
-            return contextlib.nullcontext()
-        if edit is not None and lowest_block(e.writer for e in edit.edits if e.changes) < lower.first:
-            return contextlib.nullcontext()
-        return lower.skipping(self._harmful, self._harmless)
 
     def _hooked(self, plan: Plan) -> Subject:
         return Subject(self.session.model, functools.partial(self.session.ablated, plan))

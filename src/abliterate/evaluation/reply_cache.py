@@ -22,11 +22,12 @@ import torch
 
 from abliterate._version import __version__
 from abliterate.files.cache import DiskCache, digest
-from abliterate.files.checkpoint import open_checkpoint, sha256
+from abliterate.files.checkpoint import sha256
 from abliterate.model._compat import attention_kernel
 from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel
+from abliterate.model.on_disk import ModelOnDisk
 
 #: Of what is kept of a reply: to be raised when that changes.
 _FORMAT = 1
@@ -49,7 +50,7 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, *, stoppi
     if loaded.quantised or _is_foreign(model) or _has_hooks(model):
         return None
     parts = {
-        "files": _hashes(loaded.files.folder),
+        "files": _hashes(loaded.files),
         "versions": [__version__, torch.__version__, transformers.__version__],
         "numbers": [str(loaded.dtype), loaded.device.type],
         "model": [type(model).__name__, attention_kernel(model)],
@@ -91,10 +92,10 @@ def _has_hooks(model: Any) -> bool:
     return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def _hashes(folder: Path) -> list[tuple[str, str]]:
+def _hashes(files: ModelOnDisk) -> list[tuple[str, str]]:
     """Name and SHA-256 of every file that decides what the model says."""
-    paths = {shard.path for shard in open_checkpoint(folder).shards}
-    paths.update(path for pattern in _DESCRIPTIONS for path in folder.glob(pattern) if path.is_file())
+    paths = {shard.path for shard in files.checkpoint.shards}
+    paths.update(path for pattern in _DESCRIPTIONS for path in files.folder.glob(pattern) if path.is_file())
     return [(path.name, _hash(path)) for path in sorted(paths)]
 
 

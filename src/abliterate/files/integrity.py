@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, TensorReader, open_checkpoint, sha256
+from abliterate.files.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, TensorReader, sha256
 from abliterate.files.checkpoint.outputs import index_of, other_files
 from abliterate.files.checkpoint.reading import open_source
 
@@ -52,27 +52,25 @@ class Integrity:
 
 
 def check(
-    out: Path,
-    source: Path,
+    new: Checkpoint,
+    old: Checkpoint,
     planned: Collection[str],
     *,
     extra: Mapping[str, str] | None = None,
     recorded: Mapping[str, str] | None = None,
     indexed: bool = False,
 ) -> Integrity:
-    """Compare the checkpoint in `out` with the one in `source` it was made from, byte by byte.
+    """Compare the checkpoint `new` with the one that it was made from, byte by byte.
 
-    `planned` names the tensors that may differ. `extra` names tensors that were added, each with the tensor of the
-    source whose bytes it must have. `recorded` has the SHA-256 of the shards of `out` by file name. `indexed`: `out`
-    was written with an index, so one that the source does not have must be there and be right.
+    `planned` names the tensors that may differ. `extra` names tensors that were added, each with the tensor of
+    `old` whose bytes it must have. `recorded` has the SHA-256 of the shards of `new` by file name. `indexed`: it was
+    written with an index, so one that `old` does not have must be there and be right.
 
-    Raises `CheckpointError` when one of the folders holds no whole checkpoint, `UsageError` when `planned` or `extra`
-    names a tensor that the source does not have.
+    Raises `UsageError` when `planned` or `extra` names a tensor that `old` does not have.
     """
-    new, old = open_checkpoint(out), open_checkpoint(source)
     added = dict(extra or {})
     if unknown := sorted({*planned, *added.values()} - old.tensors.keys()):
-        raise UsageError(f"tensor '{unknown[0]}': expected one of {source}, found none; check what was planned")
+        raise UsageError(f"tensor '{unknown[0]}': expected one of {old.folder}, found none; check what was planned")
     origins = {name: old.tensors.get(added.get(name, name)) for name in new.tensors}
     reshaped = {name for name, origin in origins.items() if origin and not same_layout(new.tensors[name], origin)}
     different, hashes = _compare(new, origins)

@@ -25,7 +25,6 @@ from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.meter import Meter, Stage
 from abliterate.evaluation.results import Subject
 from abliterate.evaluation.statistics import bootstrap_mean
-from abliterate.files.checkpoint import open_checkpoint, sha256
 from abliterate.finding.find import Found, choose, find
 from abliterate.finding.selection import Rule, candidate_sites
 from abliterate.finding.subspaces import svd_subspace
@@ -193,14 +192,13 @@ def write_audit(part: rec.AuditPart, session: Session, folder: Path) -> None:
 def _record(part: rec.AuditPart, session: Session) -> rec.Record:
     """The record of an audit by itself."""
     files, monitor = session.loaded.files, session.monitor
-    hashes = {shard.path.name: sha256(shard.path) for shard in open_checkpoint(files.folder).shards}
     dtype, device = str(session.loaded.dtype).removeprefix("torch."), str(session.loaded.device)
     return rec.Record(
         created=now(),
         versions=versions(),
         command=command(),
         settings={"loading": session.loading.model_dump(mode="json")},
-        model=model_part(files, session.model, session.anatomy, dtype, device, hashes),
+        model=model_part(files, session.model, session.anatomy, dtype, device, dict(files.sha256)),
         prompts=prompts_part(session),
         anatomy=anatomy_part(session.anatomy),
         audit=part,

@@ -22,7 +22,7 @@ from abliterate.errors import CheckpointError
 from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor
 from abliterate.files.formats import layout
 from abliterate.files.integrity import same_layout
-from abliterate.forensics.reading import Place, Subject, numbers
+from abliterate.forensics.reading import InspectedModel, Place, numbers
 from abliterate.model.anatomy import Kind
 
 Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
@@ -116,7 +116,9 @@ class _Seen:
     lengths: Float[Tensor, " d"]
 
 
-def compare(subject: Subject, base: Subject, *, progress: Callable[[int], None] | None = None) -> Difference:
+def compare(
+    subject: InspectedModel, base: InspectedModel, *, progress: Callable[[int], None] | None = None
+) -> Difference:
     """Compare tensor by tensor; writers that differ are read twice. Memory: a few copies of one tensor.
 
     Raises `CheckpointError` when a tensor has another shape, or when the two have no writer in common.
@@ -189,7 +191,7 @@ def _matrices(checkpoint: Checkpoint, place: Place) -> Float[Tensor, "d n"]:
     return values.reshape(len(values), -1)
 
 
-def _look(subject: Subject, base: Subject, place: Place, old: Place) -> _Seen | None:
+def _look(subject: InspectedModel, base: InspectedModel, place: Place, old: Place) -> _Seen | None:
     """The difference of one writer: how large, of what rank, and its left singular vectors by their share."""
     _same_numbers(place.info, old.info, subject.checkpoint, base.checkpoint)
     before = _matrices(base.checkpoint, old)
@@ -276,7 +278,9 @@ def _own(one: _Seen, levelled: bool, *, weigh: bool = False) -> Float[Tensor, "k
     return rows * one.left.norm(dim=1, keepdim=True) if weigh else rows
 
 
-def _along(subject: Subject, base: Subject, one: _Seen, common: dict[bool, Float[Tensor, "k d"]]) -> _Along:
+def _along(
+    subject: InspectedModel, base: InspectedModel, one: _Seen, common: dict[bool, Float[Tensor, "k d"]]
+) -> _Along:
     """Look at a changed writer along all candidates."""
     before = _matrices(base.checkpoint, one.old)
     after = _matrices(subject.checkpoint, one.place)

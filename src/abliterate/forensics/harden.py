@@ -31,7 +31,7 @@ from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.meter import Meter, Stage
 from abliterate.evaluation.results import Subject
 from abliterate.evaluation.scores import refusal_score
-from abliterate.files.checkpoint import check_output, open_checkpoint
+from abliterate.files.checkpoint import check_output
 from abliterate.finding.find import Found, choose, find
 from abliterate.forensics.audit import audit_session
 from abliterate.forensics.repair import fit_readers, stream_length, with_additions, worth_of, write_hooked
@@ -99,7 +99,7 @@ def harden(
     with adding(session.model, additions):
         again = _found(session, finding, prompts.seed)
         after = audit_session(session, again, finding, evaluating, judge, seed=prompts.seed)
-    source = open_checkpoint(session.loaded.files.folder)
+    source = session.loaded.files.checkpoint
     tensors = write_hooked(session, source, additions, out, overwrite)
     return Hardened(out, tensors, size, before, after, evaluation)
 

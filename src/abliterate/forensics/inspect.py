@@ -15,11 +15,11 @@ from abliterate.config import EvalSettings, InspectSettings, ModelSettings, Prom
 from abliterate.edit.direction import Direction, Recipe, save_direction
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint import sha256
-from abliterate.files.storage import configuration, how_stored
+from abliterate.files.storage import configuration
 from abliterate.finding.estimate import auroc, difference_of_means
 from abliterate.forensics import difference
 from abliterate.forensics import single as lone
-from abliterate.forensics.reading import Subject, open_subject
+from abliterate.forensics.reading import InspectedModel, open_inspected
 from abliterate.forensics.verdict import judge_difference
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
@@ -44,14 +44,14 @@ def inspect(
     Without `settings.base` only the model's own tensors are read, twice at most, and nothing is run. The direction
     file is written where `settings.save` says, record and report where `settings.out` does.
 
-    Raises `UsageError` for settings that do not go together, and the errors of `open_subject`.
+    Raises `UsageError` for settings that do not go together, and the errors of `open_inspected`.
     """
     monitor, started = monitor or Monitor(), time.perf_counter()
     _check(model, settings)
     trust = loading.trust_remote_code
     with monitor.phase("find the writers"):
-        subject = open_subject(model, trust_remote_code=trust)
-        base = None if settings.base is None else open_subject(settings.base, trust_remote_code=trust)
+        subject = open_inspected(model, trust_remote_code=trust)
+        base = None if settings.base is None else open_inspected(settings.base, trust_remote_code=trust)
     for opened in (subject, base):
         if opened is not None and not opened.proved:
             monitor.note(f"{opened.name}: writers known by the names of their tensors only")
@@ -79,7 +79,7 @@ def inspect(
     return part, found
 
 
-def _record(subject: Subject, part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
+def _record(subject: InspectedModel, part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
     """The record of an inspection by itself."""
     files, checkpoint = subject.files, subject.checkpoint
     architectures = None if files is None else configuration(checkpoint).get("architectures")
@@ -92,7 +92,7 @@ def _record(subject: Subject, part: rec.InspectionPart, monitor: Monitor) -> rec
             name=part.model,
             kind="folder" if files is None else files.kind,
             folder=str(checkpoint.folder),
-            storage="plain" if files is None else how_stored(checkpoint).method,
+            storage="plain" if files is None else files.storage.method,
             architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
             d_model=subject.d_model,
             layers=subject.layers,
@@ -124,7 +124,7 @@ def _device(loading: ModelSettings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _alone(subject: Subject, trace: lone.Trace) -> tuple[rec.InspectionPart, Direction | None]:
+def _alone(subject: InspectedModel, trace: lone.Trace) -> tuple[rec.InspectionPart, Direction | None]:
     window = trace.window
     where = None
     if window is not None:
@@ -164,7 +164,7 @@ def _alone(subject: Subject, trace: lone.Trace) -> tuple[rec.InspectionPart, Dir
 
 
 def _beside(
-    subject: Subject, base: Subject, found: difference.Difference
+    subject: InspectedModel, base: InspectedModel, found: difference.Difference
 ) -> tuple[rec.InspectionPart, Direction | None]:
     altered = found.verdict == "ablation"
     units = [
@@ -212,7 +212,9 @@ def _names(tensors: Sequence[str], what: str) -> list[str]:
     return [f"{len(tensors)} tensors {what} ({shown})"] if tensors else []
 
 
-def _direction(subject: Subject, basis: Float[Tensor, "k d"], strengths: dict[str, float], source: str) -> Direction:
+def _direction(
+    subject: InspectedModel, basis: Float[Tensor, "k d"], strengths: dict[str, float], source: str
+) -> Direction:
     metadata = {"recovered_from": subject.name, "with": source}
     rows = torch.linalg.qr(basis.float().T).Q.T.contiguous()
     return Direction(rows, metadata, recipe=Recipe(strengths))

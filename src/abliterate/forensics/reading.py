@@ -13,11 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.errors import AnatomyError, CheckpointError, ModelError
-from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_checkpoint, open_tensor, read_shard
+from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor, read_shard
 from abliterate.files.formats import layout
 from abliterate.model.anatomy import Kind, names_on_disk
-from abliterate.model.anatomy.offline import study_files
-from abliterate.model.loading import ModelFiles, locate
+from abliterate.model.loading import locate
+from abliterate.model.on_disk import ModelOnDisk
 
 #: Output maps by the names that checkpoints give them, for files that come without a configuration.
 _OUTPUTS = re.compile(
@@ -39,7 +39,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
+class InspectedModel:
     """A checkpoint whose writers are known: by residual accounting (`proved`), or by the names of its tensors.
 
     `files` is None for a single file.
@@ -50,7 +50,7 @@ class Subject:
     places: tuple[Place, ...]
     d_model: int
     proved: bool
-    files: ModelFiles | None = None
+    files: ModelOnDisk | None = None
 
     @property
     def layers(self) -> int:
@@ -66,7 +66,7 @@ class Subject:
         return {unit: tuple(places) for unit, places in found.items()}
 
 
-def open_subject(spec: str, *, trust_remote_code: bool = False) -> Subject:
+def open_inspected(spec: str, *, trust_remote_code: bool = False) -> InspectedModel:
     """The writers of a hub id, a folder, a `.gguf` file, or one `.safetensors` file or shard.
 
     A single file, and a model whose books do not close, is read by the names of its tensors.
@@ -78,15 +78,14 @@ def open_subject(spec: str, *, trust_remote_code: bool = False) -> Subject:
         shard = read_shard(path)
         return _by_name(spec, Checkpoint(path.parent, (shard,), shard.tensors, None))
     files = locate(spec, trust_remote_code=trust_remote_code)
-    checkpoint = open_checkpoint(files.folder)
     try:
-        return _by_anatomy(files, checkpoint, trust_remote_code)
+        return _by_anatomy(files)
     except (AnatomyError, ModelError):
-        return _by_name(spec, checkpoint, files)
+        return _by_name(spec, files.checkpoint, files)
 
 
-def _by_anatomy(files: ModelFiles, checkpoint: Checkpoint, trust_remote_code: bool) -> Subject:
-    anatomy, skeleton = study_files(files, checkpoint, trust_remote_code=trust_remote_code)
+def _by_anatomy(files: ModelOnDisk) -> InspectedModel:
+    anatomy, skeleton, checkpoint = files.anatomy(), files.skeleton(), files.checkpoint
     writers = {writer.weight: writer for writer in anatomy.writers if writer.weight is not None and not writer.tied}
     stored = names_on_disk(skeleton, {name: writer.axis for name, writer in writers.items()}, checkpoint.tensors)
     places = tuple(
@@ -95,10 +94,10 @@ def _by_anatomy(files: ModelFiles, checkpoint: Checkpoint, trust_remote_code: bo
         for place in stored[name]
         if len(checkpoint.tensors[place.tensor].shape) > 1
     )
-    return Subject(files.name, checkpoint, places, anatomy.d_model, proved=True, files=files)
+    return InspectedModel(files.name, checkpoint, places, anatomy.d_model, proved=True, files=files)
 
 
-def _by_name(name: str, checkpoint: Checkpoint, files: ModelFiles | None = None) -> Subject:
+def _by_name(name: str, checkpoint: Checkpoint, files: ModelOnDisk | None = None) -> InspectedModel:
     """Output maps by their names; the width of the stream is the one that most of them share."""
     found = {key: info for key, info in checkpoint.tensors.items() if _OUTPUTS.search(key) and len(info.shape) == 2}
     widths = Counter(size for info in found.values() for size in set(info.shape))
@@ -116,7 +115,7 @@ def _by_name(name: str, checkpoint: Checkpoint, files: ModelFiles | None = None)
             axis = 1 if "c_proj" in key or info.shape[0] != width else 0
             places.append(Place(info, axis, int(block[1]), kind))
     places.sort(key=lambda place: (place.block or 0, place.kind != Kind.ATTENTION))
-    return Subject(name, checkpoint, tuple(places), width, proved=False, files=files)
+    return InspectedModel(name, checkpoint, tuple(places), width, proved=False, files=files)
 
 
 def numbers(checkpoint: Checkpoint, info: TensorInfo) -> Float[Tensor, "*shape"]:
@@ -141,4 +140,4 @@ def maps(checkpoint: Checkpoint, place: Place) -> Iterator[Float[Tensor, "d n"]]
         yield matrix if gain is None else matrix * gain[:, None]
 
 
-__all__ = ["Place", "Subject", "maps", "numbers", "open_subject"]
+__all__ = ["InspectedModel", "Place", "maps", "numbers", "open_inspected"]

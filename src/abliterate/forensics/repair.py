@@ -41,12 +41,11 @@ from abliterate.finding.find import refusal_tokens
 from abliterate.finding.search.objectives import share_of
 from abliterate.forensics import difference
 from abliterate.forensics import single as lone
-from abliterate.forensics.reading import Subject as Inspected
-from abliterate.forensics.reading import numbers, open_subject
+from abliterate.forensics.reading import InspectedModel, numbers, open_inspected
 from abliterate.model.activations import stream_sites
 from abliterate.model.anatomy import Kind, Writer, names_on_disk
 from abliterate.monitor import Monitor
-from abliterate.session import Session, named_by, open_session
+from abliterate.session import Session, open_session
 
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
 USUAL_REFUSALS = "I,Sorry,As,Unfortunately"
@@ -131,7 +130,7 @@ def _from_base(model: str, base: str, out: Path, overwrite: bool, loading: Model
     """Ablated writers become the base's: whole where nothing else changed in them, else along the direction only."""
     trust = loading.trust_remote_code
     with monitor.phase("find the writers"):
-        subject, origin = (open_subject(spec, trust_remote_code=trust) for spec in (model, base))
+        subject, origin = (open_inspected(spec, trust_remote_code=trust) for spec in (model, base))
     total = sum(place.info.nbytes for place in subject.places)
     with monitor.phase("compare with the base", total) as advance:
         found = difference.compare(subject, origin, progress=advance)
@@ -168,7 +167,7 @@ def _from_adapter(
     model: str, adapter: Path, out: Path, overwrite: bool, loading: ModelSettings, monitor: Monitor
 ) -> Repaired:
     """W − B A of every tensor that a merged LoRA adapter (PEFT) changed: the original to within rounding, twice."""
-    subject = open_subject(model, trust_remote_code=loading.trust_remote_code)
+    subject = open_inspected(model, trust_remote_code=loading.trust_remote_code)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, (down, up) in read_adapter(adapter).items():
         tensor = _tensor_named(subject.checkpoint, name)
@@ -254,7 +253,7 @@ def _approximately(
     judge = open_judge(evaluating.judge, device=loading.device)
     try_judge(judge, monitor)
     session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-    subject = open_subject(model, trust_remote_code=loading.trust_remote_code)
+    subject = open_inspected(model, trust_remote_code=loading.trust_remote_code)
     basis, blocks = _direction(subject, direction, monitor)
     given = finding if finding.refusal_tokens else finding.model_copy(update={"refusal_tokens": USUAL_REFUSALS})
     tokens = [token.token for token in refusal_tokens(session, given)]
@@ -300,7 +299,9 @@ def _approximately(
     )
 
 
-def _direction(subject: Inspected, file: Path | None, monitor: Monitor) -> tuple[Float[Tensor, "k d"], tuple[int, ...]]:
+def _direction(
+    subject: InspectedModel, file: Path | None, monitor: Monitor
+) -> tuple[Float[Tensor, "k d"], tuple[int, ...]]:
     """What was taken out, and of which blocks (empty: of all)."""
     if file is not None:
         return load_direction(file, subject.d_model).basis, ()
@@ -421,7 +422,7 @@ def write_hooked(
 ) -> tuple[str, ...]:
     """A copy of `source`, the session's model on disk, with additions that were tried as hooks; the changed tensors."""
     axes = {str(one.writer.weight): one.writer.axis for one in additions}
-    names = names_on_disk(named_by(session, source), axes, source.tensors)
+    names = names_on_disk(session.named_model, axes, source.tensors)
     changes, stored_axes = changes_of(additions, names)
     _write_changed(source, out, overwrite, changes, stored_axes, {}, session.monitor)
     return tuple(changes)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.forensics.reading import Place, Subject, maps
+from abliterate.forensics.reading import InspectedModel, Place, maps
 from abliterate.forensics.spectra import Dip, dips, gram, levelled, lowest
 from abliterate.forensics.verdict import Evidence, Verdict, judge
 from abliterate.model.anatomy import Kind
@@ -108,7 +108,7 @@ class _Lone:
         return max(self.raw.depth, self.level.depth)
 
 
-def inspect(subject: Subject, *, device: str = "cpu", progress: Callable[[int], None] | None = None) -> Trace:
+def inspect(subject: InspectedModel, *, device: str = "cpu", progress: Callable[[int], None] | None = None) -> Trace:
     """Look for directions that have been taken out (see this module's docstring).
 
     Memory: one tensor and about a dozen matrices [d, d]. Raises `CheckpointError` for tensors that cannot be read.
@@ -141,7 +141,7 @@ def inspect(subject: Subject, *, device: str = "cpu", progress: Callable[[int], 
 
 
 def _scan(
-    subject: Subject, device: str, progress: Callable[[int], None]
+    subject: InspectedModel, device: str, progress: Callable[[int], None]
 ) -> tuple[dict[tuple[str, int], Tensor], dict[tuple[str, int], int], list[_Lone]]:
     """Sums of G by component and part of the depth, how many units are in each, and the dips of single units."""
     sums: dict[tuple[str, int], Tensor] = {}
@@ -234,7 +234,7 @@ def _nearest(place: Place, clear: Sequence[_Lone]) -> int:
 
 
 def _measure(
-    subject: Subject,
+    subject: InspectedModel,
     along: Sequence[tuple[Place, int]],
     directions: Float[Tensor, "m k d"],
     row_levelled: bool,

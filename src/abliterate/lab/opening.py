@@ -16,7 +16,7 @@ from abliterate.finding.estimate import Separation
 from abliterate.finding.find import best_separated, find, refusal_tokens
 from abliterate.finding.refusal_tokens import RefusalToken
 from abliterate.lab.bench import Bench, Heat, can_step
-from abliterate.model.loading import ModelFiles
+from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.session import locate_model, open_model, open_session
 
@@ -27,7 +27,7 @@ FILE = "direction.safetensors"
 class _Known:
     """What is known before a model is loaded."""
 
-    files: ModelFiles
+    files: ModelOnDisk
     loading: ModelSettings
     direction: Direction | None = None
     tokens: tuple[int, ...] = ()
@@ -137,7 +137,7 @@ def _of_run(folder: Path, loading: ModelSettings) -> _Known:
             raise UsageError(f"{folder}: expected settings of this version in the record, found others") from error
     source = Path(record.model.folder)
     if record.model.folder and (source / "config.json").is_file():
-        files = ModelFiles(record.model.name, record.model.kind, source)
+        files = ModelOnDisk(record.model.name, record.model.kind, source)
     else:
         files = locate_model(record.model.name, loading)
     direction = load_direction(folder / FILE)

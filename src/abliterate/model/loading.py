@@ -15,27 +15,23 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
 from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
-from abliterate.files.checkpoint import Checkpoint, open_checkpoint, staged
+from abliterate.files.checkpoint import staged
 from abliterate.files.storage import (
-    PLAIN_STORAGE,
-    Storage,
     check_codes_read,
     check_quantization,
-    how_stored,
     quantization_config,
     stored_numbers,
     without_quantization,
 )
 from abliterate.model._compat import auto_class, computes_with_codes, one_gguf_parse, quiet_transformers
-
-Kind = Literal["hub", "folder", "gguf"]
+from abliterate.model.on_disk import ModelOnDisk
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -44,22 +40,12 @@ _HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.ti
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """A model on disk: `name` as the user gave it, `folder` with safetensors and tokenizer."""
-
-    name: str
-    kind: Kind
-    folder: Path
-
-
-@dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A live model with its tokenizer, the files both came from, and how weights are stored in them."""
+    """A live model with its tokenizer, and the files both came from."""
 
     model: Any  # transformers.PreTrainedModel; its class is imported only when a model is loaded
     tokenizer: Any
-    files: ModelFiles
-    storage: Storage = PLAIN_STORAGE
+    files: ModelOnDisk
 
     @property
     def device(self) -> torch.device:
@@ -79,7 +65,7 @@ class LoadedModel:
         return computes_with_codes(self.model)
 
 
-def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelFiles:
+def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelOnDisk:
     """Find MODEL on disk, fetching (hub) or dequantising (GGUF) it when needed.
 
     Raises `ModelError` when it cannot be had, `CheckpointError` when its files are damaged.
@@ -88,46 +74,42 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model '{spec}': expected a GGUF file, found no such file")
-        files = ModelFiles(spec, "gguf", _dequantised(path, dtype))
+        files = ModelOnDisk(spec, "gguf", _dequantised(path, dtype))
     elif path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model '{spec}': expected a folder with config.json, found none in it")
-        files = ModelFiles(spec, "folder", path)
+        files = ModelOnDisk(spec, "folder", path, trust_remote_code)
     elif path.exists():
         raise ModelError(f"model '{spec}': expected a hub id, a folder or a .gguf file, found another file")
     elif spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-        files = ModelFiles(spec, "hub", _snapshot(spec, trust_remote_code))
+        files = ModelOnDisk(spec, "hub", _snapshot(spec, trust_remote_code), trust_remote_code)
     else:
         raise ModelError(f"model '{spec}': no such folder or file, and not a hub id (owner/name)")
-    open_checkpoint(files.folder)
+    _ = files.checkpoint  # damaged files are an error now and not later
     return files
 
 
-def load_tokenizer(files: ModelFiles, *, trust_remote_code: bool = False) -> tuple[Any, Any]:
+def load_tokenizer(files: ModelOnDisk) -> tuple[Any, Any]:
     """The tokenizer and the generation configuration of a model that is not loaded here.
 
     Raises `ModelError` when they cannot be read.
     """
     import transformers
 
+    trust = files.trust_remote_code
     with _quiet_loading(everything=False):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust)
             if (files.folder / "generation_config.json").is_file():
                 return tokenizer, transformers.GenerationConfig.from_pretrained(files.folder)
-            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
             return tokenizer, transformers.GenerationConfig.from_model_config(config)
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
             raise ModelError(f"model '{files.name}': its tokenizer cannot be read ({_one_line(error)})") from error
 
 
 def load(
-    files: ModelFiles,
-    *,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    quantization: str | None = None,
+    files: ModelOnDisk, *, dtype: str = "auto", device: str = "auto", quantization: str | None = None
 ) -> LoadedModel:
     """Load model and tokenizer for inference, in eval mode, from safetensors only.
 
@@ -138,81 +120,61 @@ def load(
     """
     import transformers
 
-    checkpoint = open_checkpoint(files.folder)
-    storage = how_stored(checkpoint)
+    storage, trust = files.storage, files.trust_remote_code
     check_quantization(files.name, storage, quantization)
     place = _device(device)
     with _quiet_loading(everything=not storage.editable):
         try:
-            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
             wanted = _dtype(dtype, config, place)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
-            source = _Source(files, checkpoint, storage, config, trust_remote_code)
-            model, report = _read(source, wanted, place, quantization)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust)
+            model, report = _read(files, config, wanted, place, quantization)
         except AbliterateError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
             raise ModelError(f"model '{files.name}': cannot be loaded ({_one_line(error)})") from error
     _check_complete(files, report)
     check_codes_read(files.name, storage, model, report["unexpected_keys"])
-    return LoadedModel(model.eval().requires_grad_(False), tokenizer, files, storage)
+    return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """What a live model is made from."""
-
-    files: ModelFiles
-    checkpoint: Checkpoint
-    storage: Storage
-    config: Any
-    trust_remote_code: bool
-
-
-def _read(source: _Source, dtype: torch.dtype, place: str, quantization: str | None) -> tuple[Any, dict[str, Any]]:
+def _read(
+    files: ModelOnDisk, config: Any, dtype: torch.dtype, place: str, quantization: str | None
+) -> tuple[Any, dict[str, Any]]:
     """The live model at `place`, and transformers' report on its tensors."""
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    in_place = place == "auto" or quantization is not None or not source.storage.editable
+    in_place = place == "auto" or quantization is not None or not files.storage.editable
     if in_place:
         options["device_map"] = place if place == "auto" else {"": place}
-    if (method := quantization_config(source.storage, quantization, dtype)) is not None:
+    if (method := quantization_config(files.storage, quantization, dtype)) is not None:
         options["quantization_config"] = method
-    config = without_quantization(source.config) if source.storage.editable else source.config
-    if source.storage.dequantised:
-        model, report = _read_dequantised(source, config, options)
+    config = without_quantization(config) if files.storage.editable else config
+    if files.storage.dequantised:
+        model, report = _read_dequantised(files, config, options)
     else:
-        options |= {"use_safetensors": True, "trust_remote_code": source.trust_remote_code}
-        model, report = auto_class(config).from_pretrained(source.files.folder, config=config, **options)
+        options |= {"use_safetensors": True, "trust_remote_code": files.trust_remote_code}
+        model, report = auto_class(config).from_pretrained(files.folder, config=config, **options)
     return model if in_place else model.to(place), report
 
 
-def _read_dequantised(source: _Source, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _read_dequantised(files: ModelOnDisk, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The model that the numbers behind the stored codes make up, as if they had been stored."""
     import transformers
 
     with torch.device("meta"):
-        skeleton = auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
-    numbers = stored_numbers(source.checkpoint, options["dtype"])
+        skeleton = auto_class(config).from_config(config, trust_remote_code=files.trust_remote_code)
+    numbers = stored_numbers(files.checkpoint, options["dtype"])
     model, report = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=numbers, **options)
-    if (source.files.folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(source.files.folder)
+    if (files.folder / "generation_config.json").is_file():
+        model.generation_config = transformers.GenerationConfig.from_pretrained(files.folder)
     return model, report
 
 
-def _check_complete(files: ModelFiles, report: dict[str, Any]) -> None:
+def _check_complete(files: ModelOnDisk, report: dict[str, Any]) -> None:
     if missing := sorted(report["missing_keys"]):
         raise CheckpointError(
             f"model '{files.name}': {len(missing)} tensors that its configuration asks for are not in its files, "
             f"{', '.join(missing[:3])}; download the model again"
-        )
-
-
-def require_editable(files: ModelFiles, storage: Storage) -> None:
-    """Raise `ModelError` for weights that can be measured on but not edited in place."""
-    if not storage.editable:
-        raise ModelError(
-            f"model '{files.name}': its weights are stored quantised ({storage.method}): {storage.why}; give the "
-            "full-precision checkpoint (--quantization bnb-4bit measures it in less memory), or --as lora"
         )
 
 

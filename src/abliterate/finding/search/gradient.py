@@ -34,7 +34,6 @@ from abliterate.evaluation.first_tokens import first_tokens
 from abliterate.evaluation.scores import kl_divergence, refusal_score
 from abliterate.finding.search.space import free_and_fixed
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
-from abliterate.model.lower_layers import LowerLayers
 from abliterate.session import Session
 
 #: Prompts of each class in one step.
@@ -74,7 +73,6 @@ def descend(
     way: Sequence[Leg],
     *,
     refine: bool = True,
-    lower: LowerLayers | None = None,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Direction]:
@@ -82,16 +80,14 @@ def descend(
 
     `start` says where directions begin, `tokens` are the refusal tokens. `editing` chooses writers and variant; a
     strength that it fixes stays as it is. Without `refine` there is one direction, which stays as it is, too; there is
-    one for all sites also where it is bi-projected or a subspace. `lower` holds what enters the first block that is
-    edited. Each result is the mean over the second half of its leg (Polyak and Juditsky 1992).
+    one for all sites also where it is bi-projected or a subspace. Each result is the mean over the second half of its
+    leg (Polyak and Juditsky 1992).
 
     Raises `UsageError` for edits that cannot be optimised: affine and oblique ones.
     """
     if editing.affine or start.reader is not None:
         raise UsageError("--method gradient: expected an edit that takes a direction out, found an affine or LEACE one")
-    prompts = [session.encoded[name, "train"] for name in ("harmful", "harmless")]
-    skipping = contextlib.nullcontext() if lower is None else lower.skipping(*prompts)
-    with frozen(session.model), skipping:
+    with frozen(session.model):
         descent = _Descent(session, list(tokens), start, editing, refine, seed)
         return [descent.leg(leg, progress) for leg in way]
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, SearchSettings
 from abliterate.edit.direction import Direction
-from abliterate.edit.options import by_recipe, plan_for
+from abliterate.edit.options import by_recipe
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.meter import Meter, Stage
@@ -24,7 +24,6 @@ from abliterate.finding.search.objectives import OBJECTIVES, constrained, interv
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 from abliterate.model.anatomy import Anatomy
-from abliterate.model.lower_layers import LowerLayers, lowest_block, usable
 from abliterate.session import Session
 
 
@@ -118,13 +117,12 @@ def search(
     tokens = [token.token for token in findings.tokens]
     editing = within(session.anatomy, editing)
     with monitor.phase("measure the unedited model"):
-        lower = _lower_layers(session, start, editing)
         short = evaluating.model_copy(update={"max_new_tokens": settings.search_tokens})
-        meter = Meter(session, tokens, judge, short, lower=lower)
+        meter = Meter(session, tokens, judge, short)
         base = values(meter.measure(None, Stage.REPLIES), wanted)
         monitor.note(f"unedited: {_said(base)}")
     limits = limits_of(settings.constraints, base) | {"kl": finding.max_kl}
-    attempt = _Attempt(session, meter, lower, tokens, start, settings, finding, editing, seed, journal, norms)
+    attempt = _Attempt(session, meter, tokens, start, settings, finding, editing, seed, journal, norms)
     proposals = attempt.propose(method)
     stage = max(Stage.REPLIES, *(objective.stage for objective in wanted))
     measured = []
@@ -149,7 +147,7 @@ def search(
     if settings.no_held_out:
         return result
     with monitor.phase("measure points on held-out prompts", len(points) + 1) as advance:
-        return _held_out(result, Meter(session, tokens, judge, evaluating, "test", lower), advance)
+        return _held_out(result, Meter(session, tokens, judge, evaluating, "test"), advance)
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,6 @@ class _Attempt:
 
     session: Session
     meter: Meter
-    lower: LowerLayers | None
     tokens: Sequence[int]
     start: Direction
     settings: SearchSettings
@@ -193,7 +190,6 @@ class _Attempt:
                 self.editing,
                 way,
                 refine=not settings.keep_direction,
-                lower=self.lower,
                 seed=self.seed,
                 progress=advance,
             )
@@ -253,15 +249,6 @@ def within(anatomy: Anatomy, editing: EditSettings) -> EditSettings:
     if editing.layers is not None or editing.components is not None or editing.untie:
         return editing
     return editing.model_copy(update={"layers": f"{anatomy.layers // 4}-"})
-
-
-def _lower_layers(session: Session, start: Direction, editing: EditSettings) -> LowerLayers | None:
-    """What enters the first block that is edited, where the model can start there."""
-    plan = plan_for(session.anatomy, start, editing)
-    first = lowest_block(edit.writer for edit in plan.edits)
-    if not first or not usable(session.model, session.anatomy, first, session.encoded["harmful", "train"]):
-        return None
-    return LowerLayers(session.model, session.anatomy, first)
 
 
 def choose(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:

@@ -12,6 +12,7 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from abliterate.files.checkpoint import Checkpoint, open_tensor
 from abliterate.files.formats import layout
 from abliterate.model._compat import auto_class, quiet_transformers
 from abliterate.model.anatomy import TOLERANCE, Anatomy, Writer, names_on_disk, norms_gain, study
-from abliterate.model.loading import ModelFiles
 
 _SMALL = 64
 _EXPERTS = 16
@@ -37,13 +37,13 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", 
 
 
 def study_files(
-    files: ModelFiles, checkpoint: Checkpoint, *, trust_remote_code: bool = False, max_leak: float = TOLERANCE
+    name: str, checkpoint: Checkpoint, *, trust_remote_code: bool = False, max_leak: float = TOLERANCE
 ) -> tuple[Anatomy, Any]:
-    """Every writer of a model on disk, and its skeleton (on the meta device).
+    """Every writer of the model in a checkpoint's folder, and its skeleton on the meta device. Errors call it `name`.
 
     Raises `AnatomyError` when a writer is not known, `ModelError` when the configuration makes no model.
     """
-    config = _config(files, trust_remote_code)
+    config = _config(name, checkpoint.folder, trust_remote_code)
     auto = auto_class(config)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
@@ -55,7 +55,7 @@ def study_files(
         raise
     except Exception as error:  # configurations are checked by many hands in many ways
         reason = " ".join(str(error).split())[:240]
-        raise ModelError(f"model '{files.name}': cannot be built from its configuration ({reason})") from error
+        raise ModelError(f"model '{name}': cannot be built from its configuration ({reason})") from error
     proof = study(small, max_leak=max_leak)
     writers = [
         whole
@@ -71,16 +71,16 @@ def _without_learnt_factor(writer: Writer) -> Writer:
     return writer if known else replace(writer, multiplier=None)
 
 
-def _config(files: ModelFiles, trust_remote_code: bool) -> Any:
+def _config(name: str, folder: Path, trust_remote_code: bool) -> Any:
     """The configuration without a word about quantisation: a skeleton has no numbers to be quantised."""
     import transformers
 
     with quiet_transformers():
         try:
-            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust_remote_code)
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # configurations are checked by many hands in many ways
             reason = " ".join(str(error).split())[:240]
-            raise ModelError(f"model '{files.name}': its configuration cannot be used ({reason})") from error
+            raise ModelError(f"model '{name}': its configuration cannot be used ({reason})") from error
     for part in (config, config.get_text_config()):
         if getattr(part, "quantization_config", None) is not None:
             del part.quantization_config

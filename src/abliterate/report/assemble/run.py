@@ -23,13 +23,12 @@ from abliterate.edit.plan import Plan
 from abliterate.edit.weights import Residual
 from abliterate.edit.write import Realised
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import open_checkpoint, sha256
-from abliterate.files.storage import how_stored
+from abliterate.files.checkpoint import sha256
 from abliterate.finding.find import Findings, Found
 from abliterate.finding.search import Search
 from abliterate.finding.selection import Site
 from abliterate.model.anatomy import TOLERANCE, Anatomy
-from abliterate.model.loading import ModelFiles
+from abliterate.model.on_disk import ModelOnDisk
 from abliterate.report.assemble.search import search_part
 from abliterate.report.card import write_card
 from abliterate.report.html import write_report
@@ -81,7 +80,7 @@ def search_record(
 ) -> rec.Record:
     """The record of a search that edited nothing."""
     monitor, loaded = session.monitor, session.loaded
-    hashes = {shard.path.name: sha256(shard.path) for shard in open_checkpoint(loaded.files.folder).shards}
+    hashes = dict(loaded.files.sha256)
     dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
     return rec.Record(
         created=now(),
@@ -102,14 +101,14 @@ def search_record(
 
 
 def model_part(
-    files: ModelFiles, model: Any, anatomy: Anatomy, dtype: str, device: str, hashes: dict[str, str]
+    files: ModelOnDisk, model: Any, anatomy: Anatomy, dtype: str, device: str, hashes: dict[str, str]
 ) -> rec.ModelPart:
     """The model that was measured or edited."""
     return rec.ModelPart(
         name=files.name,
         kind=files.kind,
         folder=str(files.folder.resolve()),
-        storage=how_stored(open_checkpoint(files.folder)).method,
+        storage=files.storage.method,
         architecture=type(model).__name__,
         d_model=anatomy.d_model,
         layers=anatomy.layers,
@@ -208,11 +207,11 @@ def _residual_part(residual: Residual) -> rec.ResidualPart:
     return rec.ResidualPart(**(asdict(residual) | {"ratio": residual.ratio, "shape": list(residual.shape)}))
 
 
-def source_hashes(done: Realised, files: ModelFiles) -> dict[str, str]:
+def source_hashes(done: Realised, files: ModelOnDisk) -> dict[str, str]:
     """SHA-256 of each weight file of the source, by name: from the surgery, or read anew."""
     if done.surgery is not None:
         return dict(done.surgery.files.source_sha256)
-    return {shard.path.name: sha256(shard.path) for shard in open_checkpoint(files.folder).shards}
+    return dict(files.sha256)
 
 
 def written_hashes(done: Realised, folder: Path) -> dict[str, str]:
