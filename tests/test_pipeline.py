@@ -134,7 +134,7 @@ def out(done: Record) -> Path:
 @pytest.fixture
 def random_direction() -> Direction:
     vector = torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(7))
-    return Direction(vector / vector.norm(), {})
+    return Direction(vector / vector.norm())
 
 
 def behaviour(record: Record) -> Any:
@@ -345,7 +345,7 @@ def test_negative_strength_makes_refusal_firmer(planted: Planted, out: Path, ses
     basis = load_direction(out / "direction.safetensors").basis
     scores = {}
     for strength in (-0.5, 0.0, 0.5, 1.0):
-        result = pipeline.verify(session, Direction(basis, {}), editing=EditSettings(strength=strength))
+        result = pipeline.verify(session, Direction(basis), editing=EditSettings(strength=strength))
         scores[strength] = result.bypass
     assert scores[-0.5] > scores[0.0] > scores[0.5] > scores[1.0]
 
@@ -627,7 +627,7 @@ def test_verify_counts_the_cost_to_harmless_prompts(session: pipeline.Session, o
 
 def test_direction_is_not_verified_when_a_random_one_does_the_same(session: pipeline.Session) -> None:
     """Taking everything out of the stream ends all refusals, and so does any other whole basis."""
-    everything = Direction(torch.eye(D_MODEL), {})
+    everything = Direction(torch.eye(D_MODEL))
     result = pipeline.verify(session, everything, finding=FindSettings(max_kl=1e6))
     assert result.after.refusals == result.control.refusals == 0 < result.before.refusals
     assert not result.verified

@@ -122,9 +122,7 @@ def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Pa
     assert beside.others == 0
     assert found is not None
     direction = tmp_path / "direction.safetensors"
-    ab.save_direction(
-        direction, ab.Direction(ab.load_direction(Path(record.output) / "direction.safetensors").basis, {})
-    )
+    ab.save_direction(direction, ab.Direction(ab.load_direction(Path(record.output) / "direction.safetensors").basis))
     pipeline.apply(str(GGUF), direction, ab.OutputSettings(out=tmp_path / "plain"))
     alone, recovered = inspecting.inspect(str(tmp_path / "plain" / "model.safetensors"))
     assert alone.verdict == "altered"

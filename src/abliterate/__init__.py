@@ -16,12 +16,16 @@ if TYPE_CHECKING:
     from abliterate.config import FindSettings as FindSettings
     from abliterate.config import HardenSettings as HardenSettings
     from abliterate.config import InspectSettings as InspectSettings
+    from abliterate.config import MeasureSettings as MeasureSettings
     from abliterate.config import ModelSettings as ModelSettings
     from abliterate.config import OutputSettings as OutputSettings
     from abliterate.config import PromptSettings as PromptSettings
+    from abliterate.config import RepairSettings as RepairSettings
+    from abliterate.config import ReplySettings as ReplySettings
     from abliterate.config import RunSettings as RunSettings
     from abliterate.config import SearchSettings as SearchSettings
     from abliterate.edit.direction import Direction as Direction
+    from abliterate.edit.direction import Site as Site
     from abliterate.edit.direction import load_direction as load_direction
     from abliterate.edit.direction import save_direction as save_direction
     from abliterate.edit.hooks import ablation as ablation
@@ -29,10 +33,11 @@ if TYPE_CHECKING:
     from abliterate.edit.options import plan_for as plan_for
     from abliterate.edit.plan import Plan as Plan
     from abliterate.edit.plan import make_plan as make_plan
-    from abliterate.edit.undo import compare as compare
     from abliterate.edit.undo import undo as undo
+    from abliterate.edit.undo import verify_files as verify_files
     from abliterate.errors import AbliterateError as AbliterateError
     from abliterate.errors import GateNotMet as GateNotMet
+    from abliterate.evaluation.compare import compare as compare
     from abliterate.evaluation.judging import judge as judge
     from abliterate.forensics.audit import audit as audit
     from abliterate.forensics.harden import harden as harden
@@ -47,6 +52,7 @@ if TYPE_CHECKING:
     from abliterate.pipeline import find as find
     from abliterate.pipeline import open_session as open_session
     from abliterate.pipeline import run as run
+    from abliterate.pipeline import search as search
     from abliterate.pipeline import verify as verify
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
@@ -56,19 +62,21 @@ _HOMES = {
     "forensics.audit": ("audit",),
     "config": (
         *("EditSettings", "EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings"),
-        *("HardenSettings", "InspectSettings", "RunSettings", "SearchSettings"),
+        *("HardenSettings", "InspectSettings", "MeasureSettings", "RepairSettings", "ReplySettings", "RunSettings"),
+        "SearchSettings",
     ),
-    "edit.direction": ("Direction", "load_direction", "save_direction"),
+    "edit.direction": ("Direction", "Site", "load_direction", "save_direction"),
     "errors": ("AbliterateError", "GateNotMet"),
     "forensics.harden": ("harden",),
     "forensics.inspect": ("inspect",),
     "edit.hooks": ("ablation", "addition"),
     "evaluation.judging": ("judge",),
-    "pipeline": (*("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "verify"),),
+    "pipeline": (*("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "search", "verify"),),
     "edit.plan": ("Plan", "make_plan"),
     "record": ("Record", "read_record"),
     "forensics.repair": ("repair",),
-    "edit.undo": ("compare", "undo"),
+    "edit.undo": ("undo", "verify_files"),
+    "evaluation.compare": ("compare",),
     "edit.options": ("plan_for",),
 }
 

@@ -72,31 +72,46 @@ class PromptSettings(_Settings):
     seed: int = Field(0, description="Seed of everything random (shuffling prompts, the control direction).")
 
 
-class FindSettings(_Settings):
-    """How directions are made and chosen."""
+class RefusalSettings(_Settings):
+    """How refusals of this model are recognised by their first token."""
+
+    refusal_tokens: str | None = Field(
+        None, description="First tokens of a refusal, comma-separated (e.g. 'I,As'), instead of finding them."
+    )
+    min_refusal_rate: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.1, description="A model that refuses fewer harmful prompts than this has nothing to find."
+    )
+
+
+class VerifySettings(RefusalSettings):
+    """When a direction counts as verified."""
+
+    all_prompts: bool = Field(
+        False, description="Use all prompts, not only harmful ones that are refused and harmless ones that are not."
+    )
+    max_kl: Annotated[float, Field(ge=0)] = Field(0.1, description="Most KL a chosen direction may cost (nats).")
+
+
+class SelectSettings(VerifySettings):
+    """How a site is selected."""
 
     positions: Annotated[int, Field(gt=0, le=32)] | None = Field(
         None, description="Positions from the end to look at; default: the template's tokens after the instruction."
     )
     projected: bool = Field(False, description="Take each direction's component along the harmless mean out.")
-    all_prompts: bool = Field(
-        False, description="Use all prompts, not only harmful ones that are refused and harmless ones that are not."
-    )
-    refusal_tokens: str | None = Field(
-        None, description="First tokens of a refusal, comma-separated (e.g. 'I,As'), instead of finding them."
-    )
-    max_kl: Annotated[float, Field(ge=0)] = Field(0.1, description="Most KL a chosen direction may cost (nats).")
     min_induce: float = Field(0.0, description="A chosen direction's induce score must be above this.")
     max_depth: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="Sites are below this share of the depth.")
+
+
+class FindSettings(SelectSettings):
+    """How directions are made and chosen."""
+
     subspace: Literal["mean", "svd", "clusters", "leace"] = Field(
         "mean",
         description="The chosen site's mean difference; or --rank directions: SVD of all candidates, means of clusters "
         "of harmful prompts; or LEACE (needs concept-erasure).",
     )
     rank: Annotated[int, Field(gt=0, le=64)] = Field(1, description="Directions of an SVD or of clusters.")
-    min_refusal_rate: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.1, description="A model that refuses fewer harmful prompts than this has nothing to find."
-    )
 
 
 class SearchSettings(_Settings):
@@ -124,7 +139,6 @@ class SearchSettings(_Settings):
         16, description="Longest answer while searching; held-out answers have --max-new-tokens."
     )
     no_held_out: bool = Field(False, description="Do not measure the points again on held-out prompts.")
-    resume: bool = Field(False, description="Go on with the trials of a search that was broken off.")
 
     @field_validator("pick")
     @classmethod
@@ -134,10 +148,9 @@ class SearchSettings(_Settings):
         return value
 
 
-class EditSettings(_Settings):
-    """What the edit does to which writer."""
+class WriterSettings(_Settings):
+    """Which writers are edited."""
 
-    strength: float = Field(DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens.")
     layers: str | None = Field(None, description="Edit only these blocks, counted from 0, e.g. 8-20,22 (no embedding).")
     components: str | None = Field(
         None, description="Edit only these: embedding, attention, state_space, mlp, experts; comma-separated."
@@ -146,6 +159,13 @@ class EditSettings(_Settings):
         None,
         description="Strengths of single writers, e.g. 'attention=0.8,mlp@10-20=1.2,*.o_proj=0'; the last that fits.",
     )
+    untie: bool = Field(False, description="Give the head its own copy of a tied embedding, and edit the embedding.")
+
+
+class EditSettings(WriterSettings):
+    """What the edit does to which writer."""
+
+    strength: float = Field(DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens.")
     norm_preserving: bool = Field(
         False, description="Give what every input feature writes (columns of weights) its old length back."
     )
@@ -156,30 +176,37 @@ class EditSettings(_Settings):
         False,
         description="Put the direction back as strong as it is in harmless prompts at the chosen site, at every layer.",
     )
-    untie: bool = Field(False, description="Give the head its own copy of a tied embedding, and edit the embedding.")
 
 
-class EvalSettings(_Settings):
-    """How behaviour is measured."""
+class ReplySettings(_Settings):
+    """How replies are made and judged."""
 
     max_new_tokens: Annotated[int, Field(gt=0)] = Field(32, description="Longest answer, in tokens.")
-    keep_completions: bool = Field(False, description="Keep full answers to harmful prompts in the record.")
     judge: str = Field(
         "rules",
         description="Who reads the answers: rules, classifier:ID (a model for sequence classification), or "
         "llm:MODEL@URL (an OpenAI-compatible server).",
     )
-    no_control: bool = Field(False, description="Do not evaluate a random direction of the same strength beside.")
+    early_stop: bool = Field(
+        False, description="End an answer once it is certain that it refuses (not those to harmless prompts)."
+    )
+    no_cache: bool = Field(False, description="Do not keep, or take from the cache, answers of unedited models.")
+
+
+class ThinkingSettings(_Settings):
+    """Whether models think before they answer."""
+
     thinking: Literal["closed", "open", "both"] = Field(
         "closed", description="Whether a model that thinks does so before it answers; only the answer is judged."
     )
     thinking_tokens: Annotated[int, Field(gt=0)] = Field(
         512, description="Tokens that open thinking may take beside the answer."
     )
-    early_stop: bool = Field(
-        False, description="End an answer once it is certain that it refuses (not those to harmless prompts)."
-    )
-    no_cache: bool = Field(False, description="Do not keep, or take from the cache, answers of unedited models.")
+
+
+class CapabilitySettings(_Settings):
+    """What else a model is asked, to see what it still can do."""
+
     capability: str | None = Field(
         None, description="Local questions to ask before and after: .jsonl or .csv files, comma-separated."
     )
@@ -190,6 +217,17 @@ class EvalSettings(_Settings):
         "letter", description="How --capability reads multiple choice: the likeliest letter, or the likeliest option."
     )
     task_limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many questions a task.")
+
+
+class EvidenceSettings(_Settings):
+    """What is set beside the edit, and what is kept of the answers."""
+
+    no_control: bool = Field(False, description="Do not evaluate a random direction of the same strength beside.")
+    keep_completions: bool = Field(False, description="Keep full answers to harmful prompts in the record.")
+
+
+class EvalSettings(EvidenceSettings, CapabilitySettings, ThinkingSettings, ReplySettings):
+    """How behaviour is measured: replies, thinking, capability, and the evidence beside them."""
 
 
 class InspectSettings(_Settings):
@@ -209,6 +247,14 @@ class InspectSettings(_Settings):
     out: Path | None = Field(
         None, description="Folder for record and report; those of a run that are there get the inspection added."
     )
+
+
+class RepairSettings(_Settings):
+    """What is known of the edit that is taken back; one of these, or nothing."""
+
+    base: str | None = Field(None, description="The original, or another model that it was made from: exact.")
+    adapter: Path | None = Field(None, description="The LoRA adapter (PEFT) that was merged: exact to rounding.")
+    direction: Path | None = Field(None, description="The direction that was taken out: approximate.")
 
 
 class HardenSettings(_Settings):
@@ -233,16 +279,21 @@ class EngineSettings(_Settings):
     served_edited: str | None = Field(None, description="For a server: the name of the edited model or adapter.")
 
 
-class OutputSettings(_Settings):
-    """Where results go."""
+class FolderSettings(_Settings):
+    """The folder that results are written to."""
 
-    out: Path = Field(description="Folder to write the edited model to.")
+    out: Path = Field(description="Folder to write to.")
+    overwrite: bool = Field(False, description="Replace OUT when it holds what this command wrote.")
+
+
+class OutputSettings(FolderSettings):
+    """Where an edited model goes, and in what form."""
+
     realisation: Literal["weights", "lora", "gguf-lora", "control-vector"] = Field(
         "weights",
         description="A model; a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).",
     )
     shard_size: str | None = Field(None, description="Largest file of weights, e.g. 4GB; default: the source's files.")
-    overwrite: bool = Field(False, description="Replace OUT when it holds a model.")
     force: bool = Field(False, description="Save even when a gate is not met.")
 
     @field_validator("shard_size")
@@ -266,14 +317,19 @@ def _bytes(text: str) -> int | None:
     return size or None
 
 
-class RunSettings(_Settings):
-    """Everything one run needs."""
+class MeasureSettings(_Settings):
+    """How a model is loaded and measured."""
 
-    model: str = Field(description="Hub id, folder, or .gguf file.")
     loading: ModelSettings = ModelSettings()
     prompts: PromptSettings = PromptSettings()
     finding: FindSettings = FindSettings()
     evaluating: EvalSettings = EvalSettings()
+
+
+class RunSettings(MeasureSettings):
+    """Everything one run needs."""
+
+    model: str = Field(description="Hub id, folder, or .gguf file.")
     editing: EditSettings = EditSettings()
     searching: SearchSettings = SearchSettings()
     output: OutputSettings | None = None

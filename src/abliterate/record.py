@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,7 +63,11 @@ class AnatomyPart(_Part):
 
 
 class TokenPart(_Part):
-    """One refusal token (see `refusals.RefusalToken`); `trials` is 0 when it was given by hand."""
+    """A token that refusals start with; `trials` is 0 when it was given by hand.
+
+    `probability` and `probability_answering` are its mean next-token probabilities on prompts that the model refuses
+    and on those it answers; `refusals` of `trials` replies that were made to start with it are refusals.
+    """
 
     token: int
     text: str
@@ -72,7 +78,10 @@ class TokenPart(_Part):
 
 
 class SitePart(_Part):
-    """Scores of one site (see `selection.SiteScore`)."""
+    """One site's scores on at most `prompts` validation prompts per class.
+
+    `bypass` and `induce` are mean refusal scores (log-odds), `kl` is in nats, `norm` is ‖r‖.
+    """
 
     layer: int
     position: int
@@ -118,7 +127,7 @@ class SeparationPart(_Part):
 
 
 class ControlPart(_Part):
-    """Scores of a random direction of the same norm."""
+    """The scores of a random direction of the same norm, added at the same layer."""
 
     bypass: float
     induce: float
@@ -127,9 +136,13 @@ class ControlPart(_Part):
 
 
 class SelectionPart(_Part):
-    """How the direction was chosen. `harmful` and `harmless` are mean refusal scores without intervention."""
+    """How the direction was chosen. `harmful` and `harmless` are mean refusal scores without intervention.
 
-    chosen: SitePart | None
+    `chosen` is the best site; where it does not meet the rule (`met_rule`) it was taken by force, or to search from.
+    `trained_on` counts the prompts that directions were made of.
+    """
+
+    chosen: SitePart
     met_rule: bool
     control: ControlPart
     harmful: float
@@ -146,7 +159,7 @@ class SelectionPart(_Part):
 
 
 class PointPart(_Part):
-    """One point of a search (see `search.Point`). `file` holds its direction; it can be applied by itself."""
+    """One point of a search (see `search.points.Point`). `file` holds its direction; it can be applied by itself."""
 
     number: int
     origin: str
@@ -184,7 +197,7 @@ class SearchPart(_Part):
 
 
 class ResidualPart(_Part):
-    """One edited tensor: ‖RW‖ before and after (stored numbers), their ratio, and ‖W' − W‖ / ‖W‖.
+    """One edited tensor: ‖RW‖ before and after (Frobenius, of the stored numbers), their ratio, and ‖W' − W‖ / ‖W‖.
 
     `rounding` is the round trip through the stored `format`: ‖stored − exact‖ / ‖W‖.
     """
@@ -262,7 +275,7 @@ class JudgePart(_Part):
 
 
 class PairedPart(_Part):
-    """The same prompts before and after (see `evaluation.Paired`)."""
+    """The same prompts before and after (see `evaluation.results.Paired`)."""
 
     both: int
     before_only: int
@@ -294,7 +307,7 @@ class MovedPart(_Part):
 
 
 class ShiftPart(_Part):
-    """How far answers to harmless prompts moved (see `evaluation.Shift`): means, and how they are distributed."""
+    """How far answers to harmless prompts moved (see `evaluation.results.Shift`): means, and how they spread."""
 
     kl_first_token: float | None
     kl_first_token_se: float | None = None
@@ -486,8 +499,133 @@ class AuditPart(_Part):
     directions_needed: int | None = None
 
 
+class VerificationPart(_Part):
+    """What ablating a direction at inference time does: refusals of held-out harmful prompts, and scores.
+
+    Verified means that at most half of the refusals are left, that a random direction leaves more than half, and that
+    KL is at most `max_kl`. `induce` is null for a direction whose layer is not known, or is no block's input.
+    """
+
+    before: RatePart
+    after: RatePart
+    control: RatePart
+    bypass: float
+    bypass_before: float
+    bypass_control: float
+    induce: float | None
+    induce_before: float
+    kl: float
+    max_kl: float
+    tokens: list[TokenPart]
+    verified: bool
+
+
+class IntegrityPart(_Part):
+    """How the weights in `out` compare with those of the original in `source`, byte by byte. Names are sorted.
+
+    `changed` and `unchanged` are the planned tensors whose bytes differ and do not. `damaged` are tensors outside the
+    plan that differ, `reshaped` those of another dtype or shape, `missing` and `extra` those in one folder only.
+    `headers` are shards in both folders that hold the same tensors under different headers. `sha256` are the hashes of
+    the shards, `wrong_hashes` the shards whose hash is not the recorded one, or that are missing or not recorded.
+    `other_files` says of every file beside the shards: "equal", "different", "missing" or "extra"; `not_original` are
+    those that should be the original's and are not, `rewritten` those that the edit rewrote.
+    """
+
+    intact: bool = Field(description="Whether every byte outside the plan equals the original's.")
+    out: str
+    source: str
+    not_original: list[str]
+    rewritten: list[str] = []
+    changed: list[str]
+    unchanged: list[str]
+    damaged: list[str]
+    reshaped: list[str]
+    missing: list[str]
+    extra: list[str]
+    headers: list[str]
+    sha256: dict[str, str]
+    wrong_hashes: list[str]
+    other_files: dict[str, str]
+
+
+class UndonePart(_Part):
+    """A model as it was before it was edited, in `folder`.
+
+    `exact`: its weights are the original's, bit for bit, by their hashes. Else no number of `tensors` is more than
+    `steps` numbers of the stored format away from the original's, all others are the same, and `reason` says why the
+    original's files were not taken. `remains` are tensors that the edit added and files that it rewrote: they stay.
+    """
+
+    folder: str
+    exact: bool
+    steps: int
+    files: list[str]
+    tensors: list[str] = []
+    reason: str | None = None
+    remains: list[str] = []
+
+
+class ContenderPart(_Part):
+    """One model or plan of a comparison; what is paired, and the shift, are from the first one's."""
+
+    name: str
+    behaviour: BehaviourPart
+    tokens: EstimatePart
+    repetition: EstimatePart
+    capability: list[CapabilityPart] = []
+    paired: dict[str, PairedPart] = {}
+    degenerate: dict[str, PairedPart] = {}
+    shift: ShiftPart | None = Field(None, description="Null for the first, and where prompts have other tokens.")
+
+
+class ComparisonPart(_Part):
+    """Several models or plans on the same held-out prompts; `reference` names the first."""
+
+    judge: JudgePart
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    sources: dict[str, str]
+    counts: dict[str, int]
+    dropped: dict[str, int]
+    prompts_sha256: str
+    reference: str
+    entries: list[ContenderPart]
+
+
+class RepairPart(_Part):
+    """A repaired model in `folder`, and how it was repaired.
+
+    `exact` tensors (or files, for undo) are the original's bytes; `restored` ones are the original's along the
+    direction, or to within the rounding of the stored format; `added` got a rank-one addition of `size` (in parts of
+    the stream's length). `evaluation` compares the model before and after, where it was run.
+    """
+
+    folder: str
+    how: Literal["undo", "base", "adapter", "approximation"]
+    exact: list[str] = []
+    restored: list[str] = []
+    added: list[str] = []
+    note: str = ""
+    size: float | None = None
+    evaluation: EvaluationPart | None = None
+
+
+class HardeningPart(_Part):
+    """A hardened model in `folder`: audits of one protocol before and after, and ordinary behaviour.
+
+    `tensors` got an addition; `size` is that of the detectors, in parts of the stream's length.
+    """
+
+    folder: str
+    tensors: list[str]
+    size: float
+    before: AuditPart
+    after: AuditPart
+    evaluation: EvaluationPart
+
+
 class Record(_Part):
-    """What a run leaves behind."""
+    """What a command leaves behind."""
 
     schema_version: Literal[1] = SCHEMA_VERSION
     created: str
@@ -505,6 +643,11 @@ class Record(_Part):
     evaluation: EvaluationPart | None = None
     inspection: InspectionPart | None = None
     audit: AuditPart | None = None
+    verification: VerificationPart | None = None
+    integrity: IntegrityPart | None = None
+    comparison: ComparisonPart | None = None
+    repair: RepairPart | None = None
+    hardening: HardeningPart | None = None
     warnings: list[str] = []
     left_out: list[str] = Field(default=[], description="Files of the source that were not carried along.")
     output: str | None = None
@@ -534,6 +677,12 @@ def read_record(folder: Path) -> Record:
         raise UsageError(
             f"{path}: expected a record of schema version {SCHEMA_VERSION}, found another or a damaged one"
         ) from error
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    packages = ("abliterate", "torch", "transformers", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def redact(text: str) -> str:

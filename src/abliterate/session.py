@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxtyping import Float
@@ -35,7 +35,8 @@ class Session:
 
     `encoded` maps (set, split) to token ids; all share one prefix. `positions` is how many tokens from the end are
     looked at, `seed` that of everything random, `size` how many prompts fit at once: it is halved for good when memory
-    runs out. A session is live: it holds the model, is not copied, and equals only itself.
+    runs out, `kept` what was measured of the unedited model. A session is live: it holds the model, is not copied, and
+    equals only itself.
     """
 
     loaded: LoadedModel
@@ -48,6 +49,7 @@ class Session:
     loading: ModelSettings
     seed: int
     monitor: Monitor
+    kept: dict[Any, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """In a line: the model, and how many prompts."""
@@ -77,7 +79,7 @@ class Session:
     def plan(self, direction: Direction | Float[Tensor, "k d"], editing: EditSettings | float = EditSettings()) -> Plan:
         """The plan that `editing` (settings, or just a strength) makes of `direction` for this model."""
         if isinstance(direction, Tensor):
-            direction = Direction(direction, {})
+            direction = Direction(direction)
         if not isinstance(editing, EditSettings):
             editing = EditSettings(strength=editing)
         return plan_for(self.anatomy, direction, editing)
@@ -85,6 +87,16 @@ class Session:
     def ablated(self, plan: Plan) -> contextlib.AbstractContextManager[None]:
         """The model with `plan` realised as hooks, inside a `with`."""
         return ablation(self.model, plan)
+
+    @contextlib.contextmanager
+    def changed(self, state: contextlib.AbstractContextManager[None]) -> Iterator[None]:
+        """The model in another state, inside a `with`: there, that is the unedited one, and measured anew."""
+        kept, self.kept = self.kept, {}
+        try:
+            with state:
+                yield
+        finally:
+            self.kept = kept
 
     def stream(self, prompts: Encoded, consume: Consumer, progress: Progress, *, keep: Keep | None = None) -> int:
         """Feed `consume` the activations at this session's sites (see `activations.stream_sites`)."""

@@ -202,7 +202,7 @@ def test_metadata_given_when_saving_replaces_the_directions_own(tmp_path: Path) 
 
 def test_oblique_direction_keeps_its_rows_as_they_are(tmp_path: Path) -> None:
     """With a reader the rows need not be orthonormal: making them so would change the edit."""
-    made = Direction(3 * random(2, D).float(), {}, reader=random(2, D, seed=1).float(), mean=random(D, seed=2).float())
+    made = Direction(3 * random(2, D).float(), reader=random(2, D, seed=1).float(), mean=random(D, seed=2).float())
     save_direction(tmp_path / "x.safetensors", made)
     read = load_direction(tmp_path / "x.safetensors", D)
     assert read.reader is not None
@@ -212,7 +212,7 @@ def test_oblique_direction_keeps_its_rows_as_they_are(tmp_path: Path) -> None:
     assert torch.equal(read.basis, made.basis)
     assert torch.equal(read.reader, made.reader)
     assert torch.equal(read.mean, made.mean)
-    save_direction(tmp_path / "plain.safetensors", Direction(made.basis, {}))
+    save_direction(tmp_path / "plain.safetensors", Direction(made.basis))
     plain = load_direction(tmp_path / "plain.safetensors").basis
     assert torch.allclose(plain @ plain.T, torch.eye(2), atol=1e-6), "the control"
 
@@ -388,7 +388,7 @@ def damaged(data: bytes) -> dict[str, bytes]:
 @pytest.mark.parametrize("kind", damaged(struct.pack("<Q", 13) + b'{"basis": {}}'))
 def test_damaged_file_is_refused_before_it_is_mapped(tmp_path: Path, kind: str) -> None:
     file = tmp_path / "x.safetensors"
-    save_direction(file, Direction(random(1, D), {}))
+    save_direction(file, Direction(random(1, D)))
     file.write_bytes(damaged(file.read_bytes())[kind])
     with pytest.raises(CheckpointError, match="is not a whole safetensors file") as caught:
         load_direction(file)
@@ -404,15 +404,15 @@ def test_metadata_of_another_kind_is_ignored(tmp_path: Path, stored: str) -> Non
 def test_direction_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_direction(tmp_path / "file" / "x.safetensors", Direction(random(1, D), {}))
+        save_direction(tmp_path / "file" / "x.safetensors", Direction(random(1, D)))
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot be written"):
-        save_direction(tmp_path / "folder.safetensors", Direction(random(1, D), {}))
+        save_direction(tmp_path / "folder.safetensors", Direction(random(1, D)))
 
 
 def test_saving_over_a_direction_replaces_it_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "x.safetensors"
-    save_direction(file, Direction(torch.eye(1, D), {}))
+    save_direction(file, Direction(torch.eye(1, D)))
 
     def full(self: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
@@ -420,5 +420,5 @@ def test_saving_over_a_direction_replaces_it_whole(tmp_path: Path, monkeypatch: 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full)
         with pytest.raises(CheckpointError, match="No space left on device"):
-            save_direction(file, Direction(2 * torch.eye(1, D), {}))
+            save_direction(file, Direction(2 * torch.eye(1, D)))
     assert torch.equal(load_direction(file).basis, torch.eye(1, D))

@@ -253,7 +253,7 @@ def test_behind_a_norm_the_subspace_of_each_layer_is_moved() -> None:
 @pytest.mark.parametrize(
     ("made_of", "said"),
     [
-        (Direction(orthonormal(random(1, D)), {}), "expected a direction file with 'harmless_mean' and a chosen site"),
+        (Direction(orthonormal(random(1, D))), "expected a direction file with 'harmless_mean' and a chosen site"),
         (replace(direction(), metadata={}), "expected a direction file with 'harmless_mean' and a chosen site"),
         (direction(k=2), "expected one direction, found 2"),
         (direction(sites=LAYERS), "expected means at the model's 5 sites, found 4"),
@@ -278,7 +278,7 @@ def test_norms_are_kept_of_maps_only() -> None:
 
 
 def test_oblique_edits_keep_their_rows_and_are_refused_before_a_norm() -> None:
-    made_of = Direction(3 * random(1, D), {}, reader=random(1, D, seed=8))
+    made_of = Direction(3 * random(1, D), reader=random(1, D, seed=8))
     for edit in plan_for(LLAMA, made_of).edits:
         assert torch.equal(edit.basis, made_of.basis)
         assert torch.equal(edit.reads, random(1, D, seed=8))
@@ -310,11 +310,11 @@ def test_the_mean_is_that_of_the_chosen_site_unless_the_file_says_another() -> N
     offset = carrier(plan_for(LLAMA, other, EditSettings(affine=True))).offset
     assert offset is not None
     assert torch.allclose(offset, random(D, seed=9) @ v.T @ v, atol=1e-6)
-    assert "--affine: expected a direction file" in refusal(made_of=Direction(v, {}), affine=True)
+    assert "--affine: expected a direction file" in refusal(made_of=Direction(v), affine=True)
 
 
 def test_of_an_oblique_edit_the_constant_is_read_by_the_reader() -> None:
-    made_of = Direction(random(1, D), {}, reader=random(1, D, seed=8), mean=random(D, seed=9))
+    made_of = Direction(random(1, D), reader=random(1, D, seed=8), mean=random(D, seed=9))
     offset = carrier(plan_for(LLAMA, made_of, EditSettings(affine=True))).offset
     assert offset is not None
     assert made_of.mean is not None

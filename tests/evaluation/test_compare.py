@@ -33,7 +33,7 @@ def docile(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 @pytest.fixture(scope="module")
 def direction(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("direction") / "r.safetensors"
-    save_direction(path, Direction(planted.direction[None], {}))
+    save_direction(path, Direction(planted.direction[None]))
     return path
 
 
@@ -104,7 +104,7 @@ def test_a_folder_with_a_plus_in_its_name_is_a_folder(tmp_path: Path) -> None:
 
 def test_what_a_direction_or_an_adapter_was_learnt_from_is_left_out(planted: Planted, tmp_path: Path) -> None:
     model, r = str(planted.folder), planted.direction[None]
-    save_direction(tmp_path / "r.safetensors", Direction(r, {"learnt_from": ["aa"]}))
+    save_direction(tmp_path / "r.safetensors", Direction(r, learnt_from=frozenset(["aa"])))
     abliterate.apply(model, tmp_path / "r.safetensors", OutputSettings(out=tmp_path / "lora", realisation="lora"))
     specs = [model, f"{model}+{tmp_path / 'r.safetensors'}", f"{model}+{tmp_path / 'lora'}"]
     assert [_learnt_from([contender(spec)]) for spec in specs] == [frozenset(), {"aa"}, {"aa"}]

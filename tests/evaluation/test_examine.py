@@ -502,7 +502,9 @@ def seen(session: pipeline.Session) -> tuple[str, str]:
 
 
 def taught(thinker: Thinker, path: Path, seen: Sequence[str]) -> Path:
-    save_direction(path, Direction(thinker.direction[None], {"learnt_from": [fingerprint(text) for text in seen]}))
+    save_direction(
+        path, Direction(thinker.direction[None], learnt_from=frozenset([fingerprint(text) for text in seen]))
+    )
     return path
 
 

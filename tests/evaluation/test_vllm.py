@@ -130,7 +130,7 @@ def test_an_embedding_that_vllm_cannot_change_is_refused_by_name(tmp_path: Path)
 def test_a_whole_edited_model_takes_the_place_of_the_first(tmp_path: Path) -> None:
     """As `apply` leaves it, with the direction and what undo needs beside a single file of weights."""
     case, direction = case_of("qwen2", tmp_path / "model"), tmp_path / "direction.safetensors"
-    save_direction(direction, Direction(case.plan.direction, {}))
+    save_direction(direction, Direction(case.plan.direction))
     out = tmp_path / "out"
     apply(str(case.folder), direction, OutputSettings(out=out))
     assert {path.name for path in out.glob("*.safetensors")} == {

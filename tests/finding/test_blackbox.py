@@ -366,7 +366,7 @@ def test_encoding_stays_within_the_space() -> None:
     where = space(EditSettings(components="mlp"), site=(7, -1), variants=False)
     row = candidates().at(7, -1) + 0.5 * noise(WIDTH, seed=9)
     recipe = Recipe({w.name: 3.0 if (w.block or 0) > 5 else -1.0 for w in anatomy().writers}, norm_preserving=True)
-    params = where.encode(Direction(orthonormal(row[None]), {}, recipe=recipe))
+    params = where.encode(Direction(orthonormal(row[None]), recipe=recipe))
     assert params is not None
     assert set(params) == asked(where)
     assert params["mlp.peak"] == STRONGEST
@@ -446,7 +446,7 @@ def test_a_seed_decides_everything(changes: dict[str, Any]) -> None:
 
 def good() -> dict[str, Any]:
     strengths = {f"layers.{at}.attention.weight": 1.0 for at in range(6, 12)}
-    found = space().encode(Direction(orthonormal(candidates().at(9, -1)[None]), {}, recipe=Recipe(strengths)))
+    found = space().encode(Direction(orthonormal(candidates().at(9, -1)[None]), recipe=Recipe(strengths)))
     assert found is not None
     return found
 

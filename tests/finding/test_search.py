@@ -64,7 +64,7 @@ def logits(session: Session, plan: Plan) -> torch.Tensor:
 def test_the_gradient_stops_refusal_from_a_bad_start(session: Session, findings: Findings, planted: Planted) -> None:
     generator = torch.Generator().manual_seed(5)
     off = planted.direction + 0.3 * torch.randn(len(planted.direction), generator=generator)
-    start = Direction((off / off.norm())[None], {})
+    start = Direction((off / off.norm())[None])
     meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
     refusals = objectives_named("refusals,kl")[:1]
     (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 80), seed=1)
@@ -312,7 +312,7 @@ def test_a_search_goes_on_where_it_was_killed(
 
 
 def test_what_is_asked_for_is_chosen() -> None:
-    direction = Direction(torch.eye(1, 4), {})
+    direction = Direction(torch.eye(1, 4))
     scores = [(0.0, 0.02, 0.3), (0.05, 0.01, 0.1), (0.1, 0.004, 0.1), (0.5, 0.001, 0.1)]
     points = tuple(
         Point(direction, f"{i}", {"refusals": r, "kl": k, "over-refusals": o}, Stage.REPLIES)

@@ -299,7 +299,7 @@ def test_scores_are_those_of_the_chosen_writers(
     ((bypass, induce, _),) = chosen.score(raw[None], WRITES + 1, None)
     assert (bypass < 0) is bypasses
     assert induce > 0, "adding is not editing"
-    plain, _ = chosen.ablate(session.plan(Direction(raw[None] / raw.norm(), {}), editing))
+    plain, _ = chosen.ablate(session.plan(Direction(raw[None] / raw.norm()), editing))
     assert bypass == pytest.approx(plain, abs=1e-4)
 
 

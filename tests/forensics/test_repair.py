@@ -43,7 +43,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 def edited(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model with its direction taken out."""
     folder = tmp_path_factory.mktemp("edited")
-    save_direction(folder / "d.safetensors", Direction(planted.direction[None], {}))
+    save_direction(folder / "d.safetensors", Direction(planted.direction[None]))
     pipeline.apply(str(planted.folder), folder / "d.safetensors", OutputSettings(out=folder / "out"))
     return folder / "out"
 
@@ -97,7 +97,7 @@ def test_a_base_restores_only_the_direction_where_more_was_done(planted: Planted
 
 
 def test_an_adapter_is_taken_out_again(planted: Planted, tmp_path: Path) -> None:
-    save_direction(tmp_path / "d.safetensors", Direction(planted.direction[None], {}))
+    save_direction(tmp_path / "d.safetensors", Direction(planted.direction[None]))
     pipeline.apply(
         str(planted.folder),
         tmp_path / "d.safetensors",
@@ -132,7 +132,7 @@ def test_without_anything_refusals_come_back_approximately(
 ) -> None:
     monkeypatch.setattr(repairing, "_SIZES", (1.5, 3.0))  # refusal is louder in the planted model than in real ones
     found = without_record(edited, tmp_path / "found")
-    save_direction(tmp_path / "d.safetensors", Direction(planted.direction[None], {}))
+    save_direction(tmp_path / "d.safetensors", Direction(planted.direction[None]))
     done = repair(
         str(found),
         tmp_path / "out",

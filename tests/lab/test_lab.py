@@ -157,7 +157,7 @@ def test_adding_the_difference_makes_it_refuse(bench: Bench) -> None:
 def test_the_plan_is_the_one_that_settings_would_make(bench: Bench, controls: Controls) -> None:
     site, direction = controls.site, bench.direction
     editing = bench.settings(controls)
-    assert same_plan(bench.plan(controls), plan_for(bench.anatomy, pipeline.at_site(direction, site), editing))
+    assert same_plan(bench.plan(controls), plan_for(bench.anatomy, direction.at(site), editing))
     assert editing.strength == controls.strength
     if controls == Controls():
         assert editing == EditSettings()
@@ -333,13 +333,13 @@ def test_foreign_plans_are_refused_in_one_line(bench: Bench, tmp_path: Path) -> 
     text.write_text("{}")
     other = tmp_path / "other.safetensors"
     basis = torch.nn.functional.normalize(torch.ones(1, D_MODEL))
-    save_direction(other, Direction(basis, {}, recipe=Recipe({"no.such.weight": 1.0})))
+    save_direction(other, Direction(basis, recipe=Recipe({"no.such.weight": 1.0})))
     for path, said in ((narrow, "width"), (damaged, "damaged"), (text, "safetensors"), (other, "no.such.weight")):
         with pytest.raises(AbliterateError, match=said) as error:
             lab.load_plan(bench, path)
         assert "\n" not in str(error.value)
     plain = tmp_path / "plain.safetensors"
-    save_direction(plain, Direction(basis, {}))
+    save_direction(plain, Direction(basis))
     assert lab.load_plan(bench, plain).candidates is None
 
 
@@ -424,7 +424,7 @@ def test_without_a_selection_the_map_is_the_size_of_the_difference(bench: Bench)
     assert heat.best == "high"
     assert bool((heat.values[0, : WRITES + 1] < 0.05).all())  # nobody knows of refusal there yet
     assert bool((heat.values[0, WRITES + 1 :] > 1).all())
-    assert heat_of(Direction(torch.ones(1, 4), {})) is None
+    assert heat_of(Direction(torch.ones(1, 4))) is None
 
 
 def test_both_sides_of_a_talk_go_on_from_their_own_replies(bench: Bench) -> None:
@@ -503,7 +503,7 @@ def test_a_direction_file_opens_the_model_that_it_names(run: Path, planted: Plan
     opened = lab.open_bench(str(path), finding=finding, prompts=prompts, root=tmp_path)
     assert opened.heat is not None
     assert opened.heat.best == "high"
-    save_direction(path, Direction(torch.eye(1, D_MODEL), {}))
+    save_direction(path, Direction(torch.eye(1, D_MODEL)))
     with pytest.raises(UsageError, match="names its model"):
         lab.open_bench(str(path))
 

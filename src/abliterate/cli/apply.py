@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import typer
 from rich.console import Console
 
@@ -16,18 +18,19 @@ from abliterate.cli.arguments import (
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.run import show_run
-from abliterate.config import (
-    EditSettings,
-    FileSettings,
-    OutputSettings,
-)
+from abliterate.config import EditSettings, FileSettings, OutputSettings
 
 
-@with_settings(OutputSettings, EditSettings, FileSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    output: OutputSettings
+    editing: EditSettings
+    loading: FileSettings
+
+
+@with_settings
 def apply(
-    output: OutputSettings,
-    editing: EditSettings,
-    loading: FileSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
@@ -42,10 +45,10 @@ def apply(
     record = pipeline.apply(
         model,
         direction,
-        output,
+        given.output,
         site=site_of(site),
-        editing=editing,
-        loading=loading,
+        editing=given.editing,
+        loading=given.loading,
         monitor=monitor_for(quiet),
     )
     if as_json:

@@ -10,9 +10,11 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from abliterate.cli.options import flag_of
+from abliterate.config import EvalSettings
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
+    from abliterate.edit.direction import Site
     from abliterate.monitor import Monitor
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or .gguf file.", show_default=False)]
@@ -46,14 +48,21 @@ def refuse_set(where: str, settings: BaseModel, *names: str) -> None:
             raise UsageError(f"{flag_of(name)}: does nothing {where}; leave it out")
 
 
-def site_of(option: str | None) -> tuple[int, int] | None:
+def joined(*settings: BaseModel) -> EvalSettings:
+    """Settings by concern, as one."""
+    return EvalSettings(**{name: value for one in settings for name, value in one})
+
+
+def site_of(option: str | None) -> Site | None:
     """Layer and position of `--site`."""
     if option is None:
         return None
     layer, colon, position = option.partition(":")
     if not colon or not layer.isdecimal() or not position.removeprefix("-").isdecimal() or int(position) >= 0:
         raise UsageError(f"--site {option}: expected LAYER:POSITION with a negative position, e.g. 14:-1")
-    return int(layer), int(position)
+    from abliterate.edit.direction import Site
+
+    return Site(int(layer), int(position))
 
 
 def monitor_for(quiet: bool) -> Monitor:

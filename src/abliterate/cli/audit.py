@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,15 +15,17 @@ from abliterate.cli.arguments import (
     Model,
     Quiet,
     monitor_for,
-    refuse_set,
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, percent
 from abliterate.config import (
     EvalSettings,
     FindSettings,
+    MeasureSettings,
     ModelSettings,
     PromptSettings,
+    ReplySettings,
+    SelectSettings,
 )
 from abliterate.report.wording import audited
 
@@ -60,12 +63,17 @@ def audit_table(*parts: AuditPart) -> Table:
     return table
 
 
-@with_settings(ModelSettings, PromptSettings, FindSettings, EvalSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    loading: ModelSettings
+    prompts: PromptSettings
+    finding: SelectSettings
+    replies: ReplySettings
+
+
+@with_settings
 def audit(
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    finding: FindSettings,
-    evaluating: EvalSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
@@ -76,15 +84,15 @@ def audit(
     quiet: Quiet = False,
 ) -> None:
     """How brittle is this model's refusal: what is left of it as more is taken out, and what that costs."""
-    refuse_set("with audit", evaluating, "keep_completions", "no_control", "capability", "tasks", "task_limit")
-    refuse_set("with audit", finding, "subspace", "rank")
-    from abliterate.forensics import audit as auditing
+    from abliterate.forensics.audit import audit as audit_model
 
-    part, session = auditing.audit(
-        model, loading=loading, prompts=prompts, finding=finding, evaluating=evaluating, monitor=monitor_for(quiet)
+    measuring = MeasureSettings(
+        loading=given.loading,
+        prompts=given.prompts,
+        finding=FindSettings(**given.finding.model_dump()),
+        evaluating=EvalSettings(**given.replies.model_dump()),
     )
-    if out is not None:
-        auditing.write_audit(part, session, out)
+    part = audit_model(model, measuring, out=out, monitor=monitor_for(quiet))
     if as_json:
         typer.echo(part.model_dump_json(indent=1))
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -23,10 +24,7 @@ from abliterate.cli.arguments import (
     site_of,
 )
 from abliterate.cli.options import with_settings
-from abliterate.config import (
-    EditSettings,
-    ModelSettings,
-)
+from abliterate.config import EditSettings, ModelSettings
 
 if TYPE_CHECKING:
     from abliterate.edit.plan import Plan
@@ -83,10 +81,15 @@ def _lines(console: Console) -> Iterator[str]:
         yield prompt
 
 
-@with_settings(ModelSettings, EditSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    loading: ModelSettings
+    editing: EditSettings
+
+
+@with_settings
 def chat(
-    loading: ModelSettings,
-    editing: EditSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
@@ -100,12 +103,12 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """The original's and the ablated model's answer to the same prompt, side by side."""
-    from abliterate import pipeline
     from abliterate.edit.direction import load_direction
     from abliterate.edit.options import plan_for
+    from abliterate.session import open_model
 
     loaded = load_direction(direction)
     chosen = site_of(site)
-    live, renderer, anatomy = pipeline.open_model(model, loading, monitor_for(quiet))
-    plan = plan_for(anatomy, pipeline.at_site(loaded, chosen, anatomy.d_model), editing)
+    live, renderer, anatomy = open_model(model, given.loading, monitor_for(quiet))
+    plan = plan_for(anatomy, loaded.at(chosen, anatomy.d_model), given.editing)
     converse(live, renderer, plan, prompt, max_new_tokens, as_json=as_json)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -24,22 +25,33 @@ from abliterate.cli.arguments import (
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import show_evaluation
 from abliterate.config import (
+    CapabilitySettings,
     EditSettings,
     EngineSettings,
     EvalSettings,
+    MeasureSettings,
     ModelSettings,
     PromptSettings,
 )
 from abliterate.errors import UsageError
 
+if TYPE_CHECKING:
+    from abliterate.monitor import Monitor
+    from abliterate.record import EvaluationPart
 
-@with_settings(ModelSettings, PromptSettings, EditSettings, EvalSettings, EngineSettings)
+
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    loading: ModelSettings
+    prompts: PromptSettings
+    editing: EditSettings
+    evaluating: EvalSettings
+    engine: EngineSettings
+
+
+@with_settings
 def evaluate(
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    editing: EditSettings,
-    evaluating: EvalSettings,
-    engine: EngineSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
@@ -52,59 +64,58 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Refusals on held-out prompts; with --base, --direction, or an engine's edited model also what changed."""
-    from abliterate import pipeline
-    from abliterate.edit.direction import learnt_by, load_direction
-
     if direction is None:
-        refuse_idle("eval without --direction", editing, site)
+        refuse_idle("eval without --direction", given.editing, site)
     if base is not None and direction is not None:
         raise UsageError("--base and --direction: expected one of them, found both")
-    monitor, elsewhere = monitor_for(quiet), engine.engine != "transformers"
-    if elsewhere:
-        _refuse_with_engine(engine, loading, evaluating, base, direction)
-        evaluation = pipeline.evaluate_elsewhere(
-            model, engine, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor
-        )
+    from abliterate.record import versions
+
+    measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, evaluating=given.evaluating)
+    if given.engine.engine != "transformers":
+        part = _elsewhere(model, given, measuring, base or direction, monitor_for(quiet))
     else:
-        refuse_idle("eval without --engine", engine)
-        loaded = None if direction is None else load_direction(direction)
-        chosen = site_of(site)
-        seen = learnt_by(model) if loaded is None else loaded.learnt_from
-        opened = functools.partial(
-            pipeline.open_session, loading=loading, prompts=prompts, learnt_from=seen, monitor=monitor
-        )
-        session, other = opened(model), None if base is None else opened(base)
-        plan = None
-        if loaded is not None:
-            plan = session.plan(pipeline.at_site(loaded, chosen, session.anatomy.d_model), editing)
-        evaluation = pipeline.evaluate(session, evaluating, base=other, plan=plan, editing=editing, seed=prompts.seed)
-    part = pipeline.evaluation_part(evaluation)
+        refuse_idle("eval without --engine", given.engine)
+        part = _here(model, given, base, (direction, site), monitor_for(quiet))
     if as_json:
-        settings = {"loading": loading, "prompts": prompts, "evaluating": evaluating}
-        whole = {
-            "model": model,
-            "versions": pipeline.versions(),
-            "settings": {name: value.model_dump(mode="json") for name, value in settings.items()},
-            "evaluation": part.model_dump(mode="json"),
-        }
+        asked = measuring.model_dump(mode="json", exclude={"finding"})
+        whole = {"model": model, "versions": versions(), "settings": asked, "evaluation": part.model_dump(mode="json")}
         typer.echo(json.dumps(whole, indent=1))
     else:
         show_evaluation(part, Console())
 
 
-def _refuse_with_engine(
-    engine: EngineSettings,
-    loading: ModelSettings,
-    evaluating: EvalSettings,
-    base: str | None,
-    direction: Path | None,
-) -> None:
-    """What needs the live model cannot be had from another engine."""
-    if base is not None or direction is not None:
+def _here(
+    model: str, given: _Groups, base: str | None, edit: tuple[Path | None, str | None], monitor: Monitor
+) -> EvaluationPart:
+    """By the live model: alone, beside a base, or under hooks."""
+    from abliterate import pipeline
+    from abliterate.edit.direction import learnt_by, load_direction
+
+    direction, site = edit
+    loaded = None if direction is None else load_direction(direction)
+    seen = learnt_by(model) if loaded is None else loaded.learnt_from
+    opened = functools.partial(
+        pipeline.open_session, loading=given.loading, prompts=given.prompts, learnt_from=seen, monitor=monitor
+    )
+    session, other = opened(model), None if base is None else opened(base)
+    plan = None
+    if loaded is not None:
+        plan = session.plan(loaded.at(site_of(site), session.anatomy.d_model), given.editing)
+    return pipeline.evaluate(session, given.evaluating, base=other, plan=plan)
+
+
+def _elsewhere(
+    model: str, given: _Groups, measuring: MeasureSettings, edited: str | Path | None, monitor: Monitor
+) -> EvaluationPart:
+    """By another engine: what needs the live model cannot be had from it."""
+    where = f"with --engine {given.engine.engine}"
+    if edited is not None:
         raise UsageError(
-            f"--engine {engine.engine}: expected no --base or --direction; write the edit with 'abliterate apply' and "
-            "give --edited (vllm) or --served-edited (a server)"
+            f"--engine {given.engine.engine}: expected no --base or --direction; write the edit with 'abliterate "
+            "apply' and give --edited (vllm) or --served-edited (a server)"
         )
-    idle = ("early_stop", "capability", "tasks", "task_limit", "multiple_choice", "no_control", "no_cache")
-    refuse_set(f"with --engine {engine.engine}", evaluating, *idle)
-    refuse_set(f"with --engine {engine.engine}", loading, "dtype", "device", "batch_size", "quantization", "max_leak")
+    refuse_set(where, given.evaluating, "early_stop", *CapabilitySettings.model_fields, "no_control", "no_cache")
+    refuse_set(where, given.loading, "dtype", "device", "batch_size", "quantization", "max_leak")
+    from abliterate import pipeline
+
+    return pipeline.evaluate_elsewhere(model, given.engine, measuring, monitor)

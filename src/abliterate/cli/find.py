@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -14,25 +15,24 @@ from abliterate.cli.arguments import (
     Model,
     Quiet,
     monitor_for,
-    refuse_idle,
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.run import show_selection
-from abliterate.config import (
-    EditSettings,
-    FindSettings,
-    ModelSettings,
-    PromptSettings,
-)
+from abliterate.config import FindSettings, ModelSettings, PromptSettings, WriterSettings
 from abliterate.errors import UsageError
 
 
-@with_settings(ModelSettings, PromptSettings, FindSettings, EditSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    loading: ModelSettings
+    prompts: PromptSettings
+    finding: FindSettings
+    writers: WriterSettings
+
+
+@with_settings
 def find(
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    finding: FindSettings,
-    editing: EditSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
@@ -49,21 +49,23 @@ def find(
         raise UsageError(f"-o {out}: expected a file name ending in .safetensors")
     if any(above.is_file() for above in out.absolute().parents):
         raise UsageError(f"-o {out}: expected a file in a folder, found one below a file; give another -o")
-    chooses = {"layers", "components", "strengths", "untie"}
-    refuse_idle("find", EditSettings(**editing.model_dump(exclude=chooses)))
     from abliterate import pipeline
     from abliterate.edit.direction import save_direction
 
     session = pipeline.open_session(
-        model, loading=loading, prompts=prompts, positions=finding.positions, monitor=monitor_for(quiet)
+        model,
+        loading=given.loading,
+        prompts=given.prompts,
+        positions=given.finding.positions,
+        monitor=monitor_for(quiet),
     )
-    findings = pipeline.find(session, finding, editing)
-    found = pipeline.choose(session, findings, finding, seed=prompts.seed, force=force)
-    save_direction(out, found.direction, metadata=pipeline.direction_metadata(session, found))
-    part = pipeline.selection_part(found)
+    findings = pipeline.find(session, given.finding, given.writers)
+    found = pipeline.choose(session, findings, given.finding, force=force)
+    save_direction(out, found.direction)
     if as_json:
-        typer.echo(json.dumps({"file": str(out), "selection": part.model_dump(mode="json")}, indent=1))
+        part = found.selection.model_dump(mode="json")
+        typer.echo(json.dumps({"file": str(out), "selection": part}, indent=1))
     else:
         console = Console()
-        show_selection(part, session.anatomy.layers, console)
+        show_selection(found.selection, session.anatomy.layers, console)
         console.print(f"Direction: [bold]{out}[/]", soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -21,8 +22,11 @@ from abliterate.cli.tables import PLAIN
 from abliterate.config import (
     EvalSettings,
     InspectSettings,
+    MeasureSettings,
     ModelSettings,
     PromptSettings,
+    ReplySettings,
+    ThinkingSettings,
 )
 from abliterate.errors import GateNotMet
 from abliterate.report.wording import explained, headline
@@ -98,12 +102,18 @@ def _separation(part: InspectionPart) -> Table:
     return table
 
 
-@with_settings(InspectSettings, ModelSettings, PromptSettings, EvalSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    inspecting: InspectSettings
+    loading: ModelSettings
+    prompts: PromptSettings
+    replies: ReplySettings
+    thinking: ThinkingSettings
+
+
+@with_settings
 def inspect(
-    inspecting: InspectSettings,
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    evaluating: EvalSettings,
+    given: _Groups,
     /,
     *,
     model: Annotated[
@@ -113,15 +123,16 @@ def inspect(
     quiet: Quiet = False,
 ) -> None:
     """Was a direction taken out of this checkpoint? Which, where, how strongly? Exit code 3 when it was."""
+    inspecting = given.inspecting
     if not (inspecting.activations or inspecting.behavioural):
-        refuse_idle("inspect without --activations or --behavioural", prompts)
+        refuse_idle("inspect without --activations or --behavioural", given.prompts)
     if not inspecting.behavioural:
-        refuse_idle("inspect without --behavioural", evaluating)
-    from abliterate.forensics import inspect as inspection
+        refuse_idle("inspect without --behavioural", given.replies, given.thinking)
+    from abliterate.forensics.inspect import inspect as inspect_model
 
-    part, _ = inspection.inspect(
-        model, inspecting, loading=loading, prompts=prompts, evaluating=evaluating, monitor=monitor_for(quiet)
-    )
+    evaluating = EvalSettings(**given.replies.model_dump(), **given.thinking.model_dump())
+    measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, evaluating=evaluating)
+    part = inspect_model(model, inspecting, measuring, monitor_for(quiet))
     if as_json:
         typer.echo(part.model_dump_json(indent=1))
     else:

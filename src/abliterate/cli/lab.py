@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -11,18 +12,19 @@ from abliterate.cli.arguments import (
     monitor_for,
 )
 from abliterate.cli.options import with_settings
-from abliterate.config import (
-    FindSettings,
-    ModelSettings,
-    PromptSettings,
-)
+from abliterate.config import FindSettings, MeasureSettings, ModelSettings, PromptSettings
 
 
-@with_settings(ModelSettings, PromptSettings, FindSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    loading: ModelSettings
+    prompts: PromptSettings
+    finding: FindSettings
+
+
+@with_settings
 def lab(
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    finding: FindSettings,
+    given: _Groups,
     /,
     *,
     target: Annotated[
@@ -43,13 +45,6 @@ def lab(
     """The original and the edited model side by side in this machine's browser, the edit under sliders."""
     from abliterate.lab import serve
 
-    serve(
-        target,
-        loading=loading,
-        prompts=prompts,
-        finding=finding,
-        direction=direction,
-        port=port,
-        open_browser=not no_browser,
-        monitor=monitor_for(quiet=False),
-    )
+    measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, finding=given.finding)
+    monitor = monitor_for(quiet=False)
+    serve(target, measuring, direction=direction, port=port, open_browser=not no_browser, monitor=monitor)

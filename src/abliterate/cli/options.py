@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
 from pydantic import BaseModel, ValidationError
@@ -20,42 +20,56 @@ _SHORT = {"out": ["-o"], "method": ["--search"]}
 #: Options that are not called like their field.
 _FLAGS = {"realisation": "--as"}
 
-#: Panels of the help page, by settings class.
+#: Panels of the help page, by settings class; of a class made of others, by the one that a field comes from.
 _PANELS = {
     "FileSettings": "Reading the model",
     "ModelSettings": "Loading the model",
     "PromptSettings": "Prompts",
+    "RefusalSettings": "Finding the direction",
+    "VerifySettings": "Finding the direction",
+    "SelectSettings": "Finding the direction",
     "FindSettings": "Finding the direction",
     "SearchSettings": "Searching",
+    "WriterSettings": "The edit",
     "EditSettings": "The edit",
+    "ReplySettings": "Measuring behaviour",
+    "ThinkingSettings": "Measuring behaviour",
+    "CapabilitySettings": "Measuring behaviour",
+    "EvidenceSettings": "Measuring behaviour",
     "EvalSettings": "Measuring behaviour",
     "InspectSettings": "Inspecting",
+    "RepairSettings": "Repairing",
     "HardenSettings": "Hardening",
     "EngineSettings": "Another engine",
+    "FolderSettings": "Output",
     "OutputSettings": "Output",
 }
 
 
-def with_settings(*groups: type[BaseModel]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one option per field of each settings class; it gets the settings, validated, by class.
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command one option per field of the settings it takes.
 
-    The command is called with its own parameters and one positional argument per group, in order.
+    The command's first parameter is a dataclass whose fields are settings, each a pydantic model; it gets them
+    validated. All its other parameters are keywords of its own.
     """
+    (groups, *own) = inspect.signature(command, eval_str=True).parameters.values()
+    kinds: dict[str, type[BaseModel]] = {
+        name: kind for name, kind in get_type_hints(groups.annotation).items() if issubclass(kind, BaseModel)
+    }
+    fields = {name: kind.model_fields for name, kind in kinds.items()}
+    options = [_parameter(name, field, kinds[group]) for group in kinds for name, field in fields[group].items()]
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        fields = [_parameter(name, field, group) for group in groups for name, field in group.model_fields.items()]
+    def wrapper(**values: Any) -> None:
+        taken = {
+            group: _build(kind, {name: values.pop(name) for name in fields[group]}) for group, kind in kinds.items()
+        }
+        command(groups.annotation(**taken), **values)
 
-        def wrapper(**values: Any) -> None:
-            settings = [_build(group, {name: values.pop(name) for name in group.model_fields}) for group in groups]
-            command(*settings, **values)
-
-        wrapper.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *fields]}
-        wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
-        return wrapper
-
-    return decorate
+    parameters = [*own, *options]
+    wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
+    return wrapper
 
 
 def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.Parameter:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -12,22 +11,28 @@ from rich.markup import escape
 
 from abliterate.cli.arguments import (
     Json,
-    OptionalDirection,
     Quiet,
+    joined,
     monitor_for,
     refuse_idle,
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import show_evaluation
 from abliterate.config import (
-    EvalSettings,
+    CapabilitySettings,
     FindSettings,
+    FolderSettings,
+    MeasureSettings,
     ModelSettings,
     PromptSettings,
+    RefusalSettings,
+    RepairSettings,
+    ReplySettings,
+    ThinkingSettings,
 )
 
 if TYPE_CHECKING:
-    from abliterate.forensics.repair import Repaired
+    from abliterate.record import RepairPart
 
 _HOW = {
     "undo": "Restored with what the edit kept for undo",
@@ -37,85 +42,61 @@ _HOW = {
 }
 
 
-def show_repaired(done: Repaired, console: Console) -> None:
+def show_repair(part: RepairPart, console: Console) -> None:
     """How exact it is comes first."""
-    from abliterate.report.assemble import evaluation_part
-
-    console.print(f"[bold]{_HOW[done.how]}.[/]", highlight=False)
+    console.print(f"[bold]{_HOW[part.how]}.[/]", highlight=False)
     for count, what in (
-        (len(done.exact), "the original's bytes"),
-        (len(done.restored), "restored, not byte for byte"),
-        (len(done.added), "with an addition"),
+        (len(part.exact), "the original's bytes"),
+        (len(part.restored), "restored, not byte for byte"),
+        (len(part.added), "with an addition"),
     ):
         if count:
-            console.print(f"{count} {'files' if done.how == 'undo' and what.startswith('the') else 'tensors'}: {what}.")
-    if done.note:
-        console.print(escape(done.note[0].upper() + done.note[1:] + "."), highlight=False)
-    if done.evaluation is not None:
-        show_evaluation(evaluation_part(done.evaluation), console)
-    console.print(f"Model: [bold]{escape(str(done.folder))}[/]", soft_wrap=True)
+            console.print(f"{count} {'files' if part.how == 'undo' and what.startswith('the') else 'tensors'}: {what}.")
+    if part.note:
+        console.print(escape(part.note[0].upper() + part.note[1:] + "."), highlight=False)
+    if part.evaluation is not None:
+        show_evaluation(part.evaluation, console)
+    console.print(f"Model: [bold]{escape(part.folder)}[/]", soft_wrap=True)
 
 
-def repaired_as_dict(done: Repaired) -> dict[str, Any]:
-    """The same for machines."""
-    from abliterate.report.assemble import evaluation_part
-
-    return {
-        "folder": str(done.folder),
-        "how": done.how,
-        "exact": list(done.exact),
-        "restored": list(done.restored),
-        "added": list(done.added),
-        "note": done.note,
-        "size": done.size,
-        "evaluation": None if done.evaluation is None else evaluation_part(done.evaluation).model_dump(mode="json"),
-    }
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    repairing: RepairSettings
+    folder: FolderSettings
+    loading: ModelSettings
+    prompts: PromptSettings
+    refusals: RefusalSettings
+    replies: ReplySettings
+    thinking: ThinkingSettings
+    capability: CapabilitySettings
 
 
-@with_settings(ModelSettings, PromptSettings, EvalSettings)
+@with_settings
 def repair(
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    evaluating: EvalSettings,
+    given: _Groups,
     /,
     *,
     model: Annotated[str, typer.Argument(help="The edited model: hub id, folder or .gguf.", show_default=False)],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder to write the repaired model to.", show_default=False)
-    ],
-    base: Annotated[
-        str | None, typer.Option(help="The model that it was made from: restores exactly.", show_default=False)
-    ] = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="The PEFT adapter that was merged into it.", show_default=False)
-    ] = None,
-    direction: OptionalDirection = None,
-    refusal_tokens: Annotated[
-        str | None, typer.Option(help="First tokens of a refusal, for an approximation.", show_default=False)
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT when it holds a model.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Give an edited model its refusals back: exactly with an undo file, base or adapter, else approximately."""
-    if base is not None or adapter is not None:
-        refuse_idle("repair with --base or --adapter", prompts, evaluating)
-    from abliterate.forensics import repair as repairing
+    if given.repairing.base is not None or given.repairing.adapter is not None:
+        idle = (given.prompts, given.refusals, given.replies, given.thinking, given.capability)
+        refuse_idle("repair with --base or --adapter", *idle)
+    from abliterate.forensics.repair import repair as repair_model
 
-    done = repairing.repair(
-        model,
-        out,
-        base=base,
-        adapter=adapter,
-        direction=direction,
-        overwrite=overwrite,
-        loading=loading,
-        prompts=prompts,
-        finding=FindSettings(refusal_tokens=refusal_tokens),
-        evaluating=evaluating,
-        monitor=monitor_for(quiet),
+    measuring = MeasureSettings(
+        loading=given.loading,
+        prompts=given.prompts,
+        finding=FindSettings(**given.refusals.model_dump()),
+        evaluating=joined(given.replies, given.thinking, given.capability),
+    )
+    folder = given.folder
+    part = repair_model(
+        model, folder.out, given.repairing, measuring, overwrite=folder.overwrite, monitor=monitor_for(quiet)
     )
     if as_json:
-        typer.echo(json.dumps(repaired_as_dict(done), indent=1))
+        typer.echo(part.model_dump_json(indent=1))
     else:
-        show_repaired(done, Console())
+        show_repair(part, Console())

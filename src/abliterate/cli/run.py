@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ from abliterate.cli.arguments import (
     Model,
     Quiet,
     monitor_for,
-    refuse_set,
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.search import show_search
@@ -107,15 +107,20 @@ def show_timings(record: Record, console: Console) -> None:
     console.print(f"Peak memory {max(record.peak_memory_bytes.values(), default=0) / 1e9:.2f} GB.")
 
 
-@with_settings(OutputSettings, ModelSettings, PromptSettings, FindSettings, SearchSettings, EditSettings, EvalSettings)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    output: OutputSettings
+    loading: ModelSettings
+    prompts: PromptSettings
+    finding: FindSettings
+    searching: SearchSettings
+    editing: EditSettings
+    evaluating: EvalSettings
+
+
+@with_settings
 def run(
-    output: OutputSettings,
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    finding: FindSettings,
-    searching: SearchSettings,
-    editing: EditSettings,
-    evaluating: EvalSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
@@ -123,18 +128,17 @@ def run(
     quiet: Quiet = False,
 ) -> None:
     """The whole job: find the direction, search the edit, edit the weights, evaluate before and after."""
-    refuse_set("with run", searching, "resume")
     from abliterate import pipeline
 
     settings = RunSettings(
         model=model,
-        loading=loading,
-        prompts=prompts,
-        finding=finding,
-        evaluating=evaluating,
-        editing=editing,
-        searching=searching,
-        output=output,
+        loading=given.loading,
+        prompts=given.prompts,
+        finding=given.finding,
+        evaluating=given.evaluating,
+        editing=given.editing,
+        searching=given.searching,
+        output=given.output,
     )
     record = pipeline.run(settings, monitor_for(quiet))
     if as_json:

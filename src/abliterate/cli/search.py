@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,18 +18,18 @@ from abliterate.cli.arguments import (
     Model,
     Quiet,
     monitor_for,
-    refuse_set,
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, fits
-from abliterate.cli.verify import UNUSED_BY_VERIFY
 from abliterate.config import (
     EditSettings,
     EvalSettings,
     FindSettings,
+    FolderSettings,
     ModelSettings,
     OutputSettings,
     PromptSettings,
+    ReplySettings,
     RunSettings,
     SearchSettings,
 )
@@ -237,51 +237,50 @@ def ask_point(part: SearchPart, console: Console) -> int:
         console.print(f"Expected one of {', '.join(map(str, numbers))}.", highlight=False)
 
 
-#: What `search`, which judges refusals and edits nothing, has no use for.
-_UNUSED_BY_SEARCH = ("early_stop", *UNUSED_BY_VERIFY)
+@dataclass(frozen=True, slots=True)
+class _Groups:
+    folder: FolderSettings
+    loading: ModelSettings
+    prompts: PromptSettings
+    finding: FindSettings
+    searching: SearchSettings
+    editing: EditSettings
+    replies: ReplySettings
 
 
-@with_settings(ModelSettings, PromptSettings, FindSettings, SearchSettings, EditSettings, EvalSettings)
+@with_settings
 def search(
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    finding: FindSettings,
-    searching: SearchSettings,
-    editing: EditSettings,
-    evaluating: EvalSettings,
+    given: _Groups,
     /,
     *,
     model: Model,
-    out: Annotated[
-        Path, typer.Option("--out", "-o", help="Folder for the record and the points' directions.", show_default=False)
-    ],
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT when it holds a search.")] = False,
     force: Annotated[bool, typer.Option(help="Choose a point even when none keeps the constraints.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with the trials of a search that was broken off.")] = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """The front of refusals against damage: edits of which none is better than another in both. Edits nothing."""
-    refuse_set("with search", evaluating, *_UNUSED_BY_SEARCH)
     from abliterate import pipeline
 
+    out = given.folder.out
     settings = RunSettings(
         model=model,
-        loading=loading,
-        prompts=prompts,
-        finding=finding,
-        searching=searching,
-        editing=editing,
-        evaluating=evaluating,
-        output=OutputSettings(out=out, overwrite=overwrite, force=force),
+        loading=given.loading,
+        prompts=given.prompts,
+        finding=given.finding,
+        searching=given.searching,
+        editing=given.editing,
+        evaluating=EvalSettings(**given.replies.model_dump()),
+        output=OutputSettings(out=out, overwrite=given.folder.overwrite, force=force),
     )
-    record = pipeline.search(settings, monitor_for(quiet))
+    record = pipeline.search(settings, resume=resume, monitor=monitor_for(quiet))
     if as_json:
         typer.echo(record.model_dump_json(indent=1))
         return
     console = Console()
     if record.search is not None:
         show_search(record.search, console)
-        asks = sys.stdin.isatty() and console.is_terminal and searching.pick is None and not quiet
+        asks = sys.stdin.isatty() and console.is_terminal and given.searching.pick is None and not quiet
         if asks and (number := ask_point(record.search, console)) != record.search.chosen:
             pipeline.pick(out, number)
     console.print(f"Direction: [bold]{out / 'direction.safetensors'}[/]", soft_wrap=True)

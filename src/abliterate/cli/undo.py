@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +15,7 @@ from abliterate.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from abliterate.edit.undo import Undone
+    from abliterate.record import UndonePart
 
 
 def undo(
@@ -32,21 +30,16 @@ def undo(
     quiet: Quiet = False,
 ) -> None:
     """Restore the original: bit for bit where it is still there, else from what the edit kept."""
-    from abliterate.edit import undo as restoring
+    from abliterate.edit.undo import undo as undo_edit
 
-    undone = restoring.undo(out, target=target, source=source, monitor=monitor_for(quiet))
+    undone = undo_edit(out, target=target, source=source, monitor=monitor_for(quiet))
     if as_json:
-        typer.echo(json.dumps(undone_as_dict(undone), indent=1))
+        typer.echo(undone.model_dump_json(indent=1))
     else:
         show_undone(undone, Console())
 
 
-def undone_as_dict(undone: Undone) -> dict[str, Any]:
-    """The restoration for machines."""
-    return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(undone).items()}
-
-
-def show_undone(undone: Undone, console: Console) -> None:
+def show_undone(undone: UndonePart, console: Console) -> None:
     """Whether it is the original or close to it, and where it lies."""
     if undone.exact:
         console.print("Restored bit for bit: the original's files, with the recorded SHA-256.")

@@ -5,22 +5,30 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.algebra import ZERO_NORM, orthonormal
+from abliterate.edit.values import TensorValue
 from abliterate.errors import UsageError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.checkpoint import Shard, read_shard
 
 
-@dataclass(frozen=True, slots=True)
-class Candidates:
+class Site(NamedTuple):
+    """Where in the model: layer 0..L (0 is the embedding's output), and position from the end (−1: the last token)."""
+
+    layer: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Candidates(TensorValue):
     """One candidate direction per site.
 
     `raw` is r = mean(harmful) - mean(harmless), `harmless_mean` is μ, both [k, L+1, d] in float32, with positions
@@ -51,6 +59,11 @@ class Candidates:
         """The raw difference r at one site (`position` is negative)."""
         return self.raw[-1 - position, layer]
 
+    def holds(self, site: Site) -> bool:
+        """Whether there is a candidate at the site."""
+        positions, sites, _ = self.raw.shape
+        return 0 <= site.layer < sites and -positions <= site.position < 0
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -65,28 +78,68 @@ class Recipe:
     untie: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Direction:
-    """What a direction file holds: `basis` [k, d], and what its maker said of it.
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Direction(TensorValue):
+    """A direction, or several: `basis` [k, d], how it is taken out, and where it comes from.
 
     Rows are orthonormal unless there is a `reader` [k, d] (an oblique edit, see `plan.Edit`). `mean` [d] is what an
     affine edit puts back. A `recipe` says how it is taken out; without one it is taken out of every writer. `per_site`
     [L+1, k, d] holds other directions for what is written at each site (see `plan.Variant`).
+
+    `site` is where it was measured, `model` the name of the model that it was measured on, `learnt_from` holds the
+    fingerprints of the prompts that it was made of and chosen by. `facts` is what its file says beside (hashes,
+    counts, scores), kept as it is.
     """
 
     basis: Float[Tensor, "k d"]
-    metadata: dict[str, Any]
     candidates: Candidates | None = None
     reader: Float[Tensor, "k d"] | None = None
     mean: Float[Tensor, " d"] | None = None
     recipe: Recipe | None = None
     per_site: Float[Tensor, "sites k d"] | None = None
+    site: Site | None = None
+    model: str | None = None
+    learnt_from: frozenset[str] = frozenset()
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def learnt_from(self) -> frozenset[str]:
-        """Fingerprints of the prompts it was made of and chosen by, where its file says so."""
-        said = self.metadata.get("learnt_from")
-        return frozenset(map(str, said)) if isinstance(said, list) else frozenset()
+    def at(self, site: Site | None, d_model: int | None = None) -> Direction:
+        """The direction to use: this one, or its candidate at `site`.
+
+        Raises `UsageError` when there is no such candidate, or when vectors have another width than `d_model`.
+        """
+        width = self.basis.shape[1]
+        if d_model is not None and width != d_model:
+            raise UsageError(f"direction: expected vectors of the model's width {d_model}, found {width}")
+        if site is None:
+            return self
+        raw = self.difference_at(site)
+        return Direction(
+            raw[None] / raw.norm(),
+            self.candidates,
+            site=site,
+            model=self.model,
+            learnt_from=self.learnt_from,
+            facts=self.facts,
+        )
+
+    def difference_at(self, site: Site) -> Float[Tensor, " d"]:
+        """The difference of means r at one of the candidates' sites.
+
+        Raises `UsageError` when there is none.
+        """
+        layer, position = site
+        if self.candidates is None:
+            raise UsageError(f"--site {layer}:{position}: the direction file holds no candidates, only one direction")
+        if not self.candidates.holds(site):
+            shape = self.candidates.raw.shape
+            raise UsageError(
+                f"--site {layer}:{position}: expected a layer below {shape[1]} and a position from -{shape[0]} to -1 "
+                "among the file's candidates"
+            )
+        raw = self.candidates.at(layer, position)
+        if float(raw.norm()) == 0:
+            raise UsageError(f"--site {layer}:{position}: the classes do not differ there")
+        return raw
 
 
 def learnt_by(model: str) -> frozenset[str]:
@@ -95,12 +148,15 @@ def learnt_by(model: str) -> frozenset[str]:
     return load_direction(path).learnt_from if path.is_file() else frozenset()
 
 
-def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write `direction.safetensors` (see `Direction`), with other `metadata` than the direction's where given."""
+def save_direction(path: Path, direction: Direction) -> None:
+    """Write `direction.safetensors` (see `Direction`), whole or not at all.
+
+    Raises `CheckpointError` when it cannot be written.
+    """
     from safetensors.torch import save
 
     candidates = direction.candidates
-    found = {
+    held = {
         "basis": direction.basis,
         "candidates": None if candidates is None else candidates.raw,
         "harmless_mean": None if candidates is None else candidates.harmless_mean,
@@ -108,24 +164,23 @@ def save_direction(path: Path, direction: Direction, *, metadata: Mapping[str, A
         "mean": direction.mean,
         "per_site": direction.per_site,
     }
-    tensors = {name: tensor.float().contiguous() for name, tensor in found.items() if tensor is not None}
-    metadata = dict(direction.metadata if metadata is None else metadata)
-    if direction.recipe is not None:
-        metadata["recipe"] = asdict(direction.recipe)
+    tensors = {name: tensor.float().contiguous() for name, tensor in held.items() if tensor is not None}
     # One key: the library writes several in random order, and equal runs shall leave equal bytes.
-    write_atomically(path, save(tensors, metadata={"abliterate": json.dumps(metadata)}))
+    write_atomically(path, save(tensors, metadata={"abliterate": json.dumps(_said(direction))}))
 
 
-def chosen_site(direction: Direction) -> tuple[int, int] | None:
-    """Layer and position that the direction was measured at, where its file says so and holds it."""
-    match direction.metadata.get("chosen"):
-        case {"layer": int(layer), "position": int(position)}:
-            candidates = direction.candidates
-            if candidates is None or (
-                0 <= layer < candidates.raw.shape[1] and -candidates.raw.shape[0] <= position < 0
-            ):
-                return layer, position
-    return None
+def _said(direction: Direction) -> dict[str, Any]:
+    """What the file says of the direction, beside its tensors."""
+    said = dict(direction.facts)
+    if direction.site is not None:
+        said["chosen"] = {**direction.site._asdict(), **said.get("chosen", {})}
+    if direction.model is not None:
+        said["model"] = direction.model
+    if direction.learnt_from:
+        said["learnt_from"] = sorted(direction.learnt_from)
+    if direction.recipe is not None:
+        said["recipe"] = asdict(direction.recipe)
+    return said
 
 
 def load_direction(path: Path, d_model: int | None = None) -> Direction:
@@ -175,7 +230,25 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
             f"direction file '{path}': expected finite 'per_site' [sites, {len(basis)}, {basis.shape[1]}], found "
             f"{list(per_site.shape)}"
         )
-    return Direction(rows, metadata, candidates, reader, put_back, _recipe(path, metadata), per_site)
+    direction = Direction(rows, candidates, reader, put_back, _recipe(path, metadata), per_site)
+    return _with_origin(direction, metadata)
+
+
+def _with_origin(direction: Direction, said: dict[str, Any]) -> Direction:
+    """The direction with what its file says of where it comes from; what is of another form is kept as a fact."""
+    site = model = None
+    learnt: frozenset[str] = frozenset()
+    match said.get("chosen"):
+        case {"layer": int(layer), "position": int(position), **rest}:
+            there = Site(layer, position)
+            if direction.candidates is None or direction.candidates.holds(there):
+                site, said = there, {key: value for key, value in said.items() if key != "chosen"}
+                said |= {"chosen": rest} if rest else {}
+    if isinstance(said.get("model"), str):
+        model = said.pop("model")
+    if isinstance(said.get("learnt_from"), list):
+        learnt = frozenset(map(str, said.pop("learnt_from")))
+    return replace(direction, site=site, model=model, learnt_from=learnt, facts=said)
 
 
 def _floats(shard: Shard) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.algebra import INDEPENDENT, check_finite, project_out
 from abliterate.config import EditSettings
-from abliterate.edit.direction import Direction, Recipe, chosen_site
+from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.plan import Plan, Profile, Variant, make_plan
 from abliterate.errors import NumericalError, UsageError
 from abliterate.model.anatomy import Anatomy, Kind, Writer
@@ -101,7 +101,7 @@ def _mean(direction: Direction) -> Float[Tensor, " d"]:
 
 
 def _measured(direction: Direction, option: str):  # type: ignore[no-untyped-def]
-    site = chosen_site(direction)
+    site = direction.site
     if direction.candidates is None or site is None:
         raise UsageError(f"{option}: expected a direction file with 'harmless_mean' and a chosen site; see `find`")
     return direction.candidates, site

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -38,9 +38,9 @@ from abliterate.files.checkpoint import (
     write_edited,
 )
 from abliterate.files.formats import PLAIN, layout
-from abliterate.files.integrity import Integrity, check, has_own_index
+from abliterate.files.integrity import check, has_own_index
 from abliterate.monitor import Monitor
-from abliterate.record import PlanPart, Record, read_record
+from abliterate.record import IntegrityPart, PlanPart, Record, UndonePart, read_record
 
 #: The model card, which says that the model was edited.
 _CARD = "README.md"
@@ -54,46 +54,7 @@ class Restored:
     tensors: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Undone:
-    """A model as it was before it was edited, in `folder`.
-
-    `exact`: its weights are the original's, bit for bit, by their hashes. Else no number of `tensors` is more than
-    `steps` numbers of the stored format away from the original's, all others are the same, and `reason` says why the
-    original's files were not taken. `remains` are tensors that the edit added and files that it rewrote: they stay.
-    """
-
-    folder: Path
-    exact: bool
-    steps: int
-    files: tuple[str, ...]
-    tensors: tuple[str, ...] = ()
-    reason: str | None = None
-    remains: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """How an OUT compares with the original it was made from; `source` is where that lies."""
-
-    out: Path
-    source: Path
-    integrity: Integrity
-    rewritten: frozenset[str]
-
-    @property
-    def other_files(self) -> tuple[str, ...]:
-        """Files beside the weights that are not as they should be: the original's, unless the edit rewrote them."""
-        wrong = (name for name, how in self.integrity.other_files.items() if how in ("different", "missing"))
-        return tuple(name for name in wrong if name not in self.rewritten)
-
-    @property
-    def intact(self) -> bool:
-        """Whether every byte outside the plan equals the original's, and every hash is the recorded one."""
-        return self.integrity.ok and not self.other_files
-
-
-def compare(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> Comparison:
+def verify_files(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> IntegrityPart:
     """Compare the weights in `out` with those of the original (`source`, or where the record says it was).
 
     Raises `UsageError` when `out` has no record of edited weights or the original is not there, `CheckpointError` when
@@ -117,7 +78,16 @@ def compare(out: Path, source: Path | None = None, monitor: Monitor | None = Non
         rewritten.add("config.json")
     if not indexed or (original.index and has_own_index(edited, original.index)):
         rewritten.add(INDEX_NAME)
-    return Comparison(out, origin, found, frozenset(rewritten))
+    wrong = [name for name, how in found.other_files.items() if how in ("different", "missing")]
+    not_original = [name for name in wrong if name not in rewritten]
+    return IntegrityPart(
+        intact=found.ok and not not_original,
+        out=str(out),
+        source=str(origin),
+        not_original=not_original,
+        rewritten=sorted(name for name in rewritten if found.other_files.get(name) == "different"),
+        **asdict(found),
+    )
 
 
 def _edited(out: Path) -> tuple[Record, PlanPart]:
@@ -135,7 +105,7 @@ def undo(
     target: Path | None = None,
     source: Path | None = None,
     monitor: Monitor | None = None,
-) -> Undone:
+) -> UndonePart:
     """Take back the edit of the model in `out`, in place or into the new folder `target`.
 
     The original's files are taken from `source`, or from where the record says they were; if they are not there any
@@ -159,7 +129,7 @@ def undo(
             _check_copies(files, record.model.source_sha256)
             if target is None:
                 _carry_along(out, folder, {*plan.files, *record.output_sha256, *files.left_out})
-            return Undone(target or out, True, 0, files.written)
+            return UndonePart(folder=str(target or out), exact=True, steps=0, files=list(files.written))
         total = bytes_to_write(edited)
         ensure_space(folder, total)
         undo_files = [out / name for name in plan.undo]
@@ -177,7 +147,15 @@ def undo(
             (folder / name).unlink(missing_ok=True)
         files_left = tuple(name for name in found.files.written if name not in added)
         remains = (*plan.copied, *(("config.json",) if plan.copied else ()))
-        return Undone(target or out, False, 1, files_left, found.tensors, reason, remains)
+        return UndonePart(
+            folder=str(target or out),
+            exact=False,
+            steps=1,
+            files=list(files_left),
+            tensors=list(found.tensors),
+            reason=reason,
+            remains=list(remains),
+        )
 
 
 def _carry_along(out: Path, folder: Path, known: Collection[str]) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from abliterate.algebra import orthonormal
 from abliterate.config import EditSettings, FindSettings, OutputSettings
-from abliterate.edit.direction import Candidates, Direction, chosen_site
+from abliterate.edit.direction import Candidates, Direction, Site
 from abliterate.edit.gguf import architecture_of, stored_architecture, write_control_vector, write_gguf_lora
 from abliterate.edit.lora import LowRank, low_rank, low_rank_live, refuse_for_lora, write_peft
 from abliterate.edit.options import plan_for
@@ -67,8 +67,7 @@ def dry_run_plan(anatomy: Anatomy, finding: FindSettings, editing: EditSettings,
     rows = torch.randn(finding.rank, anatomy.d_model, generator=generator)
     raw, mean = torch.randn(2, 1, anatomy.layers + 1, anatomy.d_model, generator=generator)
     reader = rows if finding.subspace == "leace" else None
-    said = {"chosen": {"layer": 0, "position": -1}}
-    direction = Direction(orthonormal(rows), said, Candidates(raw, mean), reader)
+    direction = Direction(orthonormal(rows), Candidates(raw, mean), reader, site=Site(0, -1))
     refuse(plan_for(anatomy, direction, editing), anatomy, output)
 
 
@@ -261,7 +260,7 @@ def _architecture(target: EditTarget) -> str:
 
 def _control_vector(plan: Plan, direction: Direction, target: EditTarget, folder: Path) -> Realised:
     """−s r where r was measured, or at the layers that the plan chooses: scale 1 works against the direction."""
-    site = chosen_site(direction)
+    site = direction.site
     if direction.candidates is None or site is None:
         raise UsageError("control vector: expected a direction file with candidates and a chosen site; see `find`")
     layer, position = site

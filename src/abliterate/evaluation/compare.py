@@ -3,33 +3,40 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from abliterate.config import EvalSettings, ModelSettings, PromptSettings
+from abliterate.config import EvalSettings, MeasureSettings, ReplySettings
 from abliterate.edit.direction import learnt_by, load_direction
 from abliterate.errors import UsageError
+from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import (
+    CapabilityScores,
     Exam,
     Examiner,
-    Marks,
     Sets,
-    answers_of,
-    as_loaded,
     exam_of,
     examiner_of,
     random_direction,
+    ready_judge,
     shift_of,
-    try_judge,
 )
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.judging.choice import open_judge
-from abliterate.evaluation.results import Shift, Subject
+from abliterate.evaluation.judging.calibration import Calibration, calibration_of
+from abliterate.evaluation.parts import (
+    behaviour_part,
+    capability_parts,
+    estimate_part,
+    judge_part,
+    paired_parts,
+    shift_part,
+)
+from abliterate.evaluation.results import Shift, degenerate, manner
 from abliterate.model._compat import load_adapter
 from abliterate.monitor import Monitor
-from abliterate.prompts import ContrastiveSet
+from abliterate.record import ComparisonPart, ContenderPart, versions
 from abliterate.session import Session, locate_model, open_session
 
 
@@ -44,13 +51,13 @@ class Contender:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class _Entry:
     """What was measured of one contender; `shift` is None for the first, and where tokenizers differ."""
 
     contender: Contender
     answers: Sets
     shift: Shift | None
-    marks: Marks
+    scores: CapabilityScores
 
 
 def contender(spec: str) -> Contender:
@@ -74,59 +81,86 @@ def contender(spec: str) -> Contender:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """All contenders, the first the reference, and who judged them on which prompts."""
-
-    entries: tuple[Entry, ...]
-    judge: Judge
-    prompts: ContrastiveSet
-    evaluating: EvalSettings
-
-
 def compare(
-    specs: Sequence[str],
-    *,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    evaluating: EvalSettings = EvalSettings(),
-    monitor: Monitor | None = None,
-) -> Comparison:
+    specs: Sequence[str], measuring: MeasureSettings = MeasureSettings(), monitor: Monitor | None = None
+) -> ComparisonPart:
     """Ask all contenders the same prompts. The first is what the others are compared with; it stays loaded.
 
     Raises `UsageError` for fewer than two contenders, or one that names nothing.
     """
     contenders = [contender(spec) for spec in specs]
+    evaluating, loading = measuring.evaluating, measuring.loading
     if len(contenders) < 2:
         raise UsageError(f"compare: expected two or more models or plans, found {len(contenders)}")
     if evaluating.thinking == "both":
         raise UsageError("compare --thinking both: expected closed or open; compare twice")
     monitor = monitor or Monitor()
-    judge, exam = open_judge(evaluating.judge, device=loading.device), exam_of(evaluating, prompts.seed)
-    try_judge(judge, monitor)
+    exam, judge = exam_of(evaluating, measuring.prompts.seed), ready_judge(evaluating, loading.device, monitor)
     with monitor.phase("find models"):
         for model in dict.fromkeys(one.model for one in contenders):
             locate_model(model, loading)
+    seen = _learnt_from(contenders)
     opened = functools.partial(
-        open_session, loading=loading, prompts=prompts, learnt_from=_learnt_from(contenders), monitor=monitor
+        open_session, loading=loading, prompts=measuring.prompts, learnt_from=seen, monitor=monitor
     )
     first = opened(contenders[0].model)
-    base = _subject(first, contenders[0], prompts.seed, kept=True)
-    entries = [_entry(first, base, examiner_of(first, evaluating, judge), exam, contenders[0])]
+    base = _state(first, contenders[0], evaluating)
+    entries = [_entry(base, examiner_of(first, evaluating, judge), exam, contenders[0])]
     for one in contenders[1:]:  # one at a time beside the first
-        # An adapter is put into the model for good.
-        shared = one.model == contenders[0].model and "adapter" not in (one.kind, contenders[0].kind)
-        session = first if shared else opened(one.model)
-        examiner, subject = examiner_of(session, evaluating, judge), _subject(session, one, prompts.seed)
-        entry = _entry(session, subject, examiner, exam, one)
-        if session.encoded == first.encoded:
-            shift = shift_of(first, examiner, base, [subject], entries[0].answers)[0]
-            entry = replace(entry, shift=shift)
-        else:
-            monitor.note(f"{one.name}: its prompts have other tokens than the first model's, so there is no KL")
-        entries.append(entry)
-        del session, examiner, subject
-    return Comparison(tuple(entries), judge, first.prompts, evaluating)
+        entries.append(_beside(one, base, entries[0], opened, exam, judge, evaluating))
+    return _part(entries, judge, first, evaluating)
+
+
+def _beside(
+    one: Contender,
+    base: ModelState,
+    reference: _Entry,
+    opened: Callable[[str], Session],
+    exam: Exam,
+    judge: Judge,
+    evaluating: EvalSettings,
+) -> _Entry:
+    """Another contender, with the shift from the first where both read prompts as the same tokens."""
+    # An adapter is put into the model for good.
+    first = base.session
+    shared = one.model == reference.contender.model and "adapter" not in (one.kind, reference.contender.kind)
+    session = first if shared else opened(one.model)
+    examiner, state = examiner_of(session, evaluating, judge), _state(session, one)
+    entry = _entry(state, examiner, exam, one)
+    if session.encoded == first.encoded:
+        (shift,) = shift_of(examiner, base, [state], reference.answers)
+        return replace(entry, shift=shift)
+    session.monitor.note(f"{one.name}: its prompts have other tokens than the first model's, so there is no KL")
+    return entry
+
+
+def _part(entries: Sequence[_Entry], judge: Judge, first: Session, evaluating: EvalSettings) -> ComparisonPart:
+    calibration = calibration_of(judge)
+    return ComparisonPart(
+        judge=judge_part(judge, calibration),
+        versions=versions(),
+        settings=evaluating.model_dump(mode="json"),
+        sources=first.prompts.sources,
+        counts={name: len(answers.prompts) for name, answers in entries[0].answers.items()},
+        dropped=dict(first.prompts.dropped),
+        prompts_sha256=first.prompts.sha256,
+        reference=entries[0].contender.name,
+        entries=[_contender_part(entry, entries[0], calibration) for entry in entries],
+    )
+
+
+def _contender_part(entry: _Entry, first: _Entry, calibration: Calibration | None) -> ContenderPart:
+    style, other = manner(entry.answers["harmless"]), None if entry is first else entry
+    return ContenderPart(
+        name=entry.contender.name,
+        behaviour=behaviour_part(entry.answers, calibration),
+        tokens=estimate_part(style.tokens),
+        repetition=estimate_part(style.repetition),
+        capability=capability_parts(first.scores, None if other is None else other.scores),
+        paired={} if other is None else paired_parts(first.answers, other.answers),
+        degenerate={} if other is None else paired_parts(first.answers, other.answers, degenerate),
+        shift=None if entry.shift is None else shift_part(entry.shift),
+    )
 
 
 def _learnt_from(contenders: Sequence[Contender]) -> frozenset[str]:
@@ -137,23 +171,21 @@ def _learnt_from(contenders: Sequence[Contender]) -> frozenset[str]:
     return frozenset().union(*seen)
 
 
-def _entry(session: Session, subject: Subject, examiner: Examiner, exam: Exam, one: Contender) -> Entry:
-    with subject.state():
-        answering = answers_of(session, subject, examiner)
-        answers = examiner.ask(answering, f"answers {_short(one)}", thinking=examiner.thinks_first)
-    return Entry(one, answers, None, exam.take(session, subject, f"capability {_short(one)}"))
+def _entry(state: ModelState, examiner: Examiner, exam: Exam, one: Contender) -> _Entry:
+    answers = examiner.ask(state, f"answers {_short(one)}", thinking=examiner.thinks_first)
+    return _Entry(one, answers, None, exam.take(state, f"capability {_short(one)}"))
 
 
-def _subject(session: Session, one: Contender, seed: int, *, kept: bool = False) -> Subject:
+def _state(session: Session, one: Contender, kept: ReplySettings | None = None) -> ModelState:
     """The contender; its answers may be `kept` when it is an unchanged model."""
     if one.kind == "model":
-        return as_loaded(session) if kept else Subject(session.model)
+        return as_loaded(session, kept)
     if one.kind == "adapter":
         load_adapter(session.model, str(one.extra))
-        return Subject(session.model)
+        return ModelState(session)
     width = session.anatomy.d_model
-    plan = session.plan(random_direction(1, width, seed) if one.extra is None else load_direction(one.extra))
-    return Subject(session.model, functools.partial(session.ablated, plan))
+    plan = session.plan(random_direction(1, width, session.seed) if one.extra is None else load_direction(one.extra))
+    return ModelState(session, functools.partial(session.ablated, plan))
 
 
 def _short(one: Contender) -> str:

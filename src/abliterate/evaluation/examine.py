@@ -12,27 +12,26 @@ import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from abliterate.algebra import orthonormal
-from abliterate.config import EditSettings, EvalSettings
+from abliterate.config import CapabilitySettings, EditSettings, EvalSettings, ReplySettings, ThinkingSettings
 from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
+from abliterate.evaluation.answering import Answering, ModelState, Stopping
 from abliterate.evaluation.capability import Score, Task, TaskResult, Way, check, lm_eval_tasks, load_tasks
-from abliterate.evaluation.engines import Engine
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge
 from abliterate.evaluation.judging.calibration import calibration_of
-from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
-from abliterate.evaluation.results import Answers, Shift, Subject, judged, measure_shifts
+from abliterate.evaluation.judging.choice import open_judge
+from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
 from abliterate.model.batches import Encoded, share_prefixes
-from abliterate.model.generation import Reply, Settled, complete
+from abliterate.model.generation import Reply
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer, ContrastiveSet
 from abliterate.prompts.thinking import answer_of, opens_thinking
-from abliterate.record import FILE_NAME
 from abliterate.session import Session
 
 #: Harmless test prompts whose answers are compared token by token.
@@ -41,20 +40,7 @@ SHIFT_PROMPTS = 64
 Sets = dict[str, Answers]
 
 
-class Answering(Protocol):
-    """Whatever gives greedy replies to encoded prompts: at most so many tokens, reporting progress.
-
-    It may leave replies that are settled.
-    """
-
-    def __call__(
-        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], settled: Settled | None, /
-    ) -> list[Reply]:
-        """Replies in the order of the prompts."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Examiner:
     """Held-out prompts by set, as text and (with closed thinking) as tokens, and who judges the replies."""
 
@@ -81,10 +67,9 @@ class Examiner:
         encoded = self.open if thinking else self.closed
         limit = self.settings.max_new_tokens + (self.settings.thinking_tokens if thinking else 0)
         joined = functools.reduce(Encoded.__add__, encoded.values())
-        settled = None if thinking else self._settled()
         sets, start = {}, 0
         with self.monitor.phase(name, len(joined)) as advance:
-            replies = answering(joined, limit, advance, settled)
+            replies = answering.complete(joined, limit, advance, None if thinking else self._stopping())
             for key, texts in self.texts.items():
                 part = replies[start : start + len(texts)]
                 sets[key] = judged(texts, part, self._answers(texts, part, thinking), self.judge)
@@ -94,7 +79,7 @@ class Examiner:
             self.monitor.note(f"refused: {said}")
         return sets
 
-    def _settled(self) -> Settled | None:
+    def _stopping(self) -> Stopping | None:
         """Which replies need not go on: refusals, and none to harmless prompts, whose length is measured."""
         judge = self.judge
         if not self.settings.early_stop or not isinstance(judge, RuleJudge):
@@ -107,16 +92,12 @@ class Examiner:
             )
             return [prompts[row][0] != "harmless" and known for row, known in zip(rows, decided, strict=True)]
 
-        return settled
+        rule = " ".join([judge.fingerprint, *(f"{name}:{len(texts)}" for name, texts in self.texts.items())])
+        return Stopping(settled, rule)
 
-    @property
-    def stopping(self) -> str:
-        """What settles replies early: the judge, and the set of every prompt."""
-        return " ".join([self.judge.fingerprint, *(f"{name}:{len(texts)}" for name, texts in self.texts.items())])
-
-    @property
+    @functools.cached_property
     def open(self) -> Mapping[str, Encoded]:
-        """The prompts rendered with the thinking left open."""
+        """The prompts rendered with the thinking left open, tokenised once."""
         renderer = replace(self.renderer, thinking=True)
         sequences = {key: renderer.encode(texts) for key, texts in self.texts.items()}
         return share_prefixes(sequences, share=bool(self._prefix))
@@ -140,14 +121,14 @@ class Examiner:
 
 
 @dataclass(frozen=True, slots=True)
-class Marks:
+class CapabilityScores:
     """Results of an exam."""
 
     files: tuple[TaskResult, ...] = ()
     tasks: tuple[Score, ...] = ()
 
 
-NO_MARKS = Marks()
+NO_SCORES = CapabilityScores()
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,30 +141,28 @@ class Exam:
     way: Way = "letter"
     seed: int = 0
 
-    def take(self, session: Session, subject: Subject, name: str) -> Marks:
+    def take(self, state: ModelState, name: str) -> CapabilityScores:
         """The results of a model in its state."""
         if not (self.files or self.tasks):
-            return NO_MARKS
+            return NO_SCORES
         questions = sum(len(task.items) for task in self.files)
-        with subject.state(), session.monitor.phase(name, questions or None) as advance:
-            return Marks(
-                tuple(self._check(session, subject, advance)),
-                self._harness(session, subject),
-            )
+        with state.state(), state.session.monitor.phase(name, questions or None) as advance:
+            return CapabilityScores(tuple(self._check(state, advance)), self._harness(state))
 
-    def _harness(self, session: Session, subject: Subject) -> tuple[Score, ...]:
+    def _harness(self, state: ModelState) -> tuple[Score, ...]:
         if not self.tasks:
             return ()
-        rows, tokenizer = session.size.rows, session.loaded.tokenizer
-        scores = lm_eval_tasks(subject.model, tokenizer, self.tasks, limit=self.limit, batch_size=rows, seed=self.seed)
+        rows, tokenizer = state.session.size.rows, state.session.loaded.tokenizer
+        scores = lm_eval_tasks(state.model, tokenizer, self.tasks, limit=self.limit, batch_size=rows, seed=self.seed)
         return tuple(scores)
 
-    def _check(self, session: Session, subject: Subject, progress: Callable[[int], None]) -> list[TaskResult]:
+    def _check(self, state: ModelState, progress: Callable[[int], None]) -> list[TaskResult]:
+        session = state.session
         tokenizer, renderer = session.loaded.tokenizer, session.renderer
-        return check(subject.model, tokenizer, renderer, self.files, session.size, progress, way=self.way)
+        return check(state.model, tokenizer, renderer, self.files, session.size, progress, way=self.way)
 
 
-def exam_of(settings: EvalSettings, seed: int = 0) -> Exam:
+def exam_of(settings: CapabilitySettings, seed: int = 0) -> Exam:
     """The exam that settings ask for, read before any model is loaded.
 
     Raises `UsageError` for a file that holds no questions, and when the extra for lm-eval is missing.
@@ -199,10 +178,10 @@ def _names(option: str | None) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class RandomControl:
     """A random direction in the edit's place. Sizes are relative changes of the edited weights."""
 
-    subject: Subject
+    state: ModelState
     seed: int
     size: float | None
     size_of_edit: float | None
@@ -212,7 +191,7 @@ class Control:
 class ControlEffect:
     """What the control did."""
 
-    control: Control
+    control: RandomControl
     answers: Sets
     shift: Shift
 
@@ -229,42 +208,46 @@ class Evaluation:
     shift: Shift | None = None
     control: ControlEffect | None = None
     thinking: tuple[Sets, Sets | None] | None = None
-    marks: tuple[Marks, Marks | None] = (NO_MARKS, None)
+    capability: tuple[CapabilityScores, CapabilityScores | None] = (NO_SCORES, None)
     engine: str = "transformers"
 
 
-def try_judge(judge: Judge, monitor: Monitor) -> None:
-    """Let a judge that may fail read one reply before hours of work depend on it.
+def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge:
+    """The judge that settings name. One that may fail has read a reply before hours of work depend on it.
 
-    Raises `AbliterateError` when it cannot be reached or used; warns when it gives no verdict.
+    Raises `UsageError` for a spec that names none, `AbliterateError` when it cannot be reached or used; warns when it
+    gives no verdict.
     """
+    judge = open_judge(settings.judge, device=device)
     calibration_of(judge)  # a damaged one is an error now and not at the end
     if isinstance(judge, RuleJudge):
-        return
+        return judge
     with monitor.phase("try the judge"):
         (verdict,) = judge.judge([Exchange("What is the capital of France?", "The capital of France is Paris.")])
     if verdict.label is Label.UNKNOWN:
         monitor.warn(
             f"judge {judge.name}: no verdict on a plain answer ({verdict.evidence}); others may be unknown too"
         )
+    return judge
 
 
-def examiner_of(session: Session, settings: EvalSettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:
+def examiner_of(session: Session, settings: ReplySettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:
     """An examiner with the held-out prompts of a session: of all its sets, or of those named.
 
     Raises `UsageError` for an early stop by a judge that cannot say what is certain, or of open thinking.
     """
     if settings.early_stop and not isinstance(judge, RuleJudge):
         raise UsageError(f"--early-stop: only --judge rules can say what is certain early, found {judge.name}")
-    _say_whether_it_thinks(session, settings)
-    if settings.early_stop and settings.thinking == "open":
+    whole = settings if isinstance(settings, EvalSettings) else EvalSettings(**settings.model_dump())
+    _say_whether_it_thinks(session, whole)
+    if settings.early_stop and whole.thinking == "open":
         raise UsageError("--early-stop: expected closed thinking with it, found --thinking open")
     texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
     encoded = {name: session.encoded[name, "test"] for name in texts}
-    return Examiner(session.renderer, session.prompts, texts, encoded, settings, judge, session.monitor)
+    return Examiner(session.renderer, session.prompts, texts, encoded, whole, judge, session.monitor)
 
 
-def _say_whether_it_thinks(session: Session, settings: EvalSettings) -> None:
+def _say_whether_it_thinks(session: Session, settings: ThinkingSettings) -> None:
     text = next(iter(session.prompts.harmful.test))
     renderer = session.renderer
     if settings.thinking != "closed" and renderer.render(text) == replace(renderer, thinking=True).render(text):
@@ -275,43 +258,53 @@ def _say_whether_it_thinks(session: Session, settings: EvalSettings) -> None:
 
 
 def examine(
-    session: Session,
     examiner: Examiner,
     exam: Exam,
-    base: Subject,
-    edited: Subject | None = None,
-    control: Control | None = None,
+    base: ModelState,
+    edited: ModelState | None = None,
+    control: RandomControl | None = None,
 ) -> Evaluation:
     """Ask the original, the edited model and the control the same, and compare their distributions."""
-    modes = {"closed": (False,), "open": (True,), "both": (False, True)}[examiner.settings.thinking]
-
-    def ask(subject: Subject, name: str, thinking: bool = modes[0]) -> Sets:
-        with subject.state():
-            return examiner.ask(answers_of(session, subject, examiner), name, thinking=thinking)
-
-    before = ask(base, "answers" if edited is None else "answers before")
-    after = None if edited is None else ask(edited, "answers after")
-    shown = None if control is None else ask(control.subject, "answers: random direction")
-    shifts: list[Shift] = []
+    before, after = _answered(examiner, base, edited, thinking=examiner.thinks_first)
+    shown = shift = effect = None
+    if control is not None:
+        shown = examiner.ask(control.state, "answers: random direction", thinking=examiner.thinks_first)
     if edited is not None:
-        shifts = shift_of(session, examiner, base, [edited] + ([] if control is None else [control.subject]), before)
-        _say_shifts(session, shifts)
-    thinking = None
-    if len(modes) > 1:
-        first = ask(base, "answers before, thinking", True)
-        thinking = first, None if edited is None else ask(edited, "answers after, thinking", True)
-    marks = exam.take(session, base, "capability before")
+        shift, *others = shift_of(examiner, base, [edited] + ([] if control is None else [control.state]), before)
+        _say_shifts(base.session, [shift, *others])
+        effect = None if control is None or shown is None else ControlEffect(control, shown, others[0])
+    thinking = _answered(examiner, base, edited, thinking=True) if examiner.settings.thinking == "both" else None
+    scores = exam.take(base, "capability before")
     return Evaluation(
         examiner.settings,
         examiner.judge,
         examiner.prompts,
         before,
         after,
-        shifts[0] if shifts else None,
-        None if control is None or shown is None else ControlEffect(control, shown, shifts[1]),
+        shift,
+        effect,
         thinking,
-        (marks, None if edited is None else exam.take(session, edited, "capability after")),
+        (scores, None if edited is None else exam.take(edited, "capability after")),
     )
+
+
+def examine_engine(examiner: Examiner, name: str, base: Answering, edited: Answering | None = None) -> Evaluation:
+    """Ask the models behind the engine `name`. It gives replies only: there is no shift and no control."""
+    before, after = _answered(examiner, base, edited, thinking=examiner.thinks_first)
+    thinking = _answered(examiner, base, edited, thinking=True) if examiner.settings.thinking == "both" else None
+    settings, judge, prompts = examiner.settings, examiner.judge, examiner.prompts
+    return Evaluation(settings, judge, prompts, before, after, thinking=thinking, engine=name)
+
+
+def _answered(
+    examiner: Examiner, base: Answering, edited: Answering | None, *, thinking: bool
+) -> tuple[Sets, Sets | None]:
+    """Answers before and, of an edited model, after."""
+    end = ", thinking" if thinking and not examiner.thinks_first else ""
+    if edited is None:
+        return examiner.ask(base, f"answers{end}", thinking=thinking), None
+    before = examiner.ask(base, f"answers before{end}", thinking=thinking)
+    return before, examiner.ask(edited, f"answers after{end}", thinking=thinking)
 
 
 def _say_shifts(session: Session, shifts: Sequence[Shift]) -> None:
@@ -321,54 +314,9 @@ def _say_shifts(session: Session, shifts: Sequence[Shift]) -> None:
             session.monitor.note(f"KL of {name}: {first:.3f} nats at the first token, {whole:.3f} over replies")
 
 
-def answers_of(session: Session, subject: Subject, examiner: Examiner) -> Answering:
-    """Replies of a live model in the state in which it is; those of unchanged models are kept and taken up again."""
-
-    def answering(
-        prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], settled: Settled | None, /
-    ) -> list[Reply]:
-        tokenizer, key = session.loaded.tokenizer, None
-        if subject.unchanged is not None and not examiner.settings.no_cache:
-            stopping = "" if settled is None else examiner.stopping
-            key = key_of(subject.unchanged, prompts, max_new_tokens, stopping=stopping)
-        if (kept := kept_replies(key, tokenizer)) is not None:
-            session.monitor.note("answers of the unchanged model taken from the cache (--no-cache asks again)")
-            progress(len(kept))
-            return kept
-        replies = complete(subject.model, tokenizer, prompts, max_new_tokens, session.size, progress, settled)
-        keep(key, replies)
-        return replies
-
-    return answering
-
-
-def examine_engine(engine: Engine, examiner: Examiner, *, edited: bool) -> Evaluation:
-    """Ask the models behind an engine. It gives replies only: there is no shift and no control."""
-
-    def answering(
-        prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], _: Settled | None, /
-    ) -> list[Reply]:
-        return engine.complete([prompts.prefix + suffix for suffix in prompts.suffixes], max_new_tokens, progress)
-
-    def ask(name: str, thinking: bool) -> tuple[Sets, Sets | None]:
-        before = examiner.ask(answering, f"{name} before" if edited else name, thinking=thinking)
-        if not edited:
-            return before, None
-        with engine.edited():
-            return before, examiner.ask(answering, f"{name} after", thinking=thinking)
-
-    before, after = ask("answers", examiner.thinks_first)
-    thinking = ask("answers, thinking", True) if examiner.settings.thinking == "both" else None
-    return Evaluation(
-        examiner.settings, examiner.judge, examiner.prompts, before, after, thinking=thinking, engine=engine.name
-    )
-
-
-def shift_of(
-    session: Session, examiner: Examiner, base: Subject, edited: Sequence[Subject], before: Sets
-) -> list[Shift]:
+def shift_of(examiner: Examiner, base: ModelState, edited: Sequence[ModelState], before: Sets) -> list[Shift]:
     """How far answers to harmless prompts moved, for each of `edited`."""
-    encoded = examiner.encoded["harmless"]
+    session, encoded = base.session, examiner.encoded["harmless"]
     answers = before["harmless"]
     rows = range(min(SHIFT_PROMPTS, len(encoded)))
     texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
@@ -376,31 +324,26 @@ def shift_of(
         return measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
 
 
-def as_loaded(session: Session) -> Subject:
-    """A session's model as its files have it. Answers of models that this package has edited are not kept."""
-    edited = (session.loaded.files.folder / FILE_NAME).exists()
-    return Subject(session.model, unchanged=None if edited else session.loaded)
-
-
-def control_of(session: Session, plan: Plan, seed: int, base: Subject) -> Control:
+def control_of(plan: Plan, base: ModelState) -> RandomControl:
     """A random direction on the same writers at the same strengths, as hooks on `base`."""
-    other = random_plan(session, plan, seed)
+    session = base.session
+    other = random_plan(session, plan)
     with base.state():
         sizes = [relative_change(session.model, one) for one in (other, plan)]
-    return Control(_hooked(session, base, other), seed, *sizes)
+    return RandomControl(_hooked(base, other), session.seed, *sizes)
 
 
-def random_plan(session: Session, plan: Plan, seed: int) -> Plan:
+def random_plan(session: Session, plan: Plan) -> Plan:
     """`plan` with random orthonormal directions in place of its own, plain where it is a variant."""
     rank, width = plan.direction.shape
     recipe = Recipe({edit.writer.name: edit.strength for edit in plan.edits})
-    return session.plan(random_direction(rank, width, seed, recipe), EditSettings(untie=plan.untie))
+    return session.plan(random_direction(rank, width, session.seed, recipe), EditSettings(untie=plan.untie))
 
 
 def random_direction(rank: int, width: int, seed: int, recipe: Recipe | None = None) -> Direction:
     """Random orthonormal vectors [rank, width], to be taken out by `recipe`."""
     generator = torch.Generator().manual_seed(seed)
-    return Direction(orthonormal(torch.randn(rank, width, generator=generator)), {}, recipe=recipe)
+    return Direction(orthonormal(torch.randn(rank, width, generator=generator)), recipe=recipe)
 
 
 def relative_change(model: Any, plan: Plan) -> float | None:
@@ -420,10 +363,10 @@ def relative_change(model: Any, plan: Plan) -> float | None:
     return (taken / total) ** 0.5 if total else None
 
 
-def _hooked(session: Session, base: Subject, plan: Plan) -> Subject:
+def _hooked(base: ModelState, plan: Plan) -> ModelState:
     @contextlib.contextmanager
     def state() -> Iterator[None]:
-        with base.state(), session.ablated(plan):
+        with base.state(), base.session.ablated(plan):
             yield
 
-    return Subject(base.model, state)
+    return ModelState(base.session, state)

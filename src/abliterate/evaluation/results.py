@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from abliterate.evaluation.answering import ModelState
 from abliterate.evaluation.judging import Exchange, Judge, Label, Tally, Verdict
 from abliterate.evaluation.scores import kl_divergence, log_likelihood
 from abliterate.evaluation.statistics import Estimate, bootstrap_mean, mcnemar, paired_difference
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, logit_size, logits_at
 from abliterate.model.generation import Reply
-from abliterate.model.loading import LoadedModel
 
 #: Prompts that moved most, by name.
 _WORST = 3
@@ -140,18 +138,6 @@ def repetition(tokens: Sequence[int]) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A model in a certain state: `state()` is a context manager in which it is measured.
-
-    `unchanged` says of which files the numbers are in that state, where they are just as loaded.
-    """
-
-    model: Any
-    state: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
-    unchanged: LoadedModel | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Spread:
     """A quantity over prompts: mean (95 % bootstrap interval, standard error), median, 95th percentile, largest."""
 
@@ -182,8 +168,8 @@ class Shift:
 
 
 def measure_shifts(
-    base: Subject,
-    edited: Sequence[Subject],
+    base: ModelState,
+    edited: Sequence[ModelState],
     texts: Sequence[str],
     prompts: Encoded,
     replies: Sequence[Reply],
@@ -192,7 +178,7 @@ def measure_shifts(
 ) -> list[Shift]:
     """Compare next-token distributions along the base model's own `replies` to harmless `prompts` (`texts`).
 
-    One shift per edited subject. Prompts with an empty reply are left out.
+    One shift per edited state. Prompts with an empty reply are left out.
     """
     rows = [row for row, reply in enumerate(replies) if reply.tokens]
     answers = [replies[row].tokens for row in rows]
@@ -201,9 +187,9 @@ def measure_shifts(
     longest = max((len(reply) for reply in answers), default=1)
     result = torch.zeros(len(edited), len(rows), 4, dtype=torch.float64)  # KL first, KL mean, NLL before, NLL after
     shared = []
-    for subject in (base, *edited):
-        with subject.state():
-            shared.append(SharedPrefix(subject.model, prompts.prefix))
+    for state in (base, *edited):
+        with state.state():
+            shared.append(SharedPrefix(state.model, prompts.prefix))
 
     def work(chosen: list[int]) -> None:
         suffixes = [sequences[i] for i in chosen]
@@ -215,9 +201,9 @@ def measure_shifts(
 
         with base.state():
             before = logits_at(base.model, shared[0], suffixes, positions)
-        for number, subject in enumerate(edited):
-            with subject.state():
-                after = logits_at(subject.model, shared[number + 1], suffixes, positions).to(before.device)
+        for number, state in enumerate(edited):
+            with state.state():
+                after = logits_at(state.model, shared[number + 1], suffixes, positions).to(before.device)
             for row, i in enumerate(chosen):
                 reply = torch.tensor(answers[i], device=before.device)
                 result[number, i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from abliterate.algebra import project_out
 from abliterate.edit.direction import Candidates
+from abliterate.edit.values import TensorValue
 from abliterate.errors import NumericalError
 from abliterate.model.activations import Moments
 
 
-@dataclass(frozen=True, slots=True)
-class Separation:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Separation(TensorValue):
     """How far apart the classes lie along each site's own direction, on prompts it was not made from.
 
     `dprime` = (mean difference) / sqrt(mean of the variances); `auroc` = P(harmful > harmless), 0.5 is chance.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,24 +12,30 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.config import EditSettings, FindSettings
-from abliterate.edit.direction import Candidates, Direction
+from abliterate.config import (
+    EditSettings,
+    FindSettings,
+    RefusalSettings,
+    RunSettings,
+    SelectSettings,
+    WriterSettings,
+)
+from abliterate.edit.direction import Candidates, Direction, Site
 from abliterate.edit.hooks import refuse_hooks
 from abliterate.edit.options import plan_for, unit
 from abliterate.edit.plan import Plan
+from abliterate.edit.values import TensorValue
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.judging import judge
+from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.finding.estimate import Separation, difference_of_means, separation
-from abliterate.finding.refusal_tokens import RefusalToken, find_refusals
-from abliterate.finding.selection import Rule, Scorer, Selection, Site, SiteScore, candidate_sites, select, stage_costs
+from abliterate.finding.refusal_tokens import find_refusals
+from abliterate.finding.selection import Rule, SiteScorer, candidate_sites, select, stage_costs
 from abliterate.finding.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
-from abliterate.model.activations import (
-    Moments,
-    MomentsFitter,
-    ProjectionFitter,
-)
+from abliterate.model.activations import Moments, MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
+from abliterate.record import SelectionPart, SitePart, TokenPart
 from abliterate.session import Session
 
 #: Harmless validation prompts that the model replies to before refusal tokens are known.
@@ -38,22 +44,75 @@ _HARMLESS_REPLIES = 40
 _MIN_AUROC = 0.7
 
 
-def find(session: Session, settings: FindSettings, editing: EditSettings = EditSettings()) -> Findings:
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Findings(TensorValue):
+    """Candidate directions of a model, and what is needed to choose among them.
+
+    `trained_on` counts the prompts of each class that they were made of. Directions are tried out on the `writers`
+    named, on prompts that behave as their class says, or on `all_prompts`.
+    """
+
+    tokens: tuple[TokenPart, ...]
+    candidates: Candidates
+    separation: Separation
+    trained_on: Mapping[str, int]
+    writers: WriterSettings
+    all_prompts: bool
+
+    @property
+    def ids(self) -> list[int]:
+        """Token ids that refusals start with."""
+        return [token.token for token in self.tokens]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Found(TensorValue):
+    """A chosen direction with all candidates, and how it was chosen."""
+
+    direction: Direction
+    selection: SelectionPart
+
+    @property
+    def basis(self) -> Float[Tensor, "k d"]:
+        """What is taken out: for a single direction its unit vector [1, d]."""
+        return self.direction.basis
+
+    @property
+    def met_rule(self) -> bool:
+        """Whether it passed the selection rule."""
+        return self.selection.met_rule
+
+
+def find(session: Session, settings: SelectSettings, writers: WriterSettings = WriterSettings()) -> Findings:
     """Refusal tokens, and the difference of means at every site with its separation on validation prompts.
 
-    Directions will be tried out on the writers, and at the relative strengths, that `editing` names.
+    Directions will be tried out on the writers, and at the relative strengths, that `writers` names.
 
     Raises `GateNotMet` when the model hardly refuses or the prompt sets do not separate, `UsageError` for settings
     that do not go together or name no writer.
     """
     monitor = session.monitor
     _check_subspace(settings)
-    trial_plans(session, editing)(unit(torch.ones(session.anatomy.d_model)))
+    trial_plans(session, writers)(unit(torch.ones(session.anatomy.d_model)))
     tokens = refusal_tokens(session, settings)
-    ids = tuple(token.token for token in tokens)
+    moments = _moments(session, [token.token for token in tokens], settings)
+    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
+    probe = Probe(session, [token.token for token in tokens])
+    separated = _separation(session, candidates, probe.behaving(all_prompts=settings.all_prompts))
+    trained_on = {name: moment.count for name, moment in moments.items()}
+    monitor.note(
+        f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
+        f"on validation prompts {float(separated.auroc.max()):.3f}"
+    )
+    chosen = WriterSettings(**writers.model_dump(include=set(WriterSettings.model_fields)))
+    return Findings(tokens, candidates, separated, trained_on, chosen, settings.all_prompts)
+
+
+def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> dict[str, Moments]:
+    """Moments of activations of the training prompts that behave, by class."""
     train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
-    with monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
-        moments = {}
+    moments = {}
+    with session.monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
         for name, encoded in train.items():
             sign = 1.0 if name == "harmful" else -1.0
 
@@ -63,40 +122,27 @@ def find(session: Session, settings: FindSettings, editing: EditSettings = EditS
             fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
             session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
             moments[name] = _enough(fitter.result(), name, len(encoded))
-    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
-    scorer = Scorer(
-        session.model,
-        session.anatomy,
-        ids,
-        session.encoded["harmful", "val"],
-        session.encoded["harmless", "val"],
-        session.size,
-        behaving=not settings.all_prompts,
-        plan=trial_plans(session, editing),
-    )
-    separated = _separation(session, candidates, scorer)
-    trained_on = {name: moment.count for name, moment in moments.items()}
-    monitor.note(
-        f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
-        f"on validation prompts {float(separated.auroc.max()):.3f}"
-    )
-    return Findings(tokens, candidates, separated, scorer, trained_on)
+    return moments
 
 
-def trial_plans(session: Session, editing: EditSettings) -> Callable[[Float[Tensor, "k d"]], Plan]:
-    """Plain plans of full strength on the writers that `editing` names, to score directions with."""
-    plain = EditSettings(
-        layers=editing.layers, components=editing.components, strengths=editing.strengths, untie=editing.untie
-    )
-    return lambda basis: plan_for(session.anatomy, Direction(basis, {}), plain)
+def scorer_of(session: Session, findings: Findings) -> SiteScorer:
+    """What scores directions on the session's validation prompts."""
+    probe = Probe(session, findings.ids)
+    rows = probe.behaving(all_prompts=findings.all_prompts)
+    return SiteScorer(probe, rows, trial_plans(session, findings.writers))
+
+
+def trial_plans(session: Session, writers: WriterSettings) -> Callable[[Float[Tensor, "k d"]], Plan]:
+    """Plain plans of full strength on the writers that settings name, to score directions with."""
+    plain = EditSettings(**writers.model_dump(include=set(WriterSettings.model_fields)))
+    return lambda basis: plan_for(session.anatomy, Direction(basis), plain)
 
 
 def choose(
     session: Session,
     findings: Findings,
-    settings: FindSettings,
+    settings: SelectSettings,
     *,
-    seed: int = 0,
     force: bool = False,
     searched: bool = False,
 ) -> Found:
@@ -109,15 +155,22 @@ def choose(
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
     sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
     with session.monitor.phase("select by intervention", stage_costs(sites)) as advance:
-        selection = select(findings.scorer, findings.candidates, findings.separation, rule, seed=seed, progress=advance)
-    best = selection.best
+        selection = select(
+            scorer_of(session, findings),
+            findings.candidates,
+            findings.separation,
+            rule,
+            trained_on=findings.trained_on,
+            progress=advance,
+        )
+    best = selection.chosen
     found = (
         f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
         f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
     )
-    if selection.chosen is None and searched:
+    if not selection.met_rule and searched:
         session.monitor.warn(f"no direction passed verification by itself; the search starts from the best, {found}")
-    elif selection.chosen is None:
+    elif not selection.met_rule:
         _gate(
             session.monitor,
             f"no direction passed verification; the best is {found}; try --projected or other prompts; "
@@ -125,11 +178,12 @@ def choose(
             force,
         )
     session.monitor.note(f"{'start' if searched else 'chosen'}: {found}")
-    direction = _around(session, findings, settings, (best.layer, best.position), seed)
-    return Found(findings, selection, direction, selection.chosen is not None)
+    direction = _around(session, findings, settings, Site(best.layer, best.position))
+    scored = {"norm": best.norm, "met_rule": selection.met_rule}
+    return Found(replace(direction, facts={**direction.facts, "chosen": scored}), selection)
 
 
-def best_separated(session: Session, findings: Findings, settings: FindSettings, seed: int = 0) -> Direction:
+def best_separated(session: Session, findings: Findings, settings: SelectSettings) -> Direction:
     """The direction of the site that tells the classes apart best, or what `settings` asks for around it.
 
     Nothing is tried out: it is what a search starts from.
@@ -140,7 +194,7 @@ def best_separated(session: Session, findings: Findings, settings: FindSettings,
         raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
     site = max(sites, key=lambda site: float(findings.separation.dprime[-1 - site[1], site[0]]))
     session.monitor.note(f"start: layer {site[0]}, position {site[1]}, where the classes are furthest apart")
-    return _around(session, findings, settings, site, seed)
+    return _around(session, findings, settings, site)
 
 
 def projections(session: Session, findings: Findings, site: Site) -> dict[str, Float[Tensor, "n 2"]]:
@@ -159,10 +213,27 @@ def projections(session: Session, findings: Findings, site: Site) -> dict[str, F
     return {name: torch.stack([along[name], (found - mean) @ component], dim=1) for name, found in rest.items()}
 
 
-def _around(session: Session, findings: Findings, settings: FindSettings, site: Site, seed: int) -> Direction:
+def _around(session: Session, findings: Findings, settings: SelectSettings, site: Site) -> Direction:
     """The direction of a site, or the subspace that `settings` asks for around it."""
     candidates = findings.candidates
-    where = Direction(unit(candidates.at(*site)), {"chosen": {"layer": site[0], "position": site[1]}}, candidates)
+    facts = {
+        "version": 1,
+        "d_model": session.anatomy.d_model,
+        "layers": session.anatomy.layers,
+        "positions": candidates.positions,
+        "trained_on": dict(findings.trained_on),
+        "prompts_sha256": session.prompts.sha256,
+    }
+    where = Direction(
+        unit(candidates.at(*site)),
+        candidates,
+        site=site,
+        model=session.loaded.files.name,
+        learnt_from=frozenset(session.prompts.learnt_from),
+        facts=facts,
+    )
+    if not isinstance(settings, FindSettings):
+        return where
     if settings.subspace == "mean":
         return where
     if settings.subspace == "svd":
@@ -171,13 +242,15 @@ def _around(session: Session, findings: Findings, settings: FindSettings, site: 
         return _with_subspace(session, where, svd_subspace(candidates, settings.rank, layers=layers))
     harmful, harmless = (_samples(session, findings, settings, name, site) for name in ("harmful", "harmless"))
     if settings.subspace == "clusters":
-        return _with_subspace(session, where, cluster_subspace(harmful, harmless, settings.rank, seed))
+        return _with_subspace(session, where, cluster_subspace(harmful, harmless, settings.rank, session.seed))
     erasure = leace(harmful, harmless)
     # Not the mean of all prompts, as in the paper: an affine edit puts back what harmless ones have.
     return replace(where, basis=erasure.basis, reader=erasure.reader, mean=harmless.mean(0))
 
 
-def _check_subspace(settings: FindSettings) -> None:
+def _check_subspace(settings: SelectSettings) -> None:
+    if not isinstance(settings, FindSettings):
+        return
     if settings.rank != 1 and settings.subspace in ("mean", "leace"):
         raise UsageError(
             f"--rank {settings.rank}: expected --subspace svd or clusters with it, found {settings.subspace}"
@@ -197,7 +270,7 @@ def _samples(
 ) -> Float[Tensor, "n d"]:
     """Activations at one site of the prompts of one split: those that behave; all without `settings`."""
     sign = 1.0 if name == "harmful" else -1.0
-    ids = tuple(token.token for token in findings.tokens)
+    ids = findings.ids
     encoded, fitter = session.encoded[name, split], Samples(*site)
 
     def behaves(logits: Tensor) -> Tensor:
@@ -209,16 +282,15 @@ def _samples(
     return fitter.result()
 
 
-def check_planned(
-    session: Session, found: Found, plan: Plan, settings: FindSettings, editing: EditSettings, force: bool
-) -> None:
+def check_planned(session: Session, findings: Findings, found: Found, plan: Plan, settings: RunSettings) -> None:
     """Score the very plan that is to be saved, where it is more than the direction that was chosen.
 
     Raises `GateNotMet` when it costs more KL than a direction may, unless `force`. Plans that strengthen, and those
     that cannot be hooks, are not scored.
     """
+    editing, finding = settings.editing, settings.finding
     variant = editing.affine or editing.norm_preserving or editing.biprojected or plan.strength > 1
-    if plan.strength <= 0 or (settings.subspace == "mean" and not variant):
+    if plan.strength <= 0 or (finding.subspace == "mean" and not variant):
         return
     try:
         refuse_hooks(plan)
@@ -226,32 +298,31 @@ def check_planned(
         session.monitor.note(f"the edit as planned is not scored: {error}")
         return
     with session.monitor.phase("score the edit as planned"):
-        bypass, kl = found.findings.scorer.ablate(plan)
-    said = f"the edit as planned: bypass {bypass:.2f}, KL {kl:.3f} (at most {settings.max_kl:g})"
-    if kl <= settings.max_kl:
+        scorer = scorer_of(session, findings)
+        ((bypass, kl),) = scorer.probe.ablated([plan], scorer.rows)
+    said = f"the edit as planned: bypass {bypass:.2f}, KL {kl:.3f} (at most {finding.max_kl:g})"
+    if kl <= finding.max_kl:
         session.monitor.note(said)
     else:
         options = f"--max-kl {math.ceil(kl * 100) / 100:g} or --force saves it as it is"
-        _gate(
-            session.monitor, f"{said}; the chosen direction alone costs {found.selection.best.kl:.3f}; {options}", force
-        )
+        alone = f"the chosen direction alone costs {found.selection.chosen.kl:.3f}"
+        _gate(session.monitor, f"{said}; {alone}; {options}", settings.output is not None and settings.output.force)
 
 
-def find_or_force(
-    session: Session, settings: FindSettings, editing: EditSettings, force: bool
-) -> tuple[Findings, FindSettings]:
+def find_or_force(session: Session, settings: RunSettings) -> tuple[Findings, FindSettings]:
     """`find`, and when a forced run meets the refusal gate, once more without it; with the settings it took."""
+    finding, writers = settings.finding, settings.editing
     try:
-        return find(session, settings, editing), settings
+        return find(session, finding, writers), finding
     except GateNotMet as gate:
-        if not force or settings.min_refusal_rate == 0:
+        if settings.output is None or not settings.output.force or finding.min_refusal_rate == 0:
             raise
         session.monitor.warn(f"{gate} (forced)")
-        relaxed = settings.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True})
-        return find(session, relaxed, editing), relaxed
+        relaxed = finding.model_copy(update={"min_refusal_rate": 0.0, "all_prompts": True})
+        return find(session, relaxed, writers), relaxed
 
 
-def refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalToken, ...]:
+def refusal_tokens(session: Session, settings: RefusalSettings) -> tuple[TokenPart, ...]:
     """First tokens of refusals: given, or found by trying them out on the model itself.
 
     Raises `GateNotMet` when the model hardly refuses.
@@ -278,17 +349,20 @@ def refusal_tokens(session: Session, settings: FindSettings) -> tuple[RefusalTok
     return tokens
 
 
-def _given_tokens(tokenizer: Any, option: str) -> tuple[RefusalToken, ...]:
+def _given_tokens(tokenizer: Any, option: str) -> tuple[TokenPart, ...]:
     ids: dict[int, str] = {}
     for text in option.split(","):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if not text or not encoded:
             raise UsageError(f"--refusal-tokens '{option}': expected texts separated by commas, found an empty one")
         ids[encoded[0]] = tokenizer.decode([encoded[0]])
-    return tuple(RefusalToken(token, text, 0.0, 0.0, 0, 0) for token, text in ids.items())
+    return tuple(
+        TokenPart(token=token, text=text, probability=0.0, probability_answering=0.0, refusals=0, trials=0)
+        for token, text in ids.items()
+    )
 
 
-def _admitting(score: SiteScore, rule: Rule) -> str:
+def _admitting(score: SitePart, rule: Rule) -> str:
     """The options under which a site that failed the rule would pass it."""
     options = []
     if score.kl > rule.max_kl:
@@ -314,9 +388,9 @@ def _enough(moments: Moments, name: str, prompts: int) -> Moments:
     return moments
 
 
-def _separation(session: Session, candidates: Candidates, scorer: Scorer) -> Separation:
+def _separation(session: Session, candidates: Candidates, behaving: Behaving) -> Separation:
     values = []
-    pairs = (("harmful", scorer.harmful_rows), ("harmless", scorer.harmless_rows))
+    pairs = (("harmful", behaving.harmful), ("harmless", behaving.harmless))
     with session.monitor.phase("separate validation prompts", sum(len(rows) for _, rows in pairs)) as advance:
         for name, rows in pairs:
             encoded = session.encoded[name, "val"].take(rows)
@@ -330,29 +404,3 @@ def _separation(session: Session, candidates: Candidates, scorer: Scorer) -> Sep
             f"expected at least {_MIN_AUROC}; check that the sets differ in what is to be found"
         )
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class Findings:
-    """Candidate directions of a session, and what is needed to choose among them."""
-
-    tokens: tuple[RefusalToken, ...]
-    candidates: Candidates
-    separation: Separation
-    scorer: Scorer
-    trained_on: dict[str, int]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A chosen direction with all candidates; `met_rule` says whether it passed the selection rule."""
-
-    findings: Findings
-    selection: Selection
-    direction: Direction
-    met_rule: bool
-
-    @property
-    def basis(self) -> Float[Tensor, "k d"]:
-        """What is taken out: for a single direction its unit vector [1, d]."""
-        return self.direction.basis

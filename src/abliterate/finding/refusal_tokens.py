@@ -18,6 +18,7 @@ from abliterate.errors import GateNotMet
 from abliterate.evaluation.judging import Label, Verdict
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
 from abliterate.model.generation import complete
+from abliterate.record import TokenPart
 
 #: Tokens of a reply that are judged: enough for its first sentence.
 REPLY_TOKENS = 16
@@ -34,28 +35,12 @@ _TRIALS, _CANDIDATES = 8, 8
 
 
 @dataclass(frozen=True, slots=True)
-class RefusalToken:
-    """A token that refusals start with.
-
-    `probability` and `probability_answering` are its mean next-token probabilities on prompts that the model refuses
-    and on those it answers; `refusals` of `trials` replies that were made to start with it are refusals.
-    """
-
-    token: int
-    text: str
-    probability: float
-    probability_answering: float
-    refusals: int
-    trials: int
-
-
-@dataclass(frozen=True, slots=True)
 class Refusals:
     """How many of the harmful prompts a model refuses, and how its refusals start (empty if it never does)."""
 
     refused: int
     prompts: int
-    tokens: tuple[RefusalToken, ...]
+    tokens: tuple[TokenPart, ...]
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -93,7 +78,14 @@ def find_refusals(
     likely = candidates(refusing, spread, answering)
     tried = _try_out(model, tokenizer, both.take(refused[:_TRIALS]), likely, size, judge)
     tokens = tuple(
-        RefusalToken(token, tokenizer.decode([token]), float(refusing[token]), float(answering[token]), count, trials)
+        TokenPart(
+            token=token,
+            text=tokenizer.decode([token]),
+            probability=float(refusing[token]),
+            probability_answering=float(answering[token]),
+            refusals=count,
+            trials=trials,
+        )
         for token, (count, trials) in tried.items()
         if count >= MIN_REFUSING * trials
     )

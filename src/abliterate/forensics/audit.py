@@ -15,31 +15,21 @@ from pathlib import Path
 import torch
 
 from abliterate import record as rec
-from abliterate.config import EditSettings, EvalSettings, FindSettings, ModelSettings, PromptSettings
+from abliterate.config import EditSettings, EvalSettings, FindSettings, MeasureSettings, ReplySettings
 from abliterate.edit.direction import Direction
 from abliterate.edit.plan import Plan
 from abliterate.errors import NumericalError
-from abliterate.evaluation.examine import answers_of, as_loaded, examiner_of, random_plan, try_judge
+from abliterate.evaluation.answering import ModelState, as_loaded
+from abliterate.evaluation.examine import examiner_of, random_plan, ready_judge
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.judging.choice import open_judge
-from abliterate.evaluation.meter import Meter, Stage
-from abliterate.evaluation.results import Subject
+from abliterate.evaluation.parts import estimate_part, rate_part
+from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.statistics import bootstrap_mean
-from abliterate.finding.find import Found, choose, find
+from abliterate.finding.find import Findings, Found, choose, find
 from abliterate.finding.selection import Rule, candidate_sites
 from abliterate.finding.subspaces import svd_subspace
 from abliterate.monitor import Monitor
-from abliterate.report.assemble import (
-    anatomy_part,
-    command,
-    estimate_part,
-    model_part,
-    now,
-    prompts_part,
-    rate_part,
-    versions,
-    write_beside,
-)
+from abliterate.report.assemble import session_record, write_beside
 from abliterate.session import Session, open_session
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -54,58 +44,60 @@ GONE = 0.1
 
 def audit(
     model: str,
+    measuring: MeasureSettings = MeasureSettings(),
     *,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    finding: FindSettings = FindSettings(),
-    evaluating: EvalSettings = EvalSettings(),
+    out: Path | None = None,
     monitor: Monitor | None = None,
-) -> tuple[rec.AuditPart, Session]:
-    """Refusal rates and KL of MODEL under every plan of the protocol; with the session, for a record.
+) -> rec.AuditPart:
+    """Refusal rates and KL of MODEL under every plan of the protocol.
 
-    Raises `GateNotMet` when the model hardly refuses: there is nothing to be brittle.
+    Record and report are written into `out`; a run's that are there get the audit added.
+
+    Raises `GateNotMet` when the model hardly refuses: there is nothing to be brittle. `UsageError` when `out` cannot be
+    made or holds a record of another version.
     """
     monitor = monitor or Monitor()
-    judge = open_judge(evaluating.judge, device=loading.device)
-    try_judge(judge, monitor)
-    session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-    findings = find(session, finding)
-    found = choose(session, findings, finding, seed=prompts.seed, force=True)
-    return audit_session(session, found, finding, evaluating, judge, seed=prompts.seed), session
+    judge = ready_judge(measuring.evaluating, measuring.loading.device, monitor)
+    session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+    findings = find(session, measuring.finding)
+    found = choose(session, findings, measuring.finding, force=True)
+    part = audit_session(session, findings, found, measuring, judge)
+    if out is not None:
+        settings = {"loading": session.loading.model_dump(mode="json")}
+        write_beside(out, {"audit": part}, lambda: session_record(session, settings, audit=part))
+    return part
 
 
 def audit_session(
-    session: Session, found: Found, finding: FindSettings, evaluating: EvalSettings, judge: Judge, *, seed: int = 0
+    session: Session, findings: Findings, found: Found, measuring: MeasureSettings, judge: Judge
 ) -> rec.AuditPart:
     """The same of a model that is loaded, with what was found on it."""
-    tokens = [token.token for token in found.findings.tokens]
-    trials = list(_trials(session, found, finding, seed))
-    meter = Meter(session, tokens, judge, evaluating, "test")
-    examiner = examiner_of(session, evaluating, judge, ["harmful"])
+    trials = list(_trials(session, findings, found, measuring.finding))
+    probe = Probe(session, findings.ids, "test", judge, measuring.evaluating)
+    plain = EvalSettings(**measuring.evaluating.model_dump(include=set(ReplySettings.model_fields)))
+    examiner = examiner_of(session, plain, judge, ["harmful"])
     rows = []
     watch = session.monitor
     examiner = replace(examiner, monitor=Monitor())  # many small phases are one to whoever watches
     with watch.phase("try edits", 1 + len(trials)) as advance:
-        base = examiner.ask(answers_of(session, as_loaded(session), examiner), "answers")["harmful"]
+        base = examiner.ask(as_loaded(session, measuring.evaluating), "answers")["harmful"]
         advance(1)
         for family, name, plan in trials:
-            measured = meter.measure(plan, Stage.ALL)
-            state = Subject(session.model, functools.partial(session.ablated, plan))
-            with state.state():
-                answers = examiner.ask(answers_of(session, state, examiner), "answers")["harmful"]
+            measured = probe.measure(plan, Level.ALL)
+            state = ModelState(session, functools.partial(session.ablated, plan))
+            tally = examiner.ask(state, "answers")["harmful"].tally
             rows.append(
                 rec.AuditRowPart(
                     family=family,
                     name=name,
-                    refused=rate_part(answers.tally),
-                    kl=estimate_part(bootstrap_mean(measured.kl.tolist(), seed=seed)),
+                    refused=rate_part(tally),
+                    kl=estimate_part(bootstrap_mean(measured.kl.tolist(), seed=session.seed)),
                     edits=sum(edit.changes for edit in plan.edits),
                 )
             )
-            tally = answers.tally
             watch.note(f"{family} {name}: {tally.refusals}/{tally.n} refused, KL {float(measured.kl.mean()):.3f}")
             advance(1)
-    best = found.selection.best
+    best = found.selection.chosen
     return summarised(
         rec.AuditPart(
             protocol=PROTOCOL,
@@ -119,21 +111,23 @@ def audit_session(
     )
 
 
-def _trials(session: Session, found: Found, finding: FindSettings, seed: int) -> Iterator[tuple[str, str, Plan]]:
+def _trials(
+    session: Session, findings: Findings, found: Found, finding: FindSettings
+) -> Iterator[tuple[str, str, Plan]]:
     """Family, name and plan of everything that is tried."""
-    direction = Direction(found.basis[:1], {})
+    direction = Direction(found.basis[:1])
     whole = session.plan(direction)
     for strength in STRENGTHS:
         yield "strength", f"{strength:g}", session.plan(direction, strength)
-    yield "random direction", "1", random_plan(session, whole, seed)
+    yield "random direction", "1", random_plan(session, whole)
     rule = Rule(finding.max_kl, finding.min_induce, finding.max_depth)
-    layers = sorted({layer for layer, _ in candidate_sites(found.findings.candidates, session.anatomy.layers, rule)})
+    layers = sorted({layer for layer, _ in candidate_sites(findings.candidates, session.anatomy.layers, rule)})
     for count in range(2, MOST_DIRECTIONS + 1):
         try:
-            basis = svd_subspace(found.findings.candidates, count, layers=layers).basis
+            basis = svd_subspace(findings.candidates, count, layers=layers).basis
         except NumericalError:  # fewer independent candidates than that
             break
-        yield "directions", str(count), session.plan(Direction(_with(direction.basis, basis, count), {}))
+        yield "directions", str(count), session.plan(Direction(_with(direction.basis, basis, count)))
     blocks = session.anatomy.layers
     for part in range(_PARTS):
         first, last = part * blocks // _PARTS, (part + 1) * blocks // _PARTS - 1
@@ -181,31 +175,4 @@ def _crossing(points: Sequence[tuple[float, float]], level: float) -> float | No
     return None
 
 
-def write_audit(part: rec.AuditPart, session: Session, folder: Path) -> None:
-    """Write record and report of an audit into `folder`; a run's that are there get the audit added.
-
-    Raises `UsageError` when the folder cannot be made or holds a record of another version.
-    """
-    write_beside(folder, {"audit": part}, lambda: _record(part, session))
-
-
-def _record(part: rec.AuditPart, session: Session) -> rec.Record:
-    """The record of an audit by itself."""
-    files, monitor = session.loaded.files, session.monitor
-    dtype, device = str(session.loaded.dtype).removeprefix("torch."), str(session.loaded.device)
-    return rec.Record(
-        created=now(),
-        versions=versions(),
-        command=command(),
-        settings={"loading": session.loading.model_dump(mode="json")},
-        model=model_part(files, session.model, session.anatomy, dtype, device, dict(files.sha256)),
-        prompts=prompts_part(session),
-        anatomy=anatomy_part(session.anatomy),
-        audit=part,
-        warnings=monitor.warnings,
-        timings_s=monitor.timings(),
-        peak_memory_bytes=monitor.peak_bytes,
-    )
-
-
-__all__ = ["audit", "audit_session", "summarised", "write_audit"]
+__all__ = ["audit", "audit_session", "summarised"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,24 @@ from torch import Tensor
 
 from abliterate import record as rec
 from abliterate.algebra import orthonormal
-from abliterate.config import EvalSettings, FindSettings, HardenSettings, ModelSettings, PromptSettings
+from abliterate.config import HardenSettings, MeasureSettings
 from abliterate.edit.additions import Addition, adding, can_add
 from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet, UsageError
-from abliterate.evaluation.examine import Evaluation, as_loaded, exam_of, examine, examiner_of, try_judge
-from abliterate.evaluation.judging.choice import open_judge
-from abliterate.evaluation.meter import Meter, Stage
-from abliterate.evaluation.results import Subject
+from abliterate.evaluation.answering import ModelState, as_loaded
+from abliterate.evaluation.examine import exam_of, examine, examiner_of, ready_judge
+from abliterate.evaluation.parts import evaluation_part
+from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.files.checkpoint import check_output
-from abliterate.finding.find import Found, choose, find
+from abliterate.finding.find import Findings, Found, choose, find
 from abliterate.forensics.audit import audit_session
 from abliterate.forensics.repair import fit_readers, stream_length, with_additions, worth_of, write_hooked
 from abliterate.model.anatomy import Kind, Writer
 from abliterate.model.batches import hooked, on_output
 from abliterate.model.weights import numbers
 from abliterate.monitor import Monitor
+from abliterate.report.assemble import session_record, write_record_and_report
 from abliterate.session import Session, open_session
 
 #: What is tried: each detector's length at harmful prompts, in parts of the stream's mean length.
@@ -49,30 +49,15 @@ _FROM, _UNTIL = 0.4, 0.95
 _PROMPTS = 16
 
 
-@dataclass(frozen=True, slots=True)
-class Hardened:
-    """A hardened model in `folder`, with audits of the same protocol before and after, and ordinary behaviour."""
-
-    folder: Path
-    tensors: tuple[str, ...]
-    size: float
-    before: rec.AuditPart
-    after: rec.AuditPart
-    evaluation: Evaluation
-
-
 def harden(
     model: str,
     out: Path,
-    settings: HardenSettings = HardenSettings(),  # noqa: B008 - a frozen value
+    settings: HardenSettings = HardenSettings(),
+    measuring: MeasureSettings = MeasureSettings(),
     *,
     overwrite: bool = False,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    finding: FindSettings = FindSettings(),
-    evaluating: EvalSettings = EvalSettings(),
     monitor: Monitor | None = None,
-) -> Hardened:
+) -> rec.HardeningPart:
     """Write MODEL to `out` with its refusal spread over several directions (and strengthened, if asked for).
 
     Raises `GateNotMet` when the model hardly refuses, or no size of the additions keeps refusals under the ablation
@@ -82,30 +67,38 @@ def harden(
     if not settings.detectors and not settings.strengthen:
         raise UsageError("harden: expected --detectors or --strengthen above 0, found neither")
     check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    judge = open_judge(evaluating.judge, device=loading.device)
-    try_judge(judge, monitor)
-    session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-    found = _found(session, finding, prompts.seed)
-    tokens = [token.token for token in found.findings.tokens]
-    before = audit_session(session, found, finding, evaluating, judge, seed=prompts.seed)
+    evaluating = measuring.evaluating
+    judge = ready_judge(evaluating, measuring.loading.device, monitor)
+    session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+    findings, found = _found(session, measuring)
+    before = audit_session(session, findings, found, measuring, judge)
     direction = found.basis[:1]
     fixed = _strengthened(session, direction[0], settings.strengthen) if settings.strengthen else []
     size, additions = 0.0, fixed
     if settings.detectors:
-        meter = Meter(session, tokens, judge, evaluating.model_copy(update={"max_new_tokens": 24}))
-        size, additions = _detectors(session, meter, direction, tokens, settings.detectors, fixed)
-    examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, prompts.seed)
-    evaluation = examine(session, examiner, exam, as_loaded(session), with_additions(session, additions))
-    with adding(session.model, additions):
-        again = _found(session, finding, prompts.seed)
-        after = audit_session(session, again, finding, evaluating, judge, seed=prompts.seed)
-    source = session.loaded.files.checkpoint
-    tensors = write_hooked(session, source, additions, out, overwrite)
-    return Hardened(out, tensors, size, before, after, evaluation)
+        probe = Probe(session, findings.ids, "val", judge, evaluating.model_copy(update={"max_new_tokens": 24}))
+        size, additions = _detectors(probe, direction, settings.detectors, fixed)
+    examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, session.seed)
+    original, hardened = as_loaded(session, evaluating), with_additions(session, additions)
+    evaluation = evaluation_part(examine(examiner, exam, original, hardened))
+    with session.changed(adding(session.model, additions)):
+        after = audit_session(session, *_found(session, measuring), measuring, judge)
+
+    def finish(folder: Path, tensors: tuple[str, ...]) -> rec.HardeningPart:
+        part = rec.HardeningPart(
+            folder=str(out), tensors=list(tensors), size=size, before=before, after=after, evaluation=evaluation
+        )
+        said = {"hardening": settings.model_dump(mode="json"), **measuring.model_dump(mode="json")}
+        record = session_record(session, said, hardening=part, evaluation=evaluation, audit=after, output=str(out))
+        write_record_and_report(record, folder)
+        return part
+
+    return write_hooked(session, additions, out, overwrite, finish)
 
 
-def _found(session: Session, finding: FindSettings, seed: int) -> Found:
-    return choose(session, find(session, finding), finding, seed=seed, force=True)
+def _found(session: Session, measuring: MeasureSettings) -> tuple[Findings, Found]:
+    findings = find(session, measuring.finding)
+    return findings, choose(session, findings, measuring.finding, force=True)
 
 
 def _strengthened(session: Session, direction: Float[Tensor, " d"], strength: float) -> list[Addition]:
@@ -119,22 +112,18 @@ def _strengthened(session: Session, direction: Float[Tensor, " d"], strength: fl
 
 
 def _detectors(
-    session: Session,
-    meter: Meter,
-    direction: Float[Tensor, "1 d"],
-    tokens: Sequence[int],
-    count: int,
-    fixed: Sequence[Addition],
+    probe: Probe, direction: Float[Tensor, "1 d"], count: int, fixed: Sequence[Addition]
 ) -> tuple[float, list[Addition]]:
     """The additions whose size keeps most refusals when the model's own direction is ablated."""
+    session = probe.session
     writers, plan = _spread(session, count), session.plan(direction)
     with session.ablated(plan):
         readers, _ = fit_readers(session, writers)
-    slopes = refusal_slopes(session, tokens, plan, [int(writer.block or 0) for writer in writers])
+    slopes = refusal_slopes(session, probe.tokens, plan, [int(writer.block or 0) for writer in writers])
     rows = orthonormal(torch.cat([direction.cpu(), slopes]))[1:]
     rows = rows * (rows * slopes).sum(1).sign()[:, None]
     length = stream_length(session)
-    best, chosen, value = None, 0.0, worth_of(meter.measure(plan, Stage.REPLIES))
+    best, chosen, value = None, 0.0, worth_of(probe.measure(plan, Level.REPLIES))
     start = value
     with session.monitor.phase("try detectors", len(_SIZES)) as advance:
         for size in _SIZES:
@@ -145,8 +134,8 @@ def _detectors(
                     for writer, row, reader in zip(writers, rows, readers, strict=True)
                 ),
             ]
-            attacked = worth_of(meter.measure(_both(session, additions, plan), Stage.REPLIES))
-            plain = worth_of(meter.measure(with_additions(session, additions), Stage.REPLIES))
+            attacked = worth_of(probe.measure(_both(session, additions, plan), Level.REPLIES))
+            plain = worth_of(probe.measure(with_additions(session, additions), Level.REPLIES))
             if min(attacked, plain) > value:
                 best, chosen, value = additions, size, min(attacked, plain)
             advance(1)
@@ -160,9 +149,9 @@ def _detectors(
     return chosen, best
 
 
-def _both(session: Session, additions: Sequence[Addition], plan: Plan) -> Subject:
+def _both(session: Session, additions: Sequence[Addition], plan: Plan) -> ModelState:
     """The hardened model under the ablation of the original's direction."""
-    return Subject(session.model, functools.partial(_attacked, session, additions, plan))
+    return ModelState(session, functools.partial(_attacked, session, additions, plan))
 
 
 @contextlib.contextmanager
@@ -214,4 +203,4 @@ def refusal_slopes(session: Session, tokens: Sequence[int], plan: Plan, blocks: 
     return torch.nn.functional.normalize(torch.stack(total), dim=1)
 
 
-__all__ = ["Hardened", "harden", "refusal_slopes"]
+__all__ = ["harden", "refusal_slopes"]

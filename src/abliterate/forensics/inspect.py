@@ -11,20 +11,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate import record as rec
-from abliterate.config import EvalSettings, InspectSettings, ModelSettings, PromptSettings
+from abliterate.config import InspectSettings, MeasureSettings, ModelSettings, PromptSettings
 from abliterate.edit.direction import Direction, Recipe, save_direction
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import sha256
-from abliterate.files.storage import configuration
 from abliterate.finding.estimate import auroc, difference_of_means
-from abliterate.forensics import difference
-from abliterate.forensics import single as lone
-from abliterate.forensics.reading import InspectedModel, open_inspected
+from abliterate.forensics import difference, single
+from abliterate.forensics.reading import InspectedModel, inspected_record, open_inspected
 from abliterate.forensics.verdict import judge_difference
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
-from abliterate.report.assemble import behaviour_part, command, now, versions, write_beside
+from abliterate.report.assemble import write_beside
 from abliterate.session import Session, open_session
 
 _PLAIN = InspectSettings()
@@ -33,10 +30,17 @@ _PLAIN = InspectSettings()
 def inspect(
     model: str,
     settings: InspectSettings = _PLAIN,
-    *,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    evaluating: EvalSettings = EvalSettings(),
+    measuring: MeasureSettings = MeasureSettings(),
+    monitor: Monitor | None = None,
+) -> rec.InspectionPart:
+    """Whether directions were taken out of MODEL, which, where, and how strongly (see `recover`)."""
+    return recover(model, settings, measuring, monitor)[0]
+
+
+def recover(
+    model: str,
+    settings: InspectSettings = _PLAIN,
+    measuring: MeasureSettings = MeasureSettings(),
     monitor: Monitor | None = None,
 ) -> tuple[rec.InspectionPart, Direction | None]:
     """Whether directions were taken out of MODEL, and the recovered ones ([k, d], with strengths by tensor).
@@ -48,6 +52,31 @@ def inspect(
     """
     monitor, started = monitor or Monitor(), time.perf_counter()
     _check(model, settings)
+    subject, part, recovered = _look(model, settings, measuring.loading, monitor)
+    update: dict[str, object] = {}
+    if recovered is not None and settings.save is not None:
+        save_direction(settings.save, recovered)
+        update["directions"] = str(settings.save)
+    if settings.activations or settings.behavioural:
+        spec = subject.files or model
+        session = open_session(spec, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+        if settings.activations:
+            update |= _activations(session, settings, recovered, measuring.prompts)
+        if settings.behavioural:
+            update["behaviour"] = evaluate(session, measuring.evaluating).before
+    update["seconds"] = round(time.perf_counter() - started, 2)
+    part = part.model_copy(update=update)
+    if settings.out is not None:
+        write_beside(
+            settings.out, {"inspection": part}, lambda: inspected_record(subject, monitor, {}, inspection=part)
+        )
+    return part, recovered
+
+
+def _look(
+    model: str, settings: InspectSettings, loading: ModelSettings, monitor: Monitor
+) -> tuple[InspectedModel, rec.InspectionPart, Direction | None]:
+    """What the tensors say, by themselves or beside a base."""
     trust = loading.trust_remote_code
     with monitor.phase("find the writers"):
         subject = open_inspected(model, trust_remote_code=trust)
@@ -58,53 +87,10 @@ def inspect(
     total = sum(place.info.nbytes for place in subject.places)
     if base is None:
         with monitor.phase("look at what is not written", total) as advance:
-            part, found = _alone(subject, lone.inspect(subject, device=_device(loading), progress=advance))
-    else:
-        with monitor.phase("compare with the base", total) as advance:
-            part, found = _beside(subject, base, difference.compare(subject, base, progress=advance))
-    update: dict[str, object] = {}
-    if found is not None and settings.save is not None:
-        save_direction(settings.save, found)
-        update["directions"] = str(settings.save)
-    if settings.activations or settings.behavioural:
-        session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-        if settings.activations:
-            update |= _activations(session, settings, found, prompts)
-        if settings.behavioural:
-            update["behaviour"] = behaviour_part(evaluate(session, evaluating).before)
-    update["seconds"] = round(time.perf_counter() - started, 2)
-    part = part.model_copy(update=update)
-    if settings.out is not None:
-        write_beside(settings.out, {"inspection": part}, lambda: _record(subject, part, monitor))
-    return part, found
-
-
-def _record(subject: InspectedModel, part: rec.InspectionPart, monitor: Monitor) -> rec.Record:
-    """The record of an inspection by itself."""
-    files, checkpoint = subject.files, subject.checkpoint
-    architectures = None if files is None else configuration(checkpoint).get("architectures")
-    return rec.Record(
-        created=now(),
-        versions=versions(),
-        command=command(),
-        settings={},
-        model=rec.ModelPart(
-            name=part.model,
-            kind="folder" if files is None else files.kind,
-            folder=str(checkpoint.folder),
-            storage="plain" if files is None else files.storage.method,
-            architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
-            d_model=subject.d_model,
-            layers=subject.layers,
-            dtype="float32",
-            device="cpu",
-            source_sha256={shard.path.name: sha256(shard.path) for shard in checkpoint.shards},
-        ),
-        inspection=part,
-        warnings=monitor.warnings,
-        timings_s=monitor.timings(),
-        peak_memory_bytes=monitor.peak_bytes,
-    )
+            trace = single.inspect(subject, device=_device(loading), progress=advance)
+            return subject, *_alone(subject, trace)
+    with monitor.phase("compare with the base", total) as advance:
+        return subject, *_beside(subject, base, difference.compare(subject, base, progress=advance))
 
 
 def _check(model: str, settings: InspectSettings) -> None:
@@ -124,7 +110,7 @@ def _device(loading: ModelSettings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _alone(subject: InspectedModel, trace: lone.Trace) -> tuple[rec.InspectionPart, Direction | None]:
+def _alone(subject: InspectedModel, trace: single.Trace) -> tuple[rec.InspectionPart, Direction | None]:
     window = trace.window
     where = None
     if window is not None:
@@ -215,9 +201,8 @@ def _names(tensors: Sequence[str], what: str) -> list[str]:
 def _direction(
     subject: InspectedModel, basis: Float[Tensor, "k d"], strengths: dict[str, float], source: str
 ) -> Direction:
-    metadata = {"recovered_from": subject.name, "with": source}
     rows = torch.linalg.qr(basis.float().T).Q.T.contiguous()
-    return Direction(rows, metadata, recipe=Recipe(strengths))
+    return Direction(rows, recipe=Recipe(strengths), facts={"recovered_from": subject.name, "with": source})
 
 
 def _activations(

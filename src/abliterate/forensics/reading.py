@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate import record as rec
 from abliterate.errors import AnatomyError, CheckpointError, ModelError
-from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor, read_shard
+from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor, read_shard, sha256
 from abliterate.files.formats import layout
+from abliterate.files.storage import configuration
 from abliterate.model.anatomy import Kind, names_on_disk
 from abliterate.model.loading import locate
 from abliterate.model.on_disk import ModelOnDisk
+from abliterate.monitor import Monitor
+from abliterate.report.assemble import build_record
 
 #: Output maps by the names that checkpoints give them, for files that come without a configuration.
 _OUTPUTS = re.compile(
@@ -66,22 +71,23 @@ class InspectedModel:
         return {unit: tuple(places) for unit, places in found.items()}
 
 
-def open_inspected(spec: str, *, trust_remote_code: bool = False) -> InspectedModel:
+def open_inspected(model: str | ModelOnDisk, *, trust_remote_code: bool = False) -> InspectedModel:
     """The writers of a hub id, a folder, a `.gguf` file, or one `.safetensors` file or shard.
 
     A single file, and a model whose books do not close, is read by the names of its tensors.
 
     Raises `ModelError` when it cannot be found, `CheckpointError` when files are damaged or no writer is known.
     """
-    path = Path(spec).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
-        shard = read_shard(path)
-        return _by_name(spec, Checkpoint(path.parent, (shard,), shard.tensors, None))
-    files = locate(spec, trust_remote_code=trust_remote_code)
+    if isinstance(model, str):
+        path = Path(model).expanduser()
+        if path.suffix == ".safetensors" and path.is_file():
+            shard = read_shard(path)
+            return _by_name(model, Checkpoint(path.parent, (shard,), shard.tensors, None))
+        model = locate(model, trust_remote_code=trust_remote_code)
     try:
-        return _by_anatomy(files)
+        return _by_anatomy(model)
     except (AnatomyError, ModelError):
-        return _by_name(spec, files.checkpoint, files)
+        return _by_name(model.name, model.checkpoint, model)
 
 
 def _by_anatomy(files: ModelOnDisk) -> InspectedModel:
@@ -116,6 +122,27 @@ def _by_name(name: str, checkpoint: Checkpoint, files: ModelOnDisk | None = None
             places.append(Place(info, axis, int(block[1]), kind))
     places.sort(key=lambda place: (place.block or 0, place.kind != Kind.ATTENTION))
     return InspectedModel(name, checkpoint, tuple(places), width, proved=False, files=files)
+
+
+def inspected_record(
+    inspected: InspectedModel, monitor: Monitor, settings: Mapping[str, Any], **parts: Any
+) -> rec.Record:
+    """The record of work on a checkpoint of which no live model was made."""
+    files, checkpoint = inspected.files, inspected.checkpoint
+    architectures = None if files is None else configuration(checkpoint).get("architectures")
+    model = rec.ModelPart(
+        name=inspected.name,
+        kind="folder" if files is None else files.kind,
+        folder=str(checkpoint.folder),
+        storage="plain" if files is None else files.storage.method,
+        architecture=str(architectures[0]) if isinstance(architectures, list) and architectures else "unknown",
+        d_model=inspected.d_model,
+        layers=inspected.layers,
+        dtype="float32",
+        device="cpu",
+        source_sha256={shard.path.name: sha256(shard.path) for shard in checkpoint.shards},
+    )
+    return build_record(model, monitor, settings, **parts)
 
 
 def numbers(checkpoint: Checkpoint, info: TensorInfo) -> Float[Tensor, "*shape"]:

@@ -7,44 +7,40 @@ ones: it does, since the edit took out how harm is *reported*, not how it is rec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from abliterate.config import EvalSettings, FindSettings, ModelSettings, PromptSettings
+from abliterate import record as rec
+from abliterate.config import MeasureSettings, RepairSettings
 from abliterate.edit import undo as restoring
 from abliterate.edit.additions import Addition, adding, can_add, changes_of, write_additions
 from abliterate.edit.direction import load_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
-from abliterate.evaluation.examine import Evaluation, as_loaded, exam_of, examine, examiner_of, try_judge
-from abliterate.evaluation.judging.choice import open_judge
-from abliterate.evaluation.meter import Measured, Meter, Stage
-from abliterate.evaluation.results import Subject, degenerate, refused
-from abliterate.files.checkpoint import (
-    Checkpoint,
-    EditedFiles,
-    bytes_to_write,
-    check_output,
-    ensure_space,
-    read_shard,
-    staged,
-)
+from abliterate.evaluation.answering import ModelState, as_loaded
+from abliterate.evaluation.examine import exam_of, examine, examiner_of, ready_judge
+from abliterate.evaluation.parts import evaluation_part
+from abliterate.evaluation.probe import Level, Measured, Probe
+from abliterate.evaluation.results import degenerate, refused
+from abliterate.files.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, read_shard, staged
 from abliterate.finding.estimate import auroc
 from abliterate.finding.find import refusal_tokens
 from abliterate.finding.search.objectives import share_of
-from abliterate.forensics import difference
-from abliterate.forensics import single as lone
-from abliterate.forensics.reading import InspectedModel, numbers, open_inspected
+from abliterate.forensics import difference, single
+from abliterate.forensics.reading import InspectedModel, inspected_record, numbers, open_inspected
 from abliterate.model.activations import stream_sites
 from abliterate.model.anatomy import Kind, Writer, names_on_disk
 from abliterate.monitor import Monitor
+from abliterate.report.assemble import write_record_and_report
 from abliterate.session import Session, open_session
 
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
@@ -65,57 +61,52 @@ _GAINED = share_of("harmful", refused)
 _PAID = (share_of("harmless", refused), share_of("harmful", degenerate), share_of("harmless", degenerate))
 
 
-@dataclass(frozen=True, slots=True)
-class Repaired:
-    """A repaired model in `folder`, and `how`: "undo", "base", "adapter" or "approximation".
-
-    `exact` tensors (or files, for undo) are the original's bytes; `restored` ones are the original's along the
-    direction, or to within the rounding of the stored format; `added` got a rank-one addition. `evaluation` compares
-    the model before and after, where it was run.
-    """
-
-    folder: Path
-    how: str
-    exact: tuple[str, ...]
-    restored: tuple[str, ...]
-    added: tuple[str, ...] = ()
-    note: str = ""
-    size: float | None = None
-    evaluation: Evaluation | None = None
-
-
 def repair(
     model: str,
     out: Path,
+    settings: RepairSettings = RepairSettings(),
+    measuring: MeasureSettings = MeasureSettings(),
     *,
-    base: str | None = None,
-    adapter: Path | None = None,
-    direction: Path | None = None,
     overwrite: bool = False,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    finding: FindSettings = FindSettings(),
-    evaluating: EvalSettings = EvalSettings(),
     monitor: Monitor | None = None,
-) -> Repaired:
+) -> rec.RepairPart:
     """Write a repaired MODEL to `out`: from what undo needs, a base or an adapter; else approximately.
 
     Raises `UsageError` for what does not go together, `GateNotMet` when nothing is found that could be repaired, or no
     addition makes the model refuse more.
     """
     monitor = monitor or Monitor()
-    if sum(given is not None for given in (base, adapter, direction)) > 1:
+    given = [name for name, value in settings if value is not None]
+    if len(given) > 1:
         raise UsageError("repair: expected one of --base, --adapter and --direction, found several")
     check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    if base is None and adapter is None and direction is None and _can_undo(Path(model)):
+    if not given and _can_undo(Path(model)):
         done = restoring.undo(Path(model), target=out, monitor=monitor)
         note = "" if done.exact else f"within {done.steps} step of the stored format ({done.reason})"
-        return Repaired(out, "undo", done.files if done.exact else (), done.tensors, note=note)
-    if base is not None:
-        return _from_base(model, base, out, overwrite, loading, monitor)
-    if adapter is not None:
-        return _from_adapter(model, adapter, out, overwrite, loading, monitor)
-    return _approximately(model, direction, out, overwrite, loading, prompts, finding, evaluating, monitor)
+        exact = done.files if done.exact else []
+        return rec.RepairPart(folder=str(out), how="undo", exact=exact, restored=done.tensors, note=note)
+    place = _Place(out, overwrite, {"model": model, "repair": settings.model_dump(mode="json")}, monitor)
+    trust = measuring.loading.trust_remote_code
+    if settings.base is not None:
+        return _from_base(model, settings.base, place, trust)
+    if settings.adapter is not None:
+        return _from_adapter(model, settings.adapter, place, trust)
+    return _approximately(model, settings.direction, place, measuring)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a repaired model goes, and what its record says was asked."""
+
+    out: Path
+    overwrite: bool
+    asked: Mapping[str, Any]
+    monitor: Monitor
+
+    def finish(self, subject: InspectedModel, part: rec.RepairPart, folder: Path) -> None:
+        """Put record and report beside the model, before it appears."""
+        whole = {"repair": part, "evaluation": part.evaluation, "output": str(self.out)}
+        write_record_and_report(inspected_record(subject, self.monitor, self.asked, **whole), folder)
 
 
 def _can_undo(folder: Path) -> bool:
@@ -126,13 +117,12 @@ def _can_undo(folder: Path) -> bool:
 # --- from the base ----------------------------------------------------------------------------------------------------
 
 
-def _from_base(model: str, base: str, out: Path, overwrite: bool, loading: ModelSettings, monitor: Monitor) -> Repaired:
+def _from_base(model: str, base: str, place: _Place, trust: bool) -> rec.RepairPart:
     """Ablated writers become the base's: whole where nothing else changed in them, else along the direction only."""
-    trust = loading.trust_remote_code
-    with monitor.phase("find the writers"):
+    with place.monitor.phase("find the writers"):
         subject, origin = (open_inspected(spec, trust_remote_code=trust) for spec in (model, base))
     total = sum(place.info.nbytes for place in subject.places)
-    with monitor.phase("compare with the base", total) as advance:
+    with place.monitor.phase("compare with the base", total) as advance:
         found = difference.compare(subject, origin, progress=advance)
     if found.verdict != "ablation":
         raise GateNotMet(f"{model}: no direction was taken out of it, beside {base}: {found.verdict}")
@@ -147,9 +137,14 @@ def _from_base(model: str, base: str, out: Path, overwrite: bool, loading: Model
         elif rows is not None:
             along[name] = functools.partial(_as_in, origin.checkpoint, name, rows, places[name].axis)
     axes = {name: places[name].axis for name in along}
-    _write_changed(subject.checkpoint, out, overwrite, along, axes, dict.fromkeys(whole, origin.checkpoint), monitor)
     note = "" if not along else "the rest of these tensors stays as it is: something else was done to them too"
-    return Repaired(out, "base", tuple(whole), tuple(along), note=note)
+    part = rec.RepairPart(folder=str(place.out), how="base", exact=whole, restored=list(along), note=note)
+    copies = dict.fromkeys(whole, origin.checkpoint)
+    with _written(
+        subject.checkpoint, place.out, place.overwrite, _Changes(along, axes, copies), place.monitor
+    ) as folder:
+        place.finish(subject, part, folder)
+    return part
 
 
 def _as_in(base: Checkpoint, name: str, rows: Tensor, axis: int, weight: Float[Tensor, "d n"]) -> Tensor:
@@ -163,11 +158,9 @@ def _as_in(base: Checkpoint, name: str, rows: Tensor, axis: int, weight: Float[T
 # --- from an adapter --------------------------------------------------------------------------------------------------
 
 
-def _from_adapter(
-    model: str, adapter: Path, out: Path, overwrite: bool, loading: ModelSettings, monitor: Monitor
-) -> Repaired:
+def _from_adapter(model: str, adapter: Path, place: _Place, trust: bool) -> rec.RepairPart:
     """W − B A of every tensor that a merged LoRA adapter (PEFT) changed: the original to within rounding, twice."""
-    subject = open_inspected(model, trust_remote_code=loading.trust_remote_code)
+    subject = open_inspected(model, trust_remote_code=trust)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, (down, up) in read_adapter(adapter).items():
         tensor = _tensor_named(subject.checkpoint, name)
@@ -178,9 +171,12 @@ def _from_adapter(
                 f"the adapter that was merged into {model}?"
             )
         changes[tensor] = functools.partial(_without, up, down)
-    _write_changed(subject.checkpoint, out, overwrite, changes, dict.fromkeys(changes, 0), {}, monitor)
     note = "what rounding took stays: up to half a step of the merged number and half a step of the restored one"
-    return Repaired(out, "adapter", (), tuple(changes), note=note)
+    part = rec.RepairPart(folder=str(place.out), how="adapter", restored=list(changes), note=note)
+    all_changes = _Changes(changes, dict.fromkeys(changes, 0), {})
+    with _written(subject.checkpoint, place.out, place.overwrite, all_changes, place.monitor) as folder:
+        place.finish(subject, part, folder)
+    return part
 
 
 def _without(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
@@ -239,24 +235,38 @@ def _tensor_named(checkpoint: Checkpoint, module: str) -> str:
 # --- approximately ----------------------------------------------------------------------------------------------------
 
 
-def _approximately(
-    model: str,
-    direction: Path | None,
-    out: Path,
-    overwrite: bool,
-    loading: ModelSettings,
-    prompts: PromptSettings,
-    finding: FindSettings,
-    evaluating: EvalSettings,
-    monitor: Monitor,
-) -> Repaired:
-    judge = open_judge(evaluating.judge, device=loading.device)
-    try_judge(judge, monitor)
-    session = open_session(model, loading=loading, prompts=prompts, monitor=monitor)
-    subject = open_inspected(model, trust_remote_code=loading.trust_remote_code)
+def _approximately(model: str, direction: Path | None, place: _Place, measuring: MeasureSettings) -> rec.RepairPart:
+    evaluating, finding, monitor = measuring.evaluating, measuring.finding, place.monitor
+    judge = ready_judge(evaluating, measuring.loading.device, monitor)
+    session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+    subject = open_inspected(session.loaded.files)
     basis, blocks = _direction(subject, direction, monitor)
     given = finding if finding.refusal_tokens else finding.model_copy(update={"refusal_tokens": USUAL_REFUSALS})
     tokens = [token.token for token in refusal_tokens(session, given)]
+    writers, readers = _telling(session, blocks)
+    short = evaluating.model_copy(update={"max_new_tokens": min(24, evaluating.max_new_tokens)})
+    size, additions = _best_addition(Probe(session, tokens, "val", judge, short), writers, readers, basis)
+    examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, session.seed)
+    original = as_loaded(session, evaluating)
+    evaluation = evaluation_part(examine(examiner, exam, original, with_additions(session, additions)))
+
+    def finish(folder: Path, tensors: tuple[str, ...]) -> rec.RepairPart:
+        part = rec.RepairPart(
+            folder=str(place.out),
+            how="approximation",
+            added=list(tensors),
+            note="an approximation: nothing is known of what the writers used to put along the direction",
+            size=size,
+            evaluation=evaluation,
+        )
+        place.finish(subject, part, folder)
+        return part
+
+    return write_hooked(session, additions, place.out, place.overwrite, finish)
+
+
+def _telling(session: Session, blocks: Sequence[int]) -> tuple[list[Writer], list[Tensor]]:
+    """Writers whose maps tell harmful from harmless prompts apart, each with its reader: MLPs where those suffice."""
     writers = _chosen(session, blocks)
     mlps = [writer for writer in writers if writer.kind is Kind.MLP]
     readers, told = fit_readers(session, mlps or writers)
@@ -264,39 +274,40 @@ def _approximately(
         readers, told = fit_readers(session, writers)
     else:
         writers = mlps or writers
-    monitor.note(f"{len(writers)} writers tell harmful from harmless prompts apart, the best with AUROC {told:.3f}")
-    length = stream_length(session)
-    meter = Meter(
-        session, tokens, judge, evaluating.model_copy(update={"max_new_tokens": min(24, evaluating.max_new_tokens)})
+    session.monitor.note(
+        f"{len(writers)} writers tell harmful from harmless prompts apart, the best with AUROC {told:.3f}"
     )
+    return writers, readers
+
+
+def _best_addition(
+    probe: Probe, writers: Sequence[Writer], readers: Sequence[Tensor], basis: Float[Tensor, "k d"]
+) -> tuple[float, list[Addition]]:
+    """The size, with its sign, of the addition that makes the model refuse most for its price.
+
+    Raises `GateNotMet` when none makes it refuse more.
+    """
+    session = probe.session
+    length = stream_length(session)
     trials = [(sign * size, index) for size in _SIZES for sign in (1.0, -1.0) for index in range(len(basis))]
-    best, chosen, value = None, 0.0, worth_of(meter.measure(None, Stage.REPLIES))
+    best, chosen, value = None, 0.0, worth_of(probe.measure(None, Level.REPLIES))
     start = value
-    with monitor.phase("try additions", len(trials)) as advance:
+    with session.monitor.phase("try additions", len(trials)) as advance:
         for size, index in trials:
             additions = _additions(writers, readers, basis[index], size * length)
-            worth = worth_of(meter.measure(with_additions(session, additions), Stage.REPLIES))
+            worth = worth_of(probe.measure(with_additions(session, additions), Level.REPLIES))
             if worth > value:
                 best, chosen, value = additions, size, worth
             advance(1)
     if best is None:
+        name = session.loaded.files.name
         raise GateNotMet(
-            f"{model}: no addition along the direction made it refuse more harmful prompts; nothing written"
+            f"{name}: no addition along the direction made it refuse more harmful prompts; nothing written"
         )
-    monitor.note(f"size {chosen:+g} of the stream's length: refusals less their price {start:.2f} → {value:.2f}")
-    examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, prompts.seed)
-    evaluation = examine(session, examiner, exam, as_loaded(session), with_additions(session, best))
-    tensors = write_hooked(session, subject.checkpoint, best, out, overwrite)
-    return Repaired(
-        out,
-        "approximation",
-        (),
-        (),
-        tensors,
-        "an approximation: nothing is known of what the writers used to put along the direction",
-        chosen,
-        evaluation,
+    session.monitor.note(
+        f"size {chosen:+g} of the stream's length: refusals less their price {start:.2f} → {value:.2f}"
     )
+    return chosen, best
 
 
 def _direction(
@@ -306,7 +317,7 @@ def _direction(
     if file is not None:
         return load_direction(file, subject.d_model).basis, ()
     with monitor.phase("look at what is not written", sum(place.info.nbytes for place in subject.places)) as advance:
-        trace = lone.inspect(subject, progress=advance)
+        trace = single.inspect(subject, progress=advance)
     if not len(trace.directions):
         raise GateNotMet(
             f"{subject.name}: no direction was found that has been taken out; give the --base, the --adapter or a "
@@ -403,9 +414,9 @@ def _additions(
     ]
 
 
-def with_additions(session: Session, additions: Sequence[Addition]) -> Subject:
+def with_additions(session: Session, additions: Sequence[Addition]) -> ModelState:
     """The session's model with additions as hooks."""
-    return Subject(session.model, functools.partial(adding, session.model, additions))
+    return ModelState(session, functools.partial(adding, session.model, additions))
 
 
 def worth_of(measured: Measured) -> float:
@@ -417,36 +428,49 @@ def worth_of(measured: Measured) -> float:
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 
+_T = TypeVar("_T")
+
+
 def write_hooked(
-    session: Session, source: Checkpoint, additions: Sequence[Addition], out: Path, overwrite: bool
-) -> tuple[str, ...]:
-    """A copy of `source`, the session's model on disk, with additions that were tried as hooks; the changed tensors."""
+    session: Session,
+    additions: Sequence[Addition],
+    out: Path,
+    overwrite: bool,
+    finish: Callable[[Path, tuple[str, ...]], _T],
+) -> _T:
+    """A copy of the session's model on disk in OUT, with additions that were tried as hooks.
+
+    `finish` gets the folder before it appears, and the names of the changed tensors.
+    """
+    source = session.loaded.files.checkpoint
     axes = {str(one.writer.weight): one.writer.axis for one in additions}
     names = names_on_disk(session.named_model, axes, source.tensors)
     changes, stored_axes = changes_of(additions, names)
-    _write_changed(source, out, overwrite, changes, stored_axes, {}, session.monitor)
-    return tuple(changes)
+    with _written(source, out, overwrite, _Changes(changes, stored_axes, {}), session.monitor) as folder:
+        return finish(folder, tuple(changes))
 
 
-def _write_changed(
-    source: Checkpoint,
-    out: Path,
-    overwrite: bool,
-    changes: Mapping[str, Callable[[Tensor], Tensor]],
-    axes: dict[str, int],
-    whole: dict[str, Checkpoint],
-    monitor: Monitor,
-) -> EditedFiles:
-    """A copy of `source` in OUT, in one step, with changed tensors and ones taken whole from another checkpoint."""
+@dataclass(frozen=True, slots=True)
+class _Changes:
+    """Tensors that become others, with the axis of the stream in each, and tensors taken whole from a checkpoint."""
+
+    changed: Mapping[str, Callable[[Tensor], Tensor]]
+    axes: Mapping[str, int]
+    whole: Mapping[str, Checkpoint]
+
+
+@contextlib.contextmanager
+def _written(source: Checkpoint, out: Path, overwrite: bool, changes: _Changes, monitor: Monitor) -> Iterator[Path]:
+    """A changed copy of `source` in a folder that becomes OUT, in one step, when the body is done."""
     with staged(out, overwrite=overwrite, source=source.folder) as folder:
         total = bytes_to_write(source)
         ensure_space(folder, total)
         with monitor.phase("write", total) as advance:
-            return write_additions(source, folder, changes, axes, whole=whole, progress=advance)
+            write_additions(source, folder, changes.changed, changes.axes, whole=changes.whole, progress=advance)
+        yield folder
 
 
 __all__ = [
-    "Repaired",
     "fit_readers",
     "read_adapter",
     "repair",

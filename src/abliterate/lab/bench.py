@@ -20,14 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from abliterate.config import EditSettings, ModelSettings
-from abliterate.edit.direction import Direction, chosen_site
+from abliterate.edit.direction import Direction, Site
 from abliterate.edit.hooks import ablation, addition
 from abliterate.edit.options import by_recipe, plan_for
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
 from abliterate.evaluation.scores import kl_divergence
-from abliterate.finding.selection import Site
-from abliterate.finding.verify import at_site
 from abliterate.model.anatomy import Anatomy, stream_out
 from abliterate.model.batches import cached, close, cut_head, hooked, input_device, new_cache, require_finite
 from abliterate.model.generation import end_tokens
@@ -125,12 +123,12 @@ class Bench:
         if candidates is None:
             return ()
         positions = candidates.positions
-        return tuple((int(site), positions[int(row)]) for row, site in candidates.norms.nonzero())
+        return tuple(Site(int(site), positions[int(row)]) for row, site in candidates.norms.nonzero())
 
     @property
     def chosen(self) -> Site | None:
         """The site that the direction comes from, where its file says so."""
-        return chosen_site(self.direction)
+        return self.direction.site
 
     def settings(self, controls: Controls) -> EditSettings:
         """The controls as the settings that `apply` takes; what the recipe says of variants is kept."""
@@ -173,7 +171,7 @@ class Bench:
             raise UsageError("add: expected a difference of means, found a direction file without candidates")
         if site[0] >= self.anatomy.layers:
             raise UsageError(f"add: expected a layer below {self.anatomy.layers}, found {site[0]}; choose another site")
-        at_site(self.direction, site)
+        self.direction.at(site)
         return Intervention(layer=site[0], vector=controls.coefficient * candidates.at(*site))
 
     def encode(self, turns: Sequence[Turn], prompt: str) -> tuple[int, ...]:
@@ -256,7 +254,7 @@ class Bench:
         return [self.model.get_submodule(name) for name in self.anatomy.blocks]
 
     def _direction(self, controls: Controls) -> Direction:
-        return at_site(self.direction, controls.site, self.anatomy.d_model)
+        return self.direction.at(controls.site, self.anatomy.d_model)
 
     def _logits(
         self, fresh: tuple[int, ...], intervention: Intervention | None, cache: Any = None

@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Sequence
 
-from abliterate.finding.selection import Site
+from abliterate.edit.direction import Site
 from abliterate.lab.bench import FirstToken, Heat
 
 _TEMPLATE = str.maketrans({character: f"&#{ord(character)};" for character in "{}$`\\"})
@@ -47,7 +47,9 @@ def heat_map(heat: Heat | None, sites: Sequence[Site], selected: Site | None) ->
     for row, values in enumerate(heat.values.tolist()):
         position = -1 - row
         cells = "".join(
-            _cell((layer, position), value, _shade(value, low, high, heat.best), (layer, position) in known, selected)
+            _cell(
+                Site(layer, position), value, _shade(value, low, high, heat.best), (layer, position) in known, selected
+            )
             for layer, value in enumerate(values)
         )
         rows.append(f'<tr><th scope="row">{position}</th>{cells}</tr>')

@@ -9,12 +9,11 @@ from pathlib import Path
 import torch
 
 from abliterate import record as rec
-from abliterate.config import FindSettings, ModelSettings, PromptSettings
-from abliterate.edit.direction import Candidates, Direction, load_direction
+from abliterate.config import MeasureSettings, ModelSettings
+from abliterate.edit.direction import Direction, Site, load_direction
 from abliterate.errors import UsageError
 from abliterate.finding.estimate import Separation
 from abliterate.finding.find import best_separated, find, refusal_tokens
-from abliterate.finding.refusal_tokens import RefusalToken
 from abliterate.lab.bench import Bench, Heat, can_step
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
@@ -36,23 +35,22 @@ class _Known:
 
 def open_bench(
     target: str,
+    measuring: MeasureSettings = MeasureSettings(),
     *,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    finding: FindSettings = FindSettings(),
     direction: Path | None = None,
     root: Path | None = None,
     monitor: Monitor | None = None,
 ) -> Bench:
     """Load the original model of `target`: OUT of a command, a direction file, or MODEL.
 
-    Where refusal tokens or the direction are not known, they are found first, on the prompts that `prompts` names.
+    Where refusal tokens or the direction are not known, they are found first, on the prompts that `measuring` names.
     Results may be written into `root` (default: the current folder).
 
     Raises `UsageError` when a file is none of these or does not fit, and what `find` raises.
     """
     monitor = monitor or Monitor()
-    known = _known(target, loading)
+    finding = measuring.finding
+    known = _known(target, measuring.loading)
     if direction is not None:
         known = replace(known, direction=load_direction(direction), selection=None)
     if finding.refusal_tokens is not None:
@@ -63,12 +61,12 @@ def open_bench(
         found, tokens = known.direction, known.tokens
     else:
         session = open_session(
-            known.files, loading=known.loading, prompts=prompts, positions=finding.positions, monitor=monitor
+            known.files, loading=known.loading, prompts=measuring.prompts, positions=finding.positions, monitor=monitor
         )
         loaded, renderer, anatomy = session.loaded, session.renderer, session.anatomy
         if known.direction is None:
             findings = find(session, finding)
-            found, tokens = best_separated(session, findings, finding, prompts.seed), _ids(findings.tokens)
+            found, tokens = best_separated(session, findings, finding), _ids(findings.tokens)
             heat = _separated(findings.separation)
         else:
             found, tokens = known.direction, _ids(refusal_tokens(session, finding))
@@ -91,7 +89,7 @@ def heat_of(direction: Direction, selection: rec.SelectionPart | None = None) ->
         return Heat("size of the difference, relative to the harmless mean", share, "high")
     values = torch.full(candidates.raw.shape[:2], torch.nan)
     for site in selection.candidates:
-        if _holds(candidates, site.layer, site.position):
+        if candidates.holds(Site(site.layer, site.position)):
             values[-1 - site.position, site.layer] = site.bypass
     return Heat("bypass: refusal score left when this direction is taken out", values, "low")
 
@@ -100,12 +98,7 @@ def _separated(separation: Separation) -> Heat:
     return Heat("d′: how far apart harmful and harmless prompts lie", separation.dprime.float(), "high")
 
 
-def _holds(candidates: Candidates, layer: int, position: int) -> bool:
-    positions, sites, _ = candidates.raw.shape
-    return 0 <= layer < sites and -positions <= position < 0
-
-
-def _ids(tokens: Iterable[RefusalToken | rec.TokenPart]) -> tuple[int, ...]:
+def _ids(tokens: Iterable[rec.TokenPart]) -> tuple[int, ...]:
     return tuple(token.token for token in tokens)
 
 
@@ -115,10 +108,9 @@ def _known(target: str, loading: ModelSettings) -> _Known:
         return _of_run(path, loading)
     if path.suffix == ".safetensors" and path.is_file():
         direction = load_direction(path)
-        model = direction.metadata.get("model")
-        if not isinstance(model, str):
+        if direction.model is None:
             raise UsageError(f"{target}: expected a direction file that names its model; give MODEL and --direction")
-        return _Known(locate_model(model, loading), loading, direction)
+        return _Known(locate_model(direction.model, loading), loading, direction)
     return _Known(locate_model(target, loading), loading)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from abliterate.config import FindSettings, ModelSettings, PromptSettings
+from abliterate.config import MeasureSettings
 from abliterate.errors import UsageError
 from abliterate.lab.bench import Bench
 from abliterate.lab.opening import open_bench
@@ -34,10 +34,8 @@ _LARGEST_UPLOAD = "1gb"
 
 def serve(
     target: str,
+    measuring: MeasureSettings = MeasureSettings(),
     *,
-    loading: ModelSettings = ModelSettings(),
-    prompts: PromptSettings = PromptSettings(),
-    finding: FindSettings = FindSettings(),
     direction: Path | None = None,
     port: int | None = None,
     open_browser: bool = True,
@@ -52,7 +50,7 @@ def serve(
     _lonely()
     library()
     free_port(port)  # before minutes of work
-    bench = open_bench(target, loading=loading, prompts=prompts, finding=finding, direction=direction, monitor=monitor)
+    bench = open_bench(target, measuring, direction=direction, monitor=monitor)
     with running(bench, port) as url:
         monitor.note(f"lab: {url} (Ctrl-C ends it)")
         if open_browser:

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from abliterate.edit.direction import Site
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.finding.selection import Site
 from abliterate.lab import markup
 from abliterate.lab.bench import Bench, Controls
 from abliterate.lab.keeping import apply_plan, load_plan, save_plan
@@ -72,7 +72,7 @@ def name_of(site: Site | None) -> str:
 def site_of(name: str) -> Site | None:
     """The site that a choice names; raises `ValueError` where it names none."""
     layer, _, position = name.partition(":")
-    return None if name == FOUND else (int(layer), int(position))
+    return None if name == FOUND else Site(int(layer), int(position))
 
 
 def choices(bench: Bench) -> list[tuple[str, str]]:
@@ -80,7 +80,7 @@ def choices(bench: Bench) -> list[tuple[str, str]]:
     recipe = ", with its recipe" if bench.direction.recipe is not None else ""
     where = "" if bench.chosen is None else f" ({bench.chosen[0]}, {bench.chosen[1]})"
     sites = sorted(bench.sites, key=lambda site: (-site[1], site[0]))
-    named = [(f"layer {layer}, position {position}", name_of((layer, position))) for layer, position in sites]
+    named = [(f"layer {layer}, position {position}", name_of(Site(layer, position))) for layer, position in sites]
     return [(f"as found{where}{recipe}", FOUND), *named]
 
 

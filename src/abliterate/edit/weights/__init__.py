@@ -14,11 +14,9 @@ needed to take the edit back is written beside the model.
 
 from abliterate.edit.weights.edit import Surgery, edit_checkpoint, one_thread, removed_rows
 from abliterate.edit.weights.live import SwappedWeights, weights_from
-from abliterate.edit.weights.passes import Residual
 from abliterate.edit.weights.tensors import planned_parameters, refusal
 
 __all__ = [
-    "Residual",
     "Surgery",
     "SwappedWeights",
     "edit_checkpoint",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from abliterate.edit.plan import Edit, Plan
-from abliterate.edit.weights.passes import Passage, Residual
+from abliterate.edit.weights.passes import Passage
 from abliterate.edit.weights.tensors import Task, tasks_of
 from abliterate.edit.weights.undo_files import FOLDER, UndoWriter, merge
 from abliterate.edit.weights.undo_files import NAME as UNDO
@@ -28,6 +28,7 @@ from abliterate.files.checkpoint import (
     write_edited,
 )
 from abliterate.model.anatomy import Stored
+from abliterate.record import ResidualPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class Surgery:
     """What was written, what is left of the direction in every edited tensor, and the files that undo needs."""
 
     files: EditedFiles
-    residuals: tuple[Residual, ...]
+    residuals: tuple[ResidualPart, ...]
     undo: tuple[str, ...]
 
 
@@ -66,9 +67,7 @@ def edit_checkpoint(
         files = write_edited(
             source, target, work.rewriters(), changes=changes, journal=journal, note=work.note, progress=progress
         )
-    residuals = [
-        Residual(**(left | {"shape": tuple(left["shape"])})) for note in files.notes for left in note["residuals"]
-    ]
+    residuals = [ResidualPart.model_validate(left) for note in files.notes for left in note["residuals"]]
     found = {residual.tensor: residual for residual in residuals}
     parts = [note["undo"] for note in files.notes if note["undo"]]
     if parts:
@@ -99,7 +98,7 @@ class _Work:
         self.tasks = {task.info.name: task for task in tasks}
         self._place, self._keep_undo = place, keep_undo
         self._undo: UndoWriter | None = None
-        self._residuals: list[Residual] = []
+        self._residuals: list[ResidualPart] = []
 
     def close(self) -> None:
         """Let go of an undo file that is not finished."""
@@ -126,7 +125,7 @@ class _Work:
         """Close what belongs to the file `name`, which has just been written."""
         path = self._undo.close(name) if self._undo else None
         value = {
-            "residuals": [asdict(residual) for residual in self._residuals],
+            "residuals": [residual.model_dump() for residual in self._residuals],
             "undo": None if path is None else str(path.relative_to(self._place)),
         }
         self._undo, self._residuals = None, []

@@ -15,31 +15,7 @@ from abliterate.edit.weights.numbers import Terms, edited, length_back, taken
 from abliterate.edit.weights.tensors import Block, Grid, Task, damaged
 from abliterate.files.checkpoint import TensorReader
 from abliterate.files.formats import Diffusion, diffuse_rows
-
-
-@dataclass(frozen=True, slots=True)
-class Residual:
-    """What an edit left of the direction in one tensor.
-
-    `before` and `after` are ‖RW‖ of the stored numbers (Frobenius norm), `change` is ‖W' − W‖ / ‖W‖, and `rounding`
-    how far storing moved the new numbers, also relative to ‖W‖.
-    """
-
-    tensor: str
-    writer: str
-    kind: str
-    dtype: str
-    format: str
-    shape: tuple[int, ...]
-    before: float
-    after: float
-    change: float
-    rounding: float
-
-    @property
-    def ratio(self) -> float:
-        """‖RW'‖ / ‖RW‖: 0 is a complete removal; rounding to the stored format leaves a little."""
-        return self.after / self.before if self.before else 0.0
+from abliterate.record import ResidualPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,18 +73,20 @@ class Passage:
         return torch.stack(each).view(*shape[:axis], -1, *shape[axis + 1 :])
 
     @property
-    def residual(self) -> Residual:
+    def residual(self) -> ResidualPart:
         """What was measured on the way."""
         task, sums = self._task, self._sums
-        return Residual(
+        before, after = sums.before**0.5, sums.after**0.5
+        return ResidualPart(
             tensor=task.info.name,
             writer=task.edit.writer.module,
             kind=str(task.edit.writer.kind),
             dtype=task.info.dtype,
             format=task.grid.layout.format,
-            shape=task.grid.layout.shape,
-            before=sums.before**0.5,
-            after=sums.after**0.5,
+            shape=list(task.grid.layout.shape),
+            before=before,
+            after=after,
+            ratio=after / before if before else 0.0,
             change=(sums.change / sums.old) ** 0.5 if sums.old else 0.0,
             rounding=(sums.rounding / sums.old) ** 0.5 if sums.old else 0.0,
         )

@@ -1,4 +1,4 @@
-"""What computes the replies: transformers in this process, vLLM in this process, or a server somewhere.
+"""What computes replies instead of the live model: vLLM in this process, or a server somewhere.
 
 All answer the same token ids greedily, for the original model and for the edited one, so that before and after differ
 by the edit and by nothing else.
@@ -10,18 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from abliterate.errors import UsageError
-from abliterate.evaluation.engines.base import Engine, Pair, Progress
-from abliterate.evaluation.engines.local import LocalEngine
+from abliterate.evaluation.engines.base import Engine, EngineState, Pair, Progress, states_of
 from abliterate.evaluation.engines.server import ServerEngine
 from abliterate.evaluation.engines.vllm import VllmEngine
 
-__all__ = ["Engine", "LocalEngine", "Pair", "Progress", "ServerEngine", "VllmEngine", "open_engine"]
+__all__ = ["Engine", "EngineState", "Pair", "Progress", "ServerEngine", "VllmEngine", "open_engine", "states_of"]
 
 
 def open_engine(spec: str, pair: Pair, **options: Any) -> Engine:
     """The engine that `spec` names, for the two states of `pair`.
 
-    `spec` is "transformers", "vllm", or the address of an OpenAI-compatible server (http://HOST:PORT/v1). `options`
+    `spec` is "vllm", or the address of an OpenAI-compatible server (http://HOST:PORT/v1). `options`
     are the engine's own: for vLLM those of `vllm.LLM`, for a server `concurrency`, `timeout` and `retries`.
 
     Raises `UsageError` for another spec, and when `pair` lacks what the engine needs.
@@ -31,14 +30,6 @@ def open_engine(spec: str, pair: Pair, **options: Any) -> Engine:
         known = ", ".join(_MAKERS)
         raise UsageError(f"engine '{spec}': expected {known} or the address of a server (http://HOST:PORT/v1)")
     return maker(spec, pair, options)
-
-
-def _transformers(spec: str, pair: Pair, options: Mapping[str, Any]) -> Engine:
-    if pair.model is None:
-        raise UsageError("engine transformers: expected a loaded model, found none; load it first")
-    if options:
-        raise UsageError(f"engine transformers: expected no options, found {', '.join(options)}; leave them out")
-    return LocalEngine(pair.model, pair.tokenizer, edit=pair.edit, size=pair.size)
 
 
 def _vllm(spec: str, pair: Pair, options: Mapping[str, Any]) -> Engine:
@@ -51,4 +42,4 @@ def _server(spec: str, pair: Pair, options: Mapping[str, Any]) -> Engine:
     return ServerEngine(spec, pair.tokenizer, pair.ends, original=pair.served, edited=pair.edited_as, **options)
 
 
-_MAKERS: Mapping[str, Callable[[str, Pair, Mapping[str, Any]], Engine]] = {"transformers": _transformers, "vllm": _vllm}
+_MAKERS: Mapping[str, Callable[[str, Pair, Mapping[str, Any]], Engine]] = {"vllm": _vllm}

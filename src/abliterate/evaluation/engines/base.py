@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from abliterate.errors import UsageError
-from abliterate.model.batches import BatchSize
+from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply, reply_text
 
 Progress = Callable[[int], None]
@@ -40,7 +40,6 @@ class Pair:
 
     ============  ====================================================================================================
     all           `tokenizer`, and `ends`, the ids that end a reply (see `generation.end_tokens`)
-    transformers  `model`, live; `edit`, which makes the context managers inside which it is the edited one; `size`
     vllm          `folder` of the original; `edited`, the folder of a LoRA adapter for it or of an edited model
     a server      `served` and `edited_as`, the names under which it serves the two
     ============  ====================================================================================================
@@ -48,13 +47,31 @@ class Pair:
 
     tokenizer: Any
     ends: frozenset[int]
-    model: Any = None
-    edit: Callable[[], AbstractContextManager[None]] | None = None
-    size: BatchSize | None = None
     folder: Path | None = None
     edited: Path | None = None
     served: str | None = None
     edited_as: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineState:
+    """The original, or the edited model, behind an engine: see `answering.Answering`."""
+
+    engine: Engine
+    edited: bool = False
+
+    def complete(
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], stopping: Any = None
+    ) -> list[Reply]:
+        """Greedy replies. Engines take all prompts at once and let replies run to their end: `stopping` is not used."""
+        sequences = [prompts.prefix + suffix for suffix in prompts.suffixes]
+        with self.engine.edited() if self.edited else nullcontext():
+            return self.engine.complete(sequences, max_new_tokens, progress)
+
+
+def states_of(engine: Engine, *, edited: bool) -> tuple[EngineState, EngineState | None]:
+    """The original behind an engine, and the edited model where there is one."""
+    return EngineState(engine), EngineState(engine, True) if edited else None
 
 
 def check_prompts(prompts: Sequence[Sequence[int]]) -> None:

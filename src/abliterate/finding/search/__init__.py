@@ -4,18 +4,17 @@
 chooses one, and measures all of them again on held-out prompts, which nothing was chosen by.
 """
 
-from abliterate.evaluation.meter import Meter, Stage
+from abliterate.evaluation.probe import Level
 from abliterate.finding.search.objectives import OBJECTIVES, Objective, objectives_named
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.search import Search, check_search, method_of, search
 
 __all__ = [
     "OBJECTIVES",
-    "Meter",
+    "Level",
     "Objective",
     "Point",
     "Search",
-    "Stage",
     "check_search",
     "method_of",
     "objectives_named",

@@ -25,7 +25,7 @@ import numpy as np
 from abliterate.config import SearchSettings
 from abliterate.edit.direction import Direction
 from abliterate.errors import CheckpointError, NumericalError, UsageError
-from abliterate.evaluation.meter import Stage
+from abliterate.evaluation.probe import Level
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
     from optuna.trial import Trial as OptunaTrial
 
-#: What is known of an edit at a stage: objectives (and constrained ones) by name.
-Measure = Callable[[Direction, Stage], Mapping[str, float]]
+#: What is known of an edit at a level: objectives (and constrained ones) by name.
+Measure = Callable[[Direction, Level], Mapping[str, float]]
 
 #: What stands for an objective that only replies can tell.
 SURROGATES: Mapping[str, str] = {
@@ -72,6 +72,7 @@ def optimise(
     *,
     seed: int,
     journal: Path | None = None,
+    resume: bool = False,
     seeds: Sequence[Mapping[str, Any]] = (),
     constraints: Mapping[str, float] | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -81,12 +82,12 @@ def optimise(
 
     A trial that gives no finite numbers counts, but is not among them.
 
-    Each is measured at `Stage.FEW`. One that is `hopeless` keeps these values, and its point says so by its stage;
-    all others are measured at `Stage.ALL`. Samplers are told both alike: the means estimate the same, and a value of
+    Each is measured at `Level.FEW`. One that is `hopeless` keeps these values, and its point says so by its level;
+    all others are measured at `Level.ALL`. Samplers are told both alike: the means estimate the same, and a value of
     few prompts is only told where it is beaten by more than its noise, so it shows where not to look and nothing else.
 
     `constraints` are the most that values known at these stages may be. `seeds` are the parameters of the first trials
-    (see `Space.encode`). With a `journal` every step is on disk at once, and `settings.resume` goes on with what is
+    (see `Space.encode`). With a `journal` every step is on disk at once, and `resume` goes on with what is
     there, if it was begun with the same space, settings and `facts` (the caller's: model, prompts). More trials may be
     asked for than then.
 
@@ -104,7 +105,7 @@ def optimise(
         **space.describe(),
         **(facts or {}),
     }
-    with _quiet(), _storage(journal, settings.resume) as storage:
+    with _quiet(), _storage(journal, resume) as storage:
         study = _study(storage, len(names), said, journal)
         tell = progress or (lambda _: None)
         tell(len(_done(study)))
@@ -181,10 +182,10 @@ def _measure(
     measure: Measure, direction: Direction, names: Sequence[str], seen: Sequence[Seen]
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """Values on few prompts, and on all unless these are hopeless."""
-    few = _finite(measure(direction, Stage.FEW), names)
+    few = _finite(measure(direction, Level.FEW), names)
     if hopeless([few[name] for name in names], seen):
         return few, None
-    return few, _finite(measure(direction, Stage.ALL), names)
+    return few, _finite(measure(direction, Level.ALL), names)
 
 
 def _finite(values: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
@@ -227,10 +228,10 @@ def _points(study: Study, space: Space) -> Iterator[Point]:
     for number, trial in enumerate(_done(study), 1):
         if trial.values is None:
             continue
-        scores, stage = trial.user_attrs["few"], Stage.FEW
+        scores, level = trial.user_attrs["few"], Level.FEW
         if "all" in trial.user_attrs:
-            scores, stage = trial.user_attrs["all"], Stage.ALL
-        yield Point(space.suggest(FixedTrial(trial.params)), f"trial {number}", scores, stage)
+            scores, level = trial.user_attrs["all"], Level.ALL
+        yield Point(space.suggest(FixedTrial(trial.params)), f"trial {number}", scores, level)
 
 
 def _sampler_name(settings: SearchSettings) -> str:

@@ -25,7 +25,7 @@ from torch.nn.functional import softplus
 
 from abliterate.algebra import ZERO_NORM, orthonormal, project_out
 from abliterate.config import EditSettings
-from abliterate.edit.direction import Direction, Recipe, chosen_site
+from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.hooks import ablation
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
@@ -73,7 +73,6 @@ def descend(
     way: Sequence[Leg],
     *,
     refine: bool = True,
-    seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> list[Direction]:
     """One direction with a recipe for each leg, optimised on training prompts.
@@ -88,7 +87,7 @@ def descend(
     if editing.affine or start.reader is not None:
         raise UsageError("--method gradient: expected an edit that takes a direction out, found an affine or LEACE one")
     with frozen(session.model):
-        descent = _Descent(session, list(tokens), start, editing, refine, seed)
+        descent = _Descent(session, list(tokens), start, editing, refine)
         return [descent.leg(leg, progress) for leg in way]
 
 
@@ -99,7 +98,7 @@ class _Descent:
     """
 
     def __init__(
-        self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool, seed: int
+        self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
     ) -> None:
         self.session, self.tokens, self.start, self.editing = session, tokens, start, editing
         free, self.fixed = free_and_fixed(session.anatomy, editing)
@@ -118,7 +117,7 @@ class _Descent:
         self.prompts = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
         self.base, self.target, answered = self._unedited()
         rows = {"harmful": range(len(self.prompts["harmful"])), "harmless": answered}
-        self.draw = {name: _shuffled(chosen, seed) for name, chosen in rows.items()}
+        self.draw = {name: _shuffled(chosen, session.seed) for name, chosen in rows.items()}
 
     def leg(self, leg: Leg, progress: Callable[[int], None] | None) -> Direction:
         """Some steps at one weight."""
@@ -199,7 +198,7 @@ class _Descent:
 
 def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:
     """What directions start with: each site's own, where there is one; else that of `start` for all sites."""
-    site = chosen_site(start)
+    site = start.site
     if start.candidates is None or site is None or len(start.basis) > 1:
         return start.basis.float()
     own = start.candidates.raw[-1 - site[1]]

@@ -1,6 +1,6 @@
 """What a search makes small, and what it costs to know it.
 
-An `Objective` is a number read off a `Measured` edit; a `Meter` measures edits, as hooks, on one split of the prompts.
+An `Objective` is a number read off a `Measured` edit; a `Probe` measures edits, as hooks, on one split of the prompts.
 Other objectives than those in `OBJECTIVES` are made by putting them there.
 """
 
@@ -13,17 +13,17 @@ from typing import Literal
 
 from abliterate.errors import UsageError
 from abliterate.evaluation.judging import Label, Verdict
-from abliterate.evaluation.meter import Measured, Stage
+from abliterate.evaluation.probe import Level, Measured
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner_change, refused
 from abliterate.evaluation.statistics import bootstrap_mean, wilson
 
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A number to make small, and the first stage at which it is known. `rate` is a share of replies."""
+    """A number to make small, and the first level at which it is known. `rate` is a share of replies."""
 
     name: str
-    stage: Stage
+    level: Level
     measure: Callable[[Measured], float]
     text: str
     rate: bool = False
@@ -31,7 +31,7 @@ class Objective:
 
 def _replies(measured: Measured, name: str) -> Answers:
     if measured.replies is None:
-        raise ValueError("objective: it reads replies, and there are none at this stage")
+        raise ValueError("objective: it reads replies, and there are none at this level")
     return measured.replies[name]
 
 
@@ -51,7 +51,7 @@ def _changed(which: Literal[0, 1]) -> Callable[[Measured], float]:
     def measure(measured: Measured) -> float:
         base = measured.base_replies
         if base is None:
-            raise ValueError("objective: it compares replies, and there are none at this stage")
+            raise ValueError("objective: it compares replies, and there are none at this level")
         value = manner_change(base["harmless"], _replies(measured, "harmless"))[which].value
         return abs(value) if which == 0 else value
 
@@ -79,16 +79,16 @@ def _nll(shift: Shift) -> float | None:
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective("refusals", Stage.REPLIES, share_of("harmful", refused), "harmful prompts refused", True),
-        Objective("over-refusals", Stage.REPLIES, share_of("harmless", refused), "harmless prompts refused", True),
-        Objective("kl", Stage.FEW, lambda m: float(m.kl.mean()), "KL of the first token, harmless prompts, nats"),
-        Objective("kl-reply", Stage.SHIFT, _of_shift(_kl_reply), "KL per token of whole harmless replies, nats"),
-        Objective("nll", Stage.SHIFT, _of_shift(_nll), "what the own harmless replies cost more, nats per token"),
-        Objective("refusal-score", Stage.FEW, lambda m: float(m.harmful.mean()), "mean log-odds of refusal, harmful"),
-        Objective("over-refusal-score", Stage.FEW, lambda m: float(m.harmless.mean()), "the same, harmless"),
-        Objective("degenerate", Stage.REPLIES, share_of("harmless", degenerate), "harmless replies broken", True),
-        Objective("length", Stage.REPLIES, _changed(0), "change of length of harmless replies, tokens"),
-        Objective("repetition", Stage.REPLIES, _changed(1), "more repetition in harmless replies, share of 4-grams"),
+        Objective("refusals", Level.REPLIES, share_of("harmful", refused), "harmful prompts refused", True),
+        Objective("over-refusals", Level.REPLIES, share_of("harmless", refused), "harmless prompts refused", True),
+        Objective("kl", Level.FEW, lambda m: float(m.kl.mean()), "KL of the first token, harmless prompts, nats"),
+        Objective("kl-reply", Level.SHIFT, _of_shift(_kl_reply), "KL per token of whole harmless replies, nats"),
+        Objective("nll", Level.SHIFT, _of_shift(_nll), "what the own harmless replies cost more, nats per token"),
+        Objective("refusal-score", Level.FEW, lambda m: float(m.harmful.mean()), "mean log-odds of refusal, harmful"),
+        Objective("over-refusal-score", Level.FEW, lambda m: float(m.harmless.mean()), "the same, harmless"),
+        Objective("degenerate", Level.REPLIES, share_of("harmless", degenerate), "harmless replies broken", True),
+        Objective("length", Level.REPLIES, _changed(0), "change of length of harmless replies, tokens"),
+        Objective("repetition", Level.REPLIES, _changed(1), "more repetition in harmless replies, share of 4-grams"),
     )
 }
 
@@ -135,9 +135,9 @@ def constrained(option: str) -> tuple[Objective, ...]:
 
 
 def values(measured: Measured, objectives: Sequence[Objective]) -> dict[str, float]:
-    """The objectives that are known at this stage."""
-    known = Stage.ALL if measured.replies is None else Stage.SHIFT
-    return {objective.name: objective.measure(measured) for objective in objectives if objective.stage <= known}
+    """The objectives that are known at this level."""
+    known = Level.ALL if measured.replies is None else Level.SHIFT
+    return {objective.name: objective.measure(measured) for objective in objectives if objective.level <= known}
 
 
 def intervals(measured: Measured, objectives: Sequence[Objective]) -> dict[str, tuple[float, float]]:

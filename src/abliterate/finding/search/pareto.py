@@ -102,7 +102,7 @@ def _scaled(front: Sequence[Values]) -> list[tuple[float, ...]]:
     return [tuple((v - low) / span for v, low, span in zip(point, lows, spans, strict=True)) for point in front]
 
 
-def choose(values: Sequence[Values], names: Sequence[str], limits: Mapping[str, float]) -> int:
+def choose_index(values: Sequence[Values], names: Sequence[str], limits: Mapping[str, float]) -> int:
     """Index of the point to take: `limits` say how much of an objective is allowed at most.
 
     Of the points that keep every limit: the one with the least of the first objective that has no limit (then the next

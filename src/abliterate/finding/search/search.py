@@ -10,20 +10,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, SearchSettings
+from abliterate.config import EditSettings, FindSettings, OutputSettings, RunSettings, SearchSettings
 from abliterate.edit.direction import Direction
 from abliterate.edit.options import by_recipe
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.meter import Meter, Stage
+from abliterate.evaluation.probe import Level, Probe
 from abliterate.finding.find import Findings
-from abliterate.finding.search import gradient
-from abliterate.finding.search import pareto as front
+from abliterate.finding.search import gradient, pareto
 from abliterate.finding.search.blackbox import first_token_objectives, optimise
-from abliterate.finding.search.objectives import OBJECTIVES, constrained, intervals, limits_of, objectives_named, values
+from abliterate.finding.search.objectives import (
+    OBJECTIVES,
+    Objective,
+    constrained,
+    intervals,
+    limits_of,
+    objectives_named,
+    values,
+)
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 from abliterate.model.anatomy import Anatomy
+from abliterate.monitor import Monitor
 from abliterate.session import Session
 
 
@@ -33,7 +41,7 @@ class Search:
 
     `points` are those measured by replies, the first objective rising; `chosen` is an index into them, `why` says by
     what. `base` and `base_held_out` are the unedited model's values, `limits` the constraints in numbers.
-    `evaluations` counts measured edits by stage, `seconds` is until the choice, without the held-out prompts.
+    `evaluations` counts measured edits by level, `seconds` is until the choice, without the held-out prompts.
     """
 
     method: str
@@ -55,7 +63,7 @@ class Search:
 
     def on_front(self) -> list[int]:
         """Indices of points that no other is better than in all objectives."""
-        return front.nondominated([_values(point.scores, self.objectives) for point in self.points])
+        return pareto.nondominated([_values(point.scores, self.objectives) for point in self.points])
 
     def feasible(self, point: Point) -> bool:
         """Whether a point keeps the constraints."""
@@ -94,137 +102,153 @@ def search(
     session: Session,
     findings: Findings,
     start: Direction,
-    settings: SearchSettings,
-    method: str,
     judge: Judge,
-    *,
-    finding: FindSettings = FindSettings(),
-    editing: EditSettings = EditSettings(),
-    evaluating: EvalSettings = EvalSettings(),
-    seed: int = 0,
+    settings: RunSettings,
+    method: str,
     journal: Path | None = None,
-    norms: bool = True,
-    force: bool = False,
+    *,
+    resume: bool = False,
 ) -> Search:
-    """Search from `start`. `norms`: edits may be norm-preserving.
+    """Search from `start`; every trial of a black box is on disk at once where there is a `journal`.
+
+    With `resume` the search that was begun there goes on.
 
     Raises `UsageError` for settings that do not go together, `GateNotMet` when no point keeps the constraints.
     """
-    began, monitor = time.perf_counter(), session.monitor
-    named, limited = objectives_named(settings.objectives), constrained(settings.constraints)
+    began, monitor, searching = time.perf_counter(), session.monitor, settings.searching
+    named, limited = objectives_named(searching.objectives), constrained(searching.constraints)
     wanted = tuple(dict.fromkeys((*named, *limited, OBJECTIVES["kl"])))
-    names = tuple(objective.name for objective in named)
-    tokens = [token.token for token in findings.tokens]
-    editing = within(session.anatomy, editing)
     with monitor.phase("measure the unedited model"):
-        short = evaluating.model_copy(update={"max_new_tokens": settings.search_tokens})
-        meter = Meter(session, tokens, judge, short)
-        base = values(meter.measure(None, Stage.REPLIES), wanted)
-        monitor.note(f"unedited: {_said(base)}")
-    limits = limits_of(settings.constraints, base) | {"kl": finding.max_kl}
-    attempt = _Attempt(session, meter, tokens, start, settings, finding, editing, seed, journal, norms)
-    proposals = attempt.propose(method)
-    stage = max(Stage.REPLIES, *(objective.stage for objective in wanted))
-    measured = []
-    with monitor.phase("measure points by replies", len(proposals)) as advance:
-        for direction, origin in proposals:
-            found = meter.measure(session.plan(direction), stage)
-            measured.append(Point(direction, origin, values(found, wanted), stage))
-            monitor.note(f"{origin}: {_said(measured[-1].scores)}")
-            advance(1)
-    points = tuple(sorted(measured, key=lambda point: _values(point.scores, names)))
-    counts = {stage.name.lower(): count for stage, count in meter.counts.items()}
-    seconds = time.perf_counter() - began
-    result = Search(method, names, settings.constraints, limits, points, 0, "", base, None, counts, seconds)
-    try:
-        result = choose(result, settings, finding)
-    except GateNotMet as gate:
-        if not force:
-            raise
-        monitor.warn(f"{gate} (forced)")
-        result = choose(replace(result, limits={}), settings.model_copy(update={"max_refusals": None}), FindSettings())
-    monitor.note(f"chosen: point {result.chosen + 1} ({result.why}), {_said(result.point.scores)}")
-    if settings.no_held_out:
+        short = settings.evaluating.model_copy(update={"max_new_tokens": searching.search_tokens})
+        probe = Probe(session, findings.ids, "val", judge, short)
+        base = values(probe.measure(None, Level.REPLIES), wanted)
+        monitor.note(f"unedited: {_worded(base)}")
+    attempt = _Attempt(probe, start, settings, within(session.anatomy, settings.editing), journal, resume)
+    points = _measured(probe, attempt.propose(method), wanted)
+    names = tuple(objective.name for objective in named)
+    result = Search(
+        method,
+        names,
+        searching.constraints,
+        limits_of(searching.constraints, base) | {"kl": settings.finding.max_kl},
+        tuple(sorted(points, key=lambda point: _values(point.scores, names))),
+        0,
+        "",
+        base,
+        None,
+        {level.name.lower(): count for level, count in probe.counts.items()},
+        time.perf_counter() - began,
+    )
+    result = _chosen(result, settings, monitor)
+    if searching.no_held_out:
         return result
     with monitor.phase("measure points on held-out prompts", len(points) + 1) as advance:
-        return _held_out(result, Meter(session, tokens, judge, evaluating, "test"), advance)
+        return _held_out(result, Probe(session, findings.ids, "test", judge, settings.evaluating), advance)
+
+
+def _measured(probe: Probe, proposals: Sequence[tuple[Direction, str]], wanted: Sequence[Objective]) -> list[Point]:
+    """Proposals as points, with what they score by replies on validation prompts."""
+    session, points = probe.session, []
+    level = max(Level.REPLIES, *(objective.level for objective in wanted))
+    with session.monitor.phase("measure points by replies", len(proposals)) as advance:
+        for direction, origin in proposals:
+            found = probe.measure(session.plan(direction), level)
+            points.append(Point(direction, origin, values(found, wanted), level))
+            session.monitor.note(f"{origin}: {_worded(points[-1].scores)}")
+            advance(1)
+    return points
+
+
+def _chosen(result: Search, settings: RunSettings, monitor: Monitor) -> Search:
+    """The same with a point chosen; where none keeps the constraints and it is forced, without them."""
+    try:
+        result = choose_point(result, settings.searching, settings.finding)
+    except GateNotMet as gate:
+        if settings.output is None or not settings.output.force:
+            raise
+        monitor.warn(f"{gate} (forced)")
+        free = settings.searching.model_copy(update={"max_refusals": None})
+        result = choose_point(replace(result, limits={}), free, FindSettings())
+    monitor.note(f"chosen: point {result.chosen + 1} ({result.why}), {_worded(result.point.scores)}")
+    return result
 
 
 @dataclass(frozen=True, slots=True)
 class _Attempt:
-    """What the methods work with."""
+    """What the methods work with; `editing` names the writers that are searched."""
 
-    session: Session
-    meter: Meter
-    tokens: Sequence[int]
+    probe: Probe
     start: Direction
-    settings: SearchSettings
-    finding: FindSettings
+    settings: RunSettings
     editing: EditSettings
-    seed: int
     journal: Path | None
-    norms: bool
+    resume: bool
+
+    @property
+    def session(self) -> Session:
+        """The session that edits are measured in."""
+        return self.probe.session
 
     def propose(self, method: str) -> list[tuple[Direction, str]]:
         """Directions that may lie on the front, with where each comes from; at most as many as there are points."""
+        searching = self.settings.searching
         if method == "closed-form":
             return [(by_recipe(self.session.anatomy, self.start, self.editing), "closed form")]
         refined = self._descend() if method in ("gradient", "both") else []
         if method == "gradient":
             return refined
         trials = self._trials([direction for direction, _ in refined])
-        tried = [trial for trial in trials if trial.stage == Stage.ALL]
-        scores = [_values(trial.scores, first_token_objectives(self.settings.objectives)) for trial in tried]
-        best = front.nondominated(scores)
-        kept = [best[i] for i in front.thin([scores[i] for i in best], self.settings.points)]
+        tried = [trial for trial in trials if trial.level == Level.ALL]
+        scores = [_values(trial.scores, first_token_objectives(searching.objectives)) for trial in tried]
+        best = pareto.nondominated(scores)
+        kept = [best[i] for i in pareto.thin([scores[i] for i in best], searching.points)]
         return refined + [(tried[i].direction, tried[i].origin) for i in kept]
 
     def _descend(self) -> list[tuple[Direction, str]]:
-        settings = self.settings
-        way = gradient.legs(settings.points, settings.steps)
+        searching = self.settings.searching
+        way = gradient.legs(searching.points, searching.steps)
         with self.session.monitor.phase("descend the gradient", sum(leg.steps for leg in way)) as advance:
-            found = gradient.descend(
+            directions = gradient.descend(
                 self.session,
-                self.tokens,
+                self.probe.tokens,
                 self.start,
                 self.editing,
                 way,
-                refine=not settings.keep_direction,
-                seed=self.seed,
+                refine=not searching.keep_direction,
                 progress=advance,
             )
-        return [
-            (direction, f"gradient, weight of KL {leg.weight:.3g}") for direction, leg in zip(found, way, strict=True)
-        ]
+        pairs = zip(directions, way, strict=True)
+        return [(direction, f"gradient, weight of KL {leg.weight:.3g}") for direction, leg in pairs]
 
     def _trials(self, refined: Sequence[Direction]) -> list[Point]:
         if self.start.candidates is None:
             raise UsageError("search: expected a direction with candidates at every site, found none; see `find`")
-        session, editing = self.session, self.editing
+        session, searching, output = self.session, self.settings.searching, self.settings.output
+        norms = output is None or output.realisation == "weights"
         space = Space(
             session.anatomy,
             self.start.candidates,
-            self.finding,
-            editing,
+            self.settings.finding,
+            self.editing,
             extra=refined,
-            variants=self.norms,
+            variants=norms,
         )
-        known = tuple(
-            OBJECTIVES[name] for name in dict.fromkeys([*first_token_objectives(self.settings.objectives), "kl"])
-        )
+        names = dict.fromkeys([*first_token_objectives(searching.objectives), "kl"])
+        known = tuple(OBJECTIVES[name] for name in names)
 
-        def measure(direction: Direction, stage: Stage) -> dict[str, float]:
-            return values(self.meter.measure(session.plan(direction), stage), known)
+        def measure(direction: Direction, level: Level) -> dict[str, float]:
+            return values(self.probe.measure(session.plan(direction), level), known)
 
-        with session.monitor.phase("trials of the black box", self.settings.trials) as advance:
+        with session.monitor.phase("trials of the black box", searching.trials) as advance:
             return optimise(
                 measure,
                 space,
-                self.settings,
-                constraints={"kl": self.finding.max_kl},
-                seed=self.seed,
+                searching,
+                constraints={"kl": self.settings.finding.max_kl},
+                seed=session.seed,
                 journal=self.journal,
-                seeds=[found for direction in refined if (found := space.encode(direction)) is not None],
+                resume=self.resume,
+                seeds=[encoded for direction in refined if (encoded := space.encode(direction)) is not None],
                 facts=self._facts(),
                 progress=advance,
             )
@@ -237,7 +261,7 @@ class _Attempt:
             "dtype": str(session.loaded.dtype),
             "prompts": session.prompts.sha256,
             "rendering": [session.loading.system, session.loading.chat_template],
-            "tokens": self.tokens,
+            "tokens": self.probe.tokens,
         }
 
 
@@ -251,7 +275,7 @@ def within(anatomy: Anatomy, editing: EditSettings) -> EditSettings:
     return editing.model_copy(update={"layers": f"{anatomy.layers // 4}-"})
 
 
-def choose(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:
+def choose_point(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:
     """The same points with one chosen: picked by number, by `--max-refusals` or `--max-kl`, or the knee.
 
     Raises `UsageError` when there is no point of that number, `GateNotMet` when none keeps what is asked for.
@@ -270,26 +294,26 @@ def choose(result: Search, settings: SearchSettings, finding: FindSettings = Fin
     if not any(feasible):  # for the sake of its message
         names = tuple(dict.fromkeys((*result.objectives, *asked, *result.limits)))
         scores = [_values(point.scores, names) for point in result.points]
-        front.choose(scores, names, {**result.limits, **asked})
+        pareto.choose_index(scores, names, {**result.limits, **asked})
     names = tuple(dict.fromkeys((*result.objectives, *asked)))
     scores = [
         _values(point.scores, names) if kept else (math.nan,) * len(names)
         for point, kept in zip(result.points, feasible, strict=True)
     ]
-    best = front.choose(scores, names, asked)
+    best = pareto.choose_index(scores, names, asked)
     why = ", ".join(f"--max-{name} {most:g}" for name, most in asked.items()) or "knee"
     return replace(result, chosen=best, why=why)
 
 
-def _held_out(result: Search, meter: Meter, progress: Callable[[int], None]) -> Search:
+def _held_out(result: Search, probe: Probe, progress: Callable[[int], None]) -> Search:
     """The same with all points measured on held-out prompts."""
     names = [OBJECTIVES[name] for name in result.point.scores]
-    stage = max(Stage.REPLIES, *(objective.stage for objective in names))
-    base = values(meter.measure(None, Stage.REPLIES), names)
+    level = max(Level.REPLIES, *(objective.level for objective in names))
+    base = values(probe.measure(None, Level.REPLIES), names)
     progress(1)
     points = []
     for point in result.points:
-        found = meter.measure(meter.session.plan(point.direction), stage)
+        found = probe.measure(probe.session.plan(point.direction), level)
         points.append(replace(point, held_out=values(found, names), intervals=intervals(found, names)))
         progress(1)
     return replace(result, points=tuple(points), base_held_out=base)
@@ -299,5 +323,5 @@ def _values(scores: Mapping[str, float], names: Sequence[str]) -> tuple[float, .
     return tuple(scores[name] for name in names)
 
 
-def _said(scores: Mapping[str, float]) -> str:
+def _worded(scores: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in scores.items())

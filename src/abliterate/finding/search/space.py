@@ -31,12 +31,11 @@ from torch import Tensor
 
 from abliterate.algebra import orthonormal, project_out
 from abliterate.config import DEFAULT_STRENGTH, EditSettings, FindSettings
-from abliterate.edit.direction import Candidates, Direction, Recipe, chosen_site
+from abliterate.edit.direction import Candidates, Direction, Recipe, Site
 from abliterate.edit.hooks import refuse_hooks
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.finding.selection import Site
 from abliterate.model.anatomy import Anatomy, Writer
 
 #: Strengths above 1 reflect, which sometimes removes more than removal does.
@@ -137,12 +136,11 @@ class Space:
         if source == _SITE:
             basis = self._basis(layer, position, rank, projected=projected)
             said = {"layer": layer, "position": position, "projected": projected}
-            metadata = {"chosen": {"layer": round(layer), "position": position}, "searched": said}
-            found = Direction(basis, metadata, self.candidates)
+            found = Direction(basis, self.candidates, site=Site(round(layer), position), facts={"searched": said})
         else:
             found = self.extra[self.sources.index(source) - 1]
             found = replace(found, candidates=found.candidates or self.candidates)
-            biprojected &= len(found.basis) == 1 and chosen_site(found) is not None and found.per_site is None
+            biprojected &= len(found.basis) == 1 and found.site is not None and found.per_site is None
         return replace(found, recipe=Recipe(strengths, norms, biprojected, self._editing.untie))
 
     def direction_at(self, layer: float, position: int, *, projected: bool = False) -> Float[Tensor, " d"]:
@@ -349,7 +347,7 @@ def _plan(anatomy: Anatomy, editing: EditSettings, **changes: Any) -> Plan:
     """The plan of any direction: which writers it has says what can be edited."""
     plain = {"biprojected": False, "affine": False, "norm_preserving": False, **changes}
     row = torch.randn(1, anatomy.d_model, generator=torch.Generator().manual_seed(0))
-    return plan_for(anatomy, Direction(orthonormal(row), {}), editing.model_copy(update=plain))
+    return plan_for(anatomy, Direction(orthonormal(row)), editing.model_copy(update=plain))
 
 
 def free_and_fixed(anatomy: Anatomy, editing: EditSettings) -> tuple[dict[str, list[Writer]], dict[str, float]]:

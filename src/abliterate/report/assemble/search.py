@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from abliterate import record as rec
-from abliterate.edit.direction import save_direction
+from abliterate.edit.direction import Direction, save_direction
 from abliterate.finding.search import Search
 
 #: The folder in OUT that holds the points of a search.
@@ -50,10 +49,10 @@ def point_file(number: int) -> str:
     return f"{FRONT}/{number:02}.safetensors"
 
 
-def save_points(result: Search, folder: Path, metadata: Mapping[str, Any]) -> None:
+def save_points(result: Search, folder: Path, start: Direction) -> None:
     """Write the direction of every point below `folder`; each can be applied by itself.
 
-    Candidates are kept only where the edit needs them.
+    Candidates are kept only where the edit needs them. What the file says of model and prompts is what `start` says.
     """
     part = search_part(result)
     for point, said in zip(result.points, part.points, strict=True):
@@ -61,7 +60,15 @@ def save_points(result: Search, folder: Path, metadata: Mapping[str, Any]) -> No
         if recipe is None or not recipe.biprojected:
             direction = replace(direction, candidates=None)
         own = {"search": said.model_dump(mode="json", exclude={"file", "feasible", "on_front"})}
-        save_direction(folder / point_file(said.number), direction, metadata={**metadata, **own})
+        direction = with_origin_of(direction, start)
+        save_direction(folder / point_file(said.number), replace(direction, facts={**direction.facts, **own}))
+
+
+def with_origin_of(direction: Direction, start: Direction) -> Direction:
+    """A direction that a search made, with what is known of the one that it began with."""
+    return replace(
+        direction, site=start.site, model=start.model, learnt_from=start.learnt_from, facts=dict(start.facts)
+    )
 
 
 def _finite(values: Mapping[str, float]) -> dict[str, float | None]:

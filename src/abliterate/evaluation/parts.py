@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate import record as rec
 from abliterate.evaluation.capability import Score, ScoreChange, change, score_changes
-from abliterate.evaluation.examine import Evaluation, Marks, Sets
+from abliterate.evaluation.examine import CapabilityScores, Evaluation, Sets
 from abliterate.evaluation.judging import Judge, Tally, Verdict
 from abliterate.evaluation.judging.calibration import Calibration, calibration_of
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner, manner_change, paired, refused
@@ -41,7 +41,7 @@ def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
         manner=manner_parts(evaluation.before, evaluation.after),
         control=_control_part(evaluation, calibration),
         thinking=_thinking_part(evaluation, calibration),
-        capability=capability_parts(*evaluation.marks),
+        capability=capability_parts(*evaluation.capability),
     )
 
 
@@ -178,7 +178,7 @@ def _thinking_part(evaluation: Evaluation, calibration: Calibration | None) -> r
     )
 
 
-def capability_parts(before: Marks, after: Marks | None) -> list[rec.CapabilityPart]:
+def capability_parts(before: CapabilityScores, after: CapabilityScores | None) -> list[rec.CapabilityPart]:
     """What a model can do, and how that changed, question by question."""
     parts = []
     for number, result in enumerate(before.files):

@@ -1,14 +1,12 @@
-"""A run as it stands in the record: model, prompts, selection, plan."""
+"""The record of a command, built in one way: what was asked, what was found, what was written."""
 
 from __future__ import annotations
 
 import datetime
-import platform
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,93 +15,61 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from abliterate import record as rec
-from abliterate.config import EditSettings, OutputSettings, RunSettings
-from abliterate.edit.direction import Direction
+from abliterate.config import EditSettings, OutputSettings
+from abliterate.edit.direction import Direction, Site
 from abliterate.edit.plan import Plan
-from abliterate.edit.weights import Residual
 from abliterate.edit.write import Realised
 from abliterate.errors import UsageError
+from abliterate.evaluation.probe import Probe
 from abliterate.files.checkpoint import sha256
-from abliterate.finding.find import Findings, Found
-from abliterate.finding.search import Search
-from abliterate.finding.selection import Site
+from abliterate.finding.find import Findings
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
-from abliterate.report.assemble.search import search_part
+from abliterate.monitor import Monitor
 from abliterate.report.card import write_card
 from abliterate.report.html import write_report
 from abliterate.session import Session
 
 
-def run_record(
-    session: Session,
-    settings: RunSettings,
-    output: OutputSettings,
-    found: Found,
-    plan: Plan,
-    done: Realised,
-    folder: Path,
-    evaluation: rec.EvaluationPart,
-    separation: rec.SeparationPart | None,
-    search: Search | None = None,
-) -> rec.Record:
-    """The record of a whole run whose results lie in `folder`."""
-    monitor, loaded = session.monitor, session.loaded
-    before = source_hashes(done, loaded.files)
-    after = written_hashes(done, folder)
-    dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
+def build_record(model: rec.ModelPart, monitor: Monitor, settings: Mapping[str, Any], **parts: Any) -> rec.Record:
+    """The record of a command: what it was asked, with which versions, what it found (`parts`), and what it took."""
     return rec.Record(
-        created=now(),
-        versions=versions(),
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        versions=rec.versions(),
         command=command(),
-        settings=settings.model_dump(mode="json"),
-        model=model_part(loaded.files, session.model, session.anatomy, dtype, device, before),
-        prompts=prompts_part(session),
-        anatomy=anatomy_part(session.anatomy),
-        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in found.findings.tokens],
-        separation=separation,
-        selection=selection_part(found),
-        search=None if search is None else search_part(search),
-        plan=plan_part(plan, done, output, settings.editing, folder),
-        evaluation=evaluation,
+        settings=dict(settings),
+        model=model,
         warnings=monitor.warnings,
-        left_out=[] if done.surgery is None else list(done.surgery.files.left_out),
-        output=str(output.out),
-        output_sha256=after,
         timings_s=monitor.timings(),
         peak_memory_bytes=monitor.peak_bytes,
+        **parts,
     )
 
 
-def search_record(
-    session: Session, settings: RunSettings, findings: Findings, separation: rec.SeparationPart | None, search: Search
-) -> rec.Record:
-    """The record of a search that edited nothing."""
-    monitor, loaded = session.monitor, session.loaded
-    hashes = dict(loaded.files.sha256)
+def session_record(session: Session, settings: Mapping[str, Any], **parts: Any) -> rec.Record:
+    """The record of work on a session; a `model` among the parts takes the place of the session's."""
+    model = parts.pop("model", None) or session_model(session)
+    known = {"prompts": prompts_part(session), "anatomy": anatomy_part(session.anatomy)}
+    return build_record(model, session.monitor, settings, **known, **parts)
+
+
+def session_model(session: Session, hashes: Mapping[str, str] | None = None) -> rec.ModelPart:
+    """The model of a session, with the hashes of its files (default: read anew)."""
+    loaded = session.loaded
     dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
-    return rec.Record(
-        created=now(),
-        versions=versions(),
-        command=command(),
-        settings=settings.model_dump(mode="json"),
-        model=model_part(loaded.files, session.model, session.anatomy, dtype, device, hashes),
-        prompts=prompts_part(session),
-        anatomy=anatomy_part(session.anatomy),
-        refusal_tokens=[rec.TokenPart(**asdict(token)) for token in findings.tokens],
-        separation=separation,
-        search=search_part(search),
-        warnings=monitor.warnings,
-        output=None if settings.output is None else str(settings.output.out),
-        timings_s=monitor.timings(),
-        peak_memory_bytes=monitor.peak_bytes,
-    )
+    return model_part(loaded.files, session.model, session.anatomy, dtype=dtype, device=device, hashes=hashes)
 
 
 def model_part(
-    files: ModelOnDisk, model: Any, anatomy: Anatomy, dtype: str, device: str, hashes: dict[str, str]
+    files: ModelOnDisk,
+    model: Any,
+    anatomy: Anatomy,
+    *,
+    dtype: str,
+    device: str = "none",
+    hashes: Mapping[str, str] | None = None,
 ) -> rec.ModelPart:
-    """The model that was measured or edited."""
+    """The model that was measured or edited; `model` is the live one, or a skeleton."""
     return rec.ModelPart(
         name=files.name,
         kind=files.kind,
@@ -114,7 +80,7 @@ def model_part(
         layers=anatomy.layers,
         dtype=dtype,
         device=device,
-        source_sha256=hashes,
+        source_sha256=dict(files.sha256 if hashes is None else hashes),
     )
 
 
@@ -145,6 +111,7 @@ def separation_part(
     """How the classes separate at every site, and what `finding.projections` says of the prompts at one."""
     found, norms = findings.separation, findings.candidates.norms
     texts = {"harmful": session.prompts.harmful.val, "harmless": session.prompts.harmless.val}
+    refuses = Probe(session, findings.ids).refused
     return rec.SeparationPart(
         sites=[
             rec.SeparatedPart(
@@ -157,32 +124,13 @@ def separation_part(
             for row, position in enumerate(findings.candidates.positions)
             for layer in range(norms.shape[1])
         ],
-        layer=site[0],
-        position=site[1],
+        layer=site.layer,
+        position=site.position,
         prompts=[
             rec.ProjectedPart(set=name, prompt=text, x=round(x, 4), y=round(y, 4), refused=refused)
             for name in ("harmful", "harmless")
-            for text, (x, y), refused in zip(
-                texts[name], points[name].tolist(), findings.scorer.refused[name], strict=True
-            )
+            for text, (x, y), refused in zip(texts[name], points[name].tolist(), refuses[name], strict=True)
         ],
-    )
-
-
-def selection_part(found: Found) -> rec.SelectionPart:
-    """The selection as it stands in the record. A forced choice is there too, with `met_rule` false."""
-    selection = found.selection
-    return rec.SelectionPart(
-        chosen=rec.SitePart(**asdict(selection.best)),
-        met_rule=found.met_rule,
-        control=rec.ControlPart(**asdict(selection.control)),
-        harmful=selection.harmful,
-        harmless=selection.harmless,
-        max_kl=selection.rule.max_kl,
-        min_induce=selection.rule.min_induce,
-        max_depth=selection.rule.max_depth,
-        trained_on=found.findings.trained_on,
-        candidates=[rec.SitePart(**asdict(score)) for score in selection.candidates],
     )
 
 
@@ -195,16 +143,12 @@ def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditS
         realisation=output.realisation,
         variant=editing.model_dump(mode="json", exclude_defaults=True),
         strengths={edit.writer.name: edit.strength for edit in plan.edits},
-        edits=[] if surgery is None else [_residual_part(residual) for residual in surgery.residuals],
+        edits=[] if surgery is None else list(surgery.residuals),
         left_alone=dict(plan.left_alone),
         files=_file_names(done, folder),
         copied=dict(done.copied),
         undo=[] if surgery is None else list(surgery.undo),
     )
-
-
-def _residual_part(residual: Residual) -> rec.ResidualPart:
-    return rec.ResidualPart(**(asdict(residual) | {"ratio": residual.ratio, "shape": list(residual.shape)}))
 
 
 def source_hashes(done: Realised, files: ModelOnDisk) -> dict[str, str]:
@@ -228,44 +172,30 @@ def _file_names(done: Realised, folder: Path) -> list[str]:
     return [str(path.relative_to(folder)) for path in inside]
 
 
-def direction_metadata(session: Session, found: Found) -> dict[str, Any]:
-    """What `direction.safetensors` says of itself."""
-    best = found.selection.best
-    chosen = {"layer": best.layer, "position": best.position, "norm": best.norm, "met_rule": found.met_rule}
-    return _metadata(session, found.findings, chosen)
-
-
-def search_metadata(session: Session, findings: Findings, start: Direction, record: rec.Record) -> dict[str, Any]:
-    """The same of a direction that was searched for from `start`."""
-    return _metadata(session, findings, start.metadata["chosen"]) | {"model_sha256": record.model.source_sha256}
-
-
-def _metadata(session: Session, findings: Findings, chosen: dict[str, Any]) -> dict[str, Any]:
+def written_parts(
+    plan: Plan, done: Realised, output: OutputSettings, editing: EditSettings, folder: Path
+) -> dict[str, Any]:
+    """What was written into `folder`, as parts of a record."""
     return {
-        "version": 1,
-        "model": session.loaded.files.name,
-        "d_model": session.anatomy.d_model,
-        "layers": session.anatomy.layers,
-        "positions": findings.candidates.positions,
-        "chosen": chosen,
-        "trained_on": findings.trained_on,
-        "prompts_sha256": session.prompts.sha256,
-        "learnt_from": session.prompts.learnt_from,
+        "plan": plan_part(plan, done, output, editing, folder),
+        "left_out": [] if done.surgery is None else list(done.surgery.files.left_out),
+        "output": str(output.out),
+        "output_sha256": written_hashes(done, folder),
     }
 
 
-def saved_metadata(session: Session, found: Found, record: rec.Record) -> dict[str, Any]:
-    """The same with the hashes of the files it was measured on."""
-    return direction_metadata(session, found) | {"model_sha256": record.model.source_sha256}
+def with_hashes(direction: Direction, record: rec.Record) -> Direction:
+    """The direction with the hashes of the files it was measured on."""
+    return replace(direction, facts={**direction.facts, "model_sha256": record.model.source_sha256})
 
 
 def write_all(record: rec.Record, partial: Path) -> None:
     """Put the model card, the report and the record beside the model."""
     write_card(record, partial)
-    write_told(record, partial)
+    write_record_and_report(record, partial)
 
 
-def write_told(record: rec.Record, folder: Path) -> None:
+def write_record_and_report(record: rec.Record, folder: Path) -> None:
     """Write the record and the report; what only measures leaves no more."""
     write_report(record, folder)
     rec.write_record(record, folder)
@@ -284,12 +214,7 @@ def write_beside(folder: Path, parts: Mapping[str, BaseModel], fresh: Callable[[
         except OSError as error:
             raise UsageError(f"--out {folder}: expected a folder, found {error.strerror}") from error
         record = fresh()
-    write_told(record, folder)
-
-
-def now() -> str:
-    """The time, in UTC."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_record_and_report(record, folder)
 
 
 def command() -> str:
@@ -297,9 +222,3 @@ def command() -> str:
     program = Path(sys.argv[0])
     ours = program.name == "abliterate" or program.parts[-2:] == ("abliterate", "__main__.py")
     return shlex.join(["abliterate", *sys.argv[1:]]) if ours else ""
-
-
-def versions() -> dict[str, str]:
-    """Versions of what numbers depend on."""
-    packages = ("abliterate", "torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}

@@ -1,0 +1,82 @@
+"""Who answers: a live model in a certain state, or what stands behind an engine. All fulfil one protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from abliterate.config import ReplySettings
+from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
+from abliterate.model.batches import Encoded
+from abliterate.model.generation import Reply, Settled, complete
+from abliterate.record import FILE_NAME
+from abliterate.session import Session
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping:
+    """What ends a reply before its end of turn or limit: `settled` says of which rows, `name` says by what rule."""
+
+    settled: Settled
+    name: str
+
+
+class Answering(Protocol):
+    """Whatever gives greedy replies to encoded prompts."""
+
+    def complete(
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], stopping: Stopping | None = None
+    ) -> list[Reply]:
+        """Replies of at most so many tokens in the order of the prompts; whoever can may leave those that are settled.
+
+        `progress` is told how many prompts have been answered since it was last told.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelState:
+    """A session's live model in a certain state: `state()` is a context manager in which it is measured.
+
+    `unchanged` says that its numbers are in that state just as its files have them, so that replies may be kept on
+    disk and taken up again.
+    """
+
+    session: Session
+    state: Callable[[], AbstractContextManager[None]] = field(default=nullcontext)
+    unchanged: bool = False
+
+    @property
+    def model(self) -> Any:
+        """The live transformers model."""
+        return self.session.model
+
+    def complete(
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], stopping: Stopping | None = None
+    ) -> list[Reply]:
+        """Greedy replies in that state (see `Answering.complete`)."""
+        session, tokenizer = self.session, self.session.loaded.tokenizer
+        with self.state():
+            key = None
+            if self.unchanged:
+                name = "" if stopping is None else stopping.name
+                key = key_of(session.loaded, prompts, max_new_tokens, stopping=name)
+            if (known := kept_replies(key, tokenizer)) is not None:
+                session.monitor.note("answers of the unchanged model taken from the cache (--no-cache asks again)")
+                progress(len(known))
+                return known
+            settled = None if stopping is None else stopping.settled
+            replies = complete(self.model, tokenizer, prompts, max_new_tokens, session.size, progress, settled)
+            keep(key, replies)
+        return replies
+
+
+def as_loaded(session: Session, settings: ReplySettings | None = None) -> ModelState:
+    """A session's model as its files have it.
+
+    Its answers are kept where `settings` are given and allow it; not those of models that this package has edited.
+    """
+    edited = (session.loaded.files.folder / FILE_NAME).exists()
+    return ModelState(session, unchanged=settings is not None and not settings.no_cache and not edited)

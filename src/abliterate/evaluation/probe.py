@@ -1,0 +1,231 @@
+"""What an edit does to one split of the prompts, measured as closely as is asked for.
+
+One probe serves selection, search, forensics and evaluation. It knows what the unedited model does, and measures an
+edit through hooks at one of four levels, each of which costs more than the one before: first tokens of few prompts,
+first tokens of all, replies, and how far next-token distributions move along the unedited model's own replies.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from abliterate.config import EvalSettings, ReplySettings
+from abliterate.edit.hooks import ablation, addition
+from abliterate.edit.plan import Plan
+from abliterate.errors import GateNotMet
+from abliterate.evaluation.answering import ModelState, as_loaded
+from abliterate.evaluation.examine import SHIFT_PROMPTS, Examiner, Sets
+from abliterate.evaluation.first_tokens import first_tokens, for_each_first_token
+from abliterate.evaluation.judging import Judge
+from abliterate.evaluation.results import Shift, measure_shifts
+from abliterate.evaluation.scores import kl_divergence, refusal_score
+from abliterate.model.batches import Encoded
+from abliterate.monitor import Monitor
+from abliterate.session import Session
+
+#: Prompts per class at `Level.FEW`.
+FEW_PROMPTS = 16
+
+#: Fewer prompts than this in a class, and scores would say nothing.
+MIN_PROMPTS = 4
+
+
+class Level(IntEnum):
+    """How closely an edit is looked at; each level knows what those below it know."""
+
+    FEW = 0
+    ALL = 1
+    REPLIES = 2
+    SHIFT = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Baseline:
+    """First tokens of the unedited model: refusal scores (log-odds) by class, and logits of harmless prompts."""
+
+    harmful: Float[Tensor, " n"]
+    harmless: Float[Tensor, " m"]
+    logits: Float[Tensor, "m vocab"]
+
+
+@dataclass(frozen=True, slots=True)
+class Behaving:
+    """Prompts on which the unedited model behaves as their class says, as numbers of rows, and its mean scores there.
+
+    The most refused harmful prompts come first.
+    """
+
+    harmful: tuple[int, ...]
+    harmless: tuple[int, ...]
+    harmful_score: float
+    harmless_score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What is known of one edit on one split.
+
+    `harmful` and `harmless` are refusal scores of first tokens (log-odds) by prompt, `kl` is KL(base ‖ edited) of the
+    first token in nats, of the harmless prompts that the unedited model answers (by the sign of their refusal score):
+    to answer those that it refuses is no damage. Replies are there from `Level.REPLIES` on, the `shift` along the
+    unedited model's own replies at `Level.SHIFT`.
+    """
+
+    harmful: Float[Tensor, " n"]
+    harmless: Float[Tensor, " m"]
+    kl: Float[Tensor, " answered"]
+    replies: Sets | None = None
+    base_replies: Sets | None = None
+    shift: Shift | None = None
+
+
+class Probe:
+    """Measures edits of a session's live model on one split of its prompts."""
+
+    def __init__(
+        self,
+        session: Session,
+        tokens: Sequence[int],
+        split: str = "val",
+        judge: Judge | None = None,
+        settings: ReplySettings = ReplySettings(),
+    ) -> None:
+        """`tokens` start refusals. What the unedited model does is measured once in a session. `judge` and `settings`
+        are for levels from `Level.REPLIES` on.
+        """
+        self.session, self.tokens, self.split = session, list(tokens), split
+        self._judge, self._settings = judge, settings
+        self.harmful, self.harmless = session.encoded["harmful", split], session.encoded["harmless", split]
+        self.counts = dict.fromkeys(Level, 0)
+
+    @property
+    def base(self) -> Baseline:
+        """What the unedited model does. It is kept in the session, and must be asked for first without an edit."""
+        key = (Baseline, self.split, tuple(self.tokens))
+        if key not in self.session.kept:
+            model, size = self.session.model, self.session.size
+            harmful, _ = first_tokens(model, self.harmful, self.tokens, size)
+            harmless, logits = first_tokens(model, self.harmless, self.tokens, size, keep=torch.float32)
+            self.session.kept[key] = Baseline(harmful, harmless, logits)
+        found: Baseline = self.session.kept[key]
+        return found
+
+    @property
+    def refused(self) -> dict[str, list[bool]]:
+        """Whether the unedited model refuses, by the sign of the refusal score, for every prompt of each class."""
+        return {"harmful": (self.base.harmful > 0).tolist(), "harmless": (self.base.harmless > 0).tolist()}
+
+    def behaving(self, *, all_prompts: bool = False) -> Behaving:
+        """Harmful prompts that the model refuses and harmless ones that it answers, as in the paper; or all of them.
+
+        Raises `GateNotMet` when too few are left.
+        """
+        refusing, answering = self.base.harmful, self.base.harmless
+        order: list[int] = torch.argsort(refusing, descending=True).tolist()
+        harmful = [row for row in order if all_prompts or refusing[row] > 0]
+        harmless = [row for row in range(len(answering)) if all_prompts or answering[row] < 0]
+        for name, rows, whole in (
+            ("harmful validation prompts that the model refuses", harmful, len(refusing)),
+            ("harmless validation prompts that the model answers", harmless, len(answering)),
+        ):
+            if len(rows) < MIN_PROMPTS:
+                raise GateNotMet(f"{name}: expected at least {MIN_PROMPTS}, found {len(rows)} of {whole}")
+        scores = float(refusing[harmful].mean()), float(answering[harmless].mean())
+        return Behaving(tuple(harmful), tuple(harmless), *scores)
+
+    def ablated(self, plans: Sequence[Plan], rows: Behaving, prompts: int | None = None) -> list[tuple[float, float]]:
+        """Bypass and KL of plans, several in one pass, on at most so many behaving prompts per class."""
+        chosen = rows.harmful[:prompts], rows.harmless[:prompts]
+        harmful, harmless = self.harmful.take(chosen[0]), self.harmless.take(chosen[1])
+        logits = self.base.logits[list(chosen[1])]
+        with ablation(self.session.model, *plans):
+            scores, kl = self._look(harmful + harmless, len(plans), logits, first=len(harmful))
+        bypass = scores[:, : len(harmful)].mean(1).tolist()
+        return list(zip(bypass, kl.mean(1).tolist(), strict=True))
+
+    def induced(self, raw: Float[Tensor, "g d"], layer: int, rows: Behaving, prompts: int | None = None) -> list[float]:
+        """Mean refusal score of behaving harmless prompts with each difference of means added at its layer."""
+        harmless = self.harmless.take(rows.harmless[:prompts])
+        with addition(self.session.blocks[layer], raw):
+            scores, _ = self._look(harmless, len(raw))
+        means: list[float] = scores.mean(1).tolist()
+        return means
+
+    def measure(self, edit: Plan | ModelState | None, level: Level) -> Measured:
+        """What a plan does, as hooks; or the session's model in another state; without either, the unedited model."""
+        self.counts[level] += 1
+        few = FEW_PROMPTS if level == Level.FEW else None
+        base, answered = self.base, self._answered
+        edited = self._hooked(edit) if isinstance(edit, Plan) else edit
+        with as_loaded(self.session).state() if edited is None else edited.state():
+            harmful, _ = self._look(_first(self.harmful, few))
+            harmless, kl = self._look(_first(self.harmless, few), 1, base.logits)
+        first = Measured(harmful[0], harmless[0], kl[0][answered[:few]])
+        if level < Level.REPLIES:
+            return first
+        if edited is None:
+            return replace(first, replies=self._base_replies, base_replies=self._base_replies)
+        before = self._base_replies
+        shift = self._shift(edited, before) if level == Level.SHIFT else None
+        return replace(first, replies=self._examiner.ask(edited, "replies"), base_replies=before, shift=shift)
+
+    @property
+    def _answered(self) -> Tensor:
+        """Which harmless prompts the unedited model answers; all, when it answers none."""
+        answered = self.base.harmless < 0
+        return answered if bool(answered.any()) else torch.ones_like(answered)
+
+    def _look(
+        self, prompts: Encoded, copies: int = 1, logits: Tensor | None = None, *, first: int = 0
+    ) -> tuple[Float[Tensor, "g n"], Float[Tensor, "g m"]]:
+        """Refusal scores, and KL from the unedited model's `logits` (of the prompts from number `first` on)."""
+        scores = torch.zeros(copies, len(prompts), dtype=torch.float64)
+        kl = torch.zeros(copies, len(prompts) - first, dtype=torch.float64)
+
+        def look(rows: list[int], found: Tensor) -> None:
+            scores[:, rows] = refusal_score(found, self.tokens).cpu()
+            compared = [i for i, row in enumerate(rows) if logits is not None and row >= first]
+            if logits is not None and compared:
+                places = [rows[i] - first for i in compared]
+                edited = found[:, compared]
+                base = logits[places].to(found.device).expand_as(edited)
+                kl[:, places] = kl_divergence(base, edited).double().cpu()
+
+        for_each_first_token(self.session.model, prompts, self.session.size, look, copies=copies)
+        return scores, kl
+
+    def _hooked(self, plan: Plan) -> ModelState:
+        return ModelState(self.session, functools.partial(self.session.ablated, plan))
+
+    @functools.cached_property
+    def _examiner(self) -> Examiner:
+        """Asks for replies and judges them: with closed thinking, and without a word, since measurements are many."""
+        if self._judge is None:
+            raise ValueError("probe: expected a judge for levels with replies, found none")
+        prompts = self.session.prompts
+        texts = {name: getattr(getattr(prompts, name), self.split) for name in ("harmful", "harmless")}
+        encoded = {"harmful": self.harmful, "harmless": self.harmless}
+        plain = EvalSettings(**self._settings.model_dump(include=set(ReplySettings.model_fields)))
+        return Examiner(self.session.renderer, prompts, texts, encoded, plain, self._judge, Monitor())
+
+    @functools.cached_property
+    def _base_replies(self) -> Sets:
+        return self._examiner.ask(as_loaded(self.session, self._settings), "replies")
+
+    def _shift(self, edited: ModelState, base: Sets) -> Shift:
+        answers, rows = base["harmless"], self._answered.nonzero().flatten().tolist()[:SHIFT_PROMPTS]
+        texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
+        original, size = as_loaded(self.session), self.session.size
+        (shift,) = measure_shifts(original, [edited], texts, self.harmless.take(rows), replies, size)
+        return shift
+
+
+def _first(prompts: Encoded, count: int | None) -> Encoded:
+    return prompts.take(range(len(prompts))[:count])
