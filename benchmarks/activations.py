@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from abliterate.config import cache_folder
+from abliterate.config import PromptSettings, cache_folder
 from abliterate.model.activations import MomentsFitter, stream_sites
 from abliterate.model.anatomy import find_blocks
 from abliterate.model.batches import (
@@ -257,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.set_num_threads(args.threads)
 
     loaded = load(locate(args.model, dtype=args.dtype), dtype=args.dtype, device=args.device)
-    prompts = build_contrastive_set(limit=args.prompts)
+    prompts = build_contrastive_set(PromptSettings(limit=args.prompts))
     renderer = ChatRenderer(loaded.tokenizer)
     classes = [renderer.encode(texts) for texts in (prompts.harmful.train, prompts.harmless.train)]
     everything = [ids for group in classes for ids in group]

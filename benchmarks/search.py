@@ -35,13 +35,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from abliterate.evaluation.meter import Measured
 from safetensors.torch import load_file
 from torch import Tensor
 
 from abliterate.config import EvalSettings, FindSettings, ModelSettings, PromptSettings, SearchSettings, cache_folder
 from abliterate.edit.plan import Plan
 from abliterate.evaluation.judging import RuleJudge
-from abliterate.evaluation.meter import Measured
 from abliterate.evaluation.results import Subject
 from abliterate.finding.find import best_separated, choose, find
 from abliterate.finding.search import OBJECTIVES, Meter, Stage, search

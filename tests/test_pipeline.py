@@ -31,11 +31,12 @@ from abliterate.config import (
     RunSettings,
     SearchSettings,
 )
-from abliterate.edit.direction import Direction, learnt_by, load_direction, save_direction
+from abliterate.edit.direction import Direction, Site, learnt_by, load_direction, save_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
-from abliterate.evaluation.examine import Sets, answers_of, examiner_of
+from abliterate.evaluation.answering import ModelState
+from abliterate.evaluation.examine import Sets, examiner_of
 from abliterate.evaluation.judging import Label, RuleJudge, judge
-from abliterate.evaluation.results import Subject
+from abliterate.evaluation.parts import answer_parts
 from abliterate.files.checkpoint import INDEX_NAME, SINGLE_NAME, open_checkpoint
 from abliterate.model.anatomy import stream_out
 from abliterate.model.batches import can_share, hooked
@@ -65,7 +66,7 @@ def settings(planted: Planted, out: Path, **changes: Any) -> RunSettings:
 def asked(session: pipeline.Session, max_new_tokens: int) -> Sets:
     """Judged answers of the live model as it is now."""
     examiner = examiner_of(session, EvalSettings(max_new_tokens=max_new_tokens), RuleJudge())
-    return examiner.ask(answers_of(session, Subject(session.model), examiner), "answers")
+    return examiner.ask(ModelState(session), "answers")
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -590,15 +591,17 @@ def test_found_directions_go_through_a_file_and_are_applied_at_any_site(
     findings = pipeline.find(session, FindSettings())
     found = pipeline.choose(session, findings, FindSettings())
     file = tmp_path / "direction.safetensors"
-    save_direction(file, found.direction, metadata=pipeline.direction_metadata(session, found))
+    save_direction(file, found.direction)
     harmful = session.test_texts["harmful"][:4]
-    for site, left in (((3, -1), 0), ((WRITES, -1), sum(map(is_bad, harmful)))):
-        target = tmp_path / f"out-{site[0]}"
+    for site, left in ((Site(3, -1), 0), (Site(WRITES, -1), sum(map(is_bad, harmful)))):
+        target = tmp_path / f"out-{site.layer}"
         abliterate.apply(str(planted.folder), file, OutputSettings(out=target), site=site)
         assert refusals(generate(target, harmful)) == left, f"site {site}"
         raw = findings.candidates.at(*site)
-        kept = load_direction(target / "direction.safetensors").basis[0]
-        assert torch.allclose(kept, raw / raw.norm(), atol=1e-6)
+        kept = load_direction(target / "direction.safetensors")
+        assert torch.allclose(kept.basis[0], raw / raw.norm(), atol=1e-6)
+        assert kept.site == site
+        assert "chosen" not in kept.facts, "what was found at the chosen site is not true of this one"
 
 
 def test_verify_tells_the_direction_from_a_random_one(
@@ -641,43 +644,40 @@ def test_verify_leaves_the_model_as_it_was(session: pipeline.Session, out: Path)
     assert [reply.tokens for reply in asked(session, 8)["harmful"].replies] == answers
 
 
-@pytest.mark.parametrize("site", [(BLOCKS, -1), (3, -2)])
-def test_verify_takes_every_site_of_the_file(session: pipeline.Session, out: Path, site: tuple[int, int]) -> None:
+@pytest.mark.parametrize("site", [Site(BLOCKS, -1), Site(3, -2)])
+def test_verify_takes_every_site_of_the_file(session: pipeline.Session, out: Path, site: Site) -> None:
     result = pipeline.verify(session, load_direction(out / "direction.safetensors"), site=site)
     assert result.after.refusals == 0
 
 
-@pytest.mark.parametrize("site", [(BLOCKS + 1, -1), (2, -POSITIONS - 1), (2, 0), (-1, -1)])
-def test_sites_that_the_file_does_not_have_are_refused(
-    session: pipeline.Session, out: Path, site: tuple[int, int]
-) -> None:
+@pytest.mark.parametrize("site", [Site(BLOCKS + 1, -1), Site(2, -POSITIONS - 1), Site(2, 0), Site(-1, -1)])
+def test_sites_that_the_file_does_not_have_are_refused(session: pipeline.Session, out: Path, site: Site) -> None:
     with pytest.raises(UsageError, match="--site"):
         pipeline.verify(session, load_direction(out / "direction.safetensors"), site=site)
 
 
 def test_site_without_a_difference_is_refused(session: pipeline.Session, out: Path) -> None:
     with pytest.raises(UsageError, match="the classes do not differ there"):
-        pipeline.verify(session, load_direction(out / "direction.safetensors"), site=(0, -1))
+        pipeline.verify(session, load_direction(out / "direction.safetensors"), site=Site(0, -1))
 
 
 def test_evaluation_under_hooks_and_of_the_saved_model_agree(
     session: pipeline.Session, planted: Planted, out: Path, done: Record
 ) -> None:
     plan = session.plan(load_direction(out / "direction.safetensors").basis)
-    here = pipeline.evaluate(session, EvalSettings(), plan=plan)
+    whole = EvalSettings(keep_completions=True)
+    here = pipeline.evaluate(session, whole, plan=plan)
     edited = pipeline.open_session(str(out), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu"))
-    there = pipeline.evaluate(edited, EvalSettings(), base=session)
+    there = pipeline.evaluate(edited, whole, base=session)
     assert here.after is not None
     assert there.after is not None
-    for name in here.before:
-        assert here.after[name].replies == there.after[name].replies
-        assert here.before[name].replies == there.before[name].replies
-    first, second = (pipeline.evaluation_part(evaluation).shift for evaluation in (here, there))
-    assert first is not None
-    assert second is not None
-    assert first.kl_reply == pytest.approx(second.kl_reply, abs=1e-6)
-    assert second.kl_reply == pytest.approx(behaviour(done).shift.kl_reply, abs=1e-6)
-    assert here.after["harmful"].tally.refusals == 0 < here.before["harmful"].tally.refusals
+    assert here.answers.keys() == {"before", "after"}
+    assert here.answers == there.answers, "replies, in full"
+    assert here.shift is not None
+    assert there.shift is not None
+    assert here.shift.kl_reply == pytest.approx(there.shift.kl_reply, abs=1e-6)
+    assert there.shift.kl_reply == pytest.approx(behaviour(done).shift.kl_reply, abs=1e-6)
+    assert here.after.harmful.refusals == 0 < here.before.harmful.refusals
 
 
 def test_evaluating_one_model_gives_no_shift(session: pipeline.Session) -> None:
@@ -685,7 +685,7 @@ def test_evaluating_one_model_gives_no_shift(session: pipeline.Session) -> None:
     assert alone.after is None
     assert alone.shift is None
     assert alone.control is None
-    assert max(len(reply.tokens) for reply in alone.before["harmful"].replies) == 3
+    assert max(answer.tokens for answer in alone.answers["before"]["harmful"]) == 3
 
 
 def test_models_with_other_tokens_are_not_compared(
@@ -805,8 +805,8 @@ def test_biprojected_edit_leaves_the_harmless_mean_of_every_layer_alone(
     file = out / "direction.safetensors"
     direction = load_direction(file)
     assert direction.candidates is not None
-    position = direction.metadata["chosen"]["position"]
-    means = direction.candidates.harmless_mean[-1 - position]
+    assert direction.site is not None
+    means = direction.candidates.harmless_mean[-1 - direction.site.position]
     abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=EditSettings(biprojected=True))
     before, after, plain = weights(planted.folder), weights(tmp_path / "out"), weights(out)
     moved = 0.0
@@ -836,8 +836,8 @@ def test_affine_edit_puts_back_what_harmless_prompts_have(planted: Planted, out:
     file = out / "direction.safetensors"
     direction = load_direction(file)
     assert direction.candidates is not None
-    site = direction.metadata["chosen"]
-    mean = direction.candidates.harmless_mean[-1 - site["position"], site["layer"]]
+    assert direction.site is not None
+    mean = direction.candidates.harmless_mean[-1 - direction.site.position, direction.site.layer]
     abliterate.apply(str(planted.folder), file, target_of(tmp_path), editing=EditSettings(affine=True))
     edited = pipeline.open_session(
         str(tmp_path / "out"), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu")
@@ -885,10 +885,9 @@ def test_what_a_run_measures_is_what_it_saves(
     edited = pipeline.open_session(
         str(tmp_path / "out"), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu")
     )
-    saved = pipeline.evaluate(edited, EvalSettings()).before
-    part = pipeline.answer_parts(saved, keep=False)
-    assert part == behaviour(record).answers["after"]
-    assert abliterate.compare(tmp_path / "out").intact
+    saved = pipeline.evaluate(edited, EvalSettings())
+    assert saved.answers["before"] == behaviour(record).answers["after"]
+    assert abliterate.verify_files(tmp_path / "out").intact
 
 
 @pytest.mark.parametrize("subspace", ["svd", "clusters", "leace"])
@@ -964,7 +963,7 @@ def test_control_vector_is_measured_as_what_it_is(planted: Planted, out: Path, t
     live = open_session(planted)
     with abliterate.addition(live.blocks[site.layer], vector[None]):
         steered = asked(live, EvalSettings().max_new_tokens)
-    assert pipeline.answer_parts(steered, keep=False) == behaviour(record).answers["after"]
+    assert answer_parts(steered, keep=False) == behaviour(record).answers["after"]
     if strength < 0:
         assert behaviour(record).after.harmless.refusals > 0, "the control: an ablation can not do this"
 
@@ -1035,8 +1034,9 @@ def test_undo_restores_the_original_bit_for_bit(out: Path, planted: Planted, tmp
     edited = Path(shutil.copytree(out, tmp_path / "out"))
     undone = abliterate.undo(edited, target=None if in_place else tmp_path / "back")
     assert (undone.exact, undone.steps, undone.reason) == (True, 0, None)
-    assert undone.folder == (edited if in_place else tmp_path / "back")
-    assert digest(undone.folder) == digest(planted.folder)
+    place = edited if in_place else tmp_path / "back"
+    assert undone.folder == str(place)
+    assert digest(place) == digest(planted.folder)
     assert in_place or digest(edited) == digest(out)
 
 
@@ -1074,7 +1074,7 @@ def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
 ) -> None:
     output = target_of(tmp_path, realisation="lora")
     abliterate.apply(str(planted.folder), out / "direction.safetensors", output)
-    for act in (abliterate.undo, abliterate.compare):
+    for act in (abliterate.undo, abliterate.verify_files):
         with pytest.raises(UsageError, match="expected a model with edited weights, found lora"):
             act(tmp_path / "out")
         for folder in (planted.folder, tmp_path / "none"):
@@ -1083,12 +1083,12 @@ def test_adapters_and_other_folders_have_nothing_to_undo_or_compare(
 
 
 def test_comparison_proves_every_byte_outside_the_plan(done: Record, out: Path, planted: Planted) -> None:
-    found = abliterate.compare(out)
+    found = abliterate.verify_files(out)
     assert found.intact
-    assert found.source == planted.folder
-    assert {name.removesuffix(".weight") for name in found.integrity.changed} == set(WRITERS)
-    assert found.integrity.unchanged == ()
-    assert found.integrity.sha256 == done.output_sha256
+    assert (found.out, found.source) == (str(out), str(planted.folder))
+    assert {name.removesuffix(".weight") for name in found.changed} == set(WRITERS)
+    assert found.unchanged == []
+    assert found.sha256 == done.output_sha256
 
 
 @pytest.fixture(scope="module")
@@ -1112,12 +1112,12 @@ def test_a_single_file_gets_an_index_so_that_direction_and_undo_are_not_read_as_
     }
     listed = json.loads((target / INDEX_NAME).read_text())["weight_map"]
     assert listed == dict.fromkeys(weights(source), SINGLE_NAME)
-    assert abliterate.compare(target).intact
+    assert abliterate.verify_files(target).intact
     live: Any = AutoModelForCausalLM.from_pretrained(target)
     assert torch.equal(live.get_output_embeddings().weight, weights(target)["lm_head.weight"])
     abliterate.apply(str(target), target / "direction.safetensors", target_of(tmp_path))
     assert (tmp_path / "out" / INDEX_NAME).read_bytes() == (target / INDEX_NAME).read_bytes()
-    assert abliterate.compare(tmp_path / "out").intact
+    assert abliterate.verify_files(tmp_path / "out").intact
 
 
 @pytest.mark.parametrize("place", ["in place", "beside"])
@@ -1130,11 +1130,13 @@ def test_undo_takes_the_added_index_away(
     if not exact:
         said = (edited / "abliteration.json").read_text()
         (edited / "abliteration.json").write_text(said.replace(str(source), str(tmp_path / "gone")))
-    undone = abliterate.undo(edited, target=tmp_path / "back" if place == "beside" else None)
+    target = tmp_path / "back" if place == "beside" else None
+    undone = abliterate.undo(edited, target=target)
     assert undone.exact == exact
+    assert undone.folder == str(target or edited)
     assert INDEX_NAME not in undone.files
-    assert digest(undone.folder).keys() == digest(source).keys()
-    assert not exact or digest(undone.folder) == digest(source)
+    assert digest(target or edited).keys() == digest(source).keys()
+    assert not exact or digest(target or edited) == digest(source)
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -1148,7 +1150,7 @@ def test_comparison_finds_a_damaged_index(
         source, output = planted.folder, target_of(tmp_path, shard_size="40kB")
     abliterate.apply(str(source), out / "direction.safetensors", output)
     index = tmp_path / "out" / INDEX_NAME
-    assert abliterate.compare(tmp_path / "out").intact
+    assert abliterate.verify_files(tmp_path / "out").intact
     said = json.loads(index.read_text())
     if damage == "changed":
         said["metadata"]["total_size"] += 1
@@ -1157,10 +1159,10 @@ def test_comparison_finds_a_damaged_index(
     index.unlink() if damage == "gone" else index.write_text(json.dumps(said, indent=2) + "\n")
     if sharded and damage != "changed":
         with pytest.raises(CheckpointError, match=r"x\.safetensors|without model\.safetensors\.index"):
-            abliterate.compare(tmp_path / "out")
+            abliterate.verify_files(tmp_path / "out")
         return
-    found = abliterate.compare(tmp_path / "out")
-    assert found.other_files == (INDEX_NAME,)
+    found = abliterate.verify_files(tmp_path / "out")
+    assert found.not_original == [INDEX_NAME]
     assert not found.intact
 
 
@@ -1183,10 +1185,10 @@ def flip_a_bit(folder: Path, tensor: str) -> None:
 def test_comparison_finds_one_flipped_bit(out: Path, tmp_path: Path, tensor: str, damaged: bool) -> None:
     copy = Path(shutil.copytree(out, tmp_path / "out"))
     flip_a_bit(copy, tensor)
-    found = abliterate.compare(copy)
+    found = abliterate.verify_files(copy)
     assert not found.intact
-    assert found.integrity.damaged == ((tensor,) if damaged else ())
-    assert found.integrity.wrong_hashes == (open_checkpoint(copy).tensors[tensor].file.name,)
+    assert found.damaged == ([tensor] if damaged else [])
+    assert found.wrong_hashes == [open_checkpoint(copy).tensors[tensor].file.name]
     with pytest.raises(CheckpointError, match="is not as it was written"):
         abliterate.undo(copy)
 
@@ -1198,10 +1200,10 @@ def test_comparison_with_an_original_that_moved_or_is_another(
     abliterate.apply(str(source), out / "direction.safetensors", target_of(tmp_path))
     source.rename(tmp_path / "moved")
     with pytest.raises(UsageError, match=r"original is not at .*model any more; give its folder with --source"):
-        abliterate.compare(tmp_path / "out")
-    assert abliterate.compare(tmp_path / "out", tmp_path / "moved").intact
+        abliterate.verify_files(tmp_path / "out")
+    assert abliterate.verify_files(tmp_path / "out", tmp_path / "moved").intact
     with pytest.raises(CheckpointError, match="expected the file that was edited, found another"):
-        abliterate.compare(tmp_path / "out", docile.folder)
+        abliterate.verify_files(tmp_path / "out", docile.folder)
 
 
 # --- models of other kinds: tied embeddings, recurrent layers
@@ -1241,12 +1243,12 @@ def test_untied_embedding_is_edited_and_the_head_stays(tmp_path: Path) -> None:
     assert torch.equal(live.get_output_embeddings().weight, before["model.embed_tokens.weight"])
     assert torch.equal(live.get_input_embeddings().weight, after["model.embed_tokens.weight"])
     edited = pipeline.open_session(str(target), prompts=job.prompts, loading=job.loading)
-    saved = pipeline.evaluate(edited, EvalSettings()).before
-    assert pipeline.answer_parts(saved, keep=False) == behaviour(record).answers["after"]
+    saved = pipeline.evaluate(edited, EvalSettings())
+    assert saved.answers["before"] == behaviour(record).answers["after"]
     assert behaviour(record).answers["after"] != behaviour(record).answers["before"], "the control"
-    assert abliterate.compare(target).intact
+    assert abliterate.verify_files(target).intact
     flip_a_bit(target, "lm_head.weight")
-    assert abliterate.compare(target).integrity.damaged == ("lm_head.weight",)
+    assert abliterate.verify_files(target).damaged == ["lm_head.weight"]
     flip_a_bit(target, "lm_head.weight")
     assert abliterate.undo(target).exact
     assert digest(target) == digest(source)

@@ -14,7 +14,7 @@ import abliterate as ab
 from abliterate import pipeline
 from abliterate.config import InspectSettings
 from abliterate.evaluation.judging import Tally, judge
-from abliterate.forensics import inspect as inspecting
+from abliterate.forensics.inspect import recover
 from abliterate.model.generation import complete
 
 GGUF = (
@@ -116,7 +116,7 @@ def test_apply_without_loading_writes_the_same_weights(record: ab.Record, tmp_pa
 
 def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Path) -> None:
     assert record.output is not None
-    beside, found = inspecting.inspect(record.output, InspectSettings(base=str(GGUF)))
+    beside, found = recover(record.output, InspectSettings(base=str(GGUF)))
     assert beside.verdict == "altered"
     assert beside.kind == "ablation"
     assert beside.others == 0
@@ -124,10 +124,10 @@ def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Pa
     direction = tmp_path / "direction.safetensors"
     ab.save_direction(direction, ab.Direction(ab.load_direction(Path(record.output) / "direction.safetensors").basis))
     pipeline.apply(str(GGUF), direction, ab.OutputSettings(out=tmp_path / "plain"))
-    alone, recovered = inspecting.inspect(str(tmp_path / "plain" / "model.safetensors"))
+    alone, recovered = recover(str(tmp_path / "plain" / "model.safetensors"))
     assert alone.verdict == "altered"
     assert alone.variant == "one direction, at full strength"
     assert recovered is not None
     assert float((recovered.basis @ ab.load_direction(direction).basis[:1].T).norm()) > 0.999
-    original, _ = inspecting.inspect(str(GGUF))
+    original, _ = recover(str(GGUF))
     assert original.verdict == "unaltered"

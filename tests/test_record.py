@@ -172,9 +172,10 @@ def test_schema_can_be_given_to_other_programs() -> None:
 
 
 def test_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
     for write in (write_record, write_card):
         with pytest.raises(CheckpointError, match="cannot be written"):
-            write(make(), tmp_path / "none")
+            write(make(), tmp_path / "file")
 
 
 # --- redaction

@@ -309,6 +309,8 @@ class MovedPart(_Part):
 class ShiftPart(_Part):
     """How far answers to harmless prompts moved (see `evaluation.results.Shift`): means, and how they spread."""
 
+    model_config = ConfigDict(extra="ignore")  # older records also hold a standard error, which nothing reads
+
     kl_first_token: float | None
     kl_first_token_se: float | None = None
     kl_first_token_ci95: tuple[float, float] | None = None
@@ -323,7 +325,6 @@ class ShiftPart(_Part):
     kl_reply_max: float | None = None
     nll_before: float | None
     nll_after: float | None
-    nll_change_se: float | None = None
     nll_change: EstimatePart | None = None
     worst: list[MovedPart] = []
     prompts: int

@@ -178,16 +178,7 @@ def locate_model(model: str, loading: FileSettings) -> ModelOnDisk:
 
 def load_contrast(settings: PromptSettings, monitor: Monitor, learnt_from: Container[str] = ()) -> ContrastiveSet:
     """The prompts that settings name; how many there are, and what was dropped, is noted."""
-    contrast = build_contrastive_set(
-        settings.harmful,
-        settings.harmless,
-        eval_harmful=settings.eval_harmful,
-        eval_harmless=settings.eval_harmless,
-        borderline=settings.borderline,
-        seed=settings.seed,
-        limit=settings.limit,
-        learnt_from=learnt_from,
-    )
+    contrast = build_contrastive_set(settings, learnt_from)
     for spec in dict.fromkeys(contrast.sources.values()):
         if (known := describe(spec)) is not None:
             monitor.note(known)

@@ -421,7 +421,7 @@ def found(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     chosen = pipeline.choose(session, pipeline.find(session, FindSettings()), FindSettings())
     file = tmp_path_factory.mktemp("found") / "direction.safetensors"
-    save_direction(file, chosen.direction, metadata=pipeline.direction_metadata(session, chosen))
+    save_direction(file, chosen.direction)
     return file
 
 

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 
 from abliterate.cli.app import app
 from abliterate.cli.live import Screen
-from abliterate.config import FindSettings, ModelSettings, PromptSettings
+from abliterate.config import FindSettings, MeasureSettings, ModelSettings, PromptSettings
 from abliterate.errors import UsageError
 
-Calls = list[tuple[str, dict[str, Any]]]
+Calls = list[tuple[str, MeasureSettings, dict[str, Any]]]
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
     """What `serve` is called with."""
     made: Calls = []
     module: Any = ModuleType("abliterate.lab")
-    module.serve = lambda target, **options: made.append((target, options))
+    module.serve = lambda target, measuring, **options: made.append((target, measuring, options))
     monkeypatch.setitem(sys.modules, "abliterate.lab", module)
     return made
 
@@ -33,13 +33,13 @@ def test_every_option_is_handed_on(calls: Calls) -> None:
     settings = ["--dtype", "float32", "--seed", "3", "--max-kl", "0.5"]
     result = CliRunner().invoke(app, ["lab", "OUT", *options, *settings])
     assert (result.exit_code, result.output) == (0, "")
-    ((target, given),) = calls
+    ((target, measuring, given),) = calls
     assert isinstance(given.pop("monitor"), Screen)
     assert target == "OUT"
+    assert measuring == MeasureSettings(
+        loading=ModelSettings(dtype="float32"), prompts=PromptSettings(seed=3), finding=FindSettings(max_kl=0.5)
+    )
     assert given == {
-        "loading": ModelSettings(dtype="float32"),
-        "prompts": PromptSettings(seed=3),
-        "finding": FindSettings(max_kl=0.5),
         "direction": Path("d.safetensors"),
         "port": 7999,
         "open_browser": False,
@@ -48,7 +48,8 @@ def test_every_option_is_handed_on(calls: Calls) -> None:
 
 def test_without_options_there_is_a_browser_and_the_lab_chooses_the_port(calls: Calls) -> None:
     assert CliRunner().invoke(app, ["lab", "model"]).exit_code == 0
-    ((_, given),) = calls
+    ((_, measuring, given),) = calls
+    assert measuring == MeasureSettings()
     assert (given["direction"], given["port"], given["open_browser"]) == (None, None, True)
 
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from abliterate.algebra import orthonormal
-from abliterate.edit.direction import Candidates, Direction, chosen_site, load_direction, save_direction
+from abliterate.edit.direction import Candidates, Direction, Recipe, Site, load_direction, save_direction
 from abliterate.errors import AbliterateError, CheckpointError, NumericalError, UsageError
 from abliterate.finding.estimate import auroc, difference_of_means, separation
 from abliterate.model.activations import Moments, MomentsFitter
@@ -182,22 +185,28 @@ def test_one_vector_is_only_normalised() -> None:
 
 def test_direction_file_round_trip(tmp_path: Path) -> None:
     made, basis = candidates(), orthonormal(random(2, D).float())
-    metadata = {"chosen": {"layer": 3, "position": -2}, "model": "owner/größe"}
-    save_direction(tmp_path / "new" / "x.safetensors", Direction(basis, metadata, made))
+    facts = {"chosen": {"norm": 2.5, "met_rule": True}, "trained_on": {"harmful": 4}}
+    written = Direction(
+        basis, made, site=Site(3, -2), model="owner/größe", learnt_from=frozenset({"aa", "bb"}), facts=facts
+    )
+    save_direction(tmp_path / "new" / "x.safetensors", written)
     read = load_direction(tmp_path / "new" / "x.safetensors", D)
     assert torch.allclose(read.basis, basis, atol=1e-7)
-    assert read.metadata == metadata
+    assert (read.site, read.model, read.learnt_from) == ((3, -2), "owner/größe", {"aa", "bb"})
+    assert read.facts == facts
     assert read.candidates is not None
     assert torch.equal(read.candidates.raw, made.raw)
     assert torch.equal(read.candidates.harmless_mean, made.harmless_mean)
     assert read.reader is None
     assert read.mean is None
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["x.safetensors"]
-
-
-def test_metadata_given_when_saving_replaces_the_directions_own(tmp_path: Path) -> None:
-    save_direction(tmp_path / "x.safetensors", Direction(torch.eye(1, D), {"old": 1}), metadata={"new": 2})
-    assert load_direction(tmp_path / "x.safetensors").metadata == {"new": 2}
+    with safe_open(tmp_path / "new" / "x.safetensors", framework="np") as opened:
+        assert json.loads(opened.metadata()["abliterate"]) == {
+            "chosen": {"layer": 3, "position": -2, "norm": 2.5, "met_rule": True},
+            "trained_on": {"harmful": 4},
+            "model": "owner/größe",
+            "learnt_from": ["aa", "bb"],
+        }
 
 
 def test_oblique_direction_keeps_its_rows_as_they_are(tmp_path: Path) -> None:
@@ -232,13 +241,52 @@ CHOSEN: dict[str, tuple[object, tuple[int, int] | None]] = {
 
 
 @pytest.mark.parametrize(("said", "site"), CHOSEN.values(), ids=CHOSEN)
-def test_chosen_site_is_believed_only_where_the_file_holds_it(said: object, site: tuple[int, int] | None) -> None:
-    assert chosen_site(Direction(torch.eye(1, D), {"chosen": said}, candidates())) == site
+def test_chosen_site_is_believed_only_where_the_file_holds_it(
+    tmp_path: Path, said: object, site: tuple[int, int] | None
+) -> None:
+    file, made = tmp_path / "x.safetensors", candidates()
+    tensors = {"basis": torch.eye(1, D), "candidates": made.raw, "harmless_mean": made.harmless_mean}
+    save_file(tensors, file, {"abliterate": json.dumps({"chosen": said})})
+    assert load_direction(file).site == site
+
+
+def test_at_another_site_nothing_is_said_that_was_found_at_the_first() -> None:
+    made = candidates()
+    facts = {"chosen": {"norm": 2.5, "met_rule": True}, "trained_on": {"harmful": 4}}
+    first = Direction(orthonormal(random(1, D).float()), made, site=Site(3, -2), model="m", facts=facts)
+    assert first.at(None) is first
+    other = first.at(Site(1, -1))
+    raw = made.at(1, -1)
+    assert torch.allclose(other.basis[0], raw / raw.norm(), atol=1e-6)
+    assert (other.site, other.model, other.candidates) == (Site(1, -1), "m", made)
+    assert other.facts == {"trained_on": {"harmful": 4}}
+
+
+def test_directions_compare_number_by_number_are_pickled_and_print_in_a_line() -> None:
+    def make(**changes: Any) -> Direction:
+        made = Direction(random(1, D), candidates(), recipe=Recipe({"w": 1.0}), site=Site(3, -2), facts={"layers": 4})
+        return replace(made, **changes)
+
+    assert make() == make() == pickle.loads(pickle.dumps(make()))
+    nudged = random(1, D)
+    nudged[0, 3] += 1e-9
+    for changes in (
+        {"basis": nudged},
+        {"basis": random(1, D).float()},
+        {"candidates": candidates(seed=1)},
+        {"candidates": None},
+        {"recipe": Recipe({"w": 0.9})},
+        {"site": Site(3, -1)},
+        {"facts": {}},
+    ):
+        assert make() != make(**changes), changes
+    assert repr(make()).startswith(f"Direction(basis=[1, {D}], candidates=Candidates(raw=[{K}, {SITES}, {D}]")
+    assert "\n" not in repr(make())
 
 
 def test_direction_file_holds_what_other_programs_rely_on(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
-    save_direction(file, Direction(random(1, D), {"layers": 4}, candidates()))
+    save_direction(file, Direction(random(1, D), candidates(), facts={"layers": 4}))
     with safe_open(file, framework="np") as opened:
         slices = {name: opened.get_slice(name) for name in opened.offset_keys()}
         metadata = opened.metadata()
@@ -254,7 +302,7 @@ def test_direction_file_holds_what_other_programs_rely_on(tmp_path: Path) -> Non
 def test_equal_directions_are_equal_files(tmp_path: Path) -> None:
     files = [tmp_path / f"{i}.safetensors" for i in range(8)]
     for file in files:
-        save_direction(file, Direction(random(1, D), {"b": 1, "a": 2}, candidates()))
+        save_direction(file, Direction(random(1, D), candidates(), facts={"b": 1, "a": 2}))
     assert len({file.read_bytes() for file in files}) == 1
 
 
@@ -277,7 +325,7 @@ def test_foreign_file_is_read_as_an_orthonormal_basis(tmp_path: Path, tensors: d
     assert read.basis.dtype == torch.float32
     assert torch.allclose(read.basis @ read.basis.T, torch.eye(len(stored)), atol=1e-6)
     assert torch.allclose(stored @ read.basis.T @ read.basis, stored, rtol=1e-4, atol=1e-3)
-    assert read.metadata == {}
+    assert (read.site, read.model, read.learnt_from, read.facts) == (None, None, frozenset(), {})
     assert read.candidates is None
 
 
@@ -398,7 +446,7 @@ def test_damaged_file_is_refused_before_it_is_mapped(tmp_path: Path, kind: str) 
 @pytest.mark.parametrize("stored", ["[1, 2]", '"text"', "{", "null", "12"])
 def test_metadata_of_another_kind_is_ignored(tmp_path: Path, stored: str) -> None:
     save_file({"basis": torch.eye(1, D)}, tmp_path / "x.safetensors", {"abliterate": stored})
-    assert load_direction(tmp_path / "x.safetensors").metadata == {}
+    assert load_direction(tmp_path / "x.safetensors").facts == {}
 
 
 def test_direction_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from abliterate.algebra import SHORTEST, orthonormal, project_out
 from abliterate.config import EditSettings, OutputSettings
-from abliterate.edit.direction import Candidates, Direction
+from abliterate.edit.direction import Candidates, Direction, Site
 from abliterate.edit.hooks import ablation
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
@@ -38,7 +38,7 @@ pytestmark = [
 
 IDS = torch.randint(4, 256, (2, 10), generator=torch.Generator().manual_seed(3))
 #: Where the directions are said to have been measured.
-SITE = {"chosen": {"layer": 2, "position": -1}}
+SITE = Site(layer=2, position=-1)
 _ZOO = {str(entry): entry for entry in ENTRIES}
 
 #: Models made of a family of `families` with another configuration.
@@ -96,7 +96,7 @@ def candidates(sites: int) -> Candidates:
 
 def straight(name: str, k: int = 1) -> Direction:
     """Random orthonormal rows, with means at every site."""
-    return Direction(orthonormal(random(k, D_MODEL)), SITE, candidates(anatomy_of(name).layers + 1))
+    return Direction(orthonormal(random(k, D_MODEL)), candidates(anatomy_of(name).layers + 1), site=SITE)
 
 
 def projected(name: str) -> Direction:
@@ -116,7 +116,7 @@ def oblique(_: str) -> Direction:
     reader = torch.linalg.solve(everything.T.cov(), r)
     reader = reader / (reader @ basis)
     assert float(reader.norm()) > 1.5, "the control: an orthogonal projection is another edit"
-    return Direction(basis.float()[None], SITE, None, reader.float()[None], everything.mean(0).float())
+    return Direction(basis.float()[None], reader=reader.float()[None], mean=everything.mean(0).float(), site=SITE)
 
 
 # --- variants

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from abliterate.algebra import orthonormal
 from abliterate.config import EditSettings
-from abliterate.edit.direction import Candidates, Direction
+from abliterate.edit.direction import Candidates, Direction, Site
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Edit, Plan, Variant, make_plan
 from abliterate.errors import NumericalError, UsageError
 from abliterate.model.anatomy import Anatomy, Kind, Writer
 
 D, LAYERS = 12, 4
-SITE = {"chosen": {"layer": 2, "position": -1}}
+SITE = Site(layer=2, position=-1)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -55,7 +55,7 @@ TIED = anatomy(replace(EMBEDDING, tied=True), *BLOCKS)
 
 def direction(k: int = 1, *, sites: int = LAYERS + 1) -> Direction:
     candidates = Candidates(random(2, sites, D, seed=1), random(2, sites, D, seed=2))
-    return Direction(orthonormal(random(k, D)), SITE, candidates)
+    return Direction(orthonormal(random(k, D)), candidates, site=SITE)
 
 
 def strengths(plan: Plan) -> dict[str, float]:
@@ -233,7 +233,7 @@ def test_biprojected_bases_hold_nothing_of_the_harmless_mean_of_their_layer() ->
 
 def test_biprojected_uses_the_means_of_the_position_that_was_chosen() -> None:
     made_of = direction()
-    other = replace(made_of, metadata={"chosen": {"layer": 2, "position": -2}})
+    other = replace(made_of, site=Site(layer=2, position=-2))
     first, second = (plan_for(LLAMA, d, EditSettings(biprojected=True)) for d in (made_of, other))
     assert made_of.candidates is not None
     assert abs(float(second.edits[1].basis[0] @ made_of.candidates.harmless_mean[1, 1])) < 1e-5
@@ -254,7 +254,7 @@ def test_behind_a_norm_the_subspace_of_each_layer_is_moved() -> None:
     ("made_of", "said"),
     [
         (Direction(orthonormal(random(1, D))), "expected a direction file with 'harmless_mean' and a chosen site"),
-        (replace(direction(), metadata={}), "expected a direction file with 'harmless_mean' and a chosen site"),
+        (replace(direction(), site=None), "expected a direction file with 'harmless_mean' and a chosen site"),
         (direction(k=2), "expected one direction, found 2"),
         (direction(sites=LAYERS), "expected means at the model's 5 sites, found 4"),
         (replace(direction(), reader=random(1, D)), "found one of LEACE"),

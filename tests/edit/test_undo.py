@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -284,7 +283,6 @@ def edited_model(tmp_path: Path, *, source_folder: bool = True) -> Path:
     source, out = sharded(tmp_path / "original"), tmp_path / "out"
     surgery = edit(source, out, sharded_plan())
     (out / "README.md").write_text("an edited model")
-    residuals: list[Any] = [asdict(residual) | {"ratio": residual.ratio} for residual in surgery.residuals]
     model: dict[str, Any] = {
         "name": "m",
         "kind": "folder",
@@ -304,7 +302,7 @@ def edited_model(tmp_path: Path, *, source_folder: bool = True) -> Path:
         settings={},
         model=ModelPart(**model),
         anatomy=AnatomyPart(writers=4, worst_closure=0.0, tolerance=1e-3),
-        plan=PlanPart(strength=1.0, rank=2, edits=residuals, left_alone={}, undo=list(surgery.undo)),
+        plan=PlanPart(strength=1.0, rank=2, edits=list(surgery.residuals), left_alone={}, undo=list(surgery.undo)),
         output_sha256={name: surgery.files.sha256[name] for name in shards},
     )
     write_record(record, out)
@@ -336,8 +334,8 @@ def test_undo_gives_the_original_bit_for_bit(given: bool, in_place: bool, tmp_pa
     monitor = _Counting()
     undone = undo(out, target=target, source=tmp_path / "original" if given else None, monitor=monitor)
     assert (undone.exact, undone.steps, undone.reason) == (True, 0, None)
-    assert undone.folder == (out if in_place else target)
-    assert contents(undone.folder) == original
+    assert undone.folder == str(target or out)
+    assert contents(target or out) == original
     assert sum(monitor.counted) == sum(map(len, original.values()))
     if not in_place:
         assert contents(out) == before
@@ -349,24 +347,26 @@ def test_undo_without_the_original(in_place: bool, why: str, tmp_path: Path) -> 
     out = edited_model(tmp_path, source_folder=why != "not recorded")
     original = open_checkpoint(tmp_path / "original")
     kept = {name: stored_bytes(original, name) for name in original.tensors}
-    place = {name: layout(original, info) for name, info in original.tensors.items()}
+    layouts = {name: layout(original, info) for name, info in original.tensors.items()}
     shard = tmp_path / "original" / "model-00002-of-00002.safetensors"
     if why == "gone":
         shard.unlink()
     elif why == "another":
         shard.write_bytes(shard.read_bytes()[:-1] + b"\x00")
     before = contents(out)
-    undone = undo(out, target=None if in_place else tmp_path / "back")
+    place = out if in_place else tmp_path / "back"
+    undone = undo(out, target=None if in_place else place)
+    assert undone.folder == str(place)
     assert (undone.exact, undone.steps) == (False, 1)
     assert set(undone.tensors) == {"o.0", "o.1", "d.0", "d.1"}
     assert undone.reason is not None
     assert {"not recorded": "does not say", "gone": "does not exist", "another": "00002-of-00002"}[why] in undone.reason
-    back = open_checkpoint(undone.folder)
-    for name, how in place.items():
+    back = open_checkpoint(place)
+    for name, how in layouts.items():
         steps = int(steps_apart(kept[name], stored_bytes(back, name), how).max())
         assert steps <= (1 if name in undone.tensors else 0)
-    assert sorted(contents(undone.folder)) == sorted(undone.files)
-    assert {path.name for path in undone.folder.iterdir()} == {
+    assert sorted(contents(place)) == sorted(undone.files)
+    assert {path.name for path in place.iterdir()} == {
         "config.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",

@@ -5,18 +5,34 @@ from __future__ import annotations
 import csv
 import io
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import abliterate
-from abliterate.cli import compare as comparison
-from abliterate.config import EvalSettings, ModelSettings, OutputSettings, PromptSettings
+from abliterate.cli.compare import as_csv, show_comparison
+from abliterate.config import EvalSettings, MeasureSettings, ModelSettings, OutputSettings, PromptSettings
 from abliterate.edit.direction import Direction, save_direction
 from abliterate.errors import UsageError
-from abliterate.evaluation.compare import Comparison, Entry, _learnt_from, compare, contender
+from abliterate.evaluation.compare import _learnt_from, compare, contender
+from abliterate.evaluation.examine import Sets
+from abliterate.record import ComparisonPart
+from listening import listening
 from planted import Planted, plant
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A comparison, and the answers of each of its entries."""
+
+    part: ComparisonPart
+    answers: list[Sets]
+
+    @property
+    def names(self) -> list[str]:
+        return [entry.name for entry in self.part.entries]
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +54,7 @@ def direction(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture(scope="module")
-def found(planted: Planted, docile: Planted, direction: Path, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+def found(planted: Planted, docile: Planted, direction: Path, tmp_path_factory: pytest.TempPathFactory) -> Compared:
     made = tmp_path_factory.mktemp("made")
     model = str(planted.folder)
     abliterate.apply(model, direction, OutputSettings(out=made / "baked"))
@@ -49,34 +65,36 @@ def found(planted: Planted, docile: Planted, direction: Path, tmp_path_factory: 
         harmful=str(planted.harmful), harmless=str(planted.harmless), borderline=str(planted.borderline)
     )
     loading = ModelSettings(device="cpu", batch_size="64")
-    return compare(specs, loading=loading, prompts=prompts, evaluating=EvalSettings(max_new_tokens=8))
+    measuring = MeasureSettings(loading=loading, prompts=prompts, evaluating=EvalSettings(max_new_tokens=8))
+    with listening() as heard:
+        part = compare(specs, measuring)
+    assert [entry.name for entry in part.entries] == specs
+    assert len(heard) == len(specs)
+    return Compared(part, heard)
 
 
-@pytest.fixture(scope="module")
-def entries(found: Comparison) -> tuple[Entry, ...]:
-    return found.entries
-
-
-def test_one_plan_in_three_forms_answers_alike_and_the_first_is_untouched(entries: tuple[Entry, ...]) -> None:
+def test_one_plan_in_three_forms_answers_alike_and_the_first_is_untouched(found: Compared) -> None:
+    entries = found.part.entries
     first, hooked, baked, adapted, other, _ = entries
     assert first.shift is None
-    assert first.answers["harmful"].tally.refusals == 24
-    for entry in (hooked, baked, adapted):
+    assert first.behaviour.harmful.refusals == found.answers[0]["harmful"].tally.refusals == 24
+    texts = [[reply.text for reply in answers["harmful"].replies] for answers in found.answers]
+    for number, entry in enumerate((hooked, baked, adapted), 1):
         assert entry.shift is not None
-        assert [r.text for r in entry.answers["harmful"].replies] == [r.text for r in hooked.answers["harmful"].replies]
-        assert entry.answers["harmful"].tally.refusals == 0
-    kls = [entry.shift.kl_reply.mean.value for entry in entries[1:] if entry.shift and entry.shift.kl_reply]
+        assert texts[number] == texts[1] != texts[0]
+        assert entry.behaviour.harmful.refusals == found.answers[number]["harmful"].tally.refusals == 0
+    kls = [entry.shift.kl_reply for entry in entries[1:] if entry.shift and entry.shift.kl_reply]
     assert kls[0] == pytest.approx(kls[1], abs=2e-7)
     assert kls[0] == pytest.approx(kls[2], abs=2e-7)
     assert kls[3] > 2 * kls[0], "the control: another model is farther away"
-    assert other.answers["harmful"].tally.refusals == 0
+    assert other.behaviour.harmful.refusals == found.answers[4]["harmful"].tally.refusals == 0
 
 
-def test_table_json_and_csv_say_the_same(found: Comparison, entries: tuple[Entry, ...]) -> None:
-    said = comparison.as_dict(found)
-    assert said["reference"] == entries[0].contender.name
-    rows = list(csv.DictReader(io.StringIO(comparison.as_csv(said))))
-    assert [row["name"] for row in rows] == [entry.contender.name for entry in entries]
+def test_table_json_and_csv_say_the_same(found: Compared) -> None:
+    said = found.part.model_dump(mode="json")
+    assert said["reference"] == found.names[0]
+    rows = list(csv.DictReader(io.StringIO(as_csv(found.part))))
+    assert [row["name"] for row in rows] == found.names
     assert [int(row["harmful_refusals"]) for row in rows] == [24, 0, 0, 0, 0, 24]
     assert (rows[0]["kl_reply"], rows[0]["harmful_p"]) == ("", "")
     for row, entry in zip(rows[1:], said["entries"][1:], strict=True):
@@ -84,10 +102,10 @@ def test_table_json_and_csv_say_the_same(found: Comparison, entries: tuple[Entry
         assert float(row["harmful_p"]) == entry["paired"]["harmful"]["p"]
     assert [float(row["harmful_p"]) < 1e-6 for row in rows[1:]] == [True] * 4 + [False], "random is the control"
     screen = Console(width=200, file=io.StringIO())
-    comparison.show(said, screen)
+    show_comparison(found.part, screen)
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert re.search(r"harmful *\n +1 +24/24 +100 \[86, 100\].*\n +2 +0/24 .*< 0\.001", shown), shown
-    assert f"{len(entries)}  {entries[-1].contender.name}\n" in shown
+    assert f"{len(found.names)}  {found.names[-1]}\n" in shown
 
 
 @pytest.mark.parametrize("wanted", ["nowhere.safetensors", "."])

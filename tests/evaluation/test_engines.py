@@ -19,16 +19,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from abliterate.edit.hooks import ablation
+from abliterate.config import ModelSettings, PromptSettings
 from abliterate.edit.lora import low_rank_live, write_peft
 from abliterate.edit.plan import Plan, make_plan
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation.engines import Engine, LocalEngine, Pair, ServerEngine, VllmEngine, open_engine
+from abliterate.evaluation.answering import ModelState
+from abliterate.evaluation.engines import Engine, Pair, ServerEngine, VllmEngine, open_engine, states_of
 from abliterate.evaluation.engines.vllm import read_adapter
 from abliterate.model.anatomy import study
-from abliterate.model.batches import BatchSize, share_prefix
-from abliterate.model.generation import Reply, complete, end_tokens
+from abliterate.model.batches import BatchSize, Encoded, share_prefix
+from abliterate.model.generation import Reply, complete
+from abliterate.session import Session, open_session
 from families import BOS, BY_NAME, D_MODEL, END, EOS, byte_tokenizer, save
+from planted import BAD, GOOD, prompts, write_jsonl
 
 PROMPTS: list[list[int]] = [[5, 77, 130, 200, 9], [1, 2, 3], [250, 40, 40, 7, 8, 99, 101], [5, 77, 130]]
 ENDS = frozenset([EOS, END])
@@ -44,38 +47,54 @@ def tokens(replies: Sequence[Reply]) -> list[tuple[int, ...]]:
     return [reply.tokens for reply in replies]
 
 
-# ------------------------------------------------------------------------------------------------- transformers
+# ---------------------------------------------------------------------------------------------- the live model
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
-def test_local_replies_are_those_of_generation_and_the_edit_is_on_inside_only(family: str) -> None:
-    model = BY_NAME[family].model()
-    plan = plan_for(model)
+@pytest.fixture
+def live(request: pytest.FixtureRequest, tmp_path: Path) -> Session:
+    files = {"harmful": BAD, "harmless": GOOD, "borderline": GOOD}
+    for number, (name, words) in enumerate(files.items()):
+        write_jsonl(tmp_path / f"{name}.jsonl", prompts(words, 12, number))
+    folder = save(BY_NAME[request.param].model(), tmp_path / "model")
+    named = {name: str(tmp_path / f"{name}.jsonl") for name in files}
+    return open_session(str(folder), loading=ModelSettings(device="cpu"), prompts=PromptSettings(**named))
+
+
+def states(session: Session) -> tuple[ModelState, ModelState]:
+    """The original, and the model under the hooks of a plan."""
+    plan = plan_for(session.model)
+    return ModelState(session), ModelState(session, lambda: session.ablated(plan))
+
+
+@pytest.mark.parametrize("live", ["qwen2", "gemma3"], indirect=True)
+def test_live_replies_are_those_of_generation_and_the_edit_is_on_inside_only(live: Session) -> None:
+    original, edited = states(live)
+    encoded = share_prefix(PROMPTS, share=False)
 
     def alone(prompt: Sequence[int]) -> tuple[int, ...]:
-        encoded = share_prefix([prompt], share=False)
-        return complete(model, TOKENIZER, encoded, 12, BatchSize(1))[0].tokens
+        return complete(live.model, TOKENIZER, share_prefix([prompt], share=False), 12, BatchSize(1))[0].tokens
 
-    engine = LocalEngine(model, TOKENIZER, edit=lambda: ablation(model, plan))
     wanted = [alone(prompt) for prompt in PROMPTS]
-    with ablation(model, plan):
+    with live.ablated(plan_for(live.model)):
         wanted_edited = [alone(prompt) for prompt in PROMPTS]
     seen: list[int] = []
-    assert tokens(engine.complete(PROMPTS, 12, seen.append)) == wanted
-    with engine.edited():
-        assert tokens(engine.complete(PROMPTS, 12)) == wanted_edited
-    assert tokens(engine.complete(PROMPTS, 12)) == wanted != wanted_edited
-    assert sum(seen) == len(PROMPTS)
+    assert tokens(original.complete(encoded, 12, seen.append)) == wanted
+    assert tokens(edited.complete(encoded, 12, seen.append)) == wanted_edited
+    assert tokens(original.complete(encoded, 12, seen.append)) == wanted != wanted_edited
+    assert sum(seen) == 3 * len(PROMPTS)
 
 
-def test_the_original_is_back_when_a_body_raises() -> None:
-    model = BY_NAME["qwen2"].model()
-    plan = plan_for(model)
-    engine = LocalEngine(model, TOKENIZER, edit=lambda: ablation(model, plan))
-    before = engine.complete(PROMPTS, 6)
-    with pytest.raises(ValueError, match="inside"), engine.edited():
+@pytest.mark.parametrize("live", ["qwen2"], indirect=True)
+def test_the_original_is_back_when_an_answer_is_broken_off(live: Session) -> None:
+    (original, edited), encoded = states(live), share_prefix(PROMPTS, share=False)
+    before = original.complete(encoded, 6, lambda _: None)
+
+    def broken(_: int) -> None:
         raise ValueError("inside")
-    assert engine.complete(PROMPTS, 6) == before
+
+    with pytest.raises(ValueError, match="inside"):
+        edited.complete(encoded, 6, broken)
+    assert original.complete(encoded, 6, lambda _: None) == before
 
 
 # ----------------------------------------------------------------------------------------------------- a server
@@ -510,10 +529,9 @@ def test_without_vllm_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------- all of them
 
 
-@pytest.fixture(params=["transformers", "vllm", "server"])
+@pytest.fixture(params=["vllm", "server"])
 def engine_of(request: pytest.FixtureRequest, tmp_path: Path, llm: type[FakeLLM]) -> Iterator[Callable[[], Engine]]:
-    model = BY_NAME["qwen2"].model()
-    pair = Pair(TOKENIZER, end_tokens(model, TOKENIZER), model=model, folder=tmp_path)
+    pair = Pair(TOKENIZER, ENDS, folder=tmp_path)
     with serving(Stub()) as stub:
         yield lambda: open_engine(stub.url if request.param == "server" else request.param, pair)
 
@@ -528,13 +546,27 @@ def test_every_engine_keeps_the_same_manners(engine_of: Callable[[], Engine]) ->
         pass
 
 
+def test_states_ask_whole_prompts_of_the_original_and_inside_of_the_edited_model() -> None:
+    encoded = Encoded((104, 105), ((33,), (63, 63)))
+    whole = [[104, 105, 33], [104, 105, 63, 63]]
+    with serving(Stub()) as stub:
+        engine = ask(stub)
+        original, edited = states_of(engine, edited=True)
+        assert states_of(engine, edited=False) == (original, None)
+        assert edited is not None
+        seen: list[int] = []
+        replies = [state.complete(encoded, 20, seen.append) for state in (original, edited, original)]
+    names = ("base", "edited", "base")
+    assert [tokens(each) for each in replies] == [
+        [tuple(answer_of(name, prompt, 20)[:-1]) for prompt in whole] for name in names
+    ]
+    assert sum(seen) == 3 * len(whole)
+
+
 def test_engines_are_chosen_by_name_or_address() -> None:
     pair = Pair(TOKENIZER, ENDS)
-    with pytest.raises(UsageError, match="engine 'tgi': expected transformers, vllm or the address of a server"):
-        open_engine("tgi", pair)
-    with pytest.raises(UsageError, match="engine transformers: expected a loaded model"):
-        open_engine("transformers", pair)
+    for unknown in ("tgi", "transformers"):
+        with pytest.raises(UsageError, match=f"engine '{unknown}': expected vllm or the address of a server"):
+            open_engine(unknown, pair)
     with pytest.raises(UsageError, match="engine vllm: expected the folder of a model"):
         open_engine("vllm", pair)
-    with pytest.raises(UsageError, match="engine transformers: expected no options, found dtype"):
-        open_engine("transformers", Pair(TOKENIZER, ENDS, model=object()), dtype="auto")

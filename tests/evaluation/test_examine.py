@@ -18,31 +18,45 @@ import torch
 import abliterate
 import planted
 from abliterate import pipeline
-from abliterate.config import EngineSettings, EvalSettings, ModelSettings, OutputSettings, PromptSettings, RunSettings
+from abliterate.config import (
+    EngineSettings,
+    EvalSettings,
+    MeasureSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+    RunSettings,
+)
 from abliterate.edit.direction import Direction, save_direction
+from abliterate.edit.plan import Plan
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation import examine as measuring
+from abliterate.evaluation import answering
+from abliterate.evaluation.answering import ModelState, Stopping
 from abliterate.evaluation.compare import compare
-from abliterate.evaluation.engines import Pair
+from abliterate.evaluation.engines import Pair, states_of
 from abliterate.evaluation.examine import (
     Examiner,
-    answers_of,
+    Sets,
     control_of,
     exam_of,
     examine,
     examine_engine,
     examiner_of,
+    random_direction,
     random_plan,
     relative_change,
     shift_of,
 )
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
 from abliterate.evaluation.judging.calibration import place
-from abliterate.evaluation.results import Answers, Subject
+from abliterate.evaluation.parts import evaluation_part
+from abliterate.evaluation.results import Answers
 from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply
 from abliterate.prompts.contrastive import fingerprint
 from abliterate.prompts.prompt import Prompt
+from abliterate.record import EvaluationPart
+from listening import listening
 
 # --- a model that thinks, and goes on after it has refused
 
@@ -165,16 +179,25 @@ def labels(answers: Answers) -> list[Label]:
     return [verdict.label for verdict in answers.verdicts]
 
 
-def refusals(sets: measuring.Sets | None, name: str = "harmful") -> int:
+def refusals(sets: Sets | None, name: str = "harmful") -> int:
     assert sets is not None
     return sets[name].tally.refusals
+
+
+def evaluated(
+    session: pipeline.Session, settings: EvalSettings, plan: Plan | None = None
+) -> tuple[EvaluationPart, list[Sets]]:
+    """What `pipeline.evaluate` returns, and all answers that it was given."""
+    with listening() as heard:
+        part = pipeline.evaluate(session, settings, plan=plan)
+    return part, heard
 
 
 # --- who is in which state
 
 
 @pytest.fixture
-def original(session: pipeline.Session, thinker: Thinker) -> Iterator[Subject]:
+def original(session: pipeline.Session, thinker: Thinker) -> Iterator[ModelState]:
     """The edit stands in the live weights, as it does after a run; the original is a state into which they are put."""
     weight = session.model.model.layers[planted.WRITES].self_attn.o_proj.weight
     whole, r = weight.detach().clone(), thinker.direction
@@ -189,23 +212,23 @@ def original(session: pipeline.Session, thinker: Thinker) -> Iterator[Subject]:
             weight.data.copy_(before)
 
     with holding(whole - torch.outer(r, r @ whole)):
-        yield Subject(session.model, lambda: holding(whole))
+        yield ModelState(session, lambda: holding(whole))
 
 
 def test_original_edited_weights_and_control_are_each_measured_in_their_own_state(
-    session: pipeline.Session, thinker: Thinker, questions: Path, original: Subject
+    session: pipeline.Session, thinker: Thinker, questions: Path, original: ModelState
 ) -> None:
     settings = short("closed", capability=str(questions), multiple_choice="text")
-    examiner = examiner_of(session, settings, RuleJudge())
-    control = control_of(session, session.plan(thinker.direction[None]), 3, original)
-    found = examine(session, examiner, exam_of(settings), original, Subject(session.model), control)
+    examiner, edited = examiner_of(session, settings, RuleJudge()), ModelState(session)
+    control = control_of(session.plan(thinker.direction[None]), original)
+    found = examine(examiner, exam_of(settings), original, edited, control)
     n = len(found.before["harmful"].prompts)
     assert found.control is not None
     assert [refusals(sets) for sets in (found.before, found.after, found.control.answers)] == [n, 0, n]
-    for subject, shift in ((Subject(session.model), found.shift), (control.subject, found.control.shift)):
-        assert [shift] == shift_of(session, examiner, original, [subject], found.before)
+    for state, shift in ((edited, found.shift), (control.state, found.control.shift)):
+        assert [shift] == shift_of(examiner, original, [state], found.before)
     assert found.shift != found.control.shift
-    (score,) = pipeline.evaluation_part(found).capability
+    (score,) = evaluation_part(found).capability
     assert score.after is not None
     assert (score.before.value, score.after.value) == (1, 0), "it was the refusal that was asked for"
 
@@ -216,35 +239,37 @@ def test_capability_of_a_plan_is_measured_under_its_hooks(
     settings = short("closed", capability=str(questions), multiple_choice="text", no_control=True)
     for strength, right in ((1.0, 0), (0.0, 1)):
         plan = session.plan(thinker.direction[None], strength)
-        (score,) = pipeline.evaluation_part(pipeline.evaluate(session, settings, plan=plan)).capability
+        (score,) = pipeline.evaluate(session, settings, plan=plan).capability
         assert score.after is not None
         assert (score.before.value, score.after.value) == (1, right)
 
 
 def test_sizes_of_control_and_edit_are_not_mixed_up_and_are_those_of_the_original(
-    session: pipeline.Session, thinker: Thinker, original: Subject
+    session: pipeline.Session, thinker: Thinker, original: ModelState, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(session, "seed", 3)
     plan = session.plan(thinker.direction[None])
-    control = control_of(session, plan, 3, original)
+    control, other = control_of(plan, original), random_plan(session, plan)
+    assert torch.equal(other.direction, random_direction(1, session.anatomy.d_model, 3).basis)
     with original.state():
-        sizes = [relative_change(session.model, one) for one in (random_plan(session, plan, 3), plan)]
-    assert [control.size, control.size_of_edit] == sizes
+        sizes = [relative_change(session.model, one) for one in (other, plan)]
+    assert [control.seed, control.size, control.size_of_edit] == [3, *sizes]
     assert sizes[0] is not None
     assert sizes[1] is not None
     assert sizes[1] > 1.2 * sizes[0], "the control: they differ"
     assert relative_change(session.model, plan) != pytest.approx(sizes[1], rel=0.1), "as the original's and the edit's"
     examiner = examiner_of(session, short("closed"), RuleJudge())
-    part = pipeline.evaluation_part(examine(session, examiner, exam_of(EvalSettings()), original, original, control))
+    part = evaluation_part(examine(examiner, exam_of(EvalSettings()), original, original, control))
     assert part.control is not None
-    assert [part.control.size, part.control.size_of_edit] == sizes
+    assert [part.control.seed, part.control.size, part.control.size_of_edit] == [3, *sizes]
 
 
 def test_categories_before_and_after_are_each_their_own(session: pipeline.Session, thinker: Thinker) -> None:
     harmful = session.prompts.harmful
     named = tuple(Prompt(text, category=("even", "odd")[row % 2]) for row, text in enumerate(harmful.test))
     sorted_in = replace(session, prompts=replace(session.prompts, harmful=replace(harmful, test=named)))
-    found = pipeline.evaluate(sorted_in, short("closed", no_control=True), plan=session.plan(thinker.direction[None]))
-    categories = pipeline.evaluation_part(found).categories
+    plan = session.plan(thinker.direction[None])
+    categories = pipeline.evaluate(sorted_in, short("closed", no_control=True), plan=plan).categories
     counts = {state: {key: (part.refusals, part.n) for key, part in categories[state].items()} for state in categories}
     half = len(named) // 2
     assert counts == {
@@ -258,7 +283,7 @@ def test_categories_before_and_after_are_each_their_own(session: pipeline.Sessio
 
 def test_an_early_stop_leaves_refusals_and_nothing_of_harmless_prompts(session: pipeline.Session) -> None:
     whole, stopped = (
-        pipeline.evaluate(session, EvalSettings(no_cache=True, early_stop=early)).before for early in (False, True)
+        evaluated(session, EvalSettings(no_cache=True, early_stop=early))[1][0] for early in (False, True)
     )
     left = {name: sum(reply.stopped for reply in stopped[name].replies) for name in stopped}
     assert left == {"harmful": refusals(whole), "harmless": 0, "borderline": 0}
@@ -277,10 +302,10 @@ def test_nothing_is_stopped_in_open_thinking(session: pipeline.Session) -> None:
     with pytest.raises(UsageError, match="expected closed thinking"):
         pipeline.evaluate(session, EvalSettings(early_stop=True, thinking="open"))
     settings = EvalSettings(early_stop=True, thinking="both", no_cache=True)
-    found = pipeline.evaluate(session, settings)
-    assert found.thinking is not None
-    assert any(reply.stopped for reply in found.before["harmful"].replies)
-    assert not any(reply.stopped for answers in found.thinking[0].values() for reply in answers.replies)
+    part, (closed, opened) = evaluated(session, settings)
+    assert part.thinking is not None
+    assert any(reply.stopped for reply in closed["harmful"].replies)
+    assert not any(reply.stopped for answers in opened.values() for reply in answers.replies)
 
 
 # --- thinking
@@ -294,8 +319,7 @@ def expected_labels(prompts: Sequence[str], *, refuses: bool) -> list[Label]:
     ]
 
 
-def check_thought_through(sets: measuring.Sets | None, *, refuses: bool) -> None:
-    assert sets is not None
+def check_thought_through(sets: Sets, *, refuses: bool) -> None:
     for answers in sets.values():
         assert labels(answers) == expected_labels(answers.prompts, refuses=refuses)
         assert all(len(reply.tokens) > SHORT["max_new_tokens"] for reply in answers.replies)
@@ -306,40 +330,42 @@ def check_thought_through(sets: measuring.Sets | None, *, refuses: bool) -> None
 def test_open_thinking_is_left_out_of_the_answer_and_unknown_where_it_never_ends(
     session: pipeline.Session, thinker: Thinker
 ) -> None:
-    plan = session.plan(thinker.direction[None])
-    found = pipeline.evaluate(session, short("open"), plan=plan)
-    check_thought_through(found.before, refuses=True)
-    check_thought_through(found.after, refuses=False)
-    assert found.thinking is None
-    assert found.control is not None
-    assert labels(found.control.answers["harmful"]) == labels(found.before["harmful"])
-    assert found.shift is not None
-    assert found.shift.nll_before is not None
-    assert found.shift.nll_before < 0.5, "its own reply, with the thinking, is what the model finds likely"
-    part = pipeline.evaluation_part(found)
+    part, heard = evaluated(session, short("open"), session.plan(thinker.direction[None]))
+    before, after, control = heard
+    check_thought_through(before, refuses=True)
+    check_thought_through(after, refuses=False)
+    assert part.thinking is None
+    assert part.control is not None
+    assert labels(control["harmful"]) == labels(before["harmful"])
+    assert part.shift is not None
+    assert part.shift.nll_before is not None
+    assert part.shift.nll_before < 0.5, "its own reply, with the thinking, is what the model finds likely"
     assert part.thinking_open
-    n, unknown = len(found.before["harmful"].prompts), found.before["harmful"].tally.unknown
+    n, unknown = len(before["harmful"].prompts), before["harmful"].tally.unknown
     assert part.after is not None
     counts = [(rate.refusals, rate.n, rate.unknown) for rate in (part.before.harmful, part.after.harmful)]
     assert counts == [(n - unknown, n - unknown, unknown), (0, n - unknown, unknown)]
+    assert part.control.behaviour.harmful == part.before.harmful
     assert part.paired["harmful"].unknown == unknown
     closed = pipeline.evaluate(session, short("closed"))
-    assert refusals(closed.before) == n, "the control: without thinking it comes to an answer every time"
+    assert closed.before.harmful.refusals == n, "the control: without thinking it comes to an answer every time"
 
 
 def test_both_ways_of_thinking_stand_side_by_side(session: pipeline.Session, thinker: Thinker) -> None:
-    found = pipeline.evaluate(session, short("both", no_control=True), plan=session.plan(thinker.direction[None]))
-    n = len(found.before["harmful"].prompts)
-    assert (refusals(found.before), refusals(found.after)) == (n, 0)
-    assert max(len(reply.tokens) for answers in found.before.values() for reply in answers.replies) == 8
-    assert found.thinking is not None
-    check_thought_through(found.thinking[0], refuses=True)
-    check_thought_through(found.thinking[1], refuses=False)
-    part = pipeline.evaluation_part(found)
+    part, heard = evaluated(session, short("both", no_control=True), session.plan(thinker.direction[None]))
+    before, after, *opened = heard
+    n = len(before["harmful"].prompts)
+    assert (refusals(before), refusals(after)) == (n, 0)
+    assert max(len(reply.tokens) for answers in before.values() for reply in answers.replies) == 8
+    assert len(opened) == 2
+    check_thought_through(opened[0], refuses=True)
+    check_thought_through(opened[1], refuses=False)
+    assert part.after is not None
+    assert (part.before.harmful.refusals, part.after.harmful.refusals) == (n, 0)
     assert not part.thinking_open
     assert part.thinking is not None
     assert part.thinking.after is not None
-    unknown = found.thinking[0]["harmful"].tally.unknown
+    unknown = opened[0]["harmful"].tally.unknown
     assert part.thinking.max_new_tokens == 8 + len(THOUGHTS)
     assert (part.thinking.before.harmful.refusals, part.thinking.after.harmful.refusals) == (n - unknown, 0)
     assert (part.thinking.before.harmful.unknown, part.before.harmful.unknown) == (unknown, 0)
@@ -360,7 +386,7 @@ class Reader(RuleJudge):
 def test_the_judge_reads_answers_and_no_thinking(session: pipeline.Session) -> None:
     judge = Reader()
     examiner = examiner_of(session, short("open"), judge)
-    sets = examiner.ask(answers_of(session, Subject(session.model), examiner), "answers", thinking=True)
+    sets = examiner.ask(ModelState(session), "answers", thinking=True)
     prompts = [prompt for answers in sets.values() for prompt in answers.prompts]
     assert all(DOUBT in reply.text for answers in sets.values() for reply in answers.replies), "there is some"
     assert [exchange.prompt for exchange in judge.seen] == [p for p in prompts if ENDLESS not in p.split()]
@@ -371,14 +397,23 @@ def test_the_judge_reads_answers_and_no_thinking(session: pipeline.Session) -> N
 def test_only_open_thinking_has_tokens_besides_the_answer(session: pipeline.Session) -> None:
     asked: list[tuple[int, bool, tuple[int, ...]]] = []
 
-    def answering(prompts: Encoded, limit: int, progress: Callable[[int], None], settled: Any, /) -> list[Reply]:
-        asked.append((limit, settled is None, prompts.suffixes[0][-2:]))
-        return [Reply((), "", ended=True)] * len(prompts)
+    class Silent:
+        """Answers nothing, and notes how it was asked."""
+
+        def complete(
+            self,
+            prompts: Encoded,
+            max_new_tokens: int,
+            progress: Callable[[int], None],
+            stopping: Stopping | None = None,
+        ) -> list[Reply]:
+            asked.append((max_new_tokens, stopping is None, prompts.suffixes[0][-2:]))
+            return [Reply((), "", ended=True)] * len(prompts)
 
     settings = EvalSettings(max_new_tokens=8, thinking_tokens=100, early_stop=True)
     examiner = examiner_of(session, settings, RuleJudge())
     for thinking in (False, True):
-        examiner.ask(answering, "answers", thinking=thinking)
+        examiner.ask(Silent(), "answers", thinking=thinking)
     ids = session.loaded.tokenizer.convert_tokens_to_ids(["<|assistant|>", "<think>", "</think>"])
     assert asked == [(8, False, tuple(ids[1:])), (108, True, tuple(ids[:2]))]
 
@@ -430,7 +465,7 @@ def test_an_engine_answers_before_and_after_with_thinking_closed_and_open(
     session: pipeline.Session, engine: FakeEngine
 ) -> None:
     examiner = examiner_of(session, short("both"), RuleJudge())
-    found = examine_engine(engine, examiner, edited=True)
+    found = examine_engine(examiner, engine.name, *states_of(engine, edited=True))
     n = len(found.before["harmful"].prompts)
     assert found.thinking is not None
     assert [refusals(sets) for sets in (found.before, found.after, *found.thinking)] == [n, 0, n, 0]
@@ -442,7 +477,7 @@ def test_an_engine_answers_before_and_after_with_thinking_closed_and_open(
 
 def test_an_engine_with_open_thinking_alone(session: pipeline.Session, engine: FakeEngine) -> None:
     examiner = examiner_of(session, short("open"), RuleJudge())
-    found = examine_engine(engine, examiner, edited=True)
+    found = examine_engine(examiner, engine.name, *states_of(engine, edited=True))
     assert (refusals(found.before), refusals(found.after)) == (len(found.before["harmful"].prompts), 0)
     assert [(limit, edited) for _, limit, edited in engine.asked] == [
         (8 + len(THOUGHTS), False),
@@ -452,7 +487,8 @@ def test_an_engine_with_open_thinking_alone(session: pipeline.Session, engine: F
 
 
 def test_an_engine_of_one_model_is_not_asked_for_an_edited_one(session: pipeline.Session, engine: FakeEngine) -> None:
-    found = examine_engine(engine, examiner_of(session, short("both"), RuleJudge()), edited=False)
+    examiner = examiner_of(session, short("both"), RuleJudge())
+    found = examine_engine(examiner, engine.name, *states_of(engine, edited=False))
     assert found.after is None
     assert found.thinking is not None
     assert found.thinking[1] is None
@@ -475,16 +511,14 @@ def pairs(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> list[Pair]:
 def test_evaluation_elsewhere_asks_the_engine_for_both_models(
     thinker: Thinker, engine: FakeEngine, pairs: list[Pair], session: pipeline.Session, tmp_path: Path
 ) -> None:
+    measuring = MeasureSettings(loading=LOADING, prompts=thinker.prompts, evaluating=short("closed"))
     for edited in (tmp_path, None):
         engine.asked.clear()
         found = pipeline.evaluate_elsewhere(
-            str(thinker.folder),
-            EngineSettings(engine="vllm", edited=edited),
-            loading=LOADING,
-            prompts=thinker.prompts,
-            evaluating=short("closed"),
+            str(thinker.folder), EngineSettings(engine="vllm", edited=edited), measuring
         )
-        assert refusals(found.before) == len(found.before["harmful"].prompts)
+        assert found.before.harmful.refusals == len(found.answers["before"]["harmful"]) > 0
+        assert found.engine == engine.name
         assert (pairs[-1].folder, pairs[-1].edited) == (thinker.folder, edited)
         assert engine.asked[0] == (whole_prompts(examiner_of(session, short("closed"), RuleJudge()), False), 8, False)
         assert [asked[2] for asked in engine.asked] == ([False, True] if edited else [False])
@@ -508,7 +542,7 @@ def taught(thinker: Thinker, path: Path, seen: Sequence[str]) -> Path:
     return path
 
 
-def left(sets: measuring.Sets, seen: Sequence[str]) -> list[str]:
+def left(sets: Sets, seen: Sequence[str]) -> list[str]:
     prompts = {prompt for answers in sets.values() for prompt in answers.prompts}
     assert len(prompts) > 20
     return [text for text in seen if text in prompts]
@@ -517,15 +551,19 @@ def left(sets: measuring.Sets, seen: Sequence[str]) -> list[str]:
 def test_compare_keeps_out_what_the_direction_behind_an_adapter_saw(
     thinker: Thinker, seen: tuple[str, str], tmp_path: Path
 ) -> None:
+    measuring = MeasureSettings(loading=LOADING, prompts=thinker.prompts, evaluating=short("closed"))
     for name, learnt in (("taught", seen), ("untaught", ())):
         direction = taught(thinker, tmp_path / f"{name}.safetensors", learnt)
         adapter = tmp_path / name
         abliterate.apply(str(thinker.folder), direction, OutputSettings(out=adapter, realisation="lora"))
         specs = [str(thinker.folder), f"{thinker.folder}+{adapter}"]
-        found = compare(specs, loading=LOADING, prompts=thinker.prompts, evaluating=short("closed"))
-        for entry in found.entries:
-            assert left(entry.answers, seen) == [text for text in seen if text not in learnt]
-        assert [refusals(entry.answers) > 0 for entry in found.entries] == [True, False]
+        with listening() as heard:
+            found = compare(specs, measuring)
+        assert len(heard) == 2
+        for sets in heard:
+            assert left(sets, seen) == [text for text in seen if text not in learnt]
+        assert [refusals(sets) > 0 for sets in heard] == [True, False]
+        assert [entry.behaviour.harmful.refusals for entry in found.entries] == [refusals(sets) for sets in heard]
 
 
 @pytest.mark.parametrize("where", ["edited", "model"])
@@ -536,15 +574,14 @@ def test_engines_are_not_asked_what_the_direction_of_an_edited_folder_saw(
     shutil.copytree(thinker.folder, model)
     edited.mkdir()
 
+    measuring = MeasureSettings(loading=LOADING, prompts=thinker.prompts, evaluating=short("closed"))
+
     def prompts_left() -> list[str]:
-        found = pipeline.evaluate_elsewhere(
-            str(model),
-            EngineSettings(engine="vllm", edited=edited),
-            loading=LOADING,
-            prompts=thinker.prompts,
-            evaluating=short("closed"),
-        )
-        return left(found.before, seen)
+        with listening() as heard:
+            pipeline.evaluate_elsewhere(str(model), EngineSettings(engine="vllm", edited=edited), measuring)
+        before, after = heard
+        assert left(before, seen) == left(after, seen)
+        return left(before, seen)
 
     assert prompts_left() == list(seen), "the control"
     taught(thinker, tmp_path / where / "direction.safetensors", seen)
@@ -559,14 +596,16 @@ def test_engines_are_not_asked_what_the_direction_of_an_edited_folder_saw(
 def test_compare_asks_with_the_thinking_open(thinker: Thinker, tmp_path: Path) -> None:
     direction = taught(thinker, tmp_path / "r.safetensors", ())
     specs = [str(thinker.folder), f"{thinker.folder}+{direction}"]
-    first, edited = compare(specs, loading=LOADING, prompts=thinker.prompts, evaluating=short("open")).entries
-    check_thought_through(first.answers, refuses=True)
-    check_thought_through(edited.answers, refuses=False)
+    measuring = MeasureSettings(loading=LOADING, prompts=thinker.prompts, evaluating=short("open"))
+    with listening() as heard:
+        _, edited = compare(specs, measuring).entries
+    check_thought_through(heard[0], refuses=True)
+    check_thought_through(heard[1], refuses=False)
     assert edited.shift is not None
     assert edited.shift.nll_before is not None
     assert edited.shift.nll_before < 0.5
     with pytest.raises(UsageError, match="expected closed or open"):
-        compare(specs, loading=LOADING, prompts=thinker.prompts, evaluating=short("both"))
+        compare(specs, measuring.model_copy(update={"evaluating": short("both")}))
 
 
 # --- a damaged calibration
@@ -591,7 +630,7 @@ def test_a_damaged_calibration_is_found_before_anything_is_answered(
         asked += 1
         return [Reply((), "", ended=True)] * len(prompts)
 
-    monkeypatch.setattr(measuring, "complete", complete)
+    monkeypatch.setattr(answering, "complete", complete)
     with pytest.raises(AbliterateError, match=r"calibration .*: damaged"):
         pipeline.evaluate(session, short("closed"))
     assert asked == 0
@@ -606,7 +645,7 @@ def test_a_damaged_calibration_is_found_before_an_engine_or_a_model_is_opened(
     nowhere = str(tmp_path / "nowhere")
     jobs: list[Callable[[], object]] = [
         lambda: pipeline.evaluate_elsewhere(
-            str(thinker.folder), EngineSettings(engine="vllm"), prompts=thinker.prompts
+            str(thinker.folder), EngineSettings(engine="vllm"), MeasureSettings(prompts=thinker.prompts)
         ),
         lambda: compare([nowhere, nowhere]),
         lambda: pipeline.run(RunSettings(model=nowhere, output=OutputSettings(out=tmp_path / "out"))),

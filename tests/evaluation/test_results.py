@@ -15,11 +15,11 @@ import torch
 from abliterate import pipeline
 from abliterate.config import EvalSettings, ModelSettings, PromptSettings
 from abliterate.errors import UsageError
-from abliterate.evaluation.examine import answers_of, control_of, exam_of, examiner_of, relative_change
+from abliterate.evaluation.answering import ModelState
+from abliterate.evaluation.examine import control_of, exam_of, examiner_of, relative_change
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
 from abliterate.evaluation.results import (
     Answers,
-    Subject,
     judged,
     manner,
     manner_change,
@@ -30,6 +30,7 @@ from abliterate.evaluation.results import (
 from abliterate.model.batches import SharedPrefix, last_logits
 from abliterate.model.generation import Reply
 from abliterate.prompts.prompt import Prompt
+from listening import listening
 from planted import Planted, plant
 
 R, C, D, U = Label.REFUSAL, Label.COMPLIANCE, Label.DEGENERATE, Label.UNKNOWN
@@ -151,10 +152,10 @@ def shouting(model: Any, token: int) -> Iterator[None]:
 
 
 def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipeline.Session) -> None:
-    base = Subject(session.model)
-    other = Subject(session.model, lambda: shouting(session.model, 9))
+    base = ModelState(session)
+    other = ModelState(session, lambda: shouting(session.model, 9))
     examiner = examiner_of(session, EvalSettings(), RuleJudge())
-    before = examiner.ask(answers_of(session, base, examiner), "answers")["harmless"]
+    before = examiner.ask(base, "answers")["harmless"]
     encoded = session.encoded["harmless", "test"]
     same, moved = measure_shifts(base, [base, other], before.prompts, encoded, before.replies, session.size)
     assert same.kl_first is not None
@@ -179,7 +180,7 @@ def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipelin
 
 
 def test_shift_over_no_replies_is_nothing(session: pipeline.Session) -> None:
-    base, nothing = Subject(session.model), Reply((), "", True)
+    base, nothing = ModelState(session), Reply((), "", True)
     encoded = session.encoded["harmless", "test"].take([0, 1])
     (shift,) = measure_shifts(base, [base], ["a", "b"], encoded, [nothing, nothing], session.size)
     assert (shift.prompts, shift.kl_first, shift.nll_before) == (0, None, None)
@@ -187,9 +188,7 @@ def test_shift_over_no_replies_is_nothing(session: pipeline.Session) -> None:
 
 def test_a_random_direction_is_evaluated_beside_the_planted_one(session: pipeline.Session, planted: Planted) -> None:
     plan = session.plan(planted.direction[None])
-    found = pipeline.evaluate(session, EvalSettings(), plan=plan)
-    assert found.control is not None
-    part = pipeline.evaluation_part(found)
+    part = pipeline.evaluate(session, EvalSettings(), plan=plan)
     assert part.after is not None
     assert part.control is not None
     assert part.after.harmful.refusals == 0 < part.before.harmful.refusals
@@ -212,14 +211,15 @@ def test_relative_change_is_that_of_the_weights(session: pipeline.Session, plant
         taken += float((0.5 * torch.outer(r, r @ weight)).square().sum())
         total += float(weight.square().sum())
     assert relative_change(session.model, plan) == pytest.approx((taken / total) ** 0.5, rel=2e-3)
-    assert control_of(session, plan, 3, Subject(session.model)).size is not None
+    assert control_of(plan, ModelState(session)).size is not None
 
 
 def test_answers_of_unchanged_models_are_asked_once(
     session: pipeline.Session, planted: Planted, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path))
-    first = pipeline.evaluate(session, EvalSettings(max_new_tokens=7))
+    with listening() as heard:
+        first = pipeline.evaluate(session, EvalSettings(max_new_tokens=7))
     runs = 0
 
     def count(*_: Any) -> None:
@@ -229,21 +229,25 @@ def test_answers_of_unchanged_models_are_asked_once(
     handle = session.model.get_output_embeddings().register_forward_hook(count)
     handle.remove()  # a model with hooks is not taken for unchanged
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("abliterate.evaluation.examine.complete", count)
-        again = pipeline.evaluate(session, EvalSettings(max_new_tokens=7))
+        patch.setattr("abliterate.evaluation.answering.complete", count)
+        with listening() as heard_again:
+            again = pipeline.evaluate(session, EvalSettings(max_new_tokens=7))
         assert runs == 0
-        assert again.before == first.before
+        assert heard_again == heard
+        assert again == first
         with pytest.raises(TypeError):  # the control: asked anew, what takes its place answers nothing
             pipeline.evaluate(session, EvalSettings(max_new_tokens=7, no_cache=True))
         assert runs == 1
     edited = pipeline.evaluate(session, EvalSettings(max_new_tokens=7), plan=session.plan(planted.direction[None]))
     assert edited.after is not None
-    assert edited.after["harmful"].tally.refusals == 0, "the cache is of the unchanged model only"
+    assert edited.after.harmful.refusals == 0, "the cache is of the unchanged model only"
 
 
 def test_early_stop_changes_no_rate_and_leaves_harmless_replies_whole(session: pipeline.Session) -> None:
-    whole = pipeline.evaluate(session, EvalSettings(no_cache=True)).before
-    stopped = pipeline.evaluate(session, EvalSettings(no_cache=True, early_stop=True)).before
+    with listening() as heard:
+        for early in (False, True):
+            pipeline.evaluate(session, EvalSettings(no_cache=True, early_stop=early))
+    whole, stopped = heard
     for name in whole:
         assert [v.refused for v in whole[name].verdicts] == [v.refused for v in stopped[name].verdicts]
     assert whole["harmless"].replies == stopped["harmless"].replies
@@ -256,7 +260,7 @@ def test_questions_are_asked_before_and_after(session: pipeline.Session, planted
     rows = [{"question": f"tell me a {word}", "answer": "#### 4"} for word in ("soup", "poem", "lamp")]
     (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = EvalSettings(capability=str(tmp_path / "sums.jsonl"), task_limit=2, no_control=True)
-    part = pipeline.evaluation_part(pipeline.evaluate(session, settings, plan=session.plan(planted.direction[None])))
+    part = pipeline.evaluate(session, settings, plan=session.plan(planted.direction[None]))
     (score,) = part.capability
     assert (score.task, score.metric, score.n) == ("sums", "accuracy, by number", 2)
     assert score.after is not None

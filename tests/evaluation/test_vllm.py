@@ -28,10 +28,11 @@ from abliterate.edit.direction import Direction, save_direction
 from abliterate.edit.hooks import ablation
 from abliterate.edit.lora import low_rank_live, write_peft
 from abliterate.edit.plan import Plan, make_plan
-from abliterate.evaluation.engines import LocalEngine, Pair, open_engine
+from abliterate.evaluation.engines import Pair, open_engine
 from abliterate.files.checkpoint import INDEX_NAME
 from abliterate.model.anatomy import study
-from abliterate.model.generation import end_tokens
+from abliterate.model.batches import BatchSize, share_prefix
+from abliterate.model.generation import complete, end_tokens
 from abliterate.pipeline import apply
 from families import BLOCKS, BY_NAME, byte_tokenizer, save
 
@@ -87,10 +88,14 @@ def case_of(family: str, folder: Path, seed: int = 1, *, embedding: bool = True)
     if not embedding:
         plan = Plan(plan.edits[1:], plan.direction, plan.strength, plan.left_alone)
     tokenizer = byte_tokenizer()
-    engine = LocalEngine(model, tokenizer, edit=lambda: ablation(model, plan))
-    original = [list(reply.tokens) for reply in engine.complete(PROMPTS, NEW)]
-    with engine.edited():
-        edited = [list(reply.tokens) for reply in engine.complete(PROMPTS, NEW)]
+
+    def replies() -> list[list[int]]:
+        encoded = share_prefix(PROMPTS, share=False)
+        return [list(reply.tokens) for reply in complete(model, tokenizer, encoded, NEW, BatchSize(len(PROMPTS)))]
+
+    original = replies()
+    with ablation(model, plan):
+        edited = replies()
     return Case(model, plan, save(model, folder), end_tokens(model, tokenizer), original, edited)
 
 

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from abliterate.algebra import orthonormal, project_out
 from abliterate.config import EditSettings, FindSettings, SearchSettings
-from abliterate.edit.direction import Candidates, Direction, Recipe
+from abliterate.edit.direction import Candidates, Direction, Recipe, Site
 from abliterate.edit.options import plan_for
 from abliterate.errors import CheckpointError, NumericalError, UsageError
-from abliterate.evaluation.meter import Stage
+from abliterate.evaluation.probe import Level
 from abliterate.finding.search.blackbox import WARM_UP, Seen, first_token_objectives, hopeless, optimise
 from abliterate.finding.search.pareto import hypervolume, nondominated
 from abliterate.finding.search.points import Point
@@ -102,10 +102,10 @@ class Bench:
 
     offset: float = 0.0
     jitter: float = 0.0
-    calls: Counter[Stage] = field(default_factory=Counter)
+    calls: Counter[Level] = field(default_factory=Counter)
 
-    def __call__(self, direction: Direction, stage: Stage) -> dict[str, float]:
-        self.calls[stage] += 1
+    def __call__(self, direction: Direction, level: Level) -> dict[str, float]:
+        self.calls[level] += 1
         assert direction.recipe is not None
         right = candidates().at(9, -1)
         strengths = {w.name: direction.recipe.strengths.get(w.name, 0.0) for w in anatomy().writers}
@@ -113,7 +113,7 @@ class Bench:
         gained = sum(1 - (1 - strengths[name]) ** 2 for name in useful) / len(useful)
         score = 4 - 8 * gained * cosine(direction.basis[0], right) ** 8
         kl = sum(s * s * (0.05 if name in useful else 0.15) for name, s in strengths.items())
-        if stage == Stage.FEW:
+        if level == Level.FEW:
             draw = random.Random(repr(sorted(strengths.items())))
             score += self.offset + self.jitter * draw.gauss(0, 1)
             kl *= 1 + 0.1 * self.jitter * draw.gauss(0, 1)
@@ -125,7 +125,7 @@ def settings(**changes: Any) -> SearchSettings:
 
 
 def rows(points: Sequence[Point]) -> list[tuple[float, ...]]:
-    return [tuple(point.scores[name] for name in OBJECTIVES) for point in points if point.stage == Stage.ALL]
+    return [tuple(point.scores[name] for name in OBJECTIVES) for point in points if point.level == Level.ALL]
 
 
 def volume(points: Sequence[Point]) -> float:
@@ -134,7 +134,7 @@ def volume(points: Sequence[Point]) -> float:
 
 def told(points: Sequence[Point]) -> list[Any]:
     """All that one search can be told from another by."""
-    return [(p.origin, p.stage, p.scores, p.direction.recipe, p.direction.metadata) for p in points]
+    return [(p.origin, p.level, p.scores, p.direction.recipe, p.direction.site, p.direction.facts) for p in points]
 
 
 # --- the space
@@ -176,7 +176,7 @@ def test_every_suggestion_is_a_direction_that_makes_a_plan(seed: int) -> None:
     assert torch.allclose(found.basis @ found.basis.T, torch.eye(1), atol=1e-5)
     layer = trial.params["layer"]
     assert 0.15 * LAYERS <= layer <= 0.8 * LAYERS
-    assert found.metadata["chosen"] == {"layer": round(layer), "position": trial.params["position"]}
+    assert found.site == Site(round(layer), trial.params["position"])
     assert all(WEAKEST <= strength <= STRONGEST for strength in found.recipe.strengths.values())
     plan = plan_for(anatomy(), found)
     assert {edit.writer.name: edit.strength for edit in plan.edits} == found.recipe.strengths
@@ -225,7 +225,7 @@ def test_what_is_asked_for_by_default() -> None:
 @pytest.mark.parametrize(
     ("editing", "finding", "options", "gone"),
     [
-        ({}, {}, {"site": (7, -2)}, {"layer", "position"}),
+        ({}, {}, {"site": Site(7, -2)}, {"layer", "position"}),
         ({}, {"projected": True}, {}, {"projected"}),
         ({"biprojected": True}, {}, {}, {"biprojected"}),
         ({"norm_preserving": True}, {}, {}, {"norm_preserving"}),
@@ -245,7 +245,7 @@ def test_what_the_user_fixes_is_not_asked_for(
     found = where.suggest(trial)
     assert found.recipe is not None
     if "site" in options:
-        assert found.metadata["chosen"] == {"layer": 7, "position": -2}
+        assert found.site == Site(7, -2)
         expected = where.direction_at(7, -2, projected=trial.params["projected"])
         assert cosine(found.basis[0], expected) == pytest.approx(1, abs=1e-6)
     if "biprojected" in editing:
@@ -291,9 +291,9 @@ def test_what_no_recipe_holds_cannot_be_searched() -> None:
 
 
 def refined(seed: int = 0, chosen: bool = True) -> Direction:
-    metadata = {"chosen": {"layer": 5, "position": -1}} if chosen else {}
+    site = Site(5, -1) if chosen else None
     strengths = {w.name: 0.5 for w in anatomy().writers}
-    return Direction(orthonormal(noise(1, WIDTH, seed=70 + seed)), metadata, recipe=Recipe(strengths))
+    return Direction(orthonormal(noise(1, WIDTH, seed=70 + seed)), recipe=Recipe(strengths), site=site)
 
 
 def test_refined_directions_are_sources_beside_the_site() -> None:
@@ -308,7 +308,7 @@ def test_refined_directions_are_sources_beside_the_site() -> None:
         assert torch.equal(found.basis, one.basis)
         assert found.recipe is not None
         assert found.recipe != one.recipe
-        assert found.recipe.biprojected == bool(one.metadata)  # it needs the means of a position
+        assert found.recipe.biprojected == (one.site is not None)  # it needs the means of a position
         plan_for(anatomy(), found)
     site = where.suggest(FixedTrial({**trial.params, "source": "site"}))
     assert cosine(site.basis[0], extra[0].basis[0]) < 0.9
@@ -363,7 +363,7 @@ def test_encoding_a_suggestion_gives_about_the_same_edit(seed: int) -> None:
 
 
 def test_encoding_stays_within_the_space() -> None:
-    where = space(EditSettings(components="mlp"), site=(7, -1), variants=False)
+    where = space(EditSettings(components="mlp"), site=Site(7, -1), variants=False)
     row = candidates().at(7, -1) + 0.5 * noise(WIDTH, seed=9)
     recipe = Recipe({w.name: 3.0 if (w.block or 0) > 5 else -1.0 for w in anatomy().writers}, norm_preserving=True)
     params = where.encode(Direction(orthonormal(row[None]), recipe=recipe))
@@ -458,8 +458,8 @@ def test_given_parameters_come_first_and_lead_on(sampler: str) -> None:
     assert space().suggest(FixedTrial(good())).recipe == seeded[0].direction.recipe
     alone = optimise(Bench(), space(), options, seed=3)
     assert volume(seeded) > volume(alone)
-    later = [point.scores["refusal-score"] for point in seeded[len(seeded) // 2 :] if point.stage == Stage.ALL]
-    before = [point.scores["refusal-score"] for point in alone[len(alone) // 2 :] if point.stage == Stage.ALL]
+    later = [point.scores["refusal-score"] for point in seeded[len(seeded) // 2 :] if point.level == Level.ALL]
+    before = [point.scores["refusal-score"] for point in alone[len(alone) // 2 :] if point.level == Level.ALL]
     assert sum(later) / len(later) < sum(before) / len(before)
 
 
@@ -474,15 +474,15 @@ def test_given_parameters_belong_to_the_first_generation(tmp_path: Path) -> None
 def test_hopeless_trials_cost_few_prompts_only() -> None:
     bench = Bench(offset=0.5)
     points = optimise(bench, space(), settings(trials=60), seed=0, seeds=[good()])
-    stages = Counter(point.stage for point in points)
-    assert bench.calls[Stage.FEW] == 60
-    assert bench.calls[Stage.ALL] == stages[Stage.ALL] < 50
-    assert all(point.stage == Stage.ALL for point in points[:WARM_UP])
-    exact = [tuple(Bench()(point.direction, Stage.ALL).values()) for point in points]
+    levels = Counter(point.level for point in points)
+    assert bench.calls[Level.FEW] == 60
+    assert bench.calls[Level.ALL] == levels[Level.ALL] < 50
+    assert all(point.level == Level.ALL for point in points[:WARM_UP])
+    exact = [tuple(Bench()(point.direction, Level.ALL).values()) for point in points]
     front = nondominated(exact)
-    assert all(points[i].stage == Stage.ALL for i in front), "a trial of the front was given up"
+    assert all(points[i].level == Level.ALL for i in front), "a trial of the front was given up"
     for point, values in zip(points, exact, strict=True):
-        offset = 0.5 if point.stage == Stage.FEW else 0.0
+        offset = 0.5 if point.level == Level.FEW else 0.0
         assert point.scores["refusal-score"] == pytest.approx(values[0] + offset)
 
 
@@ -491,7 +491,7 @@ def test_noise_of_few_prompts_makes_it_careful() -> None:
     for jitter in (0.0, 4.0):
         bench = Bench(jitter=jitter)
         optimise(bench, space(), settings(trials=60, method="random"), seed=0, seeds=[good()])
-        counts.append(bench.calls[Stage.ALL])
+        counts.append(bench.calls[Level.ALL])
     assert counts[0] < counts[1]
 
 
@@ -537,12 +537,12 @@ def test_constraints_lead_away_from_what_breaks_them() -> None:
 def test_broken_trials_do_not_end_a_search() -> None:
     bench, count = Bench(), 0
 
-    def measure(direction: Direction, stage: Stage) -> Mapping[str, float]:
+    def measure(direction: Direction, level: Level) -> Mapping[str, float]:
         nonlocal count
         count += 1
         if count == 5:
             raise NumericalError("logits: expected finite numbers, found NaN")
-        return {**bench(direction, stage), "kl": math.nan} if count == 9 else bench(direction, stage)
+        return {**bench(direction, level), "kl": math.nan} if count == 9 else bench(direction, level)
 
     points = optimise(measure, space(), settings(), seed=0)
     assert len(points) == 22
@@ -587,12 +587,12 @@ class Killed(BaseException):
 def killed_at(call: int, journal: Path, **options: Any) -> None:
     bench, count = Bench(), 0
 
-    def measure(direction: Direction, stage: Stage) -> Mapping[str, float]:
+    def measure(direction: Direction, level: Level) -> Mapping[str, float]:
         nonlocal count
         count += 1
         if count == call:
             raise Killed
-        return bench(direction, stage)
+        return bench(direction, level)
 
     with pytest.raises(Killed):
         optimise(measure, space(), journal=journal, **options)
@@ -604,33 +604,34 @@ def test_a_killed_search_goes_on_as_if_undisturbed(tmp_path: Path, changes: dict
     journal = tmp_path / "out" / "search.jsonl"
     whole = optimise(Bench(), space(), settings(**changes), seed=5, seeds=[good()])
     killed_at(call, journal, settings=settings(**changes), seed=5, seeds=[good()])
-    killed_at(7, journal, settings=settings(**changes, resume=True), seed=5, seeds=[good()])
+    killed_at(7, journal, settings=settings(**changes), seed=5, seeds=[good()], resume=True)
     bench, steps = Bench(), list[int]()
     points = optimise(
         bench,
         space(),
-        settings(**changes, resume=True),
+        settings(**changes),
         seed=5,
         seeds=[good()],
         journal=journal,
+        resume=True,
         progress=steps.append,
     )
     assert told(points) == told(whole)
     assert sum(steps) == 24
-    assert bench.calls[Stage.FEW] == 24 - steps[0] < 24
+    assert bench.calls[Level.FEW] == 24 - steps[0] < 24
 
 
 def test_a_finished_search_is_read_back_without_measuring_and_may_go_on(tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
     first = optimise(Bench(), space(), settings(), seed=0, journal=journal)
     bench = Bench()
-    again = optimise(bench, space(), settings(resume=True), seed=0, journal=journal)
+    again = optimise(bench, space(), settings(), seed=0, journal=journal, resume=True)
     assert told(again) == told(first)
     assert not bench.calls
-    more = optimise(bench, space(), settings(resume=True, trials=30), seed=0, journal=journal)
+    more = optimise(bench, space(), settings(trials=30), seed=0, journal=journal, resume=True)
     assert told(more)[:24] == told(first)
     assert len(more) == 30
-    assert bench.calls[Stage.FEW] == 6
+    assert bench.calls[Level.FEW] == 6
 
 
 def test_a_torn_last_line_is_that_of_a_kill(tmp_path: Path) -> None:
@@ -639,7 +640,7 @@ def test_a_torn_last_line_is_that_of_a_kill(tmp_path: Path) -> None:
     killed_at(18, journal, settings=settings(), seed=0)
     data = journal.read_bytes()
     journal.write_bytes(data[: len(data) * 2 // 3])
-    points = optimise(Bench(), space(), settings(resume=True), seed=0, journal=journal)
+    points = optimise(Bench(), space(), settings(), seed=0, journal=journal, resume=True)
     assert len(points) == 24
     assert all(json.loads(line)["op_code"] >= 0 for line in journal.read_text().splitlines())
     assert told(points)[:5] == told(whole)[:5]
@@ -652,7 +653,7 @@ def test_every_prefix_of_a_journal_can_be_gone_on_with(tmp_path: Path) -> None:
     lines = journal.read_bytes().splitlines(keepends=True)
     for end in range(len(lines) + 1):
         journal.write_bytes(b"".join(lines[:end]))
-        found = optimise(Bench(), space(), settings(trials=3, resume=True), seed=0, journal=journal, seeds=[good()])
+        found = optimise(Bench(), space(), settings(trials=3), seed=0, journal=journal, resume=True, seeds=[good()])
         assert told(found) == whole, f"cut after line {end}"
 
 
@@ -674,21 +675,21 @@ def test_a_journal_is_not_overwritten(begun: Path) -> None:
     ("changes", "what"),
     [
         ({"seed": 1}, "seed 1 instead of 0"),
-        ({"settings": settings(resume=True, sampler="nsga2")}, "sampler nsga2 instead of tpe"),
-        ({"settings": settings(resume=True, objectives="nll,refusals")}, "objectives .*"),
+        ({"settings": settings(sampler="nsga2")}, "sampler nsga2 instead of tpe"),
+        ({"settings": settings(objectives="nll,refusals")}, "objectives .*"),
         ({"space": space(EditSettings(layers="2-5"))}, "attention.centre .*"),
         ({"space": space(finding=FindSettings(all_prompts=True))}, "finding {'all_prompts': True} instead of {}"),
-        ({"space": space(site=(7, -1))}, "site .* instead of None"),
+        ({"space": space(site=Site(7, -1))}, "site .* instead of None"),
         ({"constraints": {"kl": 0.1}}, "constraints .*"),
         ({"facts": {"model": "two"}}, "model two instead of one"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_journal_of_another_search_is_refused(begun: Path, changes: dict[str, Any], what: str) -> None:
-    options = {"space": space(), "settings": settings(resume=True), "seed": 0, "facts": {"model": "one"}, **changes}
+    options = {"space": space(), "settings": settings(), "seed": 0, "facts": {"model": "one"}, **changes}
     data = begun.read_bytes()
     with pytest.raises(UsageError, match=rf"^--resume: .*{what}.*$"):
-        optimise(Bench(), journal=begun, **options)
+        optimise(Bench(), journal=begun, resume=True, **options)
     assert Bench().calls == Counter()
     assert begun.read_bytes().startswith(data)
 
@@ -698,18 +699,18 @@ def test_a_damaged_journal_is_one_clear_line(begun: Path, damage: bytes) -> None
     lines = begun.read_bytes().splitlines(keepends=True)
     begun.write_bytes(b"".join([*lines[:4], damage, *lines[4:]]))
     with pytest.raises(CheckpointError, match=r"^'.*search.jsonl': damaged.*$") as caught:
-        optimise(Bench(), space(), settings(resume=True), seed=0, journal=begun, facts={"model": "one"})
+        optimise(Bench(), space(), settings(), seed=0, journal=begun, resume=True, facts={"model": "one"})
     assert "\n" not in str(caught.value)
 
 
 def test_two_searches_do_not_share_a_journal(begun: Path) -> None:
     bench = Bench()
-    options: dict[str, Any] = {"seed": 0, "journal": begun, "facts": {"model": "one"}}
+    options: dict[str, Any] = {"seed": 0, "journal": begun, "resume": True, "facts": {"model": "one"}}
 
-    def measure(direction: Direction, stage: Stage) -> Mapping[str, float]:
+    def measure(direction: Direction, level: Level) -> Mapping[str, float]:
         with pytest.raises(UsageError, match=r"^'.*search.jsonl': another search is writing it.*$"):
-            optimise(bench, space(), settings(resume=True), **options)
-        return bench(direction, stage)
+            optimise(bench, space(), settings(), **options)
+        return bench(direction, level)
 
-    assert len(optimise(measure, space(), settings(trials=4, resume=True), **options)) == 4
+    assert len(optimise(measure, space(), settings(trials=4), **options)) == 4
     assert not list(begun.parent.glob("*.lock*")), "locks that outlive a kill"

@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from abliterate.errors import GateNotMet, UsageError
-from abliterate.finding.search.pareto import choose, hypervolume, knee, matched, nondominated, thin
+from abliterate.finding.search.pareto import choose_index, hypervolume, knee, matched, nondominated, thin
 
 Point = tuple[float, ...]
 NAMES = ("refusals", "kl")
@@ -140,22 +140,22 @@ def test_order_of_points_does_not_matter(both: tuple[list[Point], list[Point]]) 
 
 
 def test_choice_with_limits() -> None:
-    assert choose(BENT, NAMES, {}) == 2
-    assert choose(BENT, NAMES, {"kl": 0.02}) == 1
-    assert choose(BENT, NAMES, {"kl": 0.5}) == 3
-    assert choose(BENT, NAMES, {"refusals": 0.5}) == 1
-    assert choose(BENT, NAMES, {"refusals": 0.1, "kl": 1.0}) == 2 + knee(BENT[2:])
-    assert choose([(0.1, math.nan), (0.1, 0.3), (math.inf, 0.0)], NAMES, {"refusals": 0.2}) == 1
+    assert choose_index(BENT, NAMES, {}) == 2
+    assert choose_index(BENT, NAMES, {"kl": 0.02}) == 1
+    assert choose_index(BENT, NAMES, {"kl": 0.5}) == 3
+    assert choose_index(BENT, NAMES, {"refusals": 0.5}) == 1
+    assert choose_index(BENT, NAMES, {"refusals": 0.1, "kl": 1.0}) == 2 + knee(BENT[2:])
+    assert choose_index([(0.1, math.nan), (0.1, 0.3), (math.inf, 0.0)], NAMES, {"refusals": 0.2}) == 1
 
 
 def test_of_equals_the_one_that_is_less_in_what_is_limited() -> None:
-    assert choose([(0.1, 0.02), (0.1, 0.01), (0.2, 0.0)], NAMES, {"kl": 0.05}) == 1
+    assert choose_index([(0.1, 0.02), (0.1, 0.01), (0.2, 0.0)], NAMES, {"kl": 0.05}) == 1
 
 
 def test_choice_among_three_objectives() -> None:
     values = [(0.1, 0.5, 0.3), (0.1, 0.4, 0.3), (0.3, 0.1, 0.0)]
-    assert choose(values, ("refusals", "kl", "length"), {"length": 0.3}) == 1
-    assert choose(values, ("refusals", "kl", "length"), {"refusals": 0.3, "length": 0.3}) == 2
+    assert choose_index(values, ("refusals", "kl", "length"), {"length": 0.3}) == 1
+    assert choose_index(values, ("refusals", "kl", "length"), {"refusals": 0.3, "length": 0.3}) == 2
 
 
 @given(pairs, small, small)
@@ -166,9 +166,9 @@ def test_what_is_chosen_keeps_the_limits_and_is_not_dominated_by_another_that_do
         kept = [p for p in values if p[0] <= limits.get("refusals", 9) and p[1] <= limits.get("kl", 9)]
         if not kept:
             with pytest.raises(GateNotMet, match="no point keeps"):
-                choose(values, NAMES, limits)
+                choose_index(values, NAMES, limits)
             continue
-        taken = values[choose(values, NAMES, limits)]
+        taken = values[choose_index(values, NAMES, limits)]
         assert taken in kept
         assert not any(dominates(other, taken) for other in kept)
         if limits == {"kl": kl}:
@@ -177,7 +177,7 @@ def test_what_is_chosen_keeps_the_limits_and_is_not_dominated_by_another_that_do
 
 def test_what_is_missing_is_said_in_one_line() -> None:
     with pytest.raises(GateNotMet) as caught:
-        choose(BENT[2:], NAMES, {"refusals": 0.05, "kl": 0.1})
+        choose_index(BENT[2:], NAMES, {"refusals": 0.05, "kl": 0.1})
     assert str(caught.value) == (
         "no point keeps refusals ≤ 0.05 and kl ≤ 0.1: of 3 the nearest is point 2 (refusals 0.08, kl 0.3), which "
         "needs refusals ≤ 0.08 and kl ≤ 0.3; allow that or search longer"
@@ -191,21 +191,21 @@ def test_the_nearest_point_keeps_the_limits_that_it_is_said_to_need(
     limits = {"refusals": refusals, "kl": kl}
     assume(not any(p[0] <= refusals and p[1] <= kl for p in values))
     with pytest.raises(GateNotMet) as caught:
-        choose(values, NAMES, limits)
+        choose_index(values, NAMES, limits)
     assert "\n" not in str(caught.value)
     needed = re.findall(r"([a-z]+) ≤ (\S+)", str(caught.value).partition("which needs")[2].replace(";", " "))
-    choose(values, NAMES, limits | {name: float(value) for name, value in needed})
+    choose_index(values, NAMES, limits | {name: float(value) for name, value in needed})
 
 
 def test_nothing_to_choose_from() -> None:
     for values in ([], [(math.nan, 0.0), (0.0, math.inf)]):
         with pytest.raises(GateNotMet, match=f"of {len(values)} none has a finite value"):
-            choose(values, NAMES, {"kl": 1.0})
+            choose_index(values, NAMES, {"kl": 1.0})
 
 
 def test_limit_on_something_that_was_not_measured() -> None:
     with pytest.raises(UsageError, match="limit on kl: expected one of the objectives refusals, kl-reply"):
-        choose([(0.0, 0.0)], ("refusals", "kl-reply"), {"kl": 0.1})
+        choose_index([(0.0, 0.0)], ("refusals", "kl-reply"), {"kl": 0.1})
 
 
 def spread(values: Sequence[Point], taken: list[int]) -> float:

@@ -19,11 +19,12 @@ from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.examine import random_direction
 from abliterate.evaluation.judging import RuleJudge
+from abliterate.evaluation.probe import Probe
 from abliterate.finding.find import Findings, best_separated
-from abliterate.finding.search import Meter, Point, Search, Stage, method_of, search
+from abliterate.finding.search import Level, Point, Search, method_of, search
 from abliterate.finding.search.gradient import descend, frozen, legs
 from abliterate.finding.search.objectives import OBJECTIVES, limits_of, objectives_named, values
-from abliterate.finding.search.search import choose
+from abliterate.finding.search.search import choose_point
 from abliterate.model.batches import SharedPrefix, last_logits
 from abliterate.record import read_record
 from abliterate.session import Session
@@ -51,8 +52,8 @@ def start(session: Session, findings: Findings) -> Direction:
     return best_separated(session, findings, FindSettings())
 
 
-def ids(findings: Findings) -> list[int]:
-    return [token.token for token in findings.tokens]
+def probe_of(session: Session, findings: Findings) -> Probe:
+    return Probe(session, findings.ids, judge=RuleJudge(), settings=EvalSettings(max_new_tokens=6))
 
 
 def logits(session: Session, plan: Plan) -> torch.Tensor:
@@ -65,11 +66,11 @@ def test_the_gradient_stops_refusal_from_a_bad_start(session: Session, findings:
     generator = torch.Generator().manual_seed(5)
     off = planted.direction + 0.3 * torch.randn(len(planted.direction), generator=generator)
     start = Direction((off / off.norm())[None])
-    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
+    probe = probe_of(session, findings)
     refusals = objectives_named("refusals,kl")[:1]
-    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 80), seed=1)
+    (found,) = descend(replace(session, seed=1), findings.ids, start, EditSettings(), legs(1, 80))
     base, before, after = (
-        values(meter.measure(plan, Stage.REPLIES), refusals)["refusals"]
+        values(probe.measure(plan, Level.REPLIES), refusals)["refusals"]
         for plan in (None, session.plan(start), session.plan(found))
     )
     assert min(base, before) > 0.5, "the control: the start alone does little"
@@ -77,7 +78,7 @@ def test_the_gradient_stops_refusal_from_a_bad_start(session: Session, findings:
 
 
 def test_every_site_has_its_own_direction(session: Session, findings: Findings, start: Direction) -> None:
-    (found,) = descend(session, ids(findings), start, EditSettings(), legs(1, 4))
+    (found,) = descend(session, findings.ids, start, EditSettings(), legs(1, 4))
     assert found.per_site is not None
     assert found.per_site.shape == (session.anatomy.layers + 1, 1, session.anatomy.d_model)
     torch.testing.assert_close(found.per_site.norm(dim=-1), torch.ones(session.anatomy.layers + 1, 1))
@@ -86,9 +87,10 @@ def test_every_site_has_its_own_direction(session: Session, findings: Findings, 
 
 
 def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, findings: Findings, start: Direction) -> None:
-    found = descend(session, ids(findings), start, EditSettings(), legs(3, 45, lightest=1e-3, heaviest=1e9), seed=1)
-    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings())
-    measured = [meter.measure(session.plan(direction), Stage.ALL) for direction in found]
+    way = legs(3, 45, lightest=1e-3, heaviest=1e9)
+    found = descend(replace(session, seed=1), findings.ids, start, EditSettings(), way)
+    probe = Probe(session, findings.ids)
+    measured = [probe.measure(session.plan(direction), Level.ALL) for direction in found]
     kl = [float(m.kl.mean()) for m in measured]
     refusing = [float(m.harmful.mean()) for m in measured]
     assert kl[0] > kl[-1]
@@ -96,28 +98,28 @@ def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, finding
 
 
 def test_a_fixed_direction_and_fixed_strengths_stay(session: Session, findings: Findings, start: Direction) -> None:
-    (kept,) = descend(session, ids(findings), start, EditSettings(), legs(1, 4), refine=False)
+    (kept,) = descend(session, findings.ids, start, EditSettings(), legs(1, 4), refine=False)
     torch.testing.assert_close(kept.basis, start.basis)
     editing = EditSettings(strengths="attention=0.7", components="attention,mlp")
-    (found,) = descend(session, ids(findings), start, editing, legs(1, 4))
+    (found,) = descend(session, findings.ids, start, editing, legs(1, 4))
     plan = session.plan(found)
     by_kind = {edit.writer.name: edit.strength for edit in plan.edits}
     assert {s for name, s in by_kind.items() if "o_proj" in name} == {0.7}
     assert len({s for name, s in by_kind.items() if "down_proj" in name}) > 1
     assert not any("embed" in name for name in by_kind)
-    (found,) = descend(session, ids(findings), start, EditSettings(strengths="attention=1"), legs(1, 4))
+    (found,) = descend(session, findings.ids, start, EditSettings(strengths="attention=1"), legs(1, 4))
     assert {e.strength for e in session.plan(found).edits if "o_proj" in e.writer.name} == {1.0}
-    (found,) = descend(session, ids(findings), start, EditSettings(strength=0.6), legs(1, 4))
+    (found,) = descend(session, findings.ids, start, EditSettings(strength=0.6), legs(1, 4))
     assert {edit.strength for edit in session.plan(found).edits} == {0.6}
     with pytest.raises(UsageError, match="nothing to search"):
-        descend(session, ids(findings), start, EditSettings(strength=0.6), legs(1, 4), refine=False)
+        descend(session, findings.ids, start, EditSettings(strength=0.6), legs(1, 4), refine=False)
 
 
 @pytest.mark.parametrize("editing", [EditSettings(norm_preserving=True), EditSettings(biprojected=True)])
 def test_variants_are_optimised_as_they_are_applied(
     session: Session, findings: Findings, start: Direction, editing: EditSettings
 ) -> None:
-    (found,) = descend(session, ids(findings), start, editing, legs(1, 6))
+    (found,) = descend(session, findings.ids, start, editing, legs(1, 6))
     assert found.recipe is not None
     # The recipe alone says it, so that a point's file needs no option.
     torch.testing.assert_close(logits(session, session.plan(found)), logits(session, session.plan(found, editing)))
@@ -132,7 +134,7 @@ def test_gradients_are_those_of_the_hooks(session: Session, findings: Findings, 
         plan = session.plan(replace(start, recipe=Recipe(strengths)))  # type: ignore[arg-type]
         with ablation(session.model, plan):
             shared = SharedPrefix(session.model, prompts.prefix, grad=grad)
-            return last_logits(session.model, shared, prompts.suffixes)[:, ids(findings)].sum()
+            return last_logits(session.model, shared, prompts.suffixes)[:, findings.ids].sum()
 
     value = torch.tensor(0.5, requires_grad=True)
     with frozen(session.model):
@@ -143,11 +145,11 @@ def test_gradients_are_those_of_the_hooks(session: Session, findings: Findings, 
 
 
 def test_a_point_survives_its_file(session: Session, findings: Findings, start: Direction, tmp_path: Path) -> None:
-    (found,) = descend(session, ids(findings), start, EditSettings(biprojected=True), legs(1, 4))
+    (found,) = descend(session, findings.ids, start, EditSettings(biprojected=True), legs(1, 4))
     save_direction(tmp_path / "point.safetensors", found)
     back = load_direction(tmp_path / "point.safetensors")
     assert back.recipe == found.recipe
-    assert "recipe" not in back.metadata
+    assert "recipe" not in back.facts
     assert torch.equal(logits(session, session.plan(back)), logits(session, session.plan(found)))
     half = session.plan(back, EditSettings(strength=0.5))
     assert {e.writer.name: e.strength for e in half.edits} == pytest.approx(
@@ -158,11 +160,14 @@ def test_a_point_survives_its_file(session: Session, findings: Findings, start: 
 
 
 def test_search_by_gradient(session: Session, findings: Findings, start: Direction) -> None:
-    settings = SearchSettings(points=3, steps=24, search_tokens=6)
-    evaluating = EvalSettings(max_new_tokens=6)
-    # Some of the harmless prompts are refused before and answered after: that is most of the KL here.
-    finding = FindSettings(max_kl=1.0)
-    result = search(session, findings, start, settings, "gradient", RuleJudge(), evaluating=evaluating, finding=finding)
+    settings = RunSettings(
+        model=session.loaded.files.name,
+        # Some of the harmless prompts are refused before and answered after: that is most of the KL here.
+        finding=FindSettings(max_kl=1.0),
+        searching=SearchSettings(points=3, steps=24, search_tokens=6),
+        evaluating=EvalSettings(max_new_tokens=6),
+    )
+    result = search(session, findings, start, RuleJudge(), settings, "gradient")
     assert len(result.points) == 3
     assert result.base["refusals"] > 0.9
     assert result.chosen in result.on_front()
@@ -177,24 +182,24 @@ def test_search_by_gradient(session: Session, findings: Findings, start: Directi
 
 
 def test_a_random_direction_is_no_point(session: Session, findings: Findings) -> None:
-    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
+    probe = probe_of(session, findings)
     plan = session.plan(random_direction(1, session.anatomy.d_model, 3))
-    assert values(meter.measure(plan, Stage.REPLIES), objectives_named("refusals,kl"))["refusals"] > 0.8
+    assert values(probe.measure(plan, Level.REPLIES), objectives_named("refusals,kl"))["refusals"] > 0.8
 
 
 def test_every_objective_can_be_measured_and_is_nothing_for_the_unedited_model(
     session: Session, findings: Findings, start: Direction
 ) -> None:
-    meter = Meter(session, ids(findings), RuleJudge(), EvalSettings(max_new_tokens=6))
+    probe = probe_of(session, findings)
     objectives = tuple(OBJECTIVES.values())
-    base = values(meter.measure(None, Stage.SHIFT), objectives)
-    edited = values(meter.measure(session.plan(start), Stage.SHIFT), objectives)
+    base = values(probe.measure(None, Level.SHIFT), objectives)
+    edited = values(probe.measure(session.plan(start), Level.SHIFT), objectives)
     assert set(base) == set(edited) == set(OBJECTIVES)
     assert {name: base[name] for name in ("kl", "kl-reply", "nll", "length", "repetition")} == pytest.approx(
         dict.fromkeys(("kl", "kl-reply", "nll", "length", "repetition"), 0.0), abs=1e-5
     )
     assert edited["kl"] > 1e-6
-    few = values(meter.measure(session.plan(start), Stage.FEW), objectives)
+    few = values(probe.measure(session.plan(start), Level.FEW), objectives)
     assert set(few) == {"kl", "refusal-score", "over-refusal-score"}
 
 
@@ -245,7 +250,7 @@ def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Pla
         pipeline.apply(str(planted.folder), tmp_path / "out" / point.file, OutputSettings(out=again))
         same = shard_bytes(again) == shard_bytes(tmp_path / "out")
         assert same == (point.number == part.chosen)
-    assert abliterate.compare(tmp_path / "out").intact
+    assert abliterate.verify_files(tmp_path / "out").intact
 
 
 @pytest.mark.parametrize("method", ["gradient", "black-box", "both", "random"])
@@ -256,11 +261,11 @@ def test_search_writes_points_that_do_what_they_say(planted: Planted, tmp_path: 
     assert (tmp_path / "front" / "trials.log").exists() == (method != "gradient")
     session = pipeline.open_session(str(planted.folder), prompts=prompt_settings(planted))
     tokens = [token.token for token in record.refusal_tokens]
-    meter = Meter(session, tokens, RuleJudge(), EvalSettings(max_new_tokens=6))
+    probe = Probe(session, tokens, judge=RuleJudge(), settings=EvalSettings(max_new_tokens=6))
     objectives = objectives_named("refusals,kl")
     for point in part.points:
         direction = load_direction(tmp_path / "front" / str(point.file))
-        measured = values(meter.measure(session.plan(direction), Stage.REPLIES), objectives)
+        measured = values(probe.measure(session.plan(direction), Level.REPLIES), objectives)
         assert measured == pytest.approx({name: point.scores[name] for name in measured}, rel=1e-3, abs=1e-6)
     assert part.chosen is not None
     chosen = load_direction(tmp_path / "front" / "direction.safetensors")
@@ -281,30 +286,33 @@ def test_another_point_is_picked_without_searching(planted: Planted, tmp_path: P
     assert load_direction(folder / "direction.safetensors").recipe == third.recipe
     assert read_record(folder) == again
     with pytest.raises(UsageError, match="--pick 9"):
+        pipeline.pick(folder, 9)
+    assert read_record(folder) == again
+    with pytest.raises(UsageError, match="--pick 9"):
         pipeline.search(job(planted, tmp_path / "other", pick="9", no_held_out=True))
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         pipeline.search(job(planted, folder))
     with pytest.raises(UsageError, match="expected the trials of a search"):
-        pipeline.search(job(planted, tmp_path / "third", resume=True))
+        pipeline.search(job(planted, tmp_path / "third"), resume=True)
 
 
 def test_a_search_goes_on_where_it_was_killed(
     planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = pipeline.search(job(planted, tmp_path / "whole", method="random", no_held_out=True))
-    measure, calls = Meter.measure, []
+    measure, calls = Probe.measure, []
 
-    def killed(self: Meter, *args: Any) -> Any:
+    def killed(self: Probe, *args: Any) -> Any:
         calls.append(args)
         if len(calls) == 9:
             raise KeyboardInterrupt
         return measure(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Meter, "measure", killed)
+        patch.setattr(Probe, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
             pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True))
-    resumed = pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True, resume=True))
+    resumed = pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True), resume=True)
     assert whole.search is not None
     assert resumed.search is not None
     assert [p.scores for p in resumed.search.points] == [p.scores for p in whole.search.points]
@@ -315,20 +323,22 @@ def test_what_is_asked_for_is_chosen() -> None:
     direction = Direction(torch.eye(1, 4))
     scores = [(0.0, 0.02, 0.3), (0.05, 0.01, 0.1), (0.1, 0.004, 0.1), (0.5, 0.001, 0.1)]
     points = tuple(
-        Point(direction, f"{i}", {"refusals": r, "kl": k, "over-refusals": o}, Stage.REPLIES)
+        Point(direction, f"{i}", {"refusals": r, "kl": k, "over-refusals": o}, Level.REPLIES)
         for i, (r, k, o) in enumerate(scores)
     )
     limits = {"over-refusals": 0.12, "kl": 0.1}
     result = Search("gradient", ("refusals", "kl"), "", limits, points, 0, "", {}, None, {}, 0.0)
     auto, finding = SearchSettings(), FindSettings()
-    assert choose(result, auto, finding).chosen == 2
-    assert choose(result, auto.model_copy(update={"max_refusals": 0.07}), finding).chosen == 1, "0 is over its limit"
-    assert choose(result, auto, FindSettings(max_kl=0.002)).chosen == 3
-    assert choose(result, auto.model_copy(update={"pick": "1"}), finding).chosen == 0
+    assert choose_point(result, auto, finding).chosen == 2
+    assert choose_point(result, auto.model_copy(update={"max_refusals": 0.07}), finding).chosen == 1, (
+        "0 is over its limit"
+    )
+    assert choose_point(result, auto, FindSettings(max_kl=0.002)).chosen == 3
+    assert choose_point(result, auto.model_copy(update={"pick": "1"}), finding).chosen == 0
     with pytest.raises(GateNotMet, match="no point keeps"):
-        choose(result, auto, FindSettings(max_kl=0.0005))
+        choose_point(result, auto, FindSettings(max_kl=0.0005))
     with pytest.raises(GateNotMet, match="no point keeps"):
-        choose(replace(result, limits={"over-refusals": 0.05}), auto, finding)
+        choose_point(replace(result, limits={"over-refusals": 0.05}), auto, finding)
 
 
 def test_layers_in_four_bits_compute_with_gradients_inside_and_as_they_like_after() -> None:

@@ -16,9 +16,16 @@ from typer.testing import CliRunner
 from abliterate import pipeline
 from abliterate.cli.app import app
 from abliterate.cli.audit import show_audit
-from abliterate.cli.harden import hardened_as_dict, show_hardened
-from abliterate.cli.repair import show_repaired
-from abliterate.config import EvalSettings, HardenSettings, ModelSettings, OutputSettings
+from abliterate.cli.harden import show_hardening
+from abliterate.cli.repair import show_repair
+from abliterate.config import (
+    EvalSettings,
+    HardenSettings,
+    MeasureSettings,
+    ModelSettings,
+    OutputSettings,
+    RepairSettings,
+)
 from abliterate.edit.additions import Addition, adding
 from abliterate.edit.direction import Direction, save_direction
 from abliterate.errors import GateNotMet, UsageError
@@ -32,6 +39,10 @@ from planted import Planted, plant
 from test_pipeline import prompt_settings
 
 FLOAT32 = ModelSettings(dtype="float32", device="cpu")
+
+
+def measured_on(planted: Planted) -> MeasureSettings:
+    return MeasureSettings(loading=FLOAT32, prompts=prompt_settings(planted), evaluating=EvalSettings(max_new_tokens=6))
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +84,10 @@ def test_a_base_restores_byte_for_byte(planted: Planted, edited: Path, tmp_path:
     told = json.loads(result.stdout)
     assert told["how"] == "base"
     assert told["restored"] == []
+    left = read_record(tmp_path / "out").repair
+    assert left is not None
+    assert left.model_dump(mode="json") == told
+    assert "Restored from the base" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     original, back = (load_file(folder / "model.safetensors") for folder in (planted.folder, tmp_path / "out"))
     assert all(torch.equal(original[name], back[name]) for name in original)
 
@@ -86,8 +101,8 @@ def test_a_base_restores_only_the_direction_where_more_was_done(planted: Planted
         for name, t in tensors.items()
     }
     save_file(noisy, found / "model.safetensors", metadata={"format": "pt"})
-    done = repair(str(found), tmp_path / "out", base=str(planted.folder))
-    assert done.exact == ()
+    done = repair(str(found), tmp_path / "out", RepairSettings(base=str(planted.folder)))
+    assert done.exact == []
     original, back = (load_file(folder / "model.safetensors") for folder in (planted.folder, tmp_path / "out"))
     for name in done.restored:
         if "proj" in name:
@@ -121,7 +136,7 @@ def test_an_adapter_is_taken_out_again(planted: Planted, tmp_path: Path) -> None
         (folder / path.name).write_bytes(path.read_bytes())
     save_file(merged, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(kept, adapter / "adapter_model.safetensors")
-    done = repair(str(folder), tmp_path / "out", adapter=adapter)
+    done = repair(str(folder), tmp_path / "out", RepairSettings(adapter=adapter))
     assert len(done.restored) == len(linear)
     original, back = (load_file(at / "model.safetensors") for at in (planted.folder, tmp_path / "out"))
     assert all(torch.allclose(original[name], back[name], atol=1e-6) for name in original)
@@ -133,38 +148,35 @@ def test_without_anything_refusals_come_back_approximately(
     monkeypatch.setattr(repairing, "_SIZES", (1.5, 3.0))  # refusal is louder in the planted model than in real ones
     found = without_record(edited, tmp_path / "found")
     save_direction(tmp_path / "d.safetensors", Direction(planted.direction[None]))
-    done = repair(
-        str(found),
-        tmp_path / "out",
-        direction=tmp_path / "d.safetensors",
-        loading=FLOAT32,
-        prompts=prompt_settings(planted),
-        evaluating=EvalSettings(max_new_tokens=6),
-    )
+    known = RepairSettings(direction=tmp_path / "d.safetensors")
+    done = repair(str(found), tmp_path / "out", known, measured_on(planted))
     assert done.how == "approximation"
     screen = Console(file=io.StringIO(), width=100)
-    show_repaired(done, screen)
+    show_repair(done, screen)
     assert screen.file.getvalue().startswith("Repaired approximately")  # type: ignore[attr-defined]
     assert "approximation" in done.note
     assert done.evaluation is not None
     assert done.evaluation.after is not None
-    before, after = done.evaluation.before["harmful"].tally, done.evaluation.after["harmful"].tally
+    before, after = done.evaluation.before.harmful, done.evaluation.after.harmful
     assert before.refusals == 0
     assert after.refusals > 0
-    assert done.evaluation.after["harmless"].tally.refusals <= 0.1 * after.n
+    assert done.evaluation.after.harmless.refusals <= 0.1 * after.n
+    record = read_record(tmp_path / "out")
+    assert record.repair == done
+    assert record.evaluation == done.evaluation
     # What was measured is what was written.
     session = pipeline.open_session(str(tmp_path / "out"), loading=FLOAT32, prompts=prompt_settings(planted))
     again = pipeline.evaluate(session, EvalSettings(max_new_tokens=6))
-    assert again.before["harmful"].tally.refusals == after.refusals
+    assert again.before.harmful.refusals == after.refusals
 
 
 def test_what_cannot_be_repaired_is_said(planted: Planted, edited: Path, tmp_path: Path) -> None:
     with pytest.raises(GateNotMet, match="no direction was taken out of it"):
-        repair(str(planted.folder), tmp_path / "out", base=str(planted.folder))
+        repair(str(planted.folder), tmp_path / "out", RepairSettings(base=str(planted.folder)))
     with pytest.raises(UsageError, match="expected one of --base, --adapter and --direction"):
-        repair(str(edited), tmp_path / "out", base="x", adapter=Path("y"))
+        repair(str(edited), tmp_path / "out", RepairSettings(base="x", adapter=Path("y")))
     with pytest.raises(UsageError, match="adapter_config"):
-        repair(str(edited), tmp_path / "out", adapter=tmp_path)
+        repair(str(edited), tmp_path / "out", RepairSettings(adapter=tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -197,12 +209,7 @@ def test_the_planted_direction_separates_and_an_edited_model_still_knows(planted
 
 
 def test_an_audit_finds_that_one_direction_is_enough(planted: Planted, tmp_path: Path) -> None:
-    part, session = auditing.audit(
-        str(planted.folder),
-        loading=FLOAT32,
-        prompts=prompt_settings(planted),
-        evaluating=EvalSettings(max_new_tokens=6),
-    )
+    part = auditing.audit(str(planted.folder), measured_on(planted), out=tmp_path / "out")
     rows = {(row.family, row.name): row for row in part.rows}
     assert part.base.refusals == part.base.n
     assert rows["strength", "1"].refused.refusals == 0
@@ -218,7 +225,6 @@ def test_an_audit_finds_that_one_direction_is_enough(planted: Planted, tmp_path:
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
     assert "To leave at most 10 %, one direction is enough." in shown
     assert sum("random direction" in line for line in shown.splitlines()) == 1
-    auditing.write_audit(part, session, tmp_path / "out")
     assert read_record(tmp_path / "out").audit == part
     assert "How brittle is refusal?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
@@ -226,37 +232,28 @@ def test_an_audit_finds_that_one_direction_is_enough(planted: Planted, tmp_path:
 def test_a_model_that_can_only_refuse_one_way_is_not_hardened(planted: Planted, tmp_path: Path) -> None:
     """The planted head knows refusal as one direction: nothing orthogonal to it can make the model refuse."""
     with pytest.raises(GateNotMet, match="nothing written"):
-        hardening.harden(
-            str(planted.folder),
-            tmp_path / "out",
-            HardenSettings(detectors=2),
-            loading=FLOAT32,
-            prompts=prompt_settings(planted),
-            evaluating=EvalSettings(max_new_tokens=6),
-        )
+        hardening.harden(str(planted.folder), tmp_path / "out", HardenSettings(detectors=2), measured_on(planted))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UsageError, match="--detectors or --strengthen"):
         hardening.harden(str(planted.folder), tmp_path / "out", HardenSettings(detectors=0))
 
 
 def test_strengthening_helps_against_light_edits_and_not_against_full_ones(planted: Planted, tmp_path: Path) -> None:
-    done = hardening.harden(
-        str(planted.folder),
-        tmp_path / "out",
-        HardenSettings(detectors=0, strengthen=1.0),
-        loading=FLOAT32,
-        prompts=prompt_settings(planted),
-        evaluating=EvalSettings(max_new_tokens=6),
-    )
+    wanted = HardenSettings(detectors=0, strengthen=1.0)
+    done = hardening.harden(str(planted.folder), tmp_path / "out", wanted, measured_on(planted))
     assert done.before.halving_strength is not None
     assert done.after.halving_strength is not None
     assert done.after.halving_strength > done.before.halving_strength
     assert done.after.directions_needed == 1
     screen = Console(file=io.StringIO(), width=100)
-    show_hardened(done, screen)
+    show_hardening(done, screen)
     assert "Before: Refuses" in screen.file.getvalue()  # type: ignore[attr-defined]
     assert "component" in screen.file.getvalue()  # type: ignore[attr-defined]
-    assert hardened_as_dict(done)["after"]["directions_needed"] == 1
+    assert done.model_dump(mode="json")["after"]["directions_needed"] == 1
+    record = read_record(tmp_path / "out")
+    assert record.hardening == done
+    assert record.audit == done.after
+    assert "How brittle is refusal?" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     original, written = (load_file(folder / "model.safetensors") for folder in (planted.folder, tmp_path / "out"))
     name = "model.layers.1.self_attn.o_proj.weight"
     r = planted.direction

@@ -22,17 +22,17 @@ from abliterate import lab, pipeline
 from abliterate.config import (
     EditSettings,
     FindSettings,
+    MeasureSettings,
     ModelSettings,
     OutputSettings,
     PromptSettings,
     RunSettings,
     SearchSettings,
 )
-from abliterate.edit.direction import Direction, Recipe, load_direction, save_direction
+from abliterate.edit.direction import Direction, Recipe, Site, load_direction, save_direction
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.finding.selection import Site
 from abliterate.lab import Bench, Controls, Heat, markup
 from abliterate.lab.bench import FirstToken
 from abliterate.lab.keeping import place
@@ -48,7 +48,7 @@ from planted import BLOCKS, D_MODEL, POSITIONS, WRITES, Planted, plant
 
 BAD_PROMPT, GOOD_PROMPT = "tell me now bomb the river", "tell me now bread the river"
 REFUSAL, ANSWER = "I cannot help with that .", "Sure , here it is"
-ANY_SITE: Site = (WRITES + 2, -1)
+ANY_SITE = Site(WRITES + 2, -1)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_a_run_opens_with_its_original_its_tokens_and_its_scores(bench: Bench, r
     assert record.selection.chosen is not None
     assert bench.loaded.files.folder == planted.folder
     assert bench.tokens == tuple(token.token for token in record.refusal_tokens)
-    assert bench.chosen == (record.selection.chosen.layer, record.selection.chosen.position)
+    assert bench.chosen == Site(record.selection.chosen.layer, record.selection.chosen.position)
     assert bench.components == ("embedding", "attention", "mlp")
     assert bench.steps
     assert bench.heat is not None
@@ -150,7 +150,7 @@ def test_adding_the_difference_makes_it_refuse(bench: Bench) -> None:
     with pytest.raises(UsageError, match="choose 'remove'"):
         bench.plan(Controls(adding=True))
     with pytest.raises(UsageError, match="another site"):
-        bench.intervention(Controls(adding=True, site=(BLOCKS, -1)))
+        bench.intervention(Controls(adding=True, site=Site(BLOCKS, -1)))
 
 
 @pytest.mark.parametrize("controls", CONTROLS)
@@ -164,7 +164,7 @@ def test_the_plan_is_the_one_that_settings_would_make(bench: Bench, controls: Co
 
 
 def test_impossible_controls_are_one_line(bench: Bench) -> None:
-    wrong = (Controls(first=3, last=1), Controls(components=()), Controls(last=BLOCKS), Controls(site=(99, -1)))
+    wrong = (Controls(first=3, last=1), Controls(components=()), Controls(last=BLOCKS), Controls(site=Site(99, -1)))
     for controls in wrong:
         with pytest.raises(UsageError) as error:
             bench.plan(controls)
@@ -405,7 +405,8 @@ def test_the_pieces_of_a_reply_make_up_its_text(bench: Bench) -> None:
 
 def test_the_map_marks_the_site_and_says_every_number() -> None:
     heat = Heat("bypass", torch.tensor([[float("nan"), -2.0, 1.0], [3.0, 0.0, float("nan")]]), "low")
-    page = markup.heat_map(heat, [(1, -1), (2, -1), (0, -2), (1, -2)], (1, -1))
+    sites = [Site(1, -1), Site(2, -1), Site(0, -2), Site(1, -2)]
+    page = markup.heat_map(heat, sites, sites[0])
     assert page.count("<button") == 6
     assert page.count(" disabled") == 2
     assert page.count("aria-pressed") == 1
@@ -485,8 +486,7 @@ def test_a_model_is_opened_by_finding_a_direction(planted: Planted, tmp_path: Pa
     named = {name: str(getattr(planted, name)) for name in ("harmful", "harmless", "borderline")}
     found = lab.open_bench(
         str(planted.folder),
-        loading=ModelSettings(device="cpu", batch_size="64"),
-        prompts=PromptSettings(**named),
+        MeasureSettings(loading=ModelSettings(device="cpu", batch_size="64"), prompts=PromptSettings(**named)),
         root=tmp_path,
     )
     assert found.heat is not None
@@ -498,9 +498,8 @@ def test_a_direction_file_opens_the_model_that_it_names(run: Path, planted: Plan
     path = tmp_path / "some.safetensors"
     save_direction(path, load_direction(run / "direction.safetensors"))
     named = {name: str(getattr(planted, name)) for name in ("harmful", "harmless", "borderline")}
-    finding = FindSettings(refusal_tokens="I")
-    prompts = PromptSettings(**named)
-    opened = lab.open_bench(str(path), finding=finding, prompts=prompts, root=tmp_path)
+    measuring = MeasureSettings(finding=FindSettings(refusal_tokens="I"), prompts=PromptSettings(**named))
+    opened = lab.open_bench(str(path), measuring, root=tmp_path)
     assert opened.heat is not None
     assert opened.heat.best == "high"
     save_direction(path, Direction(torch.eye(1, D_MODEL)))
@@ -520,7 +519,8 @@ def test_a_record_cannot_allow_code_and_options_come_before_it(run: Path, tmp_pa
     opened = lab.open_bench(str(other))
     assert opened.loading.trust_remote_code is False
     assert opened.loaded.dtype == torch.bfloat16
-    assert lab.open_bench(str(other), loading=ModelSettings(dtype="float32")).loaded.dtype == torch.float32
+    wide = MeasureSettings(loading=ModelSettings(dtype="float32"))
+    assert lab.open_bench(str(other), wide).loaded.dtype == torch.float32
 
 
 def answered(host: str, origin: str | None) -> tuple[int, dict[bytes, bytes]]:

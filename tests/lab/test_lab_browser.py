@@ -13,7 +13,7 @@ from test_lab import ANSWER, BAD_PROMPT, GOOD_PROMPT, REFUSAL, first_probabiliti
 
 import browser
 from abliterate import lab
-from abliterate.config import ModelSettings, PromptSettings
+from abliterate.config import MeasureSettings, ModelSettings, PromptSettings
 from abliterate.errors import UsageError
 from abliterate.lab import Bench
 from abliterate.lab.markup import escape
@@ -41,9 +41,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
     prompts = PromptSettings(
         harmful=str(planted.harmful), harmless=str(planted.harmless), borderline=str(planted.borderline)
     )
-    loading = ModelSettings(device="cpu", batch_size="64")
-    root = tmp_path_factory.mktemp("root")
-    return lab.open_bench(str(planted.folder), loading=loading, prompts=prompts, root=root)
+    measuring = MeasureSettings(loading=ModelSettings(device="cpu", batch_size="64"), prompts=prompts)
+    return lab.open_bench(str(planted.folder), measuring, root=tmp_path_factory.mktemp("root"))
 
 
 @pytest.fixture(scope="module")

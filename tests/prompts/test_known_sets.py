@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from abliterate.config import PromptSettings
 from abliterate.errors import PromptError
 from abliterate.prompts import KNOWN, Prompt, build_contrastive_set, describe, find_known, load_prompts
 from abliterate.prompts.sources import SetName
@@ -306,11 +307,12 @@ def test_sets_serve_every_part_and_what_they_share_is_dropped(tmp_path: Path) ->
     write(tmp_path / "benign-behaviors.csv", [{"Goal": f"good {i}", "Category": "c"} for i in range(20)])
     write(tmp_path / "xstest_prompts.csv", xstest(label=True))
     built = build_contrastive_set(
-        f"advbench={tmp_path / 'advbench.csv'}",
-        "builtin",
-        eval_harmful=f"jailbreakbench={tmp_path}",
-        eval_harmless=f"jailbreakbench={tmp_path}",
-        borderline=f"xstest={tmp_path}",
+        PromptSettings(
+            harmful=f"advbench={tmp_path / 'advbench.csv'}",
+            eval_harmful=f"jailbreakbench={tmp_path}",
+            eval_harmless=f"jailbreakbench={tmp_path}",
+            borderline=f"xstest={tmp_path}",
+        )
     )
     assert built.counts["harmful"]["test"] == 13
     assert built.harmless.test == tuple(f"good {i}" for i in range(20))

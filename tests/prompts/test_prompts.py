@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from abliterate.config import PromptSettings
 from abliterate.errors import PromptError
 from abliterate.prompts import ContrastiveSet, Prompt, build_contrastive_set, load_prompts, normalise
 from abliterate.prompts.reading import CONVERSATION_COLUMNS, USUAL_COLUMNS
@@ -338,7 +339,9 @@ def everything(built: ContrastiveSet) -> list[str]:
 
 
 def test_set_is_cut_64_16_20_and_every_prompt_used_once(specs: Specs) -> None:
-    built = build_contrastive_set(**specs(harmful=many("bad"), harmless=many("good", 50), borderline=many("edge", 7)))
+    built = build_contrastive_set(
+        PromptSettings(**specs(harmful=many("bad"), harmless=many("good", 50), borderline=many("edge", 7)))
+    )
     assert built.counts == {
         "harmful": {"train": 64, "val": 16, "test": 20},
         "harmless": {"train": 32, "val": 8, "test": 10},
@@ -351,8 +354,8 @@ def test_set_is_cut_64_16_20_and_every_prompt_used_once(specs: Specs) -> None:
 
 def test_splits_depend_on_the_seed_and_nothing_else(specs: Specs) -> None:
     named = specs(harmful=many("bad"), harmless=many("good"))
-    first, again = (build_contrastive_set(**named, seed=3) for _ in range(2))
-    other = build_contrastive_set(**named, seed=4)
+    first, again = (build_contrastive_set(PromptSettings(**named, seed=3)) for _ in range(2))
+    other = build_contrastive_set(PromptSettings(**named, seed=4))
     assert first == again
     assert first.sha256 == again.sha256
     assert set(first.harmful.test) != set(other.harmful.test)
@@ -362,7 +365,7 @@ def test_splits_depend_on_the_seed_and_nothing_else(specs: Specs) -> None:
 
 def test_hash_changes_with_a_prompt_and_with_its_place(specs: Specs) -> None:
     def digest(harmful: list[str]) -> str:
-        return build_contrastive_set(**specs(harmful=harmful, harmless=many("good"))).sha256
+        return build_contrastive_set(PromptSettings(**specs(harmful=harmful, harmless=many("good")))).sha256
 
     texts = many("bad")
     changed = [*texts[:-1], texts[-1] + "!"]
@@ -376,19 +379,21 @@ def test_same_prompt_in_both_sets_stays_in_the_evaluated_part(specs: Specs) -> N
         harmless=[*many("good"), *(f"“{text}?”" for text in shared)],
         borderline=[shared[0].title(), "edge"],
     )
-    built = build_contrastive_set(**named)
+    built = build_contrastive_set(PromptSettings(**named))
     forms = [normalise(text) for text in everything(built)]
     assert len(forms) == len(set(forms)) == 100 + 100 + 40 + 1
     assert built.duplicates_dropped == sum(built.dropped.values()) == 41
     assert set(built.dropped) <= {f"{a}, also in {b}" for a in PARTS for b in PARTS if a != b}
-    alone = build_contrastive_set(**specs(harmful=[*many("bad"), *(t.upper() for t in shared)], harmless=many("good")))
+    alone = build_contrastive_set(
+        PromptSettings(**specs(harmful=[*many("bad"), *(t.upper() for t in shared)], harmless=many("good")))
+    )
     assert built.harmful.test == alone.harmful.test, "the test split is claimed first, and harmful before harmless"
 
 
 def test_prompt_of_the_evaluation_file_is_never_trained_on(specs: Specs) -> None:
     evaluated = ["Bad Number 3?", "bad number 4!", "a new one"]
     named = specs(harmful=many("bad"), harmless=many("good"), eval_harmful=evaluated)
-    built = build_contrastive_set(**named)
+    built = build_contrastive_set(PromptSettings(**named))
     assert built.harmful.test == tuple(evaluated)
     learnt = {normalise(text) for text in (*built.harmful.train, *built.harmful.val)}
     assert not learnt & set(map(normalise, evaluated))
@@ -403,7 +408,7 @@ def test_prompt_of_the_evaluation_file_is_never_trained_on(specs: Specs) -> None
 def test_dropped_prompts_are_counted_by_where_else_they_are(specs: Specs) -> None:
     evaluated = ["a", "a?", "bad number 1", "b"]
     named = specs(harmful=many("bad"), harmless=[*many("good"), "B!"], eval_harmful=evaluated, borderline=["A", "edge"])
-    built = build_contrastive_set(**named)
+    built = build_contrastive_set(PromptSettings(**named))
     assert built.dropped["harmful test, twice"] == 1
     assert built.dropped["borderline, also in harmful test"] == 1
     assert sum(count for name, count in built.dropped.items() if name.startswith("harmful ")) == 2
@@ -414,35 +419,39 @@ def test_dropped_prompts_are_counted_by_where_else_they_are(specs: Specs) -> Non
 
 
 def test_repeated_prompts_count_once(specs: Specs) -> None:
-    built = build_contrastive_set(**specs(harmful=many("bad") * 3, harmless=many("good")))
+    built = build_contrastive_set(PromptSettings(**specs(harmful=many("bad") * 3, harmless=many("good"))))
     assert built.counts["harmful"] == {"train": 64, "val": 16, "test": 20}
 
 
 def test_limit_caps_every_split(specs: Specs) -> None:
     named = specs(harmful=many("bad"), harmless=many("good"))
-    built = build_contrastive_set(**named, limit=5)
+    built = build_contrastive_set(PromptSettings(**named, limit=5))
     assert {count for parts in built.counts.values() for count in parts.values()} == {5}
-    whole = build_contrastive_set(**named)
+    whole = build_contrastive_set(PromptSettings(**named))
     assert built.harmful.train == whole.harmful.train[:5]
 
 
 def test_set_that_is_too_small_or_all_duplicates_is_refused(specs: Specs) -> None:
     with pytest.raises(PromptError, match="harmful prompts: expected some in the test split"):
-        build_contrastive_set(**specs(harmful=["only one"], harmless=many("good")))
+        build_contrastive_set(PromptSettings(**specs(harmful=["only one"], harmless=many("good"))))
     with pytest.raises(PromptError, match=r"harmless prompts: .* found none after dropping duplicates"):
-        build_contrastive_set(**specs(harmful=many("good"), harmless=many("bad"), eval_harmful=many("bad")))
+        build_contrastive_set(
+            PromptSettings(**specs(harmful=many("good"), harmless=many("bad"), eval_harmful=many("bad")))
+        )
 
 
 def test_builtin_set_needs_no_file_and_keeps_its_own_splits() -> None:
     built = build_contrastive_set()
     assert built.counts["harmful"] == built.counts["harmless"] == {"train": 320, "val": 80, "test": 100}
     assert built.harmful.test == tuple(load_builtin("harmful")["test"])
-    assert build_contrastive_set(seed=5) == built
+    assert build_contrastive_set(PromptSettings(seed=5)) == built
     assert len(everything(built)) == len({normalise(text) for text in everything(built)})
 
 
 def test_builtin_test_prompts_can_evaluate_directions_from_a_file(specs: Specs) -> None:
-    built = build_contrastive_set(**specs(harmful=many("bad"), harmless=many("good")), eval_harmful="builtin")
+    built = build_contrastive_set(
+        PromptSettings(**specs(harmful=many("bad"), harmless=many("good")), eval_harmful="builtin")
+    )
     assert built.harmful.test == tuple(load_builtin("harmful")["test"])
     assert built.harmless.test != tuple(load_builtin("harmless")["test"])
 
@@ -572,6 +581,8 @@ def test_conversations_go_through_a_set_whole(specs: Specs) -> None:
     talks = [[{"role": "user", "content": f"no. {i}"}, *TALK[2:]] for i in range(50)]
     named = specs(harmful=many("bad"), harmless=many("good"))
     write_jsonl(Path(named["harmful"]).with_suffix(".jsonl"), [{"messages": talk} for talk in talks])
-    built = build_contrastive_set(str(Path(named["harmful"]).with_suffix(".jsonl")), named["harmless"])
+    built = build_contrastive_set(
+        PromptSettings(harmful=str(Path(named["harmful"]).with_suffix(".jsonl")), harmless=named["harmless"])
+    )
     assert all(isinstance(prompt, Prompt) and len(prompt.messages) == 3 for prompt in built.harmful.train)
     assert built.counts["harmful"] == {"train": 32, "val": 8, "test": 10}

@@ -31,7 +31,7 @@ from abliterate.config import (
     SelectSettings,
     ThinkingSettings,
 )
-from abliterate.report.wording import audited
+from abliterate.report.wording import hardened
 
 if TYPE_CHECKING:
     from abliterate.record import HardeningPart
@@ -80,8 +80,12 @@ def harden(
 def show_hardening(part: HardeningPart, console: Console) -> None:
     """Ordinary behaviour, then the audits before and after, side by side."""
     show_evaluation(part.evaluation, console)
-    for when, audit in (("Before", part.before), ("After", part.after)):
-        console.print(f"[bold]{when}[/]: {' '.join(audited(audit))}", highlight=False)
-    console.print(audit_table(part.before, part.after))
-    console.print(f"{len(part.tensors)} tensors have an addition.", highlight=False)
+    show_audits(part, console)
     console.print(f"Model: [bold]{escape(part.folder)}[/]", soft_wrap=True)
+
+
+def show_audits(part: HardeningPart, console: Console) -> None:
+    """The audits before and after, side by side."""
+    for line in hardened(part):
+        console.print(escape(line), highlight=False)
+    console.print(audit_table(part.before, part.after))

@@ -30,30 +30,16 @@ from abliterate.config import (
     ReplySettings,
     ThinkingSettings,
 )
+from abliterate.report.wording import repaired
 
 if TYPE_CHECKING:
     from abliterate.record import RepairPart
 
-_HOW = {
-    "undo": "Restored with what the edit kept for undo",
-    "base": "Restored from the base",
-    "adapter": "Restored by taking the merged adapter out",
-    "approximation": "Repaired approximately, by a rank-one addition fitted on prompts",
-}
-
 
 def show_repair(part: RepairPart, console: Console) -> None:
-    """How exact it is comes first."""
-    console.print(f"[bold]{_HOW[part.how]}.[/]", highlight=False)
-    for count, what in (
-        (len(part.exact), "the original's bytes"),
-        (len(part.restored), "restored, not byte for byte"),
-        (len(part.added), "with an addition"),
-    ):
-        if count:
-            console.print(f"{count} {'files' if part.how == 'undo' and what.startswith('the') else 'tensors'}: {what}.")
-    if part.note:
-        console.print(escape(part.note[0].upper() + part.note[1:] + "."), highlight=False)
+    """How exact it is, what the model does, where it lies."""
+    for line in repaired(part):
+        console.print(escape(line), highlight=False)
     if part.evaluation is not None:
         show_evaluation(part.evaluation, console)
     console.print(f"Model: [bold]{escape(part.folder)}[/]", soft_wrap=True)

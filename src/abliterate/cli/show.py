@@ -13,9 +13,12 @@ from rich.table import Table
 from abliterate.cli.arguments import (
     Json,
 )
+from abliterate.cli.audit import show_audit
+from abliterate.cli.harden import show_audits
+from abliterate.cli.inspect import show_inspection
 from abliterate.cli.run import show_run
 from abliterate.cli.tables import PLAIN
-from abliterate.report.wording import asked, seed
+from abliterate.report.wording import asked, repaired, seed
 
 if TYPE_CHECKING:
     from abliterate.record import PlanPart, Record, SelectionPart
@@ -38,9 +41,23 @@ def show_record(record: Record, console: Console) -> None:
         console.print(_best_sites(record.selection))
     if record.plan is not None and record.plan.edits:
         console.print(_largest_rests(record.plan, console))
+    _show_forensics(record, console)
     for warning in record.warnings:
         console.print(f"[bold yellow]warning: {escape(warning)}[/]", highlight=False)
     console.print(_provenance(record))
+
+
+def _show_forensics(record: Record, console: Console) -> None:
+    """What an inspection, an audit, a repair or a hardening found."""
+    if record.inspection is not None:
+        show_inspection(record.inspection, console)
+    if record.hardening is not None:
+        show_audits(record.hardening, console)
+    elif record.audit is not None:
+        show_audit(record.audit, console)
+    if record.repair is not None:
+        for line in repaired(record.repair):
+            console.print(escape(line), highlight=False)
 
 
 def _best_sites(part: SelectionPart) -> Table:

@@ -119,7 +119,7 @@ class Direction(TensorValue):
             site=site,
             model=self.model,
             learnt_from=self.learnt_from,
-            facts=self.facts,
+            facts={name: fact for name, fact in self.facts.items() if name != "chosen"},  # said of the other site
         )
 
     def difference_at(self, site: Site) -> Float[Tensor, " d"]:
@@ -206,20 +206,6 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
         raise UsageError(
             f"direction file '{path}': expected vectors of the model's width {d_model}, found {basis.shape[1]}"
         )
-    candidates: Candidates | None = None
-    if {"candidates", "harmless_mean"} <= tensors.keys():
-        raw, mean = tensors["candidates"].float(), tensors["harmless_mean"].float()
-        if (
-            raw.dim() != 3
-            or raw.shape[2] != basis.shape[1]
-            or raw.shape != mean.shape
-            or not (raw + mean).isfinite().all()
-        ):
-            raise UsageError(
-                f"direction file '{path}': expected finite 'candidates' and 'harmless_mean' [positions, sites, "
-                f"{basis.shape[1]}], found {list(raw.shape)} and {list(mean.shape)}"
-            )
-        candidates = Candidates(raw, mean)
     reader, put_back = _oblique(path, tensors, basis)
     rows = orthonormal(basis)  # raises for what is none
     rows = rows if reader is None else basis
@@ -230,8 +216,22 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
             f"direction file '{path}': expected finite 'per_site' [sites, {len(basis)}, {basis.shape[1]}], found "
             f"{list(per_site.shape)}"
         )
-    direction = Direction(rows, candidates, reader, put_back, _recipe(path, metadata), per_site)
+    direction = Direction(rows, _candidates(path, tensors, basis), reader, put_back, _recipe(path, metadata), per_site)
     return _with_origin(direction, metadata)
+
+
+def _candidates(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> Candidates | None:
+    """The candidates that the file holds, if it holds any."""
+    if not {"candidates", "harmless_mean"} <= tensors.keys():
+        return None
+    raw, mean = tensors["candidates"].float(), tensors["harmless_mean"].float()
+    width = raw.dim() == 3 and raw.shape[2] == basis.shape[1]
+    if not width or raw.shape != mean.shape or not (raw + mean).isfinite().all():
+        raise UsageError(
+            f"direction file '{path}': expected finite 'candidates' and 'harmless_mean' [positions, sites, "
+            f"{basis.shape[1]}], found {list(raw.shape)} and {list(mean.shape)}"
+        )
+    return Candidates(raw, mean)
 
 
 def _with_origin(direction: Direction, said: dict[str, Any]) -> Direction:

@@ -118,44 +118,47 @@ def undo(
     edited = open_checkpoint(out)
     _check_hashes(edited, record.output_sha256, "is not as it was written")
     original, reason = _original(record, source)
+    monitor = monitor or Monitor()
     place: AbstractContextManager[Path]
     place = staged(out, overwrite=True) if target is None else staged(target, source=out)
     with place as folder:
-        if original is not None:
-            total = bytes_to_write(original)
-            ensure_space(folder, total)
-            with (monitor or Monitor()).phase("restore", total) as advance:
-                files = write_edited(original, folder, {}, progress=advance)
-            _check_copies(files, record.model.source_sha256)
-            if target is None:
-                _carry_along(out, folder, {*plan.files, *record.output_sha256, *files.left_out})
-            return UndonePart(folder=str(target or out), exact=True, steps=0, files=list(files.written))
-        total = bytes_to_write(edited)
-        ensure_space(folder, total)
-        undo_files = [out / name for name in plan.undo]
-        if missing := [path for path in undo_files or [out / UNDO] if not path.is_file()]:
-            raise CheckpointError(
-                f"{missing[0]}: expected what undo needs, found none; give the original with --source"
+        if original is None:
+            return _computed(edited, plan, folder, monitor).model_copy(
+                update={"folder": str(target or out), "reason": reason}
             )
-        tensors = [edit.tensor for edit in plan.edits]
-        with (monitor or Monitor()).phase("restore", total) as advance:
-            found = restore(edited, undo_files, folder, expected=tensors, progress=advance)
-        added = {_CARD}
-        if INDEX_NAME in plan.files and len(edited.shards) == 1 and has_own_index(edited):
-            added.add(INDEX_NAME)
-        for name in added:
-            (folder / name).unlink(missing_ok=True)
-        files_left = tuple(name for name in found.files.written if name not in added)
-        remains = (*plan.copied, *(("config.json",) if plan.copied else ()))
-        return UndonePart(
-            folder=str(target or out),
-            exact=False,
-            steps=1,
-            files=list(files_left),
-            tensors=list(found.tensors),
-            reason=reason,
-            remains=list(remains),
-        )
+        total = bytes_to_write(original)
+        ensure_space(folder, total)
+        with monitor.phase("restore", total) as advance:
+            files = write_edited(original, folder, {}, progress=advance)
+        _check_copies(files, record.model.source_sha256)
+        if target is None:
+            _carry_along(out, folder, {*plan.files, *record.output_sha256, *files.left_out})
+        return UndonePart(folder=str(target or out), exact=True, steps=0, files=list(files.written))
+
+
+def _computed(edited: Checkpoint, plan: PlanPart, folder: Path, monitor: Monitor) -> UndonePart:
+    """Write what the original was into `folder`, computed from what the edit kept."""
+    out, total = edited.folder, bytes_to_write(edited)
+    ensure_space(folder, total)
+    undo_files = [out / name for name in plan.undo]
+    if missing := [path for path in undo_files or [out / UNDO] if not path.is_file()]:
+        raise CheckpointError(f"{missing[0]}: expected what undo needs, found none; give the original with --source")
+    tensors = [edit.tensor for edit in plan.edits]
+    with monitor.phase("restore", total) as advance:
+        restored_files = restore(edited, undo_files, folder, expected=tensors, progress=advance)
+    added = {_CARD}
+    if INDEX_NAME in plan.files and len(edited.shards) == 1 and has_own_index(edited):
+        added.add(INDEX_NAME)
+    for name in added:
+        (folder / name).unlink(missing_ok=True)
+    return UndonePart(
+        folder=str(folder),
+        exact=False,
+        steps=1,
+        files=[name for name in restored_files.files.written if name not in added],
+        tensors=list(restored_files.tensors),
+        remains=[*plan.copied, *(("config.json",) if plan.copied else ())],
+    )
 
 
 def _carry_along(out: Path, folder: Path, known: Collection[str]) -> None:

@@ -77,18 +77,15 @@ def find_refusals(
     answering, _ = first_tokens(model, both.take(answered), size)
     likely = candidates(refusing, spread, answering)
     tried = _try_out(model, tokenizer, both.take(refused[:_TRIALS]), likely, size, judge)
-    tokens = tuple(
-        TokenPart(
-            token=token,
-            text=tokenizer.decode([token]),
-            probability=float(refusing[token]),
-            probability_answering=float(answering[token]),
-            refusals=count,
-            trials=trials,
+
+    def told(token: int) -> TokenPart:
+        text, (count, trials) = tokenizer.decode([token]), tried[token]
+        likely, also = float(refusing[token]), float(answering[token])
+        return TokenPart(
+            token=token, text=text, probability=likely, probability_answering=also, refusals=count, trials=trials
         )
-        for token, (count, trials) in tried.items()
-        if count >= MIN_REFUSING * trials
-    )
+
+    tokens = tuple(told(token) for token, (count, trials) in tried.items() if count >= MIN_REFUSING * trials)
     if not tokens:
         shown = ", ".join(repr(tokenizer.decode([t])) for t in refusing.topk(4).indices.tolist())
         raise GateNotMet(

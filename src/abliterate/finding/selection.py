@@ -88,6 +88,30 @@ def select(
     sites = candidate_sites(candidates, scorer.probe.session.anatomy.layers, rule)
     if not sites:
         raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
+    scores, best = _screened(scorer, candidates, separation, rule, sites, progress)
+    return SelectionPart(
+        chosen=best,
+        met_rule=rule.passes(best),
+        control=_control(scorer, best),
+        harmful=scorer.rows.harmful_score,
+        harmless=scorer.rows.harmless_score,
+        max_kl=rule.max_kl,
+        min_induce=rule.min_induce,
+        max_depth=rule.max_depth,
+        trained_on=dict(trained_on or {}),
+        candidates=sorted(scores.values(), key=lambda s: (-s.prompts, s.bypass)),
+    )
+
+
+def _screened(
+    scorer: SiteScorer,
+    candidates: Candidates,
+    separation: Separation,
+    rule: Rule,
+    sites: list[Site],
+    progress: Callable[[int], None],
+) -> tuple[dict[Site, SitePart], SitePart]:
+    """Scores of all sites, each on as many prompts as it came through stages, and the best one's."""
     scores: dict[Site, SitePart] = {}
     waiting: list[Site] = []
     for prompts, keep in STAGES:
@@ -105,19 +129,7 @@ def select(
         site = waiting.pop(0)
         (scores[site],) = _score_layer(scorer, candidates, separation, site.layer, [site], None)
         ranked = sorted([*ranked, site], key=lambda site: _order(scores[site], rule, screening=False))
-    best = scores[ranked[0]]
-    return SelectionPart(
-        chosen=best,
-        met_rule=rule.passes(best),
-        control=_control(scorer, best),
-        harmful=scorer.rows.harmful_score,
-        harmless=scorer.rows.harmless_score,
-        max_kl=rule.max_kl,
-        min_induce=rule.min_induce,
-        max_depth=rule.max_depth,
-        trained_on=dict(trained_on or {}),
-        candidates=sorted(scores.values(), key=lambda s: (-s.prompts, s.bypass)),
-    )
+    return scores, scores[ranked[0]]
 
 
 def candidate_sites(candidates: Candidates, layers: int, rule: Rule) -> list[Site]:

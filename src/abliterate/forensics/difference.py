@@ -131,16 +131,12 @@ def compare(
             f"{subject.name} and {base.name}: expected the same names of tensors, found no writer in both; is "
             f"{base.name} the model that it was made from?"
         )
-    names = {place.info.name for place in shared}
-    seen, unchanged = [], 0
+    looks = []
     for place in shared:
-        found = _look(subject, base, place, theirs[place.info.name])
+        looks.append(_look(subject, base, place, theirs[place.info.name]))
         progress(place.info.nbytes)
-        if found is None:
-            unchanged += 1
-        else:
-            seen.append(found)
-    others = _others(subject.checkpoint, base.checkpoint, names, progress)
+    seen = [look for look in looks if look is not None]
+    others = _others(subject.checkpoint, base.checkpoint, {place.info.name for place in shared}, progress)
     common = {levelled: _common(seen, levelled) for levelled in (False, True)}
     taken = [_along(subject, base, one, common) for one in seen]
     way, kept = _best_way(taken, common)
@@ -149,10 +145,9 @@ def compare(
     ours, old = set(subject.checkpoint.tensors), set(base.checkpoint.tensors)
     ablated = verdict == "ablation"
     directions = torch.zeros(0, subject.d_model)
-    if ablated and way.own:
-        directions = torch.stack([_own(one, way.levelled)[kept[0]] for one in seen])
-    elif ablated:
-        directions = common[way.levelled][kept]
+    if ablated:
+        own = way.own
+        directions = torch.stack([_own(x, way.levelled)[kept[0]] for x in seen]) if own else common[way.levelled][kept]
     return Difference(
         verdict,
         also,
@@ -160,7 +155,7 @@ def compare(
         directions,
         ablated and way.own,
         writers,
-        unchanged,
+        len(looks) - len(seen),
         others,
         tuple(sorted(old - ours)),
         tuple(sorted(ours - old)),

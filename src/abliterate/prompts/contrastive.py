@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from abliterate.config import PromptSettings
 from abliterate.errors import PromptError
 from abliterate.prompts.prompt import Prompt
 from abliterate.prompts.sources import BUILTIN, SetName, SplitName, load_builtin, load_prompts
@@ -124,60 +125,49 @@ class _Claims:
         return tuple(kept)
 
 
-def build_contrastive_set(
-    harmful: str = BUILTIN,
-    harmless: str = BUILTIN,
-    *,
-    eval_harmful: str | None = None,
-    eval_harmless: str | None = None,
-    borderline: str = BUILTIN,
-    seed: int = 0,
-    limit: int | None = None,
-    learnt_from: Container[str] = (),
-) -> ContrastiveSet:
-    """Load, split and de-duplicate the instructions named by the SPECs (see `sources`).
+#: In the order in which they are made of a source; they claim prompts from the last to the first.
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
-    A source without splits is shuffled with `seed` and cut 64 / 16 / 20 %; with an eval source it is cut 80 / 20
+
+def build_contrastive_set(
+    settings: PromptSettings = PromptSettings(), learnt_from: Container[str] = ()
+) -> ContrastiveSet:
+    """Load, split and de-duplicate the instructions that settings name by SPECs (see `sources`).
+
+    A source without splits is shuffled with the seed and cut 64 / 16 / 20 %; with an eval source it is cut 80 / 20
     into train and val, and the eval source is the test split. Of a source with more than `MOST_PROMPTS` so many
-    are drawn. `limit` caps every split, for quick looks.
+    are drawn. The limit caps every split, for quick looks.
     Prompts are claimed in the order test, borderline, val, train, so that nothing evaluated on was trained on.
     `learnt_from` are fingerprints of prompts that must not be evaluated on: a direction of before was learnt from them.
 
     Raises `PromptError` when a source cannot be read or a split ends up empty.
     """
-    parts = {
-        "harmful": _parts("harmful", harmful, eval_harmful, seed),
-        "harmless": _parts("harmless", harmless, eval_harmless, seed),
-    }
-    border = load_builtin("borderline")["test"] if borderline == BUILTIN else load_prompts(borderline, "borderline")
+    named: dict[SetName, str] = {"harmful": settings.harmful, "harmless": settings.harmless}
+    measured = {"harmful": settings.eval_harmful, "harmless": settings.eval_harmless}
+    parts = {name: _parts(name, spec, measured[name], settings.seed) for name, spec in named.items()}
+    builtin = settings.borderline == BUILTIN
+    border = load_builtin("borderline")["test"] if builtin else load_prompts(settings.borderline, "borderline")
     claims = _Claims()
-    claimed: dict[tuple[str, str], tuple[Prompt, ...]] = {}
-    for part in ("test", "val", "train"):
-        for name, splits in parts.items():
+    claimed: dict[tuple[SetName, SplitName], tuple[Prompt, ...]] = {}
+    border_kept: tuple[Prompt, ...] = ()
+    for part in SPLITS[::-1]:
+        for name in named:
             unwanted = learnt_from if part == "test" else ()
-            claimed[name, part] = claims.claim(splits[part], f"{name} {part}", unwanted)
+            claimed[name, part] = claims.claim(parts[name][part], f"{name} {part}", unwanted)
         if part == "test":
             border_kept = claims.claim(border, "borderline", learnt_from)
     for (name, part), texts in claimed.items():
         if not texts:
             raise PromptError(
                 f"{name} prompts: expected some in the {part} split, found none after dropping duplicates and "
-                f"what the direction has seen; give a larger source than '{harmful if name == 'harmful' else harmless}'"
+                f"what the direction has seen; give a larger source than '{named[name]}'"
             )
-    cut = slice(limit)
-    return ContrastiveSet(
-        harmful=Split(*(claimed["harmful", part][cut] for part in ("train", "val", "test"))),
-        harmless=Split(*(claimed["harmless", part][cut] for part in ("train", "val", "test"))),
-        borderline=border_kept[cut],
-        sources={
-            "harmful": harmful,
-            "harmless": harmless,
-            "eval_harmful": eval_harmful or harmful,
-            "eval_harmless": eval_harmless or harmless,
-            "borderline": borderline,
-        },
-        dropped=dict(claims.dropped),
-    )
+    cut = slice(settings.limit)
+    harmful, harmless = (Split(*(claimed[name, part][cut] for part in SPLITS)) for name in named)
+    evaluated = {f"eval_{name}": measured[name] or spec for name, spec in named.items()}
+    sources: dict[str, str] = {"harmful": settings.harmful, "harmless": settings.harmless}
+    sources |= {**evaluated, "borderline": settings.borderline}
+    return ContrastiveSet(harmful, harmless, borderline=border_kept[cut], sources=sources, dropped=dict(claims.dropped))
 
 
 def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[SplitName, list[Prompt]]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
         BehaviourPart,
         EstimatePart,
         EvaluationPart,
+        HardeningPart,
         InspectionPart,
         JudgePart,
         PairedPart,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         PromptsPart,
         RatePart,
         Record,
+        RepairPart,
         ThinkingPart,
     )
 
@@ -221,3 +223,33 @@ def audited(part: AuditPart) -> Iterator[str]:
         yield f"To leave at most 10 %, {number} enough."
     else:
         yield "As many directions as were tried leave more than 10 %."
+
+
+_REPAIRED = {
+    "undo": "Restored with what the edit kept for undo",
+    "base": "Restored from the base",
+    "adapter": "Restored by taking the merged adapter out",
+    "approximation": "Repaired approximately, by a rank-one addition fitted on prompts",
+}
+
+
+def repaired(part: RepairPart) -> Iterator[str]:
+    """A repair in sentences; how exact it is comes first."""
+    yield f"{_REPAIRED[part.how]}."
+    exact = "files" if part.how == "undo" else "tensors"
+    for count, noun, what in (
+        (len(part.exact), exact, "the original's bytes"),
+        (len(part.restored), "tensors", "restored, not byte for byte"),
+        (len(part.added), "tensors", "with an addition"),
+    ):
+        if count:
+            yield f"{count} {noun}: {what}."
+    if part.note:
+        yield part.note[0].upper() + part.note[1:] + "."
+
+
+def hardened(part: HardeningPart) -> Iterator[str]:
+    """A hardening in sentences: the audits before and after, and what was added."""
+    for when, audit in (("Before", part.before), ("After", part.after)):
+        yield f"{when}: {' '.join(audited(audit))}"
+    yield f"{len(part.tensors)} tensors have an addition."

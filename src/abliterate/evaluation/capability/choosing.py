@@ -103,8 +103,12 @@ def by_text(
             progress(seen * len(items) // len(tried) - questions)
 
     in_batches([len(suffix) for suffix in encoded.suffixes], logit_size(model, size, longest), work, done=done)
-    chosen = [0] * len(items)
-    best = [-inf] * len(items)
+    return _likeliest(len(items), tried, scores)
+
+
+def _likeliest(items: int, tried: Sequence[tuple[int, int]], scores: Sequence[float]) -> list[int]:
+    """For each item the option with the highest score, the first of equal ones."""
+    chosen, best = [0] * items, [-inf] * items
     for (number, option), score in zip(tried, scores, strict=True):
         if score > best[number]:
             chosen[number], best[number] = option, score

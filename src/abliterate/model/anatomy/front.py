@@ -106,7 +106,7 @@ def study_front(
     writers += [_fixed(item) for item in seen.values() if not item.is_map and not item.is_norm]
     # The stream at site 0 is a sum of stored numbers: it can be no more exact than their dtype.
     tolerance = max(TOLERANCE, 4 * torch.finfo(stream.dtype).eps)
-    writers = _behind_norms(front, writers, seen, tolerance)
+    writers = _behind_norms(front, writers, tolerance)
     error = _leak(front, writers)
     if error > tolerance:
         known = ", ".join(writer.module for writer in writers)
@@ -190,7 +190,7 @@ def _fixed(item: _Seen) -> Writer:
     return Writer(module=item.name, kind=Kind.EMBEDDING, block=None, weight=None, axis=1, bias=None)
 
 
-def _behind_norms(front: _Front, writers: list[Writer], seen: Mapping[str, _Seen], tolerance: float) -> list[Writer]:
+def _behind_norms(front: _Front, writers: list[Writer], tolerance: float) -> list[Writer]:
     """A norm whose input holds nothing of V when all embeddings are edited stands between them and the stream."""
     _, edited = front.run({w.module: _change(front, w) for w in writers})
     norms = [

@@ -17,7 +17,7 @@ from abliterate.report.html.parts import (
     rate_point,
     short,
 )
-from abliterate.report.wording import audited, explained, headline
+from abliterate.report.wording import audited, explained, hardened, headline, repaired
 
 #: Rows of a table at most.
 _MOST = 300
@@ -146,3 +146,38 @@ def brittleness(record: Record) -> Section | None:
     ]
     note = f"Protocol {part.protocol}; audits with the same one and the same prompts can be compared."
     return Section("audit", "How brittle is refusal?", [*audited(part), note], figures)
+
+
+def changed_back(record: Record) -> Section | None:
+    """What a repair restored, and how exactly."""
+    if record.repair is None:
+        return None
+    return Section("repair", "How exact is the repair?", list(repaired(record.repair)))
+
+
+def spread(record: Record) -> Section | None:
+    """What spreading refusal over several directions is worth: audits of one protocol before and after."""
+    part = record.hardening
+    if part is None:
+        return None
+    after = {(row.family, row.name): row for row in part.after.rows}
+    pairs = [(row, after[row.family, row.name]) for row in part.before.rows if (row.family, row.name) in after]
+    series = [
+        dot_series("before", [rate_point(part.before.base), *(rate_point(one.refused) for one, _ in pairs)], "before"),
+        dot_series("after", [rate_point(part.after.base), *(rate_point(other.refused) for _, other in pairs)], "after"),
+    ]
+    chart = dots(["nothing", *(f"{one.family} {one.name}" for one, _ in pairs)], series, "% refused", least=0)
+    rows = [
+        [f"{one.family} {one.name}", *(f"{x.refusals} of {x.n}" for x in (one.refused, other.refused))]
+        for one, other in pairs
+    ]
+    bases = (part.before.base, part.after.base)
+    rows.insert(0, ["nothing", *(f"{base.refusals} of {base.n}" for base in bases)])
+    table = Table(["taken out", "refused before", "refused after"], rows)
+    title = "Harmful prompts refused before and after hardening, by what is taken out"
+    return Section(
+        "hardening",
+        "Is the hardened model less brittle?",
+        list(hardened(part)),
+        [Figure("hardened", title, table, chart)],
+    )

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from abliterate.record import Record
 from abliterate.report.html.cost import cost, replies
 from abliterate.report.html.finding import direction_found, separated
-from abliterate.report.html.inspected import brittleness, inspected
+from abliterate.report.html.inspected import brittleness, changed_back, inspected, spread
 from abliterate.report.html.parts import Page, Tile, between, number, percent, short
 from abliterate.report.html.proving import edited_weights, front, proved
 from abliterate.report.html.reproducing import question, reproduce
-from abliterate.report.wording import SETS, audited, headline
+from abliterate.report.wording import SETS, audited, headline, repaired
 
 _SECTIONS = (
     question,
@@ -23,6 +23,8 @@ _SECTIONS = (
     replies,
     front,
     inspected,
+    changed_back,
+    spread,
     brittleness,
     reproduce,
 )
@@ -46,15 +48,14 @@ def page_of(record: Record) -> Page:
 
 def _kind(record: Record) -> str:
     if record.plan is None:
-        return (
-            "Search of edits"
-            if record.search is not None
-            else "Inspection"
-            if record.inspection
-            else "Audit"
-            if record.audit
-            else "Measurement"
-        )
+        kinds = {
+            "Search of edits": record.search,
+            "Hardened model": record.hardening,
+            "Repaired model": record.repair,
+            "Inspection": record.inspection,
+            "Audit": record.audit,
+        }
+        return next((name for name, part in kinds.items() if part is not None), "Measurement")
     return {
         "weights": "Edited weights",
         "lora": "LoRA adapter",
@@ -90,6 +91,8 @@ def _answer(record: Record) -> Iterator[str]:
             for name in search.objectives
         )
         yield f"Of {len(search.points)} edits number {point.number} was chosen. On {where} prompts: {said}."
+    elif record.repair is not None:
+        yield from list(repaired(record.repair))[:2]
     elif record.plan is None and record.inspection is not None:
         yield headline(record.inspection)
     elif record.plan is None and record.audit is not None:

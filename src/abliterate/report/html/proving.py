@@ -201,21 +201,7 @@ def _layer(name: str) -> int | None:
 def _rests(plan: PlanPart) -> Figure:
     most = sorted(range(len(plan.edits)), key=lambda row: -plan.edits[row].change)[:_MOST]
     shown = [plan.edits[row] for row in sorted(most)]
-    points: dict[str, dict[int, tuple[float, float, str]]] = {}
-    for edit in plan.edits:  # of many experts in a layer the one that changed most
-        layer = _layer(edit.tensor)
-        place = -1 if layer is None else layer
-        by_layer = points.setdefault(edit.kind, {})
-        if place not in by_layer or edit.change > by_layer[place][1]:
-            by_layer[place] = (100 * edit.ratio, 100 * edit.change, short(edit.tensor, 80))
-    chart = {
-        "kind": "rests",
-        "series": [
-            {"name": kind, "points": [[layer, *values] for layer, values in sorted(by_layer.items())]}
-            for kind, by_layer in points.items()
-        ],
-        "embedding": any(-1 in by_layer for by_layer in points.values()),
-    }
+    chart = _rests_chart(plan)
     rows = [
         [
             short(e.tensor, 100),
@@ -257,3 +243,22 @@ def _strengths(plan: PlanPart) -> Figure:
     rows = [[short(name, 100), f"{strength:.3g}"] for name, strength in list(plan.strengths.items())[:_MOST]]
     more = "" if len(rows) == len(plan.strengths) else f"The first {_MOST}; the record has all {len(plan.strengths)}."
     return Figure("strengths", "Strength by writer", Table(["writer", "strength"], rows, more=more))
+
+
+def _rests_chart(plan: PlanPart) -> dict[str, Any]:
+    """What is left and what changed by layer, a series for each kind of writer; −1 is the embedding."""
+    points: dict[str, dict[int, tuple[float, float, str]]] = {}
+    for edit in plan.edits:  # of many experts in a layer the one that changed most
+        layer = _layer(edit.tensor)
+        place = -1 if layer is None else layer
+        by_layer = points.setdefault(edit.kind, {})
+        if place not in by_layer or edit.change > by_layer[place][1]:
+            by_layer[place] = (100 * edit.ratio, 100 * edit.change, short(edit.tensor, 80))
+    return {
+        "kind": "rests",
+        "series": [
+            {"name": kind, "points": [[layer, *values] for layer, values in sorted(by_layer.items())]}
+            for kind, by_layer in points.items()
+        ],
+        "embedding": any(-1 in by_layer for by_layer in points.values()),
+    }
