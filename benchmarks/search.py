@@ -35,16 +35,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from abliterate.evaluation.meter import Measured
 from safetensors.torch import load_file
 from torch import Tensor
 
-from abliterate.config import EvalSettings, FindSettings, ModelSettings, PromptSettings, SearchSettings, cache_folder
+from abliterate.config import (
+    FindSettings,
+    ModelSettings,
+    PromptSettings,
+    ReplySettings,
+    RunSettings,
+    SearchSettings,
+    cache_folder,
+)
 from abliterate.edit.plan import Plan
+from abliterate.evaluation.answering import ModelState
 from abliterate.evaluation.judging import RuleJudge
-from abliterate.evaluation.results import Subject
+from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.finding.find import best_separated, choose, find
-from abliterate.finding.search import OBJECTIVES, Meter, Stage, search
+from abliterate.finding.search import OBJECTIVES, search
 from abliterate.finding.search.objectives import values
 from abliterate.finding.search.pareto import hypervolume, matched, nondominated
 from abliterate.model.batches import hooked
@@ -62,7 +70,7 @@ class Edit:
     """What an arm offers, and what it scored on validation prompts."""
 
     name: str
-    state: Plan | Subject
+    state: Plan | ModelState
     seen: Mapping[str, float]
 
 
@@ -79,6 +87,7 @@ def main() -> None:
         prompts=PromptSettings(limit=options.limit),
         monitor=monitor,
     )
+    session.seed = options.seed  # the prompts are the same with every seed
     arms: dict[str, list[Edit]] = {}
     facts: dict[str, dict[str, float]] = {}
     if options.heretic:
@@ -117,15 +126,16 @@ def ours(session: Session, arm: str, options: argparse.Namespace) -> list[Edit]:
     finding = FindSettings(max_kl=10.0)
     findings = find(session, finding)
     if arm == "paper":
-        found = choose(session, findings, FindSettings(), seed=options.seed, force=True)
-        best = found.selection.best
+        found = choose(session, findings, FindSettings(), force=True)
+        best = found.selection.chosen
         return [Edit(f"layer {best.layer}, {best.position}", session.plan(found.direction), {"kl": best.kl})]
     method = {"tpe": "black-box"}.get(arm, arm)
-    settings = SearchSettings(
+    searching = SearchSettings(
         method=method, trials=options.our_trials, constraints="over-refusals<=1", no_held_out=True
     )
+    settings = RunSettings(model=options.model, loading=session.loading, finding=finding, searching=searching)
     start = best_separated(session, findings, finding)
-    result = search(session, findings, start, settings, method, RuleJudge(), finding=finding, seed=options.seed)
+    result = search(session, findings, start, RuleJudge(), settings, method)
     (options.out / f"{arm}.json").write_text(json.dumps(session.monitor.timings(), indent=1))
     return [Edit(point.origin, session.plan(point.direction), point.scores) for point in result.points]
 
@@ -155,7 +165,7 @@ def heretic(session: Session, options: argparse.Namespace) -> list[Edit]:
         trial = trials[number]
         state = functools.partial(adapted, session.model, folder / f"trial-{number:02}")
         seen = {"refusals": trial["refusals"], "kl": trial["kl"], "seconds": trial["seconds"]}
-        edits.append(Edit(f"trial {number}", Subject(session.model, state), seen))
+        edits.append(Edit(f"trial {number}", ModelState(session, state), seen))
     return edits
 
 
@@ -198,13 +208,12 @@ def report(
 ) -> None:
     """Measure everything on held-out prompts and print it; JSON beside."""
     findings = find(session, FindSettings())
-    tokens = [token.token for token in findings.tokens]
-    meter = Meter(session, tokens, RuleJudge(), EvalSettings(max_new_tokens=options.tokens), "test")
+    probe = Probe(session, findings.ids, "test", RuleJudge(), ReplySettings(max_new_tokens=options.tokens))
     objectives = [OBJECTIVES[name] for name in MEASURED]
     keywords = facts.get("heretic", {}).get("settings", {}).get("refusal_markers") or []
 
-    def of(state: Plan | Subject | None) -> dict[str, float]:
-        measured = meter.measure(state, Stage.SHIFT)
+    def of(state: Plan | ModelState | None) -> dict[str, float]:
+        measured = probe.measure(state, Level.SHIFT)
         by_keywords = {
             f"keywords, {name}": keyword_refusals(measured, keywords, name)
             for name in session.test_texts

@@ -470,7 +470,7 @@ class Interrupts(Monitor):
 
 
 PHASES = (
-    *("find model", "load model", "know every writer", "select by intervention", "edit weights"),
+    *("find model", "load model", "prove that every writer is known", "select by intervention", "edit weights"),
     *("read edited weights back", "answers after", "shift on harmless prompts"),
 )
 
@@ -1324,7 +1324,7 @@ def test_recurrent_models_give_what_one_prompt_at_a_time_gives(name: str, shares
 def test_what_a_direction_has_seen_is_not_evaluated_on(planted: Planted, out: Path, done: Record) -> None:
     """Other prompts, or another split of the same, would otherwise test it on what it was learnt from."""
     direction = load_direction(out / "direction.safetensors")
-    contrast = build_contrastive_set(str(planted.harmful), str(planted.harmless), borderline=str(planted.borderline))
+    contrast = build_contrastive_set(prompt_settings(planted))
     assert direction.learnt_from == set(contrast.learnt_from)
     assert done.prompts is not None
     counts = [done.prompts.counts[name][part] for name in ("harmful", "harmless") for part in ("train", "val")]

@@ -61,7 +61,6 @@ def test_the_search_found_less_damage_than_the_closed_form(record: ab.Record) ->
     search, selection = record.search, record.selection
     assert search is not None
     assert selection is not None
-    assert selection.chosen is not None
     points = [{name: value or 0.0 for name, value in point.scores.items()} for point in search.points]
     assert (search.base["refusals"] or 0.0) > 0.4
     assert points[0]["refusals"] < 0.1
@@ -74,7 +73,6 @@ def test_the_search_found_less_damage_than_the_closed_form(record: ab.Record) ->
 def test_direction_met_the_rule_and_the_random_one_did_not(record: ab.Record) -> None:
     selection = record.selection
     assert selection is not None
-    assert selection.chosen is not None
     assert selection.met_rule
     assert selection.chosen.induce > 0 > selection.harmless
     assert abs(selection.control.bypass - selection.harmful) < 0.25 * (selection.harmful - selection.chosen.bypass)

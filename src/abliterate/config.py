@@ -122,19 +122,23 @@ class SearchSettings(_Settings):
         description="gradient (through hooks), black-box (Optuna), both, random (a control); closed-form takes the "
         "chosen direction out of every writer. auto: gradient unless the edit is fixed.",
     )
-    points: Annotated[int, Field(ge=1, le=50)] = Field(4, description="Points of the front that are looked at closely.")
+    points: Annotated[int, Field(ge=1, le=50)] = Field(
+        4, description="Edits of the front (from light to strong) that are measured by replies."
+    )
     steps: Annotated[int, Field(ge=1)] = Field(45, description="Steps of the gradient, all points together.")
     trials: Annotated[int, Field(ge=1)] = Field(60, description="Trials of the black box.")
     sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Sampler of the black box.")
     keep_direction: bool = Field(False, description="Search strengths only; the direction stays the mean difference.")
-    objectives: str = Field("refusals,kl", description="What is made small, two or more; the front is of these.")
+    objectives: str = Field("refusals,kl", description="What is minimised, two or more.")
     constraints: str = Field(
         "over-refusals<=+0.02", description="NAME<=VALUE, or NAME<=+VALUE above the unedited model; comma-separated."
     )
     max_refusals: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Choose the point with least damage among those that refuse at most this share."
     )
-    pick: str | None = Field(None, description="Choose 'knee' or a point by its number, without asking.")
+    pick: str | None = Field(
+        None, description="Choose 'knee' (the best trade-off) or a point by its number, without asking."
+    )
     search_tokens: Annotated[int, Field(gt=0)] = Field(
         16, description="Longest answer while searching; held-out answers have --max-new-tokens."
     )

@@ -302,7 +302,7 @@ def apply(
     monitor = monitor or Monitor()
     chosen = load_direction(direction).at(site)
     files = _located(model, loading, output, monitor)
-    with monitor.phase("know every writer"):
+    with monitor.phase("prove that every writer is known"):
         anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
     warn_of_leaks(anatomy, monitor)
     plan = plan_for(anatomy, chosen, editing)
@@ -341,7 +341,11 @@ def evaluate(
 
     `plan` compares the session's model with itself under hooks, beside a random direction on the same writers;
     `base` with another model of the same tokenizer.
+
+    Raises `UsageError` for both at once, and for a base that reads prompts as other tokens.
     """
+    if base is not None and plan is not None:
+        raise UsageError("evaluate: expected a base or a plan, found both")
     exam = exam_of(evaluating, session.seed)
     judge = ready_judge(evaluating, session.loading.device, session.monitor)
     examiner = examiner_of(session, evaluating, judge)

@@ -55,7 +55,7 @@ class PromptsPart(_Part):
 
 
 class AnatomyPart(_Part):
-    """Residual accounting: how well every block's books closed (relative error)."""
+    """Residual accounting: the largest relative error that a block leaves unexplained, and what is allowed."""
 
     writers: int
     worst_closure: float
@@ -172,10 +172,10 @@ class PointPart(_Part):
 
 
 class SearchPart(_Part):
-    """How edits were searched for. `scores` are on validation prompts; `held_out` prompts chose nothing.
+    """How edits were searched for.
 
-    `limits` are the constraints in numbers, `evaluations` counts measured edits by how closely they were looked at,
-    `seconds` is until the choice.
+    `scores` are on validation prompts; `held_out` prompts were used neither to find nor to choose an edit. `limits`
+    are the constraints in numbers, `evaluations` counts measured edits by level, `seconds` is until the choice.
     """
 
     method: str

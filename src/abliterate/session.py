@@ -134,7 +134,8 @@ def open_session(
     prefix = encoded["harmful", "test"].prefix
     size = auto_batch_size(loaded.model, loading.rows)
     monitor.note(
-        f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, books close to {max(anatomy.closure):.0e}; "
+        f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, residual accounting leaves at most "
+        f"{max(anatomy.closure):.0e}; "
         f"{len(prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
     )
     return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, prompts.seed, monitor)
@@ -148,7 +149,7 @@ def open_model(
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
         renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
-    with monitor.phase("know every writer"):
+    with monitor.phase("prove that every writer is known"):
         anatomy = _anatomy(loaded, loading)
     warn_of_leaks(anatomy, monitor)
     return loaded, renderer, anatomy

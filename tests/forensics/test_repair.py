@@ -71,6 +71,7 @@ def without_record(edited: Path, folder: Path) -> Path:
 def test_undo_files_restore_the_original(planted: Planted, edited: Path, tmp_path: Path) -> None:
     done = repair(str(edited), tmp_path / "out")
     assert done.how == "undo"
+    assert not (tmp_path / "out" / "abliteration.json").exists()
     original, back = (load_file(folder / "model.safetensors") for folder in (planted.folder, tmp_path / "out"))
     assert all(torch.equal(original[name], back[name]) for name in original)
 

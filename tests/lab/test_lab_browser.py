@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 import urllib.error
 import urllib.request
@@ -49,6 +50,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 def url(bench: Bench) -> Iterator[str]:
     with lab.running(bench) as address:
         yield address
+    gc.collect()  # event loops that Gradio leaves open are warnings when they go, which must be here, not at the end
 
 
 class Window:

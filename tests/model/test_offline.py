@@ -303,4 +303,4 @@ def test_large_model_costs_little() -> None:
     assert writers == 1 + 2 * 24
     assert parameters > 5e9  # 20 GB in float32
     assert seconds < 15
-    assert kilobytes < 600 * 1024
+    assert kilobytes < 700 * 1024

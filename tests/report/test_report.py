@@ -31,6 +31,7 @@ ALL = [
     "inspection",
     "audit",
     "reproduce",
+    "glossary",
 ]
 
 

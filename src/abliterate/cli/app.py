@@ -32,6 +32,7 @@ from abliterate.errors import AbliterateError, GateNotMet
 app = typer.Typer(
     name="abliterate",
     help="Find, prove and edit behavioural directions in open-weight language models.",
+    epilog="What the words mean: docs/glossary.md, and at the end of every report.html.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -84,7 +84,7 @@ def show_comparison(part: ComparisonPart, console: Console) -> None:
     print_rates("Refusals on held-out prompts; change from 1", states, console)
     console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
     table = Table(title="Harmless prompts: shift from 1 in nats per token, length", title_justify="left", **PLAIN)
-    for column in ("", "KL, first token", "KL, reply", "own replies cost", "tokens", "repeated"):
+    for column in ("", "KL, first token", "KL, reply", "ΔNLL of own replies", "tokens", "repeated"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for number, entry in enumerate(part.entries, 1):
         length = _number(entry.tokens.value, ".1f"), _number(entry.repetition.value, ".1%")

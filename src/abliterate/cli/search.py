@@ -43,7 +43,10 @@ RATES = {"refusals", "over-refusals", "degenerate"}
 
 _CHOSEN, _INFEASIBLE = "→", "✗"
 
-#: How closely edits were looked at, in words.
+#: Why a point was chosen, where the record says it in one word.
+_WHY = {"knee": "the best trade-off: farthest below the line between the ends of the front"}
+
+#: How closely edits were measured, in words.
 _STAGES = {
     "few": "by first tokens of few prompts",
     "all": "by first tokens",
@@ -138,7 +141,11 @@ def _remarks(part: SearchPart) -> list[str]:
     """What the table does not say, a line each, ready for the console."""
     counts = [f"{count} {_STAGES.get(stage, stage)}" for stage, count in part.evaluations.items() if count]
     measured = f"; edits measured: {', '.join(counts)}" if counts else ""
-    chosen = f"{_CHOSEN} Point {part.chosen} was chosen ({part.why})." if part.chosen else "No point was chosen."
+    chosen = (
+        f"{_CHOSEN} Point {part.chosen} was chosen ({_WHY.get(part.why, part.why)})."
+        if part.chosen
+        else "No point was chosen."
+    )
     lines = [chosen if part.points else "The search found no point."]
     lines += [f"{_INFEASIBLE} Point {p.number}: {_broken(part, p)}." for p in part.points if not p.feasible]
     beaten = [str(point.number) for point in part.points if not point.on_front]

@@ -159,8 +159,8 @@ def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Co
     console.print(table)
     if shift.nll_before is not None:
         console.print(
-            f"The original's own replies cost {shift.nll_before:.3f} nats per token before, {shift.nll_after:.3f} "
-            "after.",
+            f"NLL of the original's own replies: {shift.nll_before:.3f} nats per token before, "
+            f"{shift.nll_after:.3f} after.",
             highlight=False,
         )
     if shift.worst:
@@ -175,7 +175,7 @@ def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Co
 
 
 #: What a row of shifts is about, by the field it comes from: for wide and for narrow terminals.
-_LONG = {"kl_first_token": "KL, first token", "kl_reply": "KL, reply", "nll_change": "own replies cost"}
+_LONG = {"kl_first_token": "KL, first token", "kl_reply": "KL, reply", "nll_change": "ΔNLL of own replies"}
 _SHORT = {"kl_first_token": "first", "kl_reply": "reply", "nll_change": "own"}
 
 
@@ -184,7 +184,7 @@ def _shifts(rows: list[tuple[str, ShiftPart]], names: dict[str, str], *, spread:
     columns = ("median", "p95", "worst") if spread else ()
     title = f"Shift on {rows[0][1].prompts} harmless prompts, nats per token"
     if names is _SHORT:
-        title += ": KL of the first token and of the reply, change of what own replies cost"
+        title += ": KL of the first token and of the reply, change of what ΔNLL of own replies"
     table = Table(title=title, title_justify="left", **PLAIN)
     for column in ("", "", "mean [95 %]", *columns):
         table.add_column(column, justify="right" if column in columns else "left")

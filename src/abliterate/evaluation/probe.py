@@ -38,7 +38,7 @@ MIN_PROMPTS = 4
 
 
 class Level(IntEnum):
-    """How closely an edit is looked at; each level knows what those below it know."""
+    """How closely an edit is measured; each level includes those below it."""
 
     FEW = 0
     ALL = 1

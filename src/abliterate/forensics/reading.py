@@ -74,7 +74,7 @@ class InspectedModel:
 def open_inspected(model: str | ModelOnDisk, *, trust_remote_code: bool = False) -> InspectedModel:
     """The writers of a hub id, a folder, a `.gguf` file, or one `.safetensors` file or shard.
 
-    A single file, and a model whose books do not close, is read by the names of its tensors.
+    A single file, and a model whose writers cannot all be proved, is read by the names of its tensors.
 
     Raises `ModelError` when it cannot be found, `CheckpointError` when files are damaged or no writer is known.
     """

@@ -210,8 +210,8 @@ def _shifted(evaluation: EvaluationPart) -> list[str]:
         return []
     text = (
         f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f}, over the "
-        f"reply {shift.kl_reply:.3f} nats per token; the original's own replies cost {shift.nll_before:.3f} nats per "
-        f"token before and {shift.nll_after:.3f} after."
+        f"reply {shift.kl_reply:.3f} nats per token; the original's own replies have an NLL of "
+        f"{shift.nll_before:.3f} nats per token before and {shift.nll_after:.3f} after."
     )
     control = None if evaluation.control is None else evaluation.control.shift
     if control is not None and control.kl_first_token is not None and control.kl_reply is not None:

@@ -53,7 +53,12 @@ def asked(record: Record) -> list[tuple[str, str]]:
         rows.append(("stored", model.storage))
     else:
         rows.append(("measured as", f"{model.dtype} on {model.device}, stored {model.storage}"))
-        rows.append(("writers", f"{record.anatomy.writers}; books close to {record.anatomy.worst_closure:.0e}"))
+        rows.append(
+            (
+                "writers",
+                f"{record.anatomy.writers}; residual accounting leaves at most {record.anatomy.worst_closure:.0e}",
+            )
+        )
     if record.prompts is not None:
         rows += _prompts(record.prompts)
     if record.refusal_tokens:
@@ -81,7 +86,7 @@ def seed(record: Record) -> str | None:
 
 
 def edited(plan: PlanPart) -> str:
-    """'49 tensors with strength 1: 0.41 % of what they wrote along the direction is left'."""
+    """'49 tensors with strength 1: remaining projection ‖r̂ᵀW′‖ / ‖r̂ᵀW‖ 0.41 %'."""
     before = sum(edit.before**2 for edit in plan.edits) ** 0.5
     after = sum(edit.after**2 for edit in plan.edits) ** 0.5
     text = f"{len(plan.edits)} tensors with strength {_between(plan)}"
@@ -90,7 +95,7 @@ def edited(plan: PlanPart) -> str:
         return f"{text}, what harmless prompts have along {along} put back"
     if not before:
         return text
-    left = f"{text}: {100 * after / before:.2f} % of what they wrote along {along} is left"
+    left = f"{text}: remaining projection on {along} ‖r̂ᵀW′‖ / ‖r̂ᵀW‖ {100 * after / before:.2f} %"
     return left + (" (rounding to the stored format)" if _strengths(plan) == [1] else "")
 
 
@@ -188,7 +193,7 @@ def explained(part: InspectionPart) -> Iterator[str]:
         pooled, layers = part.evidence.get("pooled", 0.0), part.evidence.get("layers", 0.0)
         yield (
             f"Deepest dip of pooled writers {pooled:.2f} ({part.where or 'no window'}), mean of the three deepest of "
-            f"single layers {layers:.2f}; models that nobody edited stayed below 0.6 and 0.9."
+            f"single layers {layers:.2f}; unedited models stayed below 0.6 and 0.9."
         )
         if part.verdict == "unaltered":
             yield "Edits below a strength of about 0.6 leave no such trace: compare with the base to be sure (--base)."

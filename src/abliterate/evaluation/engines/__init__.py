@@ -28,7 +28,9 @@ def open_engine(spec: str, pair: Pair, **options: Any) -> Engine:
     maker = _server if spec.startswith(("http://", "https://")) else _MAKERS.get(spec)
     if maker is None:
         known = ", ".join(_MAKERS)
-        raise UsageError(f"engine '{spec}': expected {known} or the address of a server (http://HOST:PORT/v1)")
+        raise UsageError(
+            f"engine '{spec}': expected transformers, {known} or the address of a server (http://HOST:PORT/v1)"
+        )
     return maker(spec, pair, options)
 
 

@@ -276,7 +276,7 @@ def within(anatomy: Anatomy, editing: EditSettings) -> EditSettings:
 
 
 def choose_point(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:
-    """The same points with one chosen: picked by number, by `--max-refusals` or `--max-kl`, or the knee.
+    """The same points with one chosen: picked by number, by `--max-refusals` or `--max-kl`, or the best trade-off.
 
     Raises `UsageError` when there is no point of that number, `GateNotMet` when none keeps what is asked for.
     """

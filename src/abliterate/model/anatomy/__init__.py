@@ -1,7 +1,7 @@
 """Blocks, and every writer to the residual stream, found by trial and proved by residual accounting.
 
-See `accounting` for the proof. What does not close to 1e-3 has a writer nobody knows, and the run stops there, naming
-the block.
+See `accounting` for the proof. Where more than 1e-3 of what a block writes is left, a writer was not found, and the
+run stops there, naming the block.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Residual accounting: which parameters of a block write to the stream, and the proof that there are no others.
 
-The books are closed by trial. A random subspace V is taken out of the stream that enters a block and out of the
-parameters said to write. What leaves the block must then hold nothing along V: a writer nobody knows would put some
-there. Which parameters are needed for that is found by leaving out one after the other. No table of names is needed,
-so an architecture never seen before whose books close needs no code.
+Proof by trial. A random subspace V is taken out of the stream that enters a block and out of the parameters said to
+write. What leaves the block must then hold nothing along V: a writer that was not found would put some there. Which
+parameters are needed for that is found by leaving out one after the other. No table of names is needed, so an
+architecture never seen before needs no code when this holds for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from abliterate.model.anatomy.trial import Part, Trial, candidates, joined, norm
 from abliterate.model.anatomy.writers import Kind, Writer, kind_of
 from abliterate.model.batches import hooked
 
-#: A block's books must close to this, relative to what the block wrote (computed in float32).
+#: What may be left along V behind a block, relative to what the block wrote (computed in float32).
 TOLERANCE = 1e-3
 
 #: Below this share of a random vector's part along V, a norm's input holds nothing of V.
@@ -45,7 +45,7 @@ def structure(
 
     Random numbers, so that what happens to be zero in this model (a fresh bias) is found all the same.
 
-    Raises `AnatomyError` when the books do not close whatever is edited.
+    Raises `AnatomyError` when more is left along V than that, whatever is edited.
     """
     twin = copy.deepcopy(block).float()
     parts = candidates(twin, basis.shape[1])
@@ -160,7 +160,7 @@ def _known(trial: Trial, parts: Sequence[Part], wrote: float, leak: float) -> li
 def not_closed(
     where: str, block: nn.Module, error: float, known: Sequence[str], norms: Mapping[str, str], trial: Trial
 ) -> str:
-    """The message for a block whose books do not close."""
+    """The message for a block that writes past all known writers."""
     hints = [f"behind '{name}' ({kind})" for name, kind in norms.items()]
     if (name := _norm_on_stream(trial)) is not None:
         hints.append(f"the norm '{name}' stands on the residual stream itself")
@@ -190,7 +190,7 @@ def _norm_on_stream(trial: Trial) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What one block's books say: its writers and the relative error left."""
+    """The writers of one block, and the relative error that is left."""
 
     writers: tuple[Writer, ...]
     error: float

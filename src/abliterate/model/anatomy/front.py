@@ -94,11 +94,11 @@ def _stop(_: nn.Module, args: Any, kwargs: Any) -> None:
 def study_front(
     model: Any, first: nn.Module, name: str, ids: Tensor, basis: Float[Tensor, "k d"]
 ) -> tuple[list[Writer], float]:
-    """Every writer before the first block, and the relative error of the books.
+    """Every writer before the first block, and the relative error that residual accounting leaves.
 
     Modules without weights that write (fixed positions) are writers without parameters.
 
-    Raises `AnatomyError` when the books do not close.
+    Raises `AnatomyError` when more is left than that.
     """
     front = _Front(model, first, ids, basis)
     stream, seen = front.run()
@@ -111,8 +111,8 @@ def study_front(
     if error > tolerance:
         known = ", ".join(writer.module for writer in writers)
         raise AnatomyError(
-            f"embedding (input of block {name}): the books do not close: relative error {error:.2g}, expected at "
-            f"most {tolerance:.0e}; known writers: {known or 'none'}"
+            f"embedding (input of block {name}): it holds what no known embedding writes: relative error "
+            f"{error:.2g}, expected at most {tolerance:.0e}; known writers: {known or 'none'}"
         )
     size = float(stream.float().square().mean().sqrt())
     writers = [w for w in writers if _reach(front, writers, w, size) > max(10 * error, TOLERANCE)]

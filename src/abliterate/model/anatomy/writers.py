@@ -59,7 +59,7 @@ class Writer:
 
 @dataclass(frozen=True, slots=True)
 class Anatomy:
-    """All writers of a model in stream order, and how well the books closed.
+    """All writers of a model in stream order, and what residual accounting leaves unexplained.
 
     `closure` holds one relative error for the embedding and one per block.
     """

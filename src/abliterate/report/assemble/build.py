@@ -101,7 +101,7 @@ def prompts_part(session: Session) -> rec.PromptsPart:
 
 
 def anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
-    """How well the books closed."""
+    """What residual accounting leaves unexplained."""
     return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
 
 

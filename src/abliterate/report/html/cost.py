@@ -113,7 +113,7 @@ def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
     for state, part in states:
         if (change := part.nll_change) is not None:
             interval = between(change.ci95, 1, "+.3f")
-            rows.append(["own replies cost", state, number(change.value, "+.3f"), interval, "", "", ""])
+            rows.append(["ΔNLL of own replies", state, number(change.value, "+.3f"), interval, "", "", ""])
     series = [
         dot_series(
             state,
@@ -124,10 +124,10 @@ def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
     ]
     head = ["", "", "mean", "95 %", "median", "p95", "worst"]
     table = Table(head, rows, words=frozenset({0, 1}))
-    chart = dots([*(label for _, label in names), "own replies cost"], series, "nats per token")
+    chart = dots([*(label for _, label in names), "ΔNLL of own replies"], series, "nats per token")
     note = (
-        f"{shift.prompts} harmless prompts, {shift.tokens} tokens. KL of the edited model from the original; “own "
-        "replies cost” is the change of the original's own replies' negative log-likelihood "
+        f"{shift.prompts} harmless prompts, {shift.tokens} tokens. KL(original ‖ edited); ΔNLL is "
+        "the change of the negative log-likelihood of the original's own replies "
         f"({number(shift.nll_before)} → {number(shift.nll_after)} nats per token)."
     )
     yield Figure("shift", "Shift on harmless prompts", table, chart, note)

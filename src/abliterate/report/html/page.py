@@ -10,7 +10,7 @@ from abliterate.report.html.finding import direction_found, separated
 from abliterate.report.html.inspected import brittleness, changed_back, inspected, spread
 from abliterate.report.html.parts import Page, Tile, between, number, percent, short
 from abliterate.report.html.proving import edited_weights, front, proved
-from abliterate.report.html.reproducing import question, reproduce
+from abliterate.report.html.reproducing import glossary, question, reproduce
 from abliterate.report.wording import SETS, audited, headline, repaired
 
 _SECTIONS = (
@@ -27,6 +27,7 @@ _SECTIONS = (
     spread,
     brittleness,
     reproduce,
+    glossary,
 )
 
 

@@ -34,7 +34,7 @@ def front(record: Record) -> Section | None:
     text = (
         f"{len(part.points)} edits between less {' and less '.join(part.objectives)} ({part.method}, "
         f"{part.seconds:.0f} s; constraints: {limits or 'none'}). They were chosen on validation prompts; "
-        "held-out prompts chose nothing."
+        "held-out prompts were used neither to find nor to choose an edit."
     )
     return Section("search", "Which edits were there to choose from?", [text], [_points(part)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from abliterate.record import Record
+from abliterate.report.glossary import GLOSSARY
 from abliterate.report.html.parts import Figure, Section, Table, short
 from abliterate.report.wording import asked, seed
 
@@ -56,3 +57,10 @@ def _flat(prefix: str, settings: dict[str, object]) -> list[tuple[str, object]]:
         key = f"{prefix}.{name}" if prefix else name
         rows += _flat(key, value) if isinstance(value, dict) else [(key, value)]
     return rows
+
+
+def glossary(record: Record) -> Section:
+    """What the words of the page mean."""
+    rows = [[word, meaning] for word, meaning in GLOSSARY.items()]
+    table = Table(["word", "meaning"], rows, words=frozenset({0, 1}))
+    return Section("glossary", "What do the words mean?", figures=[Figure("words", "Glossary", table)])
