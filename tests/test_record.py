@@ -196,6 +196,9 @@ def test_redacted_reply_never_holds_more_words_than_allowed(text: str) -> None:
 
 # --- the card
 
+#: How cards name what an edit leaves in the weights.
+REMAINING, RATIO = "remaining projection on", "‖r̂ᵀW′‖ / ‖r̂ᵀW‖"
+
 
 def test_card_gives_counts_intervals_and_side_effects() -> None:
     card = render_card(make())
@@ -210,7 +213,7 @@ def test_card_says_what_was_done_and_what_the_control_did() -> None:
     assert "layer 14 of 24, position -2: bypass -3.25 (before: 5.12), induce 1.50" in card
     assert "random direction of the same norm: bypass 4.75" in card
     assert "3 tensors" in card
-    assert "0.65 % of what they wrote along the direction is left (rounding to the stored format)" in card
+    assert f"{REMAINING} the direction {RATIO} 0.65 % (rounding to the stored format)" in card
     assert "model.embed_tokens: left alone, tied to the head" in card
     assert "- Warning: something to mind" in card
 
@@ -223,9 +226,9 @@ def planned(**changes: Any) -> Record:
 
 def test_card_gives_the_strengths_that_were_used_and_blames_rounding_only_for_a_full_removal() -> None:
     several = render_card(planned(strengths={"a": 0.5, "b": 1.25, "c": 0.0, "d": 1.0}))
-    assert "3 tensors with strength 0.5 to 1.25: 0.65 % of what they wrote along the direction is left." in several
+    assert f"3 tensors with strength 0.5 to 1.25: {REMAINING} the direction {RATIO} 0.65 %." in several
     half = render_card(planned(strengths={"a": 0.5, "b": 0.5}))
-    assert "3 tensors with strength 0.5: 0.65 % of what they wrote along the direction is left." in half
+    assert f"3 tensors with strength 0.5: {REMAINING} the direction {RATIO} 0.65 %." in half
     assert "rounding" not in several + half
     assert "(rounding to the stored format)" in render_card(planned(strengths={"a": 1.0, "b": 0.0}))
 
@@ -240,7 +243,7 @@ def test_card_of_an_affine_edit_does_not_call_what_was_put_back_rounding() -> No
 def test_card_of_a_subspace_says_how_many_directions() -> None:
     card = render_card(planned(rank=3).model_copy(update={"settings": {"finding": {"subspace": "svd"}}}))
     assert "along 3 directions of the residual stream" in card
-    assert "along the 3 directions is left" in card
+    assert f"{REMAINING} the 3 directions {RATIO} 0.65 %" in card
     assert "The edit (svd) was made around the difference of means at layer 14" in card
     assert "one direction" not in card
 

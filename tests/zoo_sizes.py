@@ -159,6 +159,7 @@ _MORE: Mapping[str, Mapping[str, Any]] = {
         "audio_config": {"adapter_input_size": D_MODEL, "adapter_output_size": D_MODEL},
     },
     "dots3_note_text": _DOTS3,
+    "dory": {"layer_types": _MIXED, "n_input_layers": 1, "n_output_layers": 1},
     "electra": {**_DECODER, "embedding_size": 32},
     "falcon_h1": _FALCON_H1,
     "gemma3n_text": _GEMMA3N,

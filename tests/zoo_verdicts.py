@@ -1,4 +1,4 @@
-"""What holds for a model of the zoo: do its books close, do hooks and weights agree, is an ablation complete."""
+"""What holds for a model of the zoo: is every writer known, do hooks and weights agree, is an ablation complete."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WHY: Mapping[str, str] = {
     openai-gpt opt-post-norm plbart prophetnet rembert roberta roc_bert roformer trocr xlm xlm-roberta xlnet xmod""": (
         _POST_LN
     ),
-    "doge doge-moe zaya": _SCALED,
+    "doge doge-moe dory zaya": _SCALED,
     "inkling2_text inkling_text": _CONVOLVED,
     "mllama": _NO_IMAGE,
     "blt": "three stacks of blocks of different widths, joined by cross-attention",
@@ -45,13 +45,13 @@ _WHY: Mapping[str, str] = {
     "rwkv": "the feed-forward output is gated elementwise after its last map",
 }
 
-#: Why the books of a model of the zoo cannot close, by `str(entry)`.
+#: Why the writers of a model of the zoo cannot be proved, by `str(entry)`.
 WHY: Mapping[str, str] = {name: reason for names, reason in _WHY.items() for name in names.split()}
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`reason` says why the books do not close, None if they do; the rest then says how well.
+    """`reason` says why not every writer is known, None if every one is; the rest then says how well.
 
     `difference` is between the logits under hooks and those of the edited checkpoint, relative to their size; `moved`
     how far both are from the model's. `left` is the largest share of the direction that is left anywhere in the

@@ -60,7 +60,7 @@ from abliterate.finding.find import (
     find_or_force,
     projections,
 )
-from abliterate.finding.search import Search, check_search, method_of
+from abliterate.finding.search import Journal, Search, check_search, method_of
 from abliterate.finding.search import search as find_front
 from abliterate.finding.verify import say_caveat, verify
 from abliterate.model.batches import share_prefixes
@@ -197,7 +197,7 @@ def search(settings: RunSettings, *, resume: bool = False, monitor: Monitor | No
     output.out.mkdir(parents=True, exist_ok=True)
     if not resume:
         (output.out / JOURNAL).unlink(missing_ok=True)
-    result = find_front(session, findings, start, judge, settings, method, output.out / JOURNAL, resume=resume)
+    result = find_front(session, findings, start, judge, settings, method, Journal(output.out / JOURNAL, resume))
     record = session_record(
         session,
         settings.model_dump(mode="json"),
@@ -312,16 +312,12 @@ def apply(
     with opened(output, target, plan) as staging:
         done = realise(plan, chosen, target, staging, output, monitor)
         dtype = str(skeleton.config.dtype).removeprefix("torch.")
+        asked: dict[str, object] = {"model": model, "direction": str(direction), "site": site}
+        asked |= {"editing": editing.model_dump(mode="json"), "output": output.model_dump(mode="json")}
         record = build_record(
             model_part(files, skeleton, anatomy, dtype=dtype, hashes=source_hashes(done, files)),
             monitor,
-            {
-                "model": model,
-                "direction": str(direction),
-                "site": site,
-                "editing": editing.model_dump(mode="json"),
-                "output": output.model_dump(mode="json"),
-            },
+            asked,
             anatomy=anatomy_part(anatomy),
             **written_parts(plan, done, output, editing, staging.folder),
         )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -148,7 +149,7 @@ def test_text_of_the_record_is_not_markup_and_warnings_are_shown() -> None:
 @pytest.mark.parametrize("width", [40, 60, 80, 100])
 def test_no_number_is_broken_or_cut_at_any_width(width: int) -> None:
     text = shown(width)
-    assert max(map(len, text.splitlines())) <= width
+    assert max(map(cell_len, text.splitlines())) <= width
     assert "…" not in text.replace("ab" * 6 + "…", "")
     for row in (r"54/100.* 54 \[46, 68\]", r"0\.014 \[0\.009, 0\.019\]", r"-3\.31 +│? +1\.25 +│? +0\.052"):
         assert re.search(row, text), (row, text)

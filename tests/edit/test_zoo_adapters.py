@@ -1,4 +1,4 @@
-"""Every model of the zoo whose books close: its adapter is what hooks do, in PEFT, merged, and in transformers."""
+"""Every model of the zoo whose writers are known: its adapter in PEFT, in transformers and merged is what hooks do."""
 
 from __future__ import annotations
 

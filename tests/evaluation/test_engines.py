@@ -566,7 +566,9 @@ def test_states_ask_whole_prompts_of_the_original_and_inside_of_the_edited_model
 def test_engines_are_chosen_by_name_or_address() -> None:
     pair = Pair(TOKENIZER, ENDS)
     for unknown in ("tgi", "transformers"):
-        with pytest.raises(UsageError, match=f"engine '{unknown}': expected transformers, vllm or the address of a server"):
+        with pytest.raises(
+            UsageError, match=f"engine '{unknown}': expected transformers, vllm or the address of a server"
+        ):
             open_engine(unknown, pair)
     with pytest.raises(UsageError, match="engine vllm: expected the folder of a model"):
         open_engine("vllm", pair)

@@ -25,7 +25,7 @@ from abliterate.edit.direction import Candidates, Direction, Recipe, Site
 from abliterate.edit.options import plan_for
 from abliterate.errors import CheckpointError, NumericalError, UsageError
 from abliterate.evaluation.probe import Level
-from abliterate.finding.search.blackbox import WARM_UP, Seen, first_token_objectives, hopeless, optimise
+from abliterate.finding.search.blackbox import WARM_UP, Journal, Seen, first_token_objectives, hopeless, optimise
 from abliterate.finding.search.pareto import hypervolume, nondominated
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import STRONGEST, WEAKEST, Shape, Space, fitted
@@ -465,7 +465,9 @@ def test_given_parameters_come_first_and_lead_on(sampler: str) -> None:
 
 def test_given_parameters_belong_to_the_first_generation(tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
-    optimise(Bench(), space(), settings(sampler="nsga2", trials=3), seed=0, seeds=[good()] * 2, journal=journal)
+    optimise(
+        Bench(), space(), settings(sampler="nsga2", trials=3), seed=0, seeds=[good()] * 2, journal=Journal(journal)
+    )
     entries = [json.loads(line) for line in journal.read_text().splitlines()]
     generations = {e["trial_id"]: key for e in entries for key in e.get("system_attr", {}) if "generation" in key}
     assert set(generations) == {0, 1, 2}
@@ -584,7 +586,7 @@ class Killed(BaseException):
     """Like a kill: nothing catches it."""
 
 
-def killed_at(call: int, journal: Path, **options: Any) -> None:
+def killed_at(call: int, journal: Journal, **options: Any) -> None:
     bench, count = Bench(), 0
 
     def measure(direction: Direction, level: Level) -> Mapping[str, float]:
@@ -603,8 +605,8 @@ def killed_at(call: int, journal: Path, **options: Any) -> None:
 def test_a_killed_search_goes_on_as_if_undisturbed(tmp_path: Path, changes: dict[str, Any], call: int) -> None:
     journal = tmp_path / "out" / "search.jsonl"
     whole = optimise(Bench(), space(), settings(**changes), seed=5, seeds=[good()])
-    killed_at(call, journal, settings=settings(**changes), seed=5, seeds=[good()])
-    killed_at(7, journal, settings=settings(**changes), seed=5, seeds=[good()], resume=True)
+    killed_at(call, Journal(journal), settings=settings(**changes), seed=5, seeds=[good()])
+    killed_at(7, Journal(journal, True), settings=settings(**changes), seed=5, seeds=[good()])
     bench, steps = Bench(), list[int]()
     points = optimise(
         bench,
@@ -612,8 +614,7 @@ def test_a_killed_search_goes_on_as_if_undisturbed(tmp_path: Path, changes: dict
         settings(**changes),
         seed=5,
         seeds=[good()],
-        journal=journal,
-        resume=True,
+        journal=Journal(journal, True),
         progress=steps.append,
     )
     assert told(points) == told(whole)
@@ -623,12 +624,12 @@ def test_a_killed_search_goes_on_as_if_undisturbed(tmp_path: Path, changes: dict
 
 def test_a_finished_search_is_read_back_without_measuring_and_may_go_on(tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
-    first = optimise(Bench(), space(), settings(), seed=0, journal=journal)
+    first = optimise(Bench(), space(), settings(), seed=0, journal=Journal(journal))
     bench = Bench()
-    again = optimise(bench, space(), settings(), seed=0, journal=journal, resume=True)
+    again = optimise(bench, space(), settings(), seed=0, journal=Journal(journal, True))
     assert told(again) == told(first)
     assert not bench.calls
-    more = optimise(bench, space(), settings(trials=30), seed=0, journal=journal, resume=True)
+    more = optimise(bench, space(), settings(trials=30), seed=0, journal=Journal(journal, True))
     assert told(more)[:24] == told(first)
     assert len(more) == 30
     assert bench.calls[Level.FEW] == 6
@@ -637,10 +638,10 @@ def test_a_finished_search_is_read_back_without_measuring_and_may_go_on(tmp_path
 def test_a_torn_last_line_is_that_of_a_kill(tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
     whole = optimise(Bench(), space(), settings(), seed=0)
-    killed_at(18, journal, settings=settings(), seed=0)
+    killed_at(18, Journal(journal), settings=settings(), seed=0)
     data = journal.read_bytes()
     journal.write_bytes(data[: len(data) * 2 // 3])
-    points = optimise(Bench(), space(), settings(), seed=0, journal=journal, resume=True)
+    points = optimise(Bench(), space(), settings(), seed=0, journal=Journal(journal, True))
     assert len(points) == 24
     assert all(json.loads(line)["op_code"] >= 0 for line in journal.read_text().splitlines())
     assert told(points)[:5] == told(whole)[:5]
@@ -648,26 +649,26 @@ def test_a_torn_last_line_is_that_of_a_kill(tmp_path: Path) -> None:
 
 def test_every_prefix_of_a_journal_can_be_gone_on_with(tmp_path: Path) -> None:
     journal = tmp_path / "search.jsonl"
-    optimise(Bench(), space(), settings(trials=3), seed=0, journal=journal, seeds=[good()])
+    optimise(Bench(), space(), settings(trials=3), seed=0, journal=Journal(journal), seeds=[good()])
     whole = told(optimise(Bench(), space(), settings(trials=3), seed=0, seeds=[good()]))
     lines = journal.read_bytes().splitlines(keepends=True)
     for end in range(len(lines) + 1):
         journal.write_bytes(b"".join(lines[:end]))
-        found = optimise(Bench(), space(), settings(trials=3), seed=0, journal=journal, resume=True, seeds=[good()])
+        found = optimise(Bench(), space(), settings(trials=3), seed=0, journal=Journal(journal, True), seeds=[good()])
         assert told(found) == whole, f"cut after line {end}"
 
 
 @pytest.fixture
 def begun(tmp_path: Path) -> Path:
     journal = tmp_path / "search.jsonl"
-    optimise(Bench(), space(), settings(trials=3), seed=0, journal=journal, facts={"model": "one"})
+    optimise(Bench(), space(), settings(trials=3), seed=0, journal=Journal(journal, facts={"model": "one"}))
     return journal
 
 
 def test_a_journal_is_not_overwritten(begun: Path) -> None:
     data = begun.read_bytes()
     with pytest.raises(UsageError, match=r"^'.*search.jsonl': a search was begun here.*--resume.*$"):
-        optimise(Bench(), space(), settings(), seed=0, journal=begun)
+        optimise(Bench(), space(), settings(), seed=0, journal=Journal(begun))
     assert begun.read_bytes() == data
 
 
@@ -687,9 +688,10 @@ def test_a_journal_is_not_overwritten(begun: Path) -> None:
 )
 def test_a_journal_of_another_search_is_refused(begun: Path, changes: dict[str, Any], what: str) -> None:
     options = {"space": space(), "settings": settings(), "seed": 0, "facts": {"model": "one"}, **changes}
+    facts = options.pop("facts")
     data = begun.read_bytes()
     with pytest.raises(UsageError, match=rf"^--resume: .*{what}.*$"):
-        optimise(Bench(), journal=begun, resume=True, **options)
+        optimise(Bench(), journal=Journal(begun, True, facts), **options)
     assert Bench().calls == Counter()
     assert begun.read_bytes().startswith(data)
 
@@ -699,13 +701,13 @@ def test_a_damaged_journal_is_one_clear_line(begun: Path, damage: bytes) -> None
     lines = begun.read_bytes().splitlines(keepends=True)
     begun.write_bytes(b"".join([*lines[:4], damage, *lines[4:]]))
     with pytest.raises(CheckpointError, match=r"^'.*search.jsonl': damaged.*$") as caught:
-        optimise(Bench(), space(), settings(), seed=0, journal=begun, resume=True, facts={"model": "one"})
+        optimise(Bench(), space(), settings(), seed=0, journal=Journal(begun, True, {"model": "one"}))
     assert "\n" not in str(caught.value)
 
 
 def test_two_searches_do_not_share_a_journal(begun: Path) -> None:
     bench = Bench()
-    options: dict[str, Any] = {"seed": 0, "journal": begun, "resume": True, "facts": {"model": "one"}}
+    options: dict[str, Any] = {"seed": 0, "journal": Journal(begun, True, {"model": "one"})}
 
     def measure(direction: Direction, level: Level) -> Mapping[str, float]:
         with pytest.raises(UsageError, match=r"^'.*search.jsonl': another search is writing it.*$"):

@@ -72,7 +72,8 @@ def ablation(model: Any, r: Tensor) -> list[Any]:
     unit = r / r.norm()
 
     def without(x: Tensor) -> Tensor:
-        return x - (x @ unit)[..., None] * unit
+        rest: Tensor = x - (x @ unit)[..., None] * unit
+        return rest
 
     def into(_: Any, args: Any) -> Any:
         return (without(args[0]), *args[1:])

@@ -16,7 +16,7 @@ from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSe
 from abliterate.edit.direction import Direction, Recipe, load_direction, save_direction
 from abliterate.edit.hooks import ablation
 from abliterate.edit.plan import Plan
-from abliterate.errors import GateNotMet, UsageError
+from abliterate.errors import GateNotMet, ModelError, UsageError
 from abliterate.evaluation.examine import random_direction
 from abliterate.evaluation.judging import RuleJudge
 from abliterate.evaluation.probe import Probe
@@ -229,7 +229,7 @@ def test_auto_is_the_gradient_unless_the_edit_is_fixed() -> None:
 
 
 def job(planted: Planted, out: Path, **changes: Any) -> RunSettings:
-    searching = SearchSettings(points=3, steps=24, trials=10, search_tokens=6, **changes)
+    searching = SearchSettings(**{"points": 3, "steps": 24, "trials": 10, "search_tokens": 6} | changes)
     evaluating = EvalSettings(max_new_tokens=6)
     finding = FindSettings(max_kl=1.0)
     return settings(planted, out, searching=searching, evaluating=evaluating, finding=finding)
@@ -353,3 +353,34 @@ def test_layers_in_four_bits_compute_with_gradients_inside_and_as_they_like_afte
         assert not layer.weight.requires_grad
     assert layer.support_avx512bf16_for_cpu
     assert layer.weight.requires_grad
+
+
+def test_what_is_replaced_goes_only_when_the_model_is_open(planted: Planted, tmp_path: Path) -> None:
+    folder = tmp_path / "front"
+    asked = job(planted, folder, method="random", no_held_out=True, points=3, trials=6)
+    assert asked.output is not None
+    again = asked.output.model_copy(update={"overwrite": True})
+    record = pipeline.search(asked)
+    assert record.search is not None
+    trials = (folder / pipeline.JOURNAL).read_bytes()
+    with pytest.raises(ModelError):
+        pipeline.search(asked.model_copy(update={"model": str(tmp_path / "nowhere"), "output": again}))
+    assert (folder / pipeline.JOURNAL).read_bytes() == trials, "the old search is still there, trials and all"
+    fewer = job(planted, folder, method="random", no_held_out=True, points=1, trials=6)
+    record = pipeline.search(fewer.model_copy(update={"output": again}))
+    assert record.search is not None
+    files = {point.file for point in record.search.points}
+    assert {f"front/{path.name}" for path in (folder / "front").iterdir()} == files, "no points of the search before"
+
+
+def test_a_point_that_the_record_does_not_know_is_not_picked(planted: Planted, tmp_path: Path) -> None:
+    folder = tmp_path / "front"
+    record = pipeline.search(job(planted, folder, no_held_out=True))
+    assert record.search is not None
+    stray = len(record.search.points) + 1
+    file = folder / "front" / f"{stray:02}.safetensors"
+    file.write_bytes((folder / "front" / "01.safetensors").read_bytes())
+    before = (folder / "abliteration.json").read_bytes()
+    with pytest.raises(UsageError, match=rf"--pick {stray}: expected a point of .*, one of 1, "):
+        pipeline.pick(folder, stray)
+    assert (folder / "abliteration.json").read_bytes() == before

@@ -594,7 +594,7 @@ STOPPED: Mapping[str, str] = {
     "minimax": r"model\.layers\.0 .*not every writer",
     "doge": r"model\.layers\.0 .*not every writer",
     "qwen4_exp_text-ple": r"model\.layers\.\d .*not every writer",
-    "ctrl": r"embedding \(input of block transformer\.h\.0\): the books do not close",
+    "ctrl": r"embedding \(input of block transformer\.h\.0\): it holds what no known embedding writes",
     "blt": r"block model\.local_decoder\.layers\.1: something is written",
     "mllama": r"block 1 \(MllamaCrossAttentionDecoderLayer\): was not called",
 }

@@ -1,14 +1,12 @@
-"""Every causal language model of transformers: what closes is edited alike by hooks and weights, or is refused."""
+"""Every causal language model of transformers is edited alike by hooks and by weights, or is refused for a reason."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import shutil
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
 
 import pytest
 import torch
@@ -23,23 +21,15 @@ from abliterate.model.anatomy import study
 from abliterate.model.batches import body
 from zoo import ENTRIES, UNBUILT, Entry, every_kind
 from zoo_sizes import KINDS, LAYERS
-from zoo_verdicts import WHY, Verdict, cells, examine, figures, read_table, run
+from zoo_verdicts import WHY, Cells, cells, examine, figures, read_table, run
 
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 
-each_entry = pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.cls}-{entry}")
-
 
 @pytest.fixture(scope="module")
-def verdict_of() -> Callable[[Entry], Verdict]:
-    """A function from an entry to its verdict, found once."""
-
-    @cache
-    def found(index: int) -> Verdict:
-        with TemporaryDirectory() as folder:  # two hundred checkpoints are not worth keeping
-            return examine(ENTRIES[index], Path(folder))
-
-    return lambda entry: found(ENTRIES.index(entry))
+def stored() -> Mapping[tuple[str, str], Cells]:
+    """The table in the documentation."""
+    return read_table(TABLE.read_text(encoding="utf-8").splitlines())
 
 
 # --- the zoo itself
@@ -53,8 +43,35 @@ def test_every_class_is_there_or_has_a_reason() -> None:
     assert {cls for _, cls in there} <= set(dir(transformers))
 
 
-@each_entry
-def test_a_tiny_model_runs_on_tokens(entry: Entry) -> None:
+def test_kinds_are_kept_in_order() -> None:
+    assert every_kind("aab") == ["a", "b", "b"]
+    assert every_kind("abcdd") == ["a", "b", "c", "d"]
+    assert every_kind("a") == ["a"] * LAYERS
+
+
+# --- what holds for it
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.cls}-{entry}")
+def test_a_model_of_the_zoo(entry: Entry, stored: Mapping[tuple[str, str], Cells], tmp_path: Path) -> None:
+    """All that is asked of one model in one test, so that it is examined once."""
+    check_tiny_model(entry)
+    check_layers(entry)
+    verdict = examine(entry, tmp_path)
+    if str(entry) in WHY:
+        assert verdict.reason is not None, "every writer is known after all"
+        assert "block" in verdict.reason
+    else:
+        assert verdict.reason is None
+        assert verdict.agrees, f"hooks and weights: logits differ by {verdict.difference:.2g}"
+        assert verdict.moved > 1e-3, "the control: the plan does do something"
+        assert verdict.complete or verdict.fixed, f"{verdict.left:.2g} of the direction is left in the stream"
+    assert stored[entry.cls, str(entry)] == cells(entry, verdict), "docs/architectures.md says otherwise"
+    shutil.rmtree(tmp_path)  # two hundred checkpoints are not worth keeping
+
+
+def check_tiny_model(entry: Entry) -> None:
+    """It is small and runs on tokens."""
     model = entry.model()
     assert type(model).__name__ == entry.cls
     assert sum(parameter.numel() for parameter in model.parameters()) < 1_000_000
@@ -67,48 +84,14 @@ def test_a_tiny_model_runs_on_tokens(entry: Entry) -> None:
     assert 0.01 < float(logits.abs().max()) < 1000
 
 
-@each_entry
-def test_every_kind_of_layer_of_the_default_configuration_occurs(entry: Entry) -> None:
+def check_layers(entry: Entry) -> None:
+    """Every kind of layer of the default configuration occurs."""
     default = AutoConfig.for_model(entry.model_type)
     default = default.get_text_config(decoder=True)
     tiny = entry.config().get_text_config(decoder=True)
     for name in KINDS:
         if getattr(default, name, None):
             assert set(getattr(default, name)) <= set(getattr(tiny, name)), name
-
-
-def test_kinds_are_kept_in_order() -> None:
-    assert every_kind("aab") == ["a", "b", "b"]
-    assert every_kind("abcdd") == ["a", "b", "c", "d"]
-    assert every_kind("a") == ["a"] * LAYERS
-
-
-# --- what holds for it
-
-
-@each_entry
-def test_books_close_unless_there_is_a_reason(entry: Entry, verdict_of: Any) -> None:
-    verdict = verdict_of(entry)
-    if str(entry) in WHY:
-        assert verdict.reason is not None
-        assert "block" in verdict.reason
-    else:
-        assert verdict.reason is None
-
-
-@each_entry
-def test_hooks_and_weights_are_the_same_function(entry: Entry, verdict_of: Any) -> None:
-    verdict = verdict_of(entry)
-    if verdict.reason is None:
-        assert verdict.agrees, f"logits differ by {verdict.difference:.2g}"
-        assert verdict.moved > 1e-3  # the control: the plan does do something
-
-
-@each_entry
-def test_nothing_of_the_direction_is_left_in_the_stream(entry: Entry, verdict_of: Any) -> None:
-    verdict = verdict_of(entry)
-    if verdict.reason is None:
-        assert verdict.complete or verdict.fixed, f"{verdict.left:.2g} is left"
 
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "mamba2", "falcon_h1"])
@@ -128,14 +111,7 @@ def test_a_forgotten_writer_shows(name: str) -> None:
 # --- the table in the documentation
 
 
-@each_entry
-def test_stored_table_says_what_holds(entry: Entry, verdict_of: Any) -> None:
-    stored = read_table(TABLE.read_text(encoding="utf-8").splitlines())
-    assert stored[entry.cls, str(entry)] == cells(entry, verdict_of(entry))
-
-
-def test_stored_table_has_no_other_rows() -> None:
-    stored = read_table(TABLE.read_text(encoding="utf-8").splitlines())
+def test_stored_table_has_no_other_rows(stored: Mapping[tuple[str, str], Cells]) -> None:
     assert set(stored) == {(entry.cls, str(entry)) for entry in ENTRIES}
 
 

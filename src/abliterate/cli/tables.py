@@ -184,7 +184,7 @@ def _shifts(rows: list[tuple[str, ShiftPart]], names: dict[str, str], *, spread:
     columns = ("median", "p95", "worst") if spread else ()
     title = f"Shift on {rows[0][1].prompts} harmless prompts, nats per token"
     if names is _SHORT:
-        title += ": KL of the first token and of the reply, change of what ΔNLL of own replies"
+        title += ": KL of the first token and of the reply, ΔNLL of own replies"
     table = Table(title=title, title_justify="left", **PLAIN)
     for column in ("", "", "mean [95 %]", *columns):
         table.add_column(column, justify="right" if column in columns else "left")

@@ -26,6 +26,7 @@ from abliterate.errors import GateNotMet, UsageError
 from abliterate.report.wording import rate
 
 if TYPE_CHECKING:
+    from abliterate.monitor import Monitor
     from abliterate.record import IntegrityPart, VerificationPart
 
 
@@ -110,21 +111,7 @@ def verify(
         return
     if source is not None:
         raise UsageError("--source: expected an OUT to compare with it, found --direction")
-    from abliterate import pipeline
-    from abliterate.edit.direction import load_direction
-
-    loaded = load_direction(direction)
-    chosen = site_of(site)
-    session = pipeline.open_session(
-        model,
-        loading=given.loading,
-        prompts=given.prompts,
-        learnt_from=loaded.learnt_from,
-        monitor=monitor_for(quiet),
-    )
-    part = pipeline.verify(
-        session, loaded, site=chosen, editing=given.editing, finding=given.finding, replies=given.replies
-    )
+    part = _verified(model, given, direction, site, monitor_for(quiet))
     if as_json:
         typer.echo(part.model_dump_json(indent=1))
     else:
@@ -135,6 +122,25 @@ def verify(
             f"expected), {part.control.refusals} with a random direction, KL {part.kl:.3f} (at most "
             f"{part.max_kl:g}); try another --site or direction"
         )
+
+
+def _verified(model: str, given: _Groups, direction: Path, site: str | None, monitor: Monitor) -> VerificationPart:
+    """By intervention: without the direction, and without a random one."""
+    from abliterate import pipeline
+    from abliterate.edit.direction import load_direction
+
+    loaded = load_direction(direction)
+    chosen = site_of(site)
+    session = pipeline.open_session(
+        model,
+        loading=given.loading,
+        prompts=given.prompts,
+        learnt_from=loaded.learnt_from,
+        monitor=monitor,
+    )
+    return pipeline.verify(
+        session, loaded, site=chosen, editing=given.editing, finding=given.finding, replies=given.replies
+    )
 
 
 def _verify_files(out: Path, source: Path | None, *, as_json: bool, quiet: bool) -> None:

@@ -3,7 +3,10 @@
 reading     the writers of a checkpoint as matrices, streamed
 spectra     the small end of W Wᵀ
 verdict     evidence → calibrated probability
-lone        a checkpoint by itself
+single      a checkpoint by itself
 difference  a checkpoint beside the one it was made from
-wording     an inspection in sentences
+inspect     tensors, activations and behaviour in one inspection
+repair      an edit taken back, exactly or approximately
+audit       how brittle refusal is: plans of a fixed protocol
+harden      refusal spread over several directions, and what that is worth
 """

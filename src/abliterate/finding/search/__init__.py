@@ -5,12 +5,14 @@ chooses one, and measures all of them again on held-out prompts, which nothing w
 """
 
 from abliterate.evaluation.probe import Level
+from abliterate.finding.search.blackbox import Journal
 from abliterate.finding.search.objectives import OBJECTIVES, Objective, objectives_named
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.search import Search, check_search, method_of, search
 
 __all__ = [
     "OBJECTIVES",
+    "Journal",
     "Level",
     "Objective",
     "Point",

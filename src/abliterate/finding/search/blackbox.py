@@ -15,7 +15,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
@@ -65,18 +65,29 @@ class Seen:
     feasible: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class Journal:
+    """A file that holds every step of a search at once. With `resume` the search that was begun there goes on.
+
+    It must have been begun with the same space, settings and `facts` (the caller's: model, prompts); more trials may be
+    asked for than then.
+    """
+
+    path: Path
+    resume: bool = False
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
 def optimise(
     measure: Measure,
     space: Space,
     settings: SearchSettings,
     *,
     seed: int,
-    journal: Path | None = None,
-    resume: bool = False,
+    journal: Journal | None = None,
     seeds: Sequence[Mapping[str, Any]] = (),
     constraints: Mapping[str, float] | None = None,
-    facts: Mapping[str, Any] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[Point]:
     """Run `settings.trials` trials to make `first_token_objectives` small, and return them in order.
 
@@ -86,10 +97,8 @@ def optimise(
     all others are measured at `Level.ALL`. Samplers are told both alike: the means estimate the same, and a value of
     few prompts is only told where it is beaten by more than its noise, so it shows where not to look and nothing else.
 
-    `constraints` are the most that values known at these stages may be. `seeds` are the parameters of the first trials
-    (see `Space.encode`). With a `journal` every step is on disk at once, and `resume` goes on with what is
-    there, if it was begun with the same space, settings and `facts` (the caller's: model, prompts). More trials may be
-    asked for than then.
+    `constraints` are the most that values known at these levels may be. `seeds` are the parameters of the first trials
+    (see `Space.encode`).
 
     Raises `UsageError` without Optuna, for a journal of another search or one in use, and for objectives that first
     tokens do not tell; `CheckpointError` for a damaged journal.
@@ -103,16 +112,15 @@ def optimise(
         "seed": seed,
         "refined": [settings.points, settings.steps, settings.keep_direction] if space.extra else [],
         **space.describe(),
-        **(facts or {}),
+        **({} if journal is None else journal.facts),
     }
-    with _quiet(), _storage(journal, resume) as storage:
+    with _quiet(), _storage(journal) as storage:
         study = _study(storage, len(names), said, journal)
-        tell = progress or (lambda _: None)
-        tell(len(_done(study)))
+        progress(len(_done(study)))
         for number in range(len(_done(study)), settings.trials):
             study.sampler = _sampler(settings, seed, number)
             _run(study, measure, space, names, limits, seeds[number] if number < len(seeds) else None)
-            tell(1)
+            progress(1)
         return list(_points(study, space))
 
 
@@ -252,7 +260,7 @@ def _sampler(settings: SearchSettings, seed: int, number: int) -> BaseSampler:
     return samplers.TPESampler(n_startup_trials=start, multivariate=True, constant_liar=False, seed=own)
 
 
-def _study(storage: BaseStorage | None, objectives: int, said: Mapping[str, Any], journal: Path | None) -> Study:
+def _study(storage: BaseStorage | None, objectives: int, said: Mapping[str, Any], journal: Journal | None) -> Study:
     """The study, new or as the journal has it. What was running when it was killed counts as failed."""
     import optuna
     from optuna.trial import TrialState
@@ -269,26 +277,28 @@ def _study(storage: BaseStorage | None, objectives: int, said: Mapping[str, Any]
     return study
 
 
-def _refuse_another(old: Mapping[str, Any], new: Mapping[str, Any], journal: Path | None) -> None:
+def _refuse_another(old: Mapping[str, Any], new: Mapping[str, Any], journal: Journal | None) -> None:
     for name in (*new, *old):
         if old.get(name) != new.get(name):
+            path = journal and journal.path
             raise UsageError(
-                f"--resume: expected the search that '{journal}' was begun with, found {name} {new.get(name)} "
+                f"--resume: expected the search that '{path}' was begun with, found {name} {new.get(name)} "
                 f"instead of {old.get(name)}; give the same options, or another OUT"
             )
 
 
 @contextlib.contextmanager
-def _storage(journal: Path | None, resume: bool) -> Iterator[BaseStorage | None]:
+def _storage(journal: Journal | None) -> Iterator[BaseStorage | None]:
     """The journal as a storage; nothing (memory) without one. It is locked for as long as it is used."""
     if journal is None:
         yield None
         return
-    if journal.exists() and not resume:
-        raise UsageError(f"'{journal}': a search was begun here; go on with --resume, or give another OUT")
-    with _locked(journal):
-        _mend(journal)
-        yield _opened(journal)
+    path = journal.path
+    if path.exists() and not journal.resume:
+        raise UsageError(f"'{path}': a search was begun here; go on with --resume, or give another OUT")
+    with _locked(path):
+        _mend(path)
+        yield _opened(path)
 
 
 @contextlib.contextmanager

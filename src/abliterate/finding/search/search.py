@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from abliterate.config import EditSettings, FindSettings, OutputSettings, RunSettings, SearchSettings
@@ -18,7 +17,7 @@ from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.finding.find import Findings
 from abliterate.finding.search import gradient, pareto
-from abliterate.finding.search.blackbox import first_token_objectives, optimise
+from abliterate.finding.search.blackbox import Journal, first_token_objectives, optimise
 from abliterate.finding.search.objectives import (
     OBJECTIVES,
     Objective,
@@ -105,13 +104,9 @@ def search(
     judge: Judge,
     settings: RunSettings,
     method: str,
-    journal: Path | None = None,
-    *,
-    resume: bool = False,
+    journal: Journal | None = None,
 ) -> Search:
     """Search from `start`; every trial of a black box is on disk at once where there is a `journal`.
-
-    With `resume` the search that was begun there goes on.
 
     Raises `UsageError` for settings that do not go together, `GateNotMet` when no point keeps the constraints.
     """
@@ -123,7 +118,7 @@ def search(
         probe = Probe(session, findings.ids, "val", judge, short)
         base = values(probe.measure(None, Level.REPLIES), wanted)
         monitor.note(f"unedited: {_worded(base)}")
-    attempt = _Attempt(probe, start, settings, within(session.anatomy, settings.editing), journal, resume)
+    attempt = _Attempt(probe, start, settings, within(session.anatomy, settings.editing), journal)
     points = _measured(probe, attempt.propose(method), wanted)
     names = tuple(objective.name for objective in named)
     result = Search(
@@ -181,8 +176,7 @@ class _Attempt:
     start: Direction
     settings: RunSettings
     editing: EditSettings
-    journal: Path | None
-    resume: bool
+    journal: Journal | None
 
     @property
     def session(self) -> Session:
@@ -246,10 +240,8 @@ class _Attempt:
                 searching,
                 constraints={"kl": self.settings.finding.max_kl},
                 seed=session.seed,
-                journal=self.journal,
-                resume=self.resume,
+                journal=None if self.journal is None else replace(self.journal, facts=self._facts()),
                 seeds=[encoded for direction in refined if (encoded := space.encode(direction)) is not None],
-                facts=self._facts(),
                 progress=advance,
             )
 

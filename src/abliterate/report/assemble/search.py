@@ -55,6 +55,10 @@ def save_points(result: Search, folder: Path, start: Direction) -> None:
     Candidates are kept only where the edit needs them. What the file says of model and prompts is what `start` says.
     """
     part = search_part(result)
+    kept = {point.file for point in part.points}
+    for old in sorted((folder / FRONT).glob("*.safetensors")):  # of a search that was here before
+        if f"{FRONT}/{old.name}" not in kept:
+            old.unlink()
     for point, said in zip(result.points, part.points, strict=True):
         direction, recipe = point.direction, point.direction.recipe
         if recipe is None or not recipe.biprojected:
