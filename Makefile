@@ -1,14 +1,18 @@
 # make demo   environment, a real model, the whole job on it
 # make test   environment, all checks and tests
 # make check  formatting, lint, types (part of make test)
+# make oldest tests on the oldest transformers that is allowed (part of make test)
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-out
 READY  := $(VENV)/.ready
+OLDEST := $(VENV)/oldest
+# One process per core, with one torch thread each.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
 
-.PHONY: demo test check format benchmarks clean
+.PHONY: demo test oldest check format benchmarks clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -22,7 +26,17 @@ demo: $(READY)
 test: check
 	scripts/chromium.sh
 	$(BIN)/python scripts/demo_model.py qwen
-	$(BIN)/python -m pytest
+	$(PYTEST) --durations 25
+	$(MAKE) oldest
+
+oldest: $(OLDEST)/.ready
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/model tests/edit/test_realisations.py tests/edit/test_lora.py \
+		--ignore tests/model/test_zoo.py
+
+$(OLDEST)/.ready: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) \
+		"$$($(BIN)/python scripts/oldest.py transformers)"
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff format --check

@@ -112,7 +112,7 @@ VARIANTS = (
 
 #: Models of text and images whose text half is used alone.
 MULTIMODAL = (
-    Entry("llama4", "Llama4ForConditionalGeneration"),
+    Entry("llama4", "Llama4ForConditionalGeneration", "images"),
     Entry("llava", "LlavaForConditionalGeneration"),
     Entry("mistral3", "Mistral3ForConditionalGeneration"),
     Entry("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"),

@@ -32,13 +32,16 @@ _WHY: Mapping[str, str] = {
     openai-gpt opt-post-norm plbart prophetnet rembert roberta roc_bert roformer trocr xlm xlm-roberta xlnet xmod""": (
         _POST_LN
     ),
-    "doge doge-moe dory zaya": _SCALED,
+    "doge doge-moe zaya": _SCALED,
     "inkling2_text inkling_text": _CONVOLVED,
     "mllama": _NO_IMAGE,
     "blt": "three stacks of blocks of different widths, joined by cross-attention",
     "ctrl": "fixed positions are added outside any module, where no hook reaches them",
+    "dory": "its middle blocks run several times, and the stream is interpolated at a learned rate per channel",
     "gemma3n_text": "its low-rank side path (LAuReL) adds the normed stream itself, through a gain",
     "hrm_text": "two stacks of blocks that take turns, each run several times",
+    "llama4-images": "transformers 5.24 cannot run it: its forward pass asks the text half for images",
+    "inkling2_loop_text": "its middle blocks run several times, each pass takes gated messages from the one before",
     "longcat_flash": "identity experts add the normed stream itself, through a gain",
     "qwen4_exp_text-ple": "per-layer embeddings pass a convolution and a non-linearity after their last map",
     "reformer": "reversible blocks: two streams that are added to in turns",

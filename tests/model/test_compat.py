@@ -1,6 +1,6 @@
 """What `_compat` takes from inside transformers is still there and still means what we take it to mean.
 
-These run on the oldest and on the newest release that pyproject.toml allows (`make test-releases`).
+These run on the oldest and on the newest release that pyproject.toml allows (`make test` and `make oldest`).
 """
 
 from __future__ import annotations

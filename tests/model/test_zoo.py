@@ -60,7 +60,7 @@ def test_a_model_of_the_zoo(entry: Entry, stored: Mapping[tuple[str, str], Cells
     verdict = examine(entry, tmp_path)
     if str(entry) in WHY:
         assert verdict.reason is not None, "every writer is known after all"
-        assert "block" in verdict.reason
+        assert "block" in verdict.reason, "it says where"
     else:
         assert verdict.reason is None
         assert verdict.agrees, f"hooks and weights: logits differ by {verdict.difference:.2g}"

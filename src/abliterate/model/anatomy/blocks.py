@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -116,8 +117,14 @@ def probe(model: Any, blocks: list[nn.Module], ids: Tensor) -> list[Call]:
                 call.given = stream_out(output).detach()
 
         handles += [block.register_forward_pre_hook(keep, with_kwargs=True), block.register_forward_hook(seen)]
-    with hooked(handles), torch.inference_mode():
-        body(model)(input_ids=ids, use_cache=False)
+    try:
+        with hooked(handles), torch.inference_mode():
+            body(model)(input_ids=ids, use_cache=False)
+    except (AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+        raise AnatomyError(
+            f"the blocks of {type(model).__name__} cannot be studied: expected a forward pass on token ids, found that "
+            f"transformers {transformers.__version__} cannot run it ({type(error).__name__}: {error})"
+        ) from error
     done = [call for call in calls if call is not None]
     if len(done) != len(blocks):
         missing = next(i for i, call in enumerate(calls) if call is None)
