@@ -25,6 +25,7 @@ from zoo import UNBUILT, Entry
 _POST_LN = "norms stand on the residual stream itself (post-LN), so no edit of writers can keep a direction out of it"
 _SCALED = "the residual stream itself is multiplied by learned vectors, which turn every direction in it"
 _NO_IMAGE = "its cross-attention blocks do not run without an image"
+CANNOT_RUN = "transformers 5.24 cannot run it: its forward pass asks the text half for images"
 _CONVOLVED = "a depthwise convolution stands between the last maps and the stream"
 
 _WHY: Mapping[str, str] = {
@@ -40,7 +41,7 @@ _WHY: Mapping[str, str] = {
     "dory": "its middle blocks run several times, and the stream is interpolated at a learned rate per channel",
     "gemma3n_text": "its low-rank side path (LAuReL) adds the normed stream itself, through a gain",
     "hrm_text": "two stacks of blocks that take turns, each run several times",
-    "llama4-images": "transformers 5.24 cannot run it: its forward pass asks the text half for images",
+    "llama4-images": CANNOT_RUN,
     "inkling2_loop_text": "its middle blocks run several times, each pass takes gated messages from the one before",
     "longcat_flash": "identity experts add the normed stream itself, through a gain",
     "qwen4_exp_text-ple": "per-layer embeddings pass a convolution and a non-linearity after their last map",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from abliterate.errors import ModelError, NumericalError
+from abliterate.model._compat import cache_name
 from abliterate.model.activations import MomentsFitter, ProjectionFitter, stream_sites
 from abliterate.model.anatomy import find_blocks, stream_out
 from abliterate.model.batches import (
@@ -516,10 +517,10 @@ def test_model_whose_cache_cannot_be_copied_does_not_share(
 
 def test_cache_that_is_ignored_is_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some models take keys and values under another name and say nothing: only the logits tell."""
-    run = SharedPrefix.options
+    run, unused = SharedPrefix.options, cache_name(model_of("llama"))
 
     def without_cache(self: SharedPrefix, rows: int) -> dict[str, Any]:
-        return {**run(self, rows), "past_key_values": None}
+        return {name: value for name, value in run(self, rows).items() if name != unused}
 
     monkeypatch.setattr(SharedPrefix, "options", without_cache)
     assert not can_share(model_of("llama"), ragged(), POSITIONS)

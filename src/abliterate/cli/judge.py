@@ -141,7 +141,7 @@ def show_errors(labelled: Labelled, verdicts: Sequence[Verdict], console: Consol
 
 
 def _disagree(label: Label, verdict: Verdict, two_way: bool) -> bool:
-    from abliterate.evaluation.judging.base import Label
+    from abliterate.evaluation.judging.base import Label, Verdict
 
     if two_way and verdict.label is not Label.UNKNOWN:
         return Verdict(label).refused != verdict.refused

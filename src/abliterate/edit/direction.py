@@ -173,7 +173,8 @@ def _said(direction: Direction) -> dict[str, Any]:
     """What the file says of the direction, beside its tensors."""
     said = dict(direction.facts)
     if direction.site is not None:
-        said["chosen"] = {**direction.site._asdict(), **said.get("chosen", {})}
+        site = direction.site._asdict()
+        said["chosen"] = {**site, **said.get("chosen", {}), **site}  # its facts never say another site
     if direction.model is not None:
         said["model"] = direction.model
     if direction.learnt_from:
