@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import abliterate as ab
 from abliterate import pipeline
 from abliterate.config import InspectSettings
-from abliterate.evaluation.judging import Tally, judge
 from abliterate.forensics.inspect import recover
-from abliterate.model.generation import complete
 
 GGUF = (
     Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
@@ -30,18 +26,18 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def all_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory, all_threads: None) -> ab.Record:
+def record(tmp_path_factory: pytest.TempPathFactory) -> ab.Record:
+    """One run for all that is asked here, on a third of the prompts and sites."""
     out = tmp_path_factory.mktemp("real") / "out"
-    searching = ab.SearchSettings(no_held_out=True)  # the chosen point is evaluated on them anyway
-    return ab.run(ab.RunSettings(model=str(GGUF), output=ab.OutputSettings(out=out), searching=searching))
+    return ab.run(
+        ab.RunSettings(
+            model=str(GGUF),
+            output=ab.OutputSettings(out=out),
+            prompts=ab.PromptSettings(limit=32),
+            finding=ab.FindSettings(positions=1),
+            searching=ab.SearchSettings(points=3, steps=20, no_held_out=True),  # the chosen point is evaluated on them
+        )
+    )
 
 
 def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
@@ -50,9 +46,10 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert after is not None
     assert shift is not None
     assert shift.kl_first_token is not None
-    assert before.harmful.refusals >= 30, "the demo model refuses about half of the builtin harmful prompts"
+    assert before.harmful.n == 32
+    assert before.harmful.refusals >= 10, "the demo model refuses about half of the builtin harmful prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
-    assert after.harmful.degenerate <= 5
+    assert after.harmful.degenerate <= 2
     assert after.harmless.refusals <= before.harmless.refusals
     assert shift.kl_first_token < 0.05
 
@@ -81,14 +78,9 @@ def test_direction_met_the_rule_and_the_random_one_did_not(record: ab.Record) ->
 
 def test_random_direction_leaves_refusals_where_they_were(record: ab.Record) -> None:
     assert record.evaluation is not None
-    session = ab.open_session(str(GGUF))
-    random = torch.randn(1, session.anatomy.d_model, generator=torch.Generator().manual_seed(1))
-    with session.ablated(session.plan(random)):
-        replies = complete(
-            session.model, session.loaded.tokenizer, session.encoded["harmful", "test"], 32, session.size
-        )
-    control = Tally.from_verdicts([judge(reply.text) for reply in replies])
-    assert abs(control.refusals - record.evaluation.before.harmful.refusals) <= 10
+    control = record.evaluation.control
+    assert control is not None
+    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 3
 
 
 def test_saved_model_loads_with_plain_transformers_and_answers(record: ab.Record) -> None:
