@@ -18,16 +18,6 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it, and so would what tests start
 logging.disable_progress_bar()
 
-#: Modules whose tests share what takes long to make.
-SHARED = ("test_real_model.py",)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of one module that share a costly fixture go to one process; its tests start first."""
-    for item in items:
-        if item.path.name in SHARED:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
-
 
 @pytest.fixture(autouse=True, scope="session")
 def replies_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

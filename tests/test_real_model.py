@@ -21,6 +21,7 @@ GGUF = (
 
 pytestmark = [
     pytest.mark.real_model,
+    pytest.mark.xdist_group("real model"),  # one process makes the run that they share, and starts with it
     pytest.mark.skipif(not GGUF.is_file(), reason="the demo model is not here: python scripts/demo_model.py qwen"),
 ]
 
