@@ -14,6 +14,8 @@ import pytest
 from abliterate.record import read_record
 from planted import Planted, plant
 
+pytestmark = pytest.mark.xdist_group("forensics commands")  # they share an edited model
+
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
@@ -23,7 +25,13 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
 @pytest.fixture(scope="module")
 def prompts(planted: Planted) -> list[str]:
     named = {"harmful": planted.harmful, "harmless": planted.harmless, "borderline": planted.borderline}
-    return ["--device", "cpu", *(part for name, path in named.items() for part in (f"--{name}", str(path)))]
+    return [
+        "--device",
+        "cpu",
+        "--limit",
+        "32",
+        *(part for name, path in named.items() for part in (f"--{name}", str(path))),
+    ]
 
 
 def abliterate(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:

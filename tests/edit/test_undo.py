@@ -22,10 +22,11 @@ from abliterate.edit.undo import Restored, restore, undo
 from abliterate.edit.weights import Surgery, edit_checkpoint
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.files.checkpoint import Checkpoint, open_checkpoint, resumable
-from abliterate.files.formats import layout, steps_apart
+from abliterate.files.formats import layout
 from abliterate.model.anatomy import Kind, Stored, Writer
 from abliterate.monitor import Monitor
 from abliterate.record import AnatomyPart, ModelPart, PlanPart, Record, write_record
+from steps import steps_apart
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -18,7 +18,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from abliterate.errors import CheckpointError, NumericalError
 from abliterate.files.checkpoint import open_checkpoint
-from abliterate.files.formats import PLAIN, Diffusion, Layout, diffuse_rows, layout, steps_apart
+from abliterate.files.formats import PLAIN, Diffusion, Layout, diffuse_rows, layout
+from steps import steps_apart
 
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
 E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
