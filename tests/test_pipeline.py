@@ -666,6 +666,8 @@ def test_evaluation_under_hooks_and_of_the_saved_model_agree(
 ) -> None:
     plan = session.plan(load_direction(out / "direction.safetensors").basis)
     whole = EvalSettings(keep_completions=True)
+    with pytest.raises(UsageError, match="expected a base or a plan, found both"):
+        pipeline.evaluate(session, whole, base=session, plan=plan)
     here = pipeline.evaluate(session, whole, plan=plan)
     edited = pipeline.open_session(str(out), prompts=prompt_settings(planted), loading=ModelSettings(device="cpu"))
     there = pipeline.evaluate(edited, whole, base=session)
