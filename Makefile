@@ -9,8 +9,10 @@ BIN    := $(VENV)/bin
 OUT    ?= demo-out
 READY  := $(VENV)/.ready
 OLDEST := $(VENV)/oldest
+# Tests that share one long run, or a port: in one process, which has all cores.
+ALONE  := tests/test_real_model.py tests/lab/test_lab_browser.py
 # One process per core, with one torch thread each.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test oldest check format benchmarks clean
 
@@ -26,7 +28,8 @@ demo: $(READY)
 test: check
 	scripts/chromium.sh
 	$(BIN)/python scripts/demo_model.py qwen
-	$(PYTEST) --durations 25
+	$(PYTEST) --durations 25 $(ALONE:%=--ignore %)
+	$(BIN)/python -m pytest --durations 8 $(ALONE)
 	$(MAKE) oldest
 
 oldest: $(OLDEST)/.ready

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import abliterate as ab
 from abliterate import pipeline
@@ -21,22 +23,29 @@ GGUF = (
 
 pytestmark = [
     pytest.mark.real_model,
-    pytest.mark.xdist_group("real model"),  # one process makes the run that they share, and starts with it
     pytest.mark.skipif(not GGUF.is_file(), reason="the demo model is not here: python scripts/demo_model.py qwen"),
 ]
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory) -> ab.Record:
-    """One run for all that is asked here, on a fifth of the prompts and sites."""
+def all_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def record(tmp_path_factory: pytest.TempPathFactory, all_threads: None) -> ab.Record:
+    """One run for all that is asked here, on a third of the prompts and fewer sites."""
     out = tmp_path_factory.mktemp("real") / "out"
     return ab.run(
         ab.RunSettings(
             model=str(GGUF),
             output=ab.OutputSettings(out=out),
-            prompts=ab.PromptSettings(limit=20),
+            prompts=ab.PromptSettings(limit=32),
             finding=ab.FindSettings(positions=1),
-            searching=ab.SearchSettings(points=3, steps=12, no_held_out=True),  # the chosen point is evaluated on them
+            searching=ab.SearchSettings(points=2, steps=12, no_held_out=True),  # the chosen point is evaluated on them
         )
     )
 
@@ -47,8 +56,8 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert after is not None
     assert shift is not None
     assert shift.kl_first_token is not None
-    assert before.harmful.n == 20
-    assert before.harmful.refusals >= 6, "the demo model refuses about half of the builtin harmful prompts"
+    assert before.harmful.n == 32
+    assert before.harmful.refusals >= 10, "the demo model refuses about half of the builtin harmful prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
     assert after.harmful.degenerate <= 2
     assert after.harmless.refusals <= before.harmless.refusals

@@ -14,8 +14,6 @@ import pytest
 from abliterate.record import read_record
 from planted import Planted, plant
 
-pytestmark = pytest.mark.xdist_group("forensics commands")  # they share an edited model
-
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:

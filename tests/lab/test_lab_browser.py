@@ -24,10 +24,7 @@ from planted import plant
 gradio = pytest.importorskip("gradio", reason="the extra lab is not installed")
 
 #: In the server's threads a warning of the libraries below the page would end their work.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore"),
-    pytest.mark.xdist_group("lab"),  # one process listens on the first free port
-]
+pytestmark = pytest.mark.filterwarnings("ignore")
 
 #: Everything in the lab here takes well under a second, applying a plan a few.
 _PATIENCE = 20_000
