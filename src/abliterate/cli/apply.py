@@ -4,18 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import typer
-from rich.console import Console
-
-from abliterate.cli.arguments import (
-    DirectionFile,
-    Json,
-    Model,
-    Quiet,
-    SiteOption,
-    monitor_for,
-    site_of,
-)
+from abliterate.cli.arguments import DirectionFile, Json, Model, Quiet, SiteOption, monitor_for, say, site_of
 from abliterate.cli.options import with_settings
 from abliterate.cli.run import show_run
 from abliterate.config import EditSettings, FileSettings, OutputSettings
@@ -51,7 +40,4 @@ def apply(
         loading=given.loading,
         monitor=monitor_for(quiet),
     )
-    if as_json:
-        typer.echo(record.model_dump_json(indent=1))
-    else:
-        show_run(record, Console())
+    say(record, show_run, as_json)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from pydantic import BaseModel
@@ -16,6 +17,8 @@ from abliterate.errors import UsageError
 if TYPE_CHECKING:
     from abliterate.edit.direction import Site
     from abliterate.monitor import Monitor
+
+Result = TypeVar("Result", bound=BaseModel)
 
 Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or .gguf file.", show_default=False)]
 DirectionFile = Annotated[
@@ -51,6 +54,14 @@ def refuse_set(where: str, settings: BaseModel, *names: str) -> None:
 def joined(*settings: BaseModel) -> EvalSettings:
     """Settings by concern, as one."""
     return EvalSettings(**{name: value for one in settings for name, value in one})
+
+
+def say(result: Result, show: Callable[[Result, Console], None], as_json: bool) -> None:
+    """The result on stdout: as JSON, or as `show` draws it."""
+    if as_json:
+        typer.echo(result.model_dump_json(indent=1))
+    else:
+        show(result, Console())
 
 
 def site_of(option: str | None) -> Site | None:

@@ -10,16 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-    Model,
-    Quiet,
-    monitor_for,
-)
+from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, percent
 from abliterate.config import (
-    EvalSettings,
     FindSettings,
     MeasureSettings,
     ModelSettings,
@@ -90,10 +84,7 @@ def audit(
         loading=given.loading,
         prompts=given.prompts,
         finding=FindSettings(**given.finding.model_dump()),
-        evaluating=EvalSettings(**given.replies.model_dump()),
+        evaluating=joined(given.replies),
     )
     part = audit_model(model, measuring, out=out, monitor=monitor_for(quiet))
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_audit(part, Console())
+    say(part, show_audit, as_json)

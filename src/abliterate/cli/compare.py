@@ -14,12 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-    Quiet,
-    joined,
-    monitor_for,
-)
+from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, capability_table, print_rates
 from abliterate.config import (
@@ -142,9 +137,6 @@ def compare(
     evaluating = joined(given.replies, given.thinking, given.capability)
     measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, evaluating=evaluating)
     part = compare_models(models, measuring, monitor_for(quiet))
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_comparison(part, Console())
+    say(part, show_comparison, as_json)
     if csv is not None:
         write_atomically(csv, as_csv(part))

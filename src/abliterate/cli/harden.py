@@ -5,17 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
-from abliterate.cli.arguments import (
-    Json,
-    Model,
-    Quiet,
-    joined,
-    monitor_for,
-)
+from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for, say
 from abliterate.cli.audit import audit_table
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import show_evaluation
@@ -71,10 +64,7 @@ def harden(
     part = harden_model(
         model, folder.out, given.hardening, measuring, overwrite=folder.overwrite, monitor=monitor_for(quiet)
     )
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_hardening(part, Console())
+    say(part, show_hardening, as_json)
 
 
 def show_hardening(part: HardeningPart, console: Console) -> None:

@@ -11,16 +11,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-    Quiet,
-    monitor_for,
-    refuse_idle,
-)
+from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, refuse_idle, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN
 from abliterate.config import (
-    EvalSettings,
     InspectSettings,
     MeasureSettings,
     ModelSettings,
@@ -130,12 +124,9 @@ def inspect(
         refuse_idle("inspect without --behavioural", given.replies, given.thinking)
     from abliterate.forensics.inspect import inspect as inspect_model
 
-    evaluating = EvalSettings(**given.replies.model_dump(), **given.thinking.model_dump())
+    evaluating = joined(given.replies, given.thinking)
     measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, evaluating=evaluating)
     part = inspect_model(model, inspecting, measuring, monitor_for(quiet))
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_inspection(part, Console())
+    say(part, show_inspection, as_json)
     if part.verdict == "altered":
         raise typer.Exit(GateNotMet.exit_code)

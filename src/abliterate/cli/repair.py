@@ -9,13 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from abliterate.cli.arguments import (
-    Json,
-    Quiet,
-    joined,
-    monitor_for,
-    refuse_idle,
-)
+from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, refuse_idle, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import show_evaluation
 from abliterate.config import (
@@ -82,7 +76,4 @@ def repair(
     part = repair_model(
         model, folder.out, given.repairing, measuring, overwrite=folder.overwrite, monitor=monitor_for(quiet)
     )
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_repair(part, Console())
+    say(part, show_repair, as_json)

@@ -6,17 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-    Model,
-    Quiet,
-    monitor_for,
-)
+from abliterate.cli.arguments import Json, Model, Quiet, monitor_for, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.search import show_search
 from abliterate.cli.tables import PLAIN, fits, show_evaluation
@@ -141,7 +135,4 @@ def run(
         output=given.output,
     )
     record = pipeline.run(settings, monitor_for(quiet))
-    if as_json:
-        typer.echo(record.model_dump_json(indent=1))
-    else:
-        show_run(record, Console())
+    say(record, show_run, as_json)

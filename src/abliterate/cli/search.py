@@ -13,17 +13,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-    Model,
-    Quiet,
-    monitor_for,
-)
+from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, fits
 from abliterate.config import (
     EditSettings,
-    EvalSettings,
     FindSettings,
     FolderSettings,
     ModelSettings,
@@ -277,7 +271,7 @@ def search(
         finding=given.finding,
         searching=given.searching,
         editing=given.editing,
-        evaluating=EvalSettings(**given.replies.model_dump()),
+        evaluating=joined(given.replies),
         output=OutputSettings(out=out, overwrite=given.folder.overwrite, force=force),
     )
     record = pipeline.search(settings, resume=resume, monitor=monitor_for(quiet))

@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from abliterate.cli.arguments import (
-    Json,
-    Quiet,
-    monitor_for,
-)
+from abliterate.cli.arguments import Json, Quiet, monitor_for, say
 
 if TYPE_CHECKING:
     from abliterate.record import UndonePart
@@ -33,10 +29,7 @@ def undo(
     from abliterate.edit.undo import undo as undo_edit
 
     undone = undo_edit(out, target=target, source=source, monitor=monitor_for(quiet))
-    if as_json:
-        typer.echo(undone.model_dump_json(indent=1))
-    else:
-        show_undone(undone, Console())
+    say(undone, show_undone, as_json)
 
 
 def show_undone(undone: UndonePart, console: Console) -> None:

@@ -18,6 +18,7 @@ from abliterate.cli.arguments import (
     SiteOption,
     monitor_for,
     refuse_idle,
+    say,
     site_of,
 )
 from abliterate.cli.options import with_settings
@@ -112,10 +113,7 @@ def verify(
     if source is not None:
         raise UsageError("--source: expected an OUT to compare with it, found --direction")
     part = _verified(model, given, direction, site, monitor_for(quiet))
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_verification(part, Console())
+    say(part, show_verification, as_json)
     if not part.verified:
         raise GateNotMet(
             f"not verified: {part.after.refusals} of {part.before.refusals} refusals are left (at most half "
@@ -152,9 +150,6 @@ def _verify_files(out: Path, source: Path | None, *, as_json: bool, quiet: bool)
     from abliterate.edit.undo import verify_files
 
     part = verify_files(out, source, monitor_for(quiet))
-    if as_json:
-        typer.echo(part.model_dump_json(indent=1))
-    else:
-        show_integrity(part, Console())
+    say(part, show_integrity, as_json)
     if not part.intact:
         raise GateNotMet(f"{out}: not what its record says; see the list above")
