@@ -407,7 +407,7 @@ def test_layer_1_is_not_layer_11(tmp_path: Path) -> None:
 def test_what_is_not_of_low_rank_is_refused_by_name_before_reading() -> None:
     plan = plan_of("llama")
     with pytest.raises(UsageError, match=r"norm-preserving.*model\.embed_tokens, .* and 4 more"):
-        refuse_for_lora(replace(plan, edits=tuple(replace(edit, keep_norms=True) for edit in plan.edits)))
+        refuse_for_lora(replace(plan, edits=tuple(replace(edit, norm_preserving=True) for edit in plan.edits)))
     edit = plan.edits[1]
     with pytest.raises(UsageError, match=r"an offset needs a bias.*model\.layers\.0\.self_attn\.o_proj"):
         low_rank_live(None, replace(plan, edits=(replace(edit, offset=torch.ones(D_MODEL)),)))

@@ -274,7 +274,7 @@ def test_direction_along_the_mean_of_a_layer_is_refused() -> None:
 
 def test_norms_are_kept_of_maps_only() -> None:
     plan = plan_for(anatomy(EMBEDDING, NORM_BIAS, *BLOCKS), direction(), EditSettings(norm_preserving=True))
-    assert {edit.writer.module for edit in plan.edits if not edit.keep_norms} == {"norm"}
+    assert {edit.writer.module for edit in plan.edits if not edit.norm_preserving} == {"norm"}
 
 
 def test_oblique_edits_keep_their_rows_and_are_refused_before_a_norm() -> None:
@@ -371,5 +371,5 @@ def test_the_constant_is_what_reaches_the_stream() -> None:
 
 
 def test_variant_without_a_mean_adds_nothing() -> None:
-    plan = make_plan(LLAMA, random(2, D), variant=Variant(keep_norms=True))
-    assert all(edit.offset is None and edit.keep_norms for edit in plan.edits)
+    plan = make_plan(LLAMA, random(2, D), variant=Variant(norm_preserving=True))
+    assert all(edit.offset is None and edit.norm_preserving for edit in plan.edits)

@@ -80,12 +80,12 @@ SHAPES = [((D, 10), 0), ((D, D), 0), ((10, D), 1), ((3, D, 10), 1), ((3, 10, D),
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize("norm_preserving", [False, True])
 @pytest.mark.parametrize(("k", "strength"), [(1, 1.0), (3, 1.0), (2, 0.3), (2, -1.0)])
 def test_undo_comes_within_one_step(
-    shape: tuple[int, ...], axis: int, dtype: torch.dtype, keep_norms: bool, k: int, strength: float
+    shape: tuple[int, ...], axis: int, dtype: torch.dtype, norm_preserving: bool, k: int, strength: float
 ) -> None:
-    plan = plan_of(Edit(writer(axis), basis_of(k), strength, keep_norms=keep_norms))
+    plan = plan_of(Edit(writer(axis), basis_of(k), strength, norm_preserving=norm_preserving))
     restored, edited, _ = round_trip({"w": randn(*shape, dtype=dtype), "other": randn(3, dtype=dtype)}, plan)
     assert restored <= 1
     assert edited > 10  # control
@@ -93,7 +93,7 @@ def test_undo_comes_within_one_step(
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES, ids=str)
 def test_undo_of_an_oblique_edit(shape: tuple[int, ...], axis: int) -> None:
-    plan = plan_of(Edit(writer(axis), randn(2, D, seed=4), 0.8, randn(2, D, seed=5), keep_norms=True))
+    plan = plan_of(Edit(writer(axis), randn(2, D, seed=4), 0.8, randn(2, D, seed=5), norm_preserving=True))
     assert round_trip({"w": randn(*shape, dtype=torch.bfloat16)}, plan)[0] <= 1
 
 
@@ -105,7 +105,8 @@ def test_undo_of_an_offset(dtype: torch.dtype, size: float) -> None:
     embedding = Writer("embedding", Kind.EMBEDDING, None, "w", 1, None)
     biased = Writer("mlp", Kind.MLP, 0, "v", 0, "b")
     plan = plan_of(
-        Edit(embedding, basis_of(), 1.0, offset=offset, keep_norms=True), Edit(biased, basis_of(2), 0.0, offset=offset)
+        Edit(embedding, basis_of(), 1.0, offset=offset, norm_preserving=True),
+        Edit(biased, basis_of(2), 0.0, offset=offset),
     )
     restored, edited, exceptions = round_trip(tensors, plan)
     assert restored <= 1
@@ -119,10 +120,10 @@ def test_undo_of_an_edit_at_strength_zero_is_exact() -> None:
 
 
 @pytest.mark.parametrize("strength", [1.0, -1.0])
-@pytest.mark.parametrize("keep_norms", [False, True])
+@pytest.mark.parametrize("norm_preserving", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_undo_in_fp8(strength: float, keep_norms: bool, axis: int) -> None:
-    plan = plan_of(Edit(writer(axis), basis_of(2, 200), strength, keep_norms=keep_norms))
+def test_undo_in_fp8(strength: float, norm_preserving: bool, axis: int) -> None:
+    plan = plan_of(Edit(writer(axis), basis_of(2, 200), strength, norm_preserving=norm_preserving))
     restored, edited, _ = round_trip(fp8((200, 150) if axis == 0 else (150, 200)), plan)
     assert restored <= 1
     assert edited > 10
@@ -161,7 +162,7 @@ def adversarial(seed: int, dtype: torch.dtype, shape: Sequence[int], spread: flo
     axis=st.integers(0, 1),
     strength=st.sampled_from([1.0, 0.5, -1.0, 1.7, -3.0]),
     spread=st.sampled_from([0.0, 3.0, 12.0, 40.0]),
-    keep_norms=st.booleans(),
+    norm_preserving=st.booleans(),
     sparse=st.booleans(),
 )
 def test_undo_of_adversarial_numbers(
@@ -173,7 +174,7 @@ def test_undo_of_adversarial_numbers(
     axis: int,
     strength: float,
     spread: float,
-    keep_norms: bool,
+    norm_preserving: bool,
     sparse: bool,
 ) -> None:
     weight = adversarial(
@@ -182,7 +183,7 @@ def test_undo_of_adversarial_numbers(
     direction = randn(min(k, d - 1), d, seed=seed + 1)
     if sparse:  # nearly one coordinate: some numbers are wholly taken out, others untouched
         direction = direction[:1] * torch.logspace(0, -12, d)
-    plan = plan_of(Edit(writer(axis), orthonormal(direction), strength, keep_norms=keep_norms))
+    plan = plan_of(Edit(writer(axis), orthonormal(direction), strength, norm_preserving=norm_preserving))
     assert round_trip({"w": weight}, plan)[0] <= 1
 
 
@@ -213,7 +214,7 @@ def test_exceptions_are_needed_and_few() -> None:
 
 def test_undo_file_can_be_read_by_others(tmp_path: Path) -> None:
     weight, basis = randn(D, 10), basis_of(2)
-    plan = plan_of(Edit(writer(), basis, 1.0, keep_norms=True), Edit(writer(weight="v"), basis, 0.5))
+    plan = plan_of(Edit(writer(), basis, 1.0, norm_preserving=True), Edit(writer(weight="v"), basis, 0.5))
     surgery = edit(write(tmp_path / "in", {"w": weight, "v": randn(D, 10, seed=1)}), tmp_path / "out", plan)
     assert surgery.undo == ("undo.safetensors",)
     arrays = load_file(tmp_path / "out" / surgery.undo[0])
@@ -233,7 +234,9 @@ def test_undo_file_can_be_read_by_others(tmp_path: Path) -> None:
 @pytest.mark.parametrize("block_bytes", [400, 1 << 20])
 def test_undo_does_not_depend_on_blocks(block_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("abliterate.edit.weights.tensors.BLOCK_BYTES", 800)
-    plan = plan_of(Edit(writer(), basis_of(3), 1.0, keep_norms=True), Edit(writer(1, weight="v"), basis_of(3), 1.0))
+    plan = plan_of(
+        Edit(writer(), basis_of(3), 1.0, norm_preserving=True), Edit(writer(1, weight="v"), basis_of(3), 1.0)
+    )
     source = write(tmp_path / "in", {"w": adversarial(0, torch.bfloat16, (D, 90), 9), "v": randn(90, D)})
     edit(source, tmp_path / "out", plan)
     monkeypatch.setattr("abliterate.edit.weights.tensors.BLOCK_BYTES", block_bytes)

@@ -140,7 +140,7 @@ def test_blocks_of_any_size_give_the_same_bytes(
 def test_biases(shape: tuple[int, ...]) -> None:
     weight, bias, basis = randn(*shape, 10), randn(*shape, seed=1), basis_of(2)
     edited = writer(len(shape) - 1, bias="b", kind=Kind.MLP if len(shape) == 1 else Kind.EXPERTS)
-    found, surgery = operate({"w": weight, "b": bias}, plan_of(Edit(edited, basis, 1.0, keep_norms=True)))
+    found, surgery = operate({"w": weight, "b": bias}, plan_of(Edit(edited, basis, 1.0, norm_preserving=True)))
     expected = remove_from_weight(bias, basis, 1.0, len(shape) - 1)
     torch.testing.assert_close(found["b"], expected)  # and not rescaled
     assert [residual.tensor for residual in surgery.residuals] == ["w", "b"]
@@ -153,7 +153,11 @@ def test_biases(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_strength_zero_changes_no_byte(dtype: torch.dtype) -> None:
     weight = randn(D, 10, dtype=dtype)
-    with operated({"w": weight}, plan_of(Edit(writer(), basis_of(), 0.0, keep_norms=True))) as (found, surgery, folder):
+    with operated({"w": weight}, plan_of(Edit(writer(), basis_of(), 0.0, norm_preserving=True))) as (
+        found,
+        surgery,
+        folder,
+    ):
         assert torch.equal(found["w"].view(torch.uint8), weight.view(torch.uint8))
         assert surgery.residuals == () == surgery.undo
         assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
@@ -173,7 +177,7 @@ def test_float64_is_edited_in_float64() -> None:
 @pytest.mark.parametrize("strength", [1.0, 0.5, -1.0])
 def test_kept_norms(shape: tuple[int, ...], axis: int, dtype: torch.dtype, strength: float) -> None:
     weight, basis = randn(*shape, dtype=dtype), basis_of(2)
-    found, surgery = operate({"w": weight}, plan_of(Edit(writer(axis), basis, strength, keep_norms=True)))
+    found, surgery = operate({"w": weight}, plan_of(Edit(writer(axis), basis, strength, norm_preserving=True)))
     old, new = (tensor.double().movedim(axis, -1).norm(dim=-1) for tensor in (weight, found["w"]))
     torch.testing.assert_close(new, old, rtol=max(2 * STEP[dtype], 1e-5), atol=0)
     if strength == 1.0:
@@ -187,23 +191,23 @@ def test_kept_norms(shape: tuple[int, ...], axis: int, dtype: torch.dtype, stren
 def test_columns_of_nothing_but_direction_are_not_blown_up() -> None:
     basis = basis_of()
     weight = torch.cat((basis.T, basis.T * 3 + 1e-5 * randn(D, 1), torch.zeros(D, 1), randn(D, 1)), 1)
-    found, _ = operate({"w": weight}, plan_of(Edit(writer(), basis, 1.0, keep_norms=True)))
+    found, _ = operate({"w": weight}, plan_of(Edit(writer(), basis, 1.0, norm_preserving=True)))
     assert found["w"][:, :3].norm() < 1e-3
     assert found["w"][:, 3].norm() == pytest.approx(float(weight[:, 3].norm()), rel=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "axis"), SHAPES)
-@pytest.mark.parametrize("keep_norms", [False, True])
-def test_oblique(shape: tuple[int, ...], axis: int, keep_norms: bool) -> None:
+@pytest.mark.parametrize("norm_preserving", [False, True])
+def test_oblique(shape: tuple[int, ...], axis: int, norm_preserving: bool) -> None:
     reader, left = randn(2, D, seed=5), randn(2, D, seed=6)
     left = torch.linalg.solve(left @ reader.T, left)  # R Lᵀ = 1: a projection, not an orthogonal one
     weight = randn(*shape)
-    edit = Edit(writer(axis), left, 1.0, reader, keep_norms)
+    edit = Edit(writer(axis), left, 1.0, reader, norm_preserving)
     found, surgery = operate({"w": weight}, plan_of(edit))
     size = float(weight.norm() * reader.norm())
     assert surgery.residuals[0].after < 1e-5 * size
     assert along(found["w"], left, axis).norm() > 0.05  # control: L is read by nobody
-    if keep_norms:
+    if norm_preserving:
         new, old = (tensor.movedim(axis, -1).norm(dim=-1) for tensor in (found["w"], weight))
         torch.testing.assert_close(new, old, rtol=1e-4, atol=0)
     else:

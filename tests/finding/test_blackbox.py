@@ -180,7 +180,7 @@ def test_every_suggestion_is_a_direction_that_makes_a_plan(seed: int) -> None:
     assert all(WEAKEST <= strength <= STRONGEST for strength in found.recipe.strengths.values())
     plan = plan_for(anatomy(), found)
     assert {edit.writer.name: edit.strength for edit in plan.edits} == found.recipe.strengths
-    assert all(edit.keep_norms == found.recipe.norm_preserving for edit in plan.edits)
+    assert all(edit.norm_preserving == found.recipe.norm_preserving for edit in plan.edits)
 
 
 def test_the_profile_is_what_its_parameters_say() -> None:

@@ -310,7 +310,7 @@ def test_strength_of_the_edit_does_not_change_the_search(session: pipeline.Sessi
     weak = trial_plans(session, EditSettings(strength=-0.5, norm_preserving=True, affine=True, biprojected=True))
     plan = weak(torch.eye(1, D_MODEL))
     assert {edit.strength for edit in plan.edits} == {1.0}
-    assert not any(edit.keep_norms or edit.offset is not None for edit in plan.edits)
+    assert not any(edit.norm_preserving or edit.offset is not None for edit in plan.edits)
 
 
 def test_edit_that_chooses_nothing_is_refused_before_anything_is_run(

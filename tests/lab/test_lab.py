@@ -95,7 +95,7 @@ def reply(bench: Bench, prompt: str, controls: Controls | None) -> str:
 
 def same_plan(one: Plan, other: Plan) -> bool:
     def told(plan: Plan) -> list[tuple[Any, ...]]:
-        return [(e.writer.name, e.strength, e.keep_norms, e.reader is None, e.offset is None) for e in plan.edits]
+        return [(e.writer.name, e.strength, e.norm_preserving, e.reader is None, e.offset is None) for e in plan.edits]
 
     bases = zip(one.edits, other.edits, strict=False)
     return told(one) == told(other) and all(torch.allclose(a.basis, b.basis, atol=1e-6) for a, b in bases)

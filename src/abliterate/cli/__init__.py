@@ -1,5 +1,11 @@
 """The command line: parse, call, print. Torch is imported only when a command runs."""
 
-from abliterate.cli.app import main
+import gc
+
+gc.disable()  # while modules load nothing is there to be collected, and looking for it is a tenth of `--help`
+try:
+    from abliterate.cli.app import main
+finally:
+    gc.enable()
 
 __all__ = ["main"]

@@ -23,7 +23,7 @@ def refuse_hooks(plan: Plan) -> None:
     for edit in plan.edits:
         writer = edit.writer
         unseen = writer.kind is Kind.EXPERTS or writer.weight != f"{writer.module}.weight"
-        if edit.changes and edit.keep_norms and unseen:
+        if edit.changes and edit.norm_preserving and unseen:
             raise UsageError(
                 f"writer '{writer.module}': a norm-preserving edit cannot be hooks, since what its last map takes "
                 "is not seen outside; write weights, or leave it out"
@@ -56,7 +56,7 @@ def ablation(model: Any, *plans: Plan) -> Iterator[None]:
 def _refuse_different(plans: Sequence[Plan]) -> None:
     if len(plans) < 2:
         return
-    if any(edit.keep_norms or edit.offset is not None for plan in plans for edit in plan.edits):
+    if any(edit.norm_preserving or edit.offset is not None for plan in plans for edit in plan.edits):
         raise UsageError("several plans at once: expected plain edits")
     alike = {tuple((e.writer.module, e.strength, e.basis.shape, e.reader is None) for e in p.edits) for p in plans}
     if len(alike) > 1:
@@ -76,7 +76,7 @@ def _hooks(model: Any, edits: Sequence[Edit], rows: _Rows) -> Iterator[Any]:
     """Hooks on one writer, for one edit of it or several side by side."""
     edit = edits[0]
     module = model.get_submodule(edit.writer.module)
-    if edit.keep_norms and not isinstance(module, nn.Embedding):
+    if edit.norm_preserving and not isinstance(module, nn.Embedding):
         scale = _column_scale(module, edit)
         yield module.register_forward_pre_hook(lambda _, args: (args[0] * scale.to(args[0]), *args[1:]))
     yield module.register_forward_hook(on_output(_remover(model, module, edits, rows)))
@@ -123,7 +123,7 @@ def _remover(model: Any, module: nn.Module, edits: Sequence[Edit], rows: _Rows) 
             output = output.expand(rows.number, *output.shape[-2:])
         read = None if reader is None else reader.to(output.device)
         changed = remove_from_outputs(output, basis.to(output.device), edit.strength, read)
-        if edit.keep_norms and lookup:
+        if edit.norm_preserving and lookup:
             changed = (changed.float() * _length_back(output, changed)).to(output.dtype)
         return changed if offset is None else (changed.float() + offset.to(output.device)).to(output.dtype)
 

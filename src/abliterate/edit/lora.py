@@ -100,7 +100,7 @@ def _edits(plan: Plan) -> Iterator[Edit]:
 
 
 def _not_low_rank(edit: Edit) -> str | None:
-    if edit.keep_norms:
+    if edit.norm_preserving:
         return "norm-preserving scales a whole weight, expected a change of low rank"
     if edit.writer.weight is None:
         return "expected a map with a weight, found none"

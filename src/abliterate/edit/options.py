@@ -38,7 +38,7 @@ def plan_for(
         per_site=_biprojected(direction, anatomy) if biprojected else _own(direction, anatomy),
         reader=direction.reader,
         mean=_mean(direction) if editing.affine else None,
-        keep_norms=editing.norm_preserving or (recipe is not None and recipe.norm_preserving),
+        norm_preserving=editing.norm_preserving or (recipe is not None and recipe.norm_preserving),
         untie=editing.untie or (recipe is not None and recipe.untie),
     )
     plan = make_plan(anatomy, direction.basis, strength=strength, variant=variant)

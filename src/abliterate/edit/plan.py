@@ -26,16 +26,16 @@ Profile = Callable[[Writer], float | None]
 class Edit:
     """What is done to one writer, before its post-norm: y becomes y − s (y Rᵀ) L + offset.
 
-    `basis` is L [k, d]. `reader` is R [k, d], None for R = L with orthonormal rows. `keep_norms` gives every vector
-    that an input feature writes (a column of a Linear, a row of an embedding) its old length back. `offset` [d] is
-    added to what is written.
+    `basis` is L [k, d]. `reader` is R [k, d], None for R = L with orthonormal rows. `norm_preserving` gives every
+    vector that an input feature writes (a column of a Linear, a row of an embedding) its old length back. `offset` [d]
+    is added to what is written.
     """
 
     writer: Writer
     basis: Float[Tensor, "k d"]
     strength: float
     reader: Float[Tensor, "k d"] | None = None
-    keep_norms: bool = False
+    norm_preserving: bool = False
     offset: Float[Tensor, " d"] | None = None
 
     @property
@@ -81,7 +81,7 @@ class Variant:
     per_site: Float[Tensor, "sites k d"] | None = None
     reader: Float[Tensor, "k d"] | None = None
     mean: Float[Tensor, " d"] | None = None
-    keep_norms: bool = False
+    norm_preserving: bool = False
     untie: bool = False
 
 
@@ -148,7 +148,7 @@ def _edit(writer: Writer, basis: Float[Tensor, "k d"], strength: float, variant:
             raise UsageError(f"writer '{writer.module}': an oblique edit (LEACE) cannot be moved before its post-norm")
         gain = writer.gain.to(basis.device).clone()  # it was learnt in inference mode, which gradients do not take
         basis = before_norm(basis, gain, centred=writer.centred)
-    keep = variant.keep_norms and writer.weight is not None
+    keep = variant.norm_preserving and writer.weight is not None
     return Edit(writer, basis, strength, reader, keep)
 
 

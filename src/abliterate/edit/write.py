@@ -100,7 +100,9 @@ def _refuse_vector(plan: Plan, anatomy: Anatomy) -> None:
         raise UsageError("control vector: it adds one vector; subspaces and --biprojected edits cannot be had so")
     if any(len(set(strengths)) > 1 for strengths in _by_block(plan, anatomy).values()):
         raise UsageError("control vector: it is added to all of the stream; expected one strength for a whole block")
-    if plan.untie or any(edit.keep_norms or edit.offset is not None or edit.reader is not None for edit in plan.edits):
+    if plan.untie or any(
+        edit.norm_preserving or edit.offset is not None or edit.reader is not None for edit in plan.edits
+    ):
         raise UsageError(
             "control vector: it adds a vector; norm-preserving, affine, LEACE and untied edits cannot be had so"
         )
@@ -137,7 +139,7 @@ def _identity(output: OutputSettings, plan: Plan) -> bytes:
     """All that decides the bytes to be written, beside the source."""
     digest = hashlib.sha256(json.dumps([version("abliterate"), output.realisation, output.shard_size]).encode())
     for edit in plan.edits:
-        digest.update(f"{edit.writer.parameters} {edit.strength!r} {edit.keep_norms} {plan.untie}".encode())
+        digest.update(f"{edit.writer.parameters} {edit.strength!r} {edit.norm_preserving} {plan.untie}".encode())
         for tensor in (edit.basis, edit.reader, edit.offset):
             digest.update(b"-" if tensor is None else tensor.float().contiguous().numpy().tobytes())
     return digest.digest()

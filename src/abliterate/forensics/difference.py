@@ -25,7 +25,7 @@ from abliterate.files.integrity import same_layout
 from abliterate.forensics.reading import InspectedModel, Place, numbers
 from abliterate.model.anatomy import Kind
 
-Verdict = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
+Relation = Literal["identical", "ablation", "re-quantisation", "low-rank update", "fine-tune or merge", "another model"]
 
 #: Singular vectors looked for in each difference.
 _RANK = 16
@@ -84,7 +84,7 @@ class Difference:
     tensors that are no writers and differ, by ‖Δ‖ / ‖W‖; `missing` and `added` are by name.
     """
 
-    verdict: Verdict
+    verdict: Relation
     also: tuple[str, ...]
     variant: str | None
     directions: Float[Tensor, "k d"]
@@ -398,7 +398,7 @@ def _same_bytes(info: TensorInfo, old: TensorInfo) -> bool:
         )
 
 
-def _verdict(writers: Sequence[Changed], others: dict[str, float]) -> tuple[Verdict, tuple[str, ...]]:
+def _verdict(writers: Sequence[Changed], others: dict[str, float]) -> tuple[Relation, tuple[str, ...]]:
     """What it is, and what else was done."""
     if not writers and not others:
         return "identical", ()
@@ -418,7 +418,7 @@ def _verdict(writers: Sequence[Changed], others: dict[str, float]) -> tuple[Verd
     return (_broad(writers) if writers else "fine-tune or merge"), ()
 
 
-def _broad(writers: Sequence[Changed]) -> Verdict:
+def _broad(writers: Sequence[Changed]) -> Relation:
     ranks = [writer.rank for writer in writers if writer.rank is not None]
     if 2 * len(ranks) > len(writers):
         return "low-rank update"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from abliterate.forensics.reading import InspectedModel, Place, maps
 from abliterate.forensics.spectra import Dip, dips, gram, levelled, lowest
-from abliterate.forensics.verdict import Evidence, Verdict, judge
+from abliterate.forensics.verdict import Conclusion, Evidence, judge
 from abliterate.model.anatomy import Kind
 
 #: Parts of the depth whose sums are kept, for the writers of each component: windows are runs of them.
@@ -75,7 +75,7 @@ class Trace:
     """What a lone checkpoint shows. `directions` [m, d] are unit rows; `per_layer` says that they belong to layers."""
 
     evidence: Evidence
-    verdict: Verdict
+    verdict: Conclusion
     window: Window | None
     directions: Float[Tensor, "m d"]
     per_layer: bool

@@ -32,7 +32,7 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Conclusion:
     """`probability` that directions were taken out, at even odds beforehand.
 
     "unaltered" means that no trace was found: light edits leave none (see docs/forensics.md).
@@ -42,13 +42,13 @@ class Verdict:
     probability: float
 
 
-def judge(evidence: Evidence, fit: Mapping[str, float] | None = None) -> Verdict:
+def judge(evidence: Evidence, fit: Mapping[str, float] | None = None) -> Conclusion:
     """The calibrated verdict; with other coefficients where given."""
     fit = calibration()["coefficients"] if fit is None else fit
     logit = fit["constant"] + fit["pooled"] * evidence.pooled + fit["layers"] * evidence.layers
     probability = 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
     word: Word = "altered" if probability >= ALTERED else "unaltered" if probability <= UNALTERED else "inconclusive"
-    return Verdict(word, probability)
+    return Conclusion(word, probability)
 
 
 def judge_difference(ablation: bool) -> float:
@@ -70,4 +70,4 @@ def calibration() -> dict[str, dict[str, float]]:
     return content
 
 
-__all__ = ["ALTERED", "UNALTERED", "Evidence", "Verdict", "Word", "calibration", "judge", "judge_difference"]
+__all__ = ["ALTERED", "UNALTERED", "Conclusion", "Evidence", "Word", "calibration", "judge", "judge_difference"]

@@ -14,7 +14,7 @@ from abliterate.files.storage import Storage, how_stored
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.anatomy.offline import study_files
 
-Kind = Literal["hub", "folder", "gguf"]
+ModelSource = Literal["hub", "folder", "gguf"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class ModelOnDisk:
     """
 
     name: str
-    kind: Kind
+    kind: ModelSource
     folder: Path
     trust_remote_code: bool = False
     _studied: dict[float, tuple[Anatomy, Any]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -73,6 +73,6 @@ class ModelOnDisk:
                 "give the full-precision checkpoint (--quantization bnb-4bit measures it in less memory), or --as lora"
             )
 
-    def __reduce__(self) -> tuple[type[ModelOnDisk], tuple[str, Kind, Path, bool]]:
+    def __reduce__(self) -> tuple[type[ModelOnDisk], tuple[str, ModelSource, Path, bool]]:
         """Pickled as its name and place: what was read is read again."""
         return ModelOnDisk, (self.name, self.kind, self.folder, self.trust_remote_code)

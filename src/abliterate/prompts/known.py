@@ -21,7 +21,7 @@ def _every(row: Mapping[str, Any]) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class RoleRows:
     """The rows of a set that serve as one kind of prompt.
 
     `config` and `split` name them on the hub, `file` in a copy of the published files (a path within it); of those
@@ -51,10 +51,10 @@ class KnownSet:
     source: str
     text: tuple[str, ...]
     category: tuple[str, ...]
-    parts: Mapping[Role, Part]
+    parts: Mapping[Role, RoleRows]
     overlaps: str
 
-    def part(self, role: Role) -> Part:
+    def part(self, role: Role) -> RoleRows:
         """The rows for a role. Raises `PromptError` when the set has none such."""
         if role not in self.parts:
             others = ", ".join(known.name for known in KNOWN.values() if role in known.parts)
@@ -137,7 +137,7 @@ def _safe(row: Mapping[str, Any]) -> bool:
     return not _unsafe(row)
 
 
-_JBB_BENIGN = Part("benign", "data/benign-behaviors.csv", 100, config="behaviors")
+_JBB_BENIGN = RoleRows("benign", "data/benign-behaviors.csv", 100, config="behaviors")
 
 KNOWN = {
     known.name: known
@@ -153,7 +153,7 @@ KNOWN = {
             text=("Goal",),
             category=("Category",),
             parts={
-                "harmful": Part("harmful", "data/harmful-behaviors.csv", 100, config="behaviors"),
+                "harmful": RoleRows("harmful", "data/harmful-behaviors.csv", 100, config="behaviors"),
                 "harmless": _JBB_BENIGN,
                 "borderline": _JBB_BENIGN,
             },
@@ -171,7 +171,7 @@ KNOWN = {
             text=("prompt", "Behavior"),
             category=("category", "SemanticCategory"),
             parts={
-                "harmful": Part(
+                "harmful": RoleRows(
                     "train",
                     "data/behavior_datasets/harmbench_behaviors_text_all.csv",
                     200,
@@ -191,7 +191,7 @@ KNOWN = {
             source="https://github.com/alexandrasouly/strongreject",
             text=("prompt", "forbidden_prompt"),
             category=("category",),
-            parts={"harmful": Part("train", "strongreject_dataset/strongreject_dataset.csv", 313)},
+            parts={"harmful": RoleRows("train", "strongreject_dataset/strongreject_dataset.csv", 313)},
             overlaps="its own prompts beside some of AdvBench, DAN, MasterKey, MaliciousInstruct, HarmfulQ and others; "
             "its column source says which",
         ),
@@ -206,8 +206,8 @@ KNOWN = {
             text=("prompt",),
             category=("type",),
             parts={
-                "harmful": Part("train", "xstest_prompts.csv", 200, keep=_unsafe),
-                "borderline": Part("train", "xstest_prompts.csv", 250, keep=_safe),
+                "harmful": RoleRows("train", "xstest_prompts.csv", 200, keep=_unsafe),
+                "borderline": RoleRows("train", "xstest_prompts.csv", 250, keep=_safe),
             },
             overlaps="written by hand; unsafe prompts are contrasts of the safe ones, often one word apart",
         ),
@@ -222,8 +222,8 @@ KNOWN = {
             text=("prompt",),
             category=("category",),
             parts={
-                "harmful": Part("train", "or-bench-toxic.csv", 655, config="or-bench-toxic"),
-                "borderline": Part("train", "or-bench-hard-1k.csv", 1319, config="or-bench-hard-1k"),
+                "harmful": RoleRows("train", "or-bench-toxic.csv", 655, config="or-bench-toxic"),
+                "borderline": RoleRows("train", "or-bench-hard-1k.csv", 1319, config="or-bench-hard-1k"),
             },
             overlaps="written and sorted by language models; both parts come from the same generated toxic seeds",
         ),
@@ -237,7 +237,7 @@ KNOWN = {
             source="https://huggingface.co/datasets/sorry-bench/sorry-bench-202503",
             text=("turns",),
             category=("category",),
-            parts={"harmful": Part("train", "question.jsonl", 440, keep=_base)},
+            parts={"harmful": RoleRows("train", "question.jsonl", 440, keep=_base)},
             overlaps="ten prompts for each of 44 topics, collected from ten earlier sets and completed by hand; models "
             "need not refuse all of its topics (advice on law or money is one)",
         ),
@@ -251,7 +251,7 @@ KNOWN = {
             source="https://github.com/llm-attacks/llm-attacks",
             text=("prompt", "goal"),
             category=(),
-            parts={"harmful": Part("train", "data/advbench/harmful_behaviors.csv", 520)},
+            parts={"harmful": RoleRows("train", "data/advbench/harmful_behaviors.csv", 520)},
             overlaps="JailbreakBench and StrongREJECT took goals from it; many of its goals repeat each other in other "
             "words, which de-duplication by text does not see",
         ),

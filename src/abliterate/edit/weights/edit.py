@@ -13,7 +13,7 @@ from torch import Tensor
 
 from abliterate.edit.plan import Edit, Plan
 from abliterate.edit.weights.passes import Passage
-from abliterate.edit.weights.tensors import Task, tasks_of
+from abliterate.edit.weights.tensors import TensorEdit, tensor_edits
 from abliterate.edit.weights.undo_files import FOLDER, UndoWriter, merge
 from abliterate.edit.weights.undo_files import NAME as UNDO
 from abliterate.files.checkpoint import (
@@ -62,7 +62,7 @@ def edit_checkpoint(
     numbers that are not finite.
     """
     place = target if journal is None else journal.scratch
-    work = _Work(place, tasks_of(source, plan, names), keep_undo)
+    work = _Work(place, tensor_edits(source, plan, names), keep_undo)
     with one_thread(), contextlib.closing(work):
         files = write_edited(
             source, target, work.rewriters(), changes=changes, journal=journal, note=work.note, progress=progress
@@ -85,7 +85,7 @@ def removed_rows(
     Laid out as the tensor is, with k in the place of the stream's axis: [k, n] for a Linear, [n, k] for an embedding,
     [E, k, n] or [E, n, k] for experts, [k] for a bias. Errors are those of `edit_checkpoint`.
     """
-    for task in tasks_of(source, plan, names):
+    for task in tensor_edits(source, plan, names):
         with open_tensor(task.info) as reader, one_thread():
             removed = Passage(task).removed(reader)
         yield task.edit, task.stored, removed
@@ -94,7 +94,7 @@ def removed_rows(
 class _Work:
     """The tensors of one surgery: their rewriters, and what is noted for every finished file."""
 
-    def __init__(self, place: Path, tasks: list[Task], keep_undo: bool) -> None:
+    def __init__(self, place: Path, tasks: list[TensorEdit], keep_undo: bool) -> None:
         self.tasks = {task.info.name: task for task in tasks}
         self._place, self._keep_undo = place, keep_undo
         self._undo: UndoWriter | None = None
@@ -108,7 +108,7 @@ class _Work:
     def rewriters(self) -> dict[str, Rewriter]:
         return {name: self._rewriter(task) for name, task in self.tasks.items()}
 
-    def _rewriter(self, task: Task) -> Rewriter:
+    def _rewriter(self, task: TensorEdit) -> Rewriter:
         def rewrite(reader: TensorReader) -> Iterator[memoryview]:
             if self._keep_undo and self._undo is None:
                 self._undo = UndoWriter(self._place)

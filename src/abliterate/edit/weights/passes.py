@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.edit.weights.capture import Keeper, Watch
 from abliterate.edit.weights.numbers import Terms, edited, length_back, taken
-from abliterate.edit.weights.tensors import Block, Grid, Task, damaged
+from abliterate.edit.weights.tensors import Block, Grid, TensorEdit, damaged
 from abliterate.files.checkpoint import TensorReader
 from abliterate.files.formats import Diffusion, diffuse_rows
 from abliterate.record import ResidualPart
@@ -40,7 +40,7 @@ class _Sums:
 class Passage:
     """A tensor on its way through an edit: `edit` gives the new bytes, after that `residual` says what is left."""
 
-    def __init__(self, task: Task, keeper: Keeper | None = None) -> None:
+    def __init__(self, task: TensorEdit, keeper: Keeper | None = None) -> None:
         """Nothing is read yet. Without a keeper nothing is kept for undo."""
         self._task, self._grid, self._keeper = task, task.grid, keeper
         wide = task.grid.dtype
@@ -144,7 +144,7 @@ class Passage:
         part = slice(None) if self._grid.in_rows else block.rows
         vectors = numbers.T if self._grid.in_rows else numbers
         removed = self._reads[:, part] @ vectors
-        if not self._task.keeps_norms:
+        if not self._task.norm_preserving:
             return removed
         along = removed if self._task.edit.reader is None else self._basis[:, part] @ vectors
         return torch.cat((removed, along, vectors.square().sum(0, keepdim=True)))
@@ -154,7 +154,7 @@ class Passage:
         kept, k = self._grid.kept, len(self._basis)
         removed = seen[:k].to(kept)
         self._sums.before += _squared(removed)
-        if not self._task.keeps_norms:
+        if not self._task.norm_preserving:
             return Known(removed, None)
         u, along, old = self._task.edit.strength * removed.to(seen.dtype), seen[k : 2 * k], seen[-1]
         new = old - 2 * (u * along).sum(0) + (self._basis @ self._basis.T @ u * u).sum(0)

@@ -134,7 +134,7 @@ class Grid:
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class TensorEdit:
     """What one edit of a plan (entry `number`) does to one stored tensor."""
 
     number: int
@@ -149,9 +149,9 @@ class Task:
         return self.stored.parameter == self.edit.writer.bias
 
     @property
-    def keeps_norms(self) -> bool:
+    def norm_preserving(self) -> bool:
         """Whether vectors get their old length back: a bias is not rescaled, and nothing is removed at strength 0."""
-        return self.edit.keep_norms and not self.is_bias and self.edit.strength != 0
+        return self.edit.norm_preserving and not self.is_bias and self.edit.strength != 0
 
     @property
     def offset(self) -> Float[Tensor, "1 d"] | None:
@@ -196,13 +196,13 @@ def refusal(edit: Edit) -> str | None:
     return None if wrong is None else f"writer '{writer.module}': {wrong}"
 
 
-def tasks_of(source: Checkpoint, plan: Plan, names: Mapping[str, tuple[Stored, ...]]) -> list[Task]:
+def tensor_edits(source: Checkpoint, plan: Plan, names: Mapping[str, tuple[Stored, ...]]) -> list[TensorEdit]:
     """What `plan` does to every stored tensor, in the order of the plan, checked before anything is written.
 
     Raises `UsageError` for an edit that weights cannot hold, `CheckpointError` for tensors of another shape or
     format than planned, or planned twice.
     """
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, TensorEdit] = {}
     for number, edit in enumerate(plan.edits):
         if not edit.changes:
             continue
@@ -215,7 +215,7 @@ def tasks_of(source: Checkpoint, plan: Plan, names: Mapping[str, tuple[Stored, .
         for stored in [place for name in _changed(edit) for place in names[name]]:
             if stored.tensor in tasks:
                 raise CheckpointError(f"tensor '{stored.tensor}': expected one edit of it, found several")
-            tasks[stored.tensor] = _task(source, number, edit, stored)
+            tasks[stored.tensor] = _tensor_edit(source, number, edit, stored)
     return list(tasks.values())
 
 
@@ -223,7 +223,7 @@ def _changed(edit: Edit) -> list[str]:
     return list(planned_parameters(Plan((edit,), edit.basis, edit.strength, ())))
 
 
-def _task(source: Checkpoint, number: int, edit: Edit, stored: Stored) -> Task:
+def _tensor_edit(source: Checkpoint, number: int, edit: Edit, stored: Stored) -> TensorEdit:
     if stored.tensor not in source.tensors:
         raise CheckpointError(f"{source.folder}: expected tensor '{stored.tensor}', found none of that name")
     info = source.tensors[stored.tensor]
@@ -233,7 +233,7 @@ def _task(source: Checkpoint, number: int, edit: Edit, stored: Stored) -> Task:
             f"tensor '{info.name}' in {info.file}: expected axis {stored.axis} to have the model's width {width}, "
             f"found shape {list(how.shape)} (for parameter '{stored.parameter}')"
         )
-    return Task(number, edit, stored, info, Grid.of(how, stored.axis))
+    return TensorEdit(number, edit, stored, info, Grid.of(how, stored.axis))
 
 
 def damaged(info: TensorInfo) -> NumericalError:

@@ -32,7 +32,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from abliterate.edit.weights.passes import Known
-from abliterate.edit.weights.tensors import Task, code_dtype
+from abliterate.edit.weights.tensors import TensorEdit, code_dtype
 from abliterate.errors import CheckpointError
 from abliterate.files.checkpoint import TensorInfo, open_tensor, read_shard
 
@@ -71,7 +71,7 @@ class UndoWriter:
         self._entries: list[UndoEntry] = []
         self._bases: list[Tensor] = []
 
-    def keeper(self, task: Task) -> UndoKeeper:
+    def keeper(self, task: TensorEdit) -> UndoKeeper:
         """Takes in what is kept of the next tensor; one at a time, each closed by `finish`."""
         return UndoKeeper(self, str(len(self._entries)), task)
 
@@ -159,7 +159,7 @@ def _put_together(
 class UndoKeeper:
     """What is kept of one tensor on its way through an edit (a `passes.Keeper`)."""
 
-    def __init__(self, writer: UndoWriter, key: str, task: Task) -> None:
+    def __init__(self, writer: UndoWriter, key: str, task: TensorEdit) -> None:
         """Begin with the data as far as `writer` has come."""
         self._writer, self._key, self._task = writer, key, task
         self._basis = writer.basis(task.edit.basis)

@@ -110,7 +110,7 @@ class Space:
         deepest = settings.max_depth * anatomy.layers
         self._depths = (min(SHALLOWEST * anatomy.layers, deepest), deepest)
         self._biprojects = self._rank == 1
-        self._keeps_norms = variants and _keeps_norms(anatomy, editing)
+        self._norms_offered = variants and _keeps_norms(anatomy, editing)
         self._writers, self._fixed = free_and_fixed(anatomy, editing)
 
     @property
@@ -131,7 +131,7 @@ class Space:
         rank = trial.suggest_int("rank", 1, self._rank) if self._rank > 1 else 1
         source = trial.suggest_categorical("source", self.sources) if self.extra else _SITE
         biprojected = self._flag(trial, "biprojected", self._editing.biprojected, offered=self._biprojects)
-        norms = self._flag(trial, "norm_preserving", self._editing.norm_preserving, offered=self._keeps_norms)
+        norms = self._flag(trial, "norm_preserving", self._editing.norm_preserving, offered=self._norms_offered)
         strengths = self._strengths(trial)
         if source == _SITE:
             basis = self._basis(layer, position, rank, projected=projected)

@@ -12,7 +12,7 @@ from abliterate.model.anatomy.accounting import TOLERANCE, close_block, random_s
 from abliterate.model.anatomy.blocks import check_between, find_blocks, probe, probe_ids, stream_out
 from abliterate.model.anatomy.front import study_front
 from abliterate.model.anatomy.names import Stored, names_on_disk, unclaimed
-from abliterate.model.anatomy.trial import Part, norms_gain
+from abliterate.model.anatomy.trial import Candidate, norms_gain
 from abliterate.model.anatomy.writers import Anatomy, Kind, Writer
 
 __all__ = [
@@ -46,7 +46,7 @@ def study(model: Any, *, seed: int = 0, max_leak: float = TOLERANCE) -> Anatomy:
     basis = random_subspace(d_model, seed)
     front, error = study_front(model, blocks[0], names[0], ids, basis)
     writers, closure = list(front), [error]
-    known: dict[Any, list[Part]] = {}
+    known: dict[Any, list[Candidate]] = {}
     for index, (name, block, call) in enumerate(zip(names, blocks, calls, strict=True)):
         account = close_block(block, index, name, call, basis, known, max_leak)
         writers += account.writers

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from abliterate.algebra import orthonormal
 from abliterate.errors import AnatomyError, NumericalError
 from abliterate.model.anatomy.blocks import Call
-from abliterate.model.anatomy.trial import Part, Trial, candidates, joined, norms_gain
+from abliterate.model.anatomy.trial import BlockTrial, Candidate, candidates, joined, norms_gain
 from abliterate.model.anatomy.writers import Kind, Writer, kind_of
 from abliterate.model.batches import hooked
 
@@ -40,7 +40,7 @@ def random_subspace(d_model: int, seed: int = 0) -> Float[Tensor, "k d"]:
 
 def structure(
     block: nn.Module, call: Call, basis: Float[Tensor, "k d"], where: str, max_leak: float = TOLERANCE
-) -> list[Part]:
+) -> list[Candidate]:
     """The parts of a block that write to the stream, from a float32 copy with random numbers in their place.
 
     Random numbers, so that what happens to be zero in this model (a fresh bias) is found all the same.
@@ -50,7 +50,7 @@ def structure(
     twin = copy.deepcopy(block).float()
     parts = candidates(twin, basis.shape[1])
     _draw(twin, parts)
-    trial = Trial(twin, call, basis)
+    trial = BlockTrial(twin, call, basis)
     parts = _at_called(trial, parts)
     wrote = trial.along(trial.run(clean=False) - trial.stream)
     parts, norms = _behind_norms(trial, parts)
@@ -67,7 +67,7 @@ def structure(
     return parts
 
 
-def _at_called(trial: Trial, parts: list[Part]) -> list[Part]:
+def _at_called(trial: BlockTrial, parts: list[Candidate]) -> list[Candidate]:
     """Put the hook of a module that is never called itself (its parameters are used from outside) around it."""
     called: set[str] = set()
     handles = [
@@ -85,7 +85,7 @@ def _at_called(trial: Trial, parts: list[Part]) -> list[Part]:
     return [replace(part, module=around(part.module)) for part in parts]
 
 
-def _draw(twin: nn.Module, parts: Sequence[Part]) -> None:
+def _draw(twin: nn.Module, parts: Sequence[Candidate]) -> None:
     generator = torch.Generator().manual_seed(0)
     for name in dict.fromkeys(name for part in parts for name in (part.weight, part.bias) if name):
         data = twin.get_parameter(name).data
@@ -94,7 +94,7 @@ def _draw(twin: nn.Module, parts: Sequence[Part]) -> None:
         data.copy_(noise * (spread if spread > 1e-3 and spread < 10 else 0.02))
 
 
-def _behind_norms(trial: Trial, parts: list[Part]) -> tuple[list[Part], dict[str, str]]:
+def _behind_norms(trial: BlockTrial, parts: list[Candidate]) -> tuple[list[Candidate], dict[str, str]]:
     """Say which parts write through which norms, the norm nearest to the stream last.
 
     A norm stands behind parts when its input holds nothing of V once they are edited; those that, left alone, put V
@@ -120,7 +120,7 @@ def _behind_norms(trial: Trial, parts: list[Part]) -> tuple[list[Part], dict[str
         ]
 
 
-def _norm_inputs(trial: Trial) -> dict[str, float]:
+def _norm_inputs(trial: BlockTrial) -> dict[str, float]:
     """For every module that makes another vector of the stream's width of one: the share of V in what it takes.
 
     Relative to that of a random vector.
@@ -147,7 +147,7 @@ def _norm_inputs(trial: Trial) -> dict[str, float]:
     return shares
 
 
-def _known(trial: Trial, parts: Sequence[Part], wrote: float, leak: float) -> list[str]:
+def _known(trial: BlockTrial, parts: Sequence[Candidate], wrote: float, leak: float) -> list[str]:
     """Parts that do write: without them even more leaks."""
     known = []
     for part in parts:
@@ -158,7 +158,7 @@ def _known(trial: Trial, parts: Sequence[Part], wrote: float, leak: float) -> li
 
 
 def not_closed(
-    where: str, block: nn.Module, error: float, known: Sequence[str], norms: Mapping[str, str], trial: Trial
+    where: str, block: nn.Module, error: float, known: Sequence[str], norms: Mapping[str, str], trial: BlockTrial
 ) -> str:
     """The message for a block that writes past all known writers."""
     hints = [f"behind '{name}' ({kind})" for name, kind in norms.items()]
@@ -171,7 +171,7 @@ def not_closed(
     )
 
 
-def _norm_on_stream(trial: Trial) -> str | None:
+def _norm_on_stream(trial: BlockTrial) -> str | None:
     """The norm whose output is what leaves the block, if one is."""
     outputs: dict[str, Tensor] = {}
     handles = []
@@ -202,7 +202,7 @@ def close_block(
     name: str,
     call: Call,
     basis: Float[Tensor, "k d"],
-    known: dict[Any, list[Part]],
+    known: dict[Any, list[Candidate]],
     max_leak: float = TOLERANCE,
 ) -> Account:
     """Prove the writers of one block on its own numbers; blocks built alike share the structure in `known`.
@@ -213,7 +213,7 @@ def close_block(
     """
     basis = basis.to(call.stream.device)
     key = build(block)
-    trial = Trial(copy.deepcopy(block).float(), call, basis)
+    trial = BlockTrial(copy.deepcopy(block).float(), call, basis)
     after = trial.run(clean=False)
     if not bool(torch.isfinite(after).all()):
         raise NumericalError(f"block {name}: expected finite numbers, found NaN or infinity; is the model damaged?")
@@ -246,7 +246,7 @@ def build(block: nn.Module) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
     )
 
 
-def _check_hooks(trial: Trial, parts: Sequence[Part], name: str, block: nn.Module, wrote: float) -> None:
+def _check_hooks(trial: BlockTrial, parts: Sequence[Candidate], name: str, block: nn.Module, wrote: float) -> None:
     with trial.edited(parts):
         weights = trial.run(clean=False)
     with trial.ablated(parts):
@@ -259,7 +259,7 @@ def _check_hooks(trial: Trial, parts: Sequence[Part], name: str, block: nn.Modul
         )
 
 
-def _writer(block: nn.Module, part: Part, name: str, index: int, d_model: int) -> Writer:
+def _writer(block: nn.Module, part: Candidate, name: str, index: int, d_model: int) -> Writer:
     gain, centred = None, False
     if part.post_norms:
         gain, centred = norms_gain(block, part.post_norms, d_model)

@@ -19,7 +19,7 @@ from abliterate.model.batches import hooked, on_output
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Candidate:
     """Parameters of a block that may write to the stream; names are relative to the block (see `writers.Writer`).
 
     `post_norms` are the norms between them and the stream, the last one nearest to it.
@@ -42,7 +42,7 @@ class Part:
         return (self.weight or self.bias or self.module).removesuffix(".weight")
 
 
-def candidates(block: nn.Module, d_model: int) -> list[Part]:
+def candidates(block: nn.Module, d_model: int) -> list[Candidate]:
     """Every parameter of a block with an output as wide as the stream.
 
     Linear, Conv1D and Embedding say which axis is the output; of other modules' matrices each axis as wide as the
@@ -55,10 +55,12 @@ def candidates(block: nn.Module, d_model: int) -> list[Part]:
         if isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D":
             axis = 0 if isinstance(module, nn.Linear) else 1
             if weight is not None and weight.shape[axis] == d_model:
-                parts.append(Part(name, joined(name, "weight"), axis, None if bias is None else joined(name, "bias")))
+                parts.append(
+                    Candidate(name, joined(name, "weight"), axis, None if bias is None else joined(name, "bias"))
+                )
         elif weight is not None and weight.dim() == 1:
             if bias is not None and bias.shape == (d_model,):
-                parts.append(Part(name, None, 0, joined(name, "bias")))
+                parts.append(Candidate(name, None, 0, joined(name, "bias")))
         else:
             parts += _raw(name, own, d_model)
     return parts
@@ -68,18 +70,18 @@ def _is_bias(name: str, value: Tensor, d_model: int) -> bool:
     return name.endswith("bias") and value.shape == (d_model,)
 
 
-def _raw(module: str, own: Mapping[str, nn.Parameter], d_model: int) -> Iterator[Part]:
+def _raw(module: str, own: Mapping[str, nn.Parameter], d_model: int) -> Iterator[Candidate]:
     """Matrices held by a module itself: experts stacked [E, …], and maps of classes nobody knows."""
     matrices = [name for name, value in own.items() if value.dim() in (2, 3) and not name.endswith("bias")]
     if not matrices:
-        yield from (Part(module, None, 0, joined(module, n)) for n, v in own.items() if _is_bias(n, v, d_model))
+        yield from (Candidate(module, None, 0, joined(module, n)) for n, v in own.items() if _is_bias(n, v, d_model))
     for name, value in own.items():
         if value.dim() not in (2, 3) or name.endswith("bias"):
             continue
         biases = [other for other in (f"{name}_bias", "bias") if other in own and own[other].shape[-1] == d_model]
         for axis in range(value.dim() - 2, value.dim()):
             if value.shape[axis] == d_model and (value.dim() == 3 or axis < 2):
-                yield Part(module, joined(module, name), axis, joined(module, biases[0]) if biases else None)
+                yield Candidate(module, joined(module, name), axis, joined(module, biases[0]) if biases else None)
 
 
 def joined(module: str, name: str) -> str:
@@ -87,7 +89,7 @@ def joined(module: str, name: str) -> str:
     return f"{module}.{name}" if module else name
 
 
-class Trial:
+class BlockTrial:
     """A float32 block with the arguments of one call, for runs with and without edits."""
 
     def __init__(self, block: nn.Module, call: Call, basis: Float[Tensor, "k d"]) -> None:
@@ -114,7 +116,7 @@ class Trial:
         """Several streams side by side (hyper-connections) one by one."""
         return x.reshape(*x.shape[:-1], -1, self.width)
 
-    def bases(self, parts: Sequence[Part]) -> list[Tensor]:
+    def bases(self, parts: Sequence[Candidate]) -> list[Tensor]:
         """The subspace that each part must not write so that V does not reach the stream."""
         found: dict[tuple[str, ...], Tensor] = {(): self.basis}
         for norms in dict.fromkeys(part.post_norms for part in parts if part.post_norms):
@@ -123,7 +125,7 @@ class Trial:
         return [found[part.post_norms] for part in parts]
 
     @contextlib.contextmanager
-    def edited(self, parts: Sequence[Part]) -> Iterator[None]:
+    def edited(self, parts: Sequence[Candidate]) -> Iterator[None]:
         """The block with V taken out of the weights of `parts`, inside."""
         kept: list[tuple[nn.Parameter, Tensor]] = []
         done: set[int] = set()
@@ -142,7 +144,7 @@ class Trial:
                 parameter.data = data
 
     @contextlib.contextmanager
-    def ablated(self, parts: Sequence[Part]) -> Iterator[None]:
+    def ablated(self, parts: Sequence[Candidate]) -> Iterator[None]:
         """The block with V taken out of the outputs of `parts` by hooks, inside."""
         handles: list[Any] = []
         with hooked(handles):
@@ -151,7 +153,7 @@ class Trial:
                 handles.append(self.block.get_submodule(part.module).register_forward_hook(on_output(change)))
             yield
 
-    def multiplier(self, parts: Sequence[Part], part: Part) -> float | None:
+    def multiplier(self, parts: Sequence[Candidate], part: Candidate) -> float | None:
         """What a constant added to a part's output is multiplied by on its way out; None if not one number."""
         added = self.basis[0] * float(self.stream.square().mean().sqrt()) * self.width**0.5
         module = self.block.get_submodule(part.module)
@@ -162,12 +164,12 @@ class Trial:
         factor = float(found.mean())
         return 1.0 if abs(factor - 1) < 1e-5 else factor
 
-    def leak(self, parts: Sequence[Part], wrote: float) -> float:
+    def leak(self, parts: Sequence[Candidate], wrote: float) -> float:
         """What leaves the block along V when it enters without and `parts` are edited, relative to what it wrote."""
         with self.edited(parts):
             return self.along(self.run(clean=True)) / max(wrote, 1e-30)
 
-    def reach(self, parts: Sequence[Part], part: Part, wrote: float) -> float:
+    def reach(self, parts: Sequence[Candidate], part: Candidate, wrote: float) -> float:
         """What leaves the block along V when `part` alone writes there, and much, relative to what the block wrote."""
         with self.edited(parts):
             parameter = self.block.get_parameter(part.weight or "")
@@ -178,7 +180,7 @@ class Trial:
             return self.along(self.run(clean=True)) / max(wrote, 1e-30)
 
 
-def _remover(block: nn.Module, part: Part, basis: Tensor) -> Any:
+def _remover(block: nn.Module, part: Candidate, basis: Tensor) -> Any:
     if part.weight is not None:
         return lambda y: remove_from_outputs(y, basis[None], 1.0)
     bias = block.get_parameter(part.bias or "").data
