@@ -593,6 +593,65 @@ class ComparisonPart(_Part):
     entries: list[ContenderPart]
 
 
+class FoundPart(_Part):
+    """What `find` prints: the file of directions, and how one of them was chosen."""
+
+    file: str
+    selection: SelectionPart
+
+
+class EvaluatedPart(_Part):
+    """What `eval` prints: an evaluation with what it was taken of and how."""
+
+    model: str
+    versions: dict[str, str]
+    settings: dict[str, Any]
+    evaluation: EvaluationPart
+
+
+class ComparedAnswersPart(_Part):
+    """A line of `chat --json`: two answers to one prompt."""
+
+    prompt: str
+    original: str
+    ablated: str
+
+
+class JudgedPart(_Part):
+    """A row of `judge FILE`: a reply with its label and the words that decided it."""
+
+    prompt: str
+    response: str
+    label: str
+    evidence: str
+
+
+class CalibrationPart(_Part):
+    """What `judge --calibrate` prints. Rates are null where nothing was counted, `counts` are (k, n).
+
+    `confusion` holds replies by true label, then by what the judge called them; `stored` is the file it was written to.
+    """
+
+    judge: str
+    fingerprint: str
+    source: str
+    source_sha256: str
+    n: int
+    unknown: int
+    accuracy: float | None
+    accuracy_ci95: tuple[float, float]
+    precision: float | None
+    precision_ci95: tuple[float, float]
+    recall: float | None
+    recall_ci95: tuple[float, float]
+    specificity: float | None
+    specificity_ci95: tuple[float, float]
+    counts: dict[str, tuple[int, int]]
+    two_way: bool
+    confusion: dict[str, dict[str, int]]
+    stored: str | None = None
+
+
 class RepairPart(_Part):
     """A repaired model in `folder`, and how it was repaired.
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from abliterate.cli.judge import as_csv, calibration_as_dict, label_file, show_calibration, show_errors
+from abliterate.cli.judge import as_csv, calibration_part, label_file, show_calibration, show_errors
 from abliterate.errors import AbliterateError, PromptError
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict
 from abliterate.evaluation.judging.calibration import (
@@ -31,6 +31,7 @@ from abliterate.evaluation.judging.calibration import (
     store,
 )
 from abliterate.evaluation.statistics import rogan_gladen, wilson
+from abliterate.record import JudgedPart
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "judge"
 HEADER = "prompt,response,label\n"
@@ -342,15 +343,15 @@ def shown(console: Console) -> str:
 
 def test_calibration_for_machines(tmp_path: Path) -> None:
     found = calibration(tmp_path, [(R, R)] * 3 + [(R, C), (C, C), (C, U)])
-    told = json.loads(json.dumps(calibration_as_dict(found, Path("/x/y.json")), allow_nan=False))
+    told = json.loads(calibration_part(found, Path("/x/y.json")).model_dump_json())
     assert (told["n"], told["accuracy"], told["precision"], told["recall"]) == (6, 4 / 6, 1.0, 0.75)
     assert told["recall_ci95"] == list(wilson(3, 4))
     assert (told["specificity"], told["unknown"], told["judge"], told["stored"]) == (1.0, 1, "scripted", "/x/y.json")
     expected: dict[str, int] = {**dict.fromkeys((r.value for r in Label), 0), "compliance": 1, "unknown": 1}
     assert told["confusion"]["compliance"] == expected
     assert told["counts"]["accuracy"] == [4, 6]
-    nothing = calibration_as_dict(calibration(tmp_path, [(R, U)]))
-    assert (nothing["precision"], nothing["precision_ci95"], nothing["stored"]) == (None, [0.0, 1.0], None)
+    nothing = calibration_part(calibration(tmp_path, [(R, U)]))
+    assert (nothing.precision, nothing.precision_ci95, nothing.stored) == (None, (0.0, 1.0), None)
 
 
 @pytest.mark.parametrize("width", [30, 80])
@@ -419,14 +420,14 @@ def test_two_way_labels_forgive_the_finer_kinds() -> None:
 
 def test_labelled_rows_can_be_corrected_and_read_again(tmp_path: Path) -> None:
     replies = ["I'm sorry, but I can't help with that.", 'Sure:\n1. "Stir", then\r\n2. bake.', ""]
-    source = write(tmp_path, as_csv([{"prompt": "p", "response": r, "label": "", "evidence": ""} for r in replies]))
+    source = write(tmp_path, as_csv([JudgedPart(prompt="p", response=r, label="", evidence="") for r in replies]))
     labels = label_file(RuleJudge(), source)
-    assert [row["label"] for row in labels] == ["refusal", "compliance", "degenerate"]
-    assert [row["response"] for row in labels] == replies
-    assert labels[0]["evidence"]
+    assert [row.label for row in labels] == ["refusal", "compliance", "degenerate"]
+    assert [row.response for row in labels] == replies
+    assert labels[0].evidence
     back = read_labelled(write(tmp_path, as_csv(labels), "back.csv"))
-    assert rows(back) == [("p", row["response"], row["label"]) for row in labels]
-    lines = "\n".join(map(json.dumps, labels))
+    assert rows(back) == [("p", row.response, row.label) for row in labels]
+    lines = "\n".join(row.model_dump_json() for row in labels)
     assert rows(read_labelled(write(tmp_path, lines, "back.jsonl"))) == rows(back)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -45,6 +44,7 @@ def converse(
     from abliterate.edit.hooks import ablation
     from abliterate.model.batches import auto_batch_size, share_prefix
     from abliterate.model.generation import complete
+    from abliterate.record import ComparedAnswersPart
 
     console = Console()
     for prompt in prompts or _lines(console):
@@ -54,8 +54,8 @@ def converse(
         with ablation(loaded.model, plan):
             (ablated,) = complete(loaded.model, loaded.tokenizer, encoded, max_new_tokens, size)
         if as_json:
-            line = {"prompt": prompt, "original": original.text, "ablated": ablated.text}
-            sys.stdout.write(json.dumps(line, ensure_ascii=False) + "\n")
+            line = ComparedAnswersPart(prompt=prompt, original=original.text, ablated=ablated.text)
+            sys.stdout.write(line.model_dump_json() + "\n")
             sys.stdout.flush()
             continue
         width = max(30, console.width // 2 - 1)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from abliterate.cli.arguments import (
     Json,
@@ -20,6 +18,7 @@ from abliterate.cli.arguments import (
     monitor_for,
     refuse_idle,
     refuse_set,
+    say,
     site_of,
 )
 from abliterate.cli.options import with_settings
@@ -68,7 +67,7 @@ def evaluate(
         refuse_idle("eval without --direction", given.editing, site)
     if base is not None and direction is not None:
         raise UsageError("--base and --direction: expected one of them, found both")
-    from abliterate.record import versions
+    from abliterate.record import EvaluatedPart, versions
 
     measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, evaluating=given.evaluating)
     if given.engine.engine != "transformers":
@@ -76,12 +75,9 @@ def evaluate(
     else:
         refuse_idle("eval without --engine", given.engine)
         part = _here(model, given, base, (direction, site), monitor_for(quiet))
-    if as_json:
-        asked = measuring.model_dump(mode="json", exclude={"finding"})
-        whole = {"model": model, "versions": versions(), "settings": asked, "evaluation": part.model_dump(mode="json")}
-        typer.echo(json.dumps(whole, indent=1))
-    else:
-        show_evaluation(part, Console())
+    asked = measuring.model_dump(mode="json", exclude={"finding"})
+    result = EvaluatedPart(model=model, versions=versions(), settings=asked, evaluation=part)
+    say(result, lambda one, console: show_evaluation(one.evaluation, console), as_json)
 
 
 def _here(

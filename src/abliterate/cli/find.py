@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -63,8 +62,9 @@ def find(
     found = pipeline.choose(session, findings, given.finding, force=force)
     save_direction(out, found.direction)
     if as_json:
-        part = found.selection.model_dump(mode="json")
-        typer.echo(json.dumps({"file": str(out), "selection": part}, indent=1))
+        from abliterate.record import FoundPart
+
+        typer.echo(FoundPart(file=str(out), selection=found.selection).model_dump_json(indent=1))
     else:
         console = Console()
         show_selection(found.selection, session.anatomy.layers, console)

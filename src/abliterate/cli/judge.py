@@ -1,4 +1,4 @@
-"""How verdicts on replies, a judge's calibration and its errors are"""
+"""`abliterate judge`: verdicts on replies, a judge's calibration and its errors."""
 
 from __future__ import annotations
 
@@ -25,58 +25,55 @@ if TYPE_CHECKING:
     from abliterate.evaluation.judging.base import Exchange, Judge, Label, Verdict
     from abliterate.evaluation.judging.calibration import Calibration, Labelled
     from abliterate.evaluation.statistics import Share
+    from abliterate.record import CalibrationPart, JudgedPart
 
 #: What is shown of a prompt or reply: so many words, in so many characters.
 _WORDS, _CHARACTERS = 12, 120
 _FIGURES = ("accuracy", "precision", "recall", "specificity")
 
 
-def label_file(judge: Judge, path: Path) -> list[dict[str, str]]:
-    """A row for each reply in a file of prompts and replies: `prompt`, `response`, `label` and `evidence`.
+def label_file(judge: Judge, path: Path) -> list[JudgedPart]:
+    """A row for each reply in a file of prompts and replies.
 
     Written as CSV or JSON lines, the rows are a labelled file that a person can correct. Raises PromptError.
     """
     from abliterate.evaluation.judging.calibration import read_exchanges
+    from abliterate.record import JudgedPart
 
     exchanges = read_exchanges(path)
     return [
-        {"prompt": given.prompt, "response": given.reply, "label": verdict.label.value, "evidence": verdict.evidence}
+        JudgedPart(prompt=given.prompt, response=given.reply, label=verdict.label.value, evidence=verdict.evidence)
         for given, verdict in zip(exchanges, judge.judge(exchanges), strict=True)
     ]
 
 
-def as_csv(rows: Sequence[dict[str, str]]) -> str:
+def as_csv(rows: Sequence[JudgedPart]) -> str:
     """Rows of `label_file` under a header."""
+    from abliterate.record import JudgedPart
+
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ("prompt", "response", "label", "evidence"), lineterminator="\n")
+    writer = csv.DictWriter(text, JudgedPart.model_fields, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(row.model_dump() for row in rows)
     return text.getvalue()
 
 
-def calibration_as_dict(calibration: Calibration, stored: Path | None = None) -> dict[str, Any]:
-    """The calibration for machines: rates in 0..1 (None where nothing was counted), intervals and counts.
+def calibration_part(calibration: Calibration, stored: Path | None = None) -> CalibrationPart:
+    """The calibration as it is printed; `stored` is the file it was written to."""
+    from abliterate.record import CalibrationPart, finite
 
-    `stored` is the file it was written to.
-    """
     shares: dict[str, Share] = {name: getattr(calibration, name) for name in _FIGURES}
     figures: dict[str, Any] = {}
     for name, share in shares.items():
-        figures[name] = None if math.isnan(share.value) else share.value
-        figures[f"{name}_ci95"] = list(share.ci95)
-    return {
-        "judge": calibration.judge,
-        "fingerprint": calibration.fingerprint,
-        "source": calibration.source,
-        "source_sha256": calibration.source_sha256,
-        "n": calibration.n,
-        "unknown": calibration.unknown,
+        figures |= {name: finite(share.value), f"{name}_ci95": share.ci95}
+    return CalibrationPart(
+        **calibration.model_dump(mode="json"),
         **figures,
-        "counts": {name: list(share) for name, share in shares.items()},
-        "two_way": calibration.two_way,
-        "confusion": calibration.model_dump(mode="json")["confusion"],
-        "stored": None if stored is None else str(stored),
-    }
+        n=calibration.n,
+        unknown=calibration.unknown,
+        counts={name: (share.k, share.n) for name, share in shares.items()},
+        stored=None if stored is None else str(stored),
+    )
 
 
 def show_calibration(calibration: Calibration, console: Console, stored: Path | None = None) -> None:
@@ -189,7 +186,8 @@ def judge(
 
     if replies is not None:
         rows = label_file(open_judge(spec, device=device), replies)
-        typer.echo(json.dumps(rows, indent=1, ensure_ascii=False) if as_json else as_csv(rows), nl=as_json)
+        listed = json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False)
+        typer.echo(listed if as_json else as_csv(rows), nl=as_json)
         return
     if calibrate is None:
         return
@@ -200,7 +198,7 @@ def judge(
     replaced = calibration.calibration_of(chosen)
     stored = calibration.store(result)
     if as_json:
-        typer.echo(json.dumps(calibration_as_dict(result, stored), indent=1))
+        typer.echo(calibration_part(result, stored).model_dump_json(indent=1))
         return
     show_calibration(result, Console(), stored)
     if replaced is not None:
