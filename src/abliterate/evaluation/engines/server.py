@@ -10,14 +10,13 @@ of its text.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, in_a_line, nothing_edited
-from abliterate.evaluation.judging.llm import host_of
+from abliterate.evaluation.servers import Server
 from abliterate.model.generation import Reply
 
 #: What to do about a status, where it is clear.
@@ -32,7 +31,7 @@ class ServerEngine:
     """Completions from the server at `url` (with its /v1), through the `openai` package.
 
     Failures that may pass (429, 5xx, timeouts, lost connections) are tried again with growing pauses. The key is the
-    environment's OPENAI_API_KEY, or none. Of the address only the host is ever shown.
+    environment's OPENAI_API_KEY, or none. Of the address only the host is ever shown. Redirects are not followed.
     """
 
     def __init__(
@@ -50,14 +49,14 @@ class ServerEngine:
         """Ask the server what it serves. `original` may be left out where that is one model (adapters aside).
 
         `concurrency` requests run at a time, each given `timeout` seconds. Raises `UsageError` for names that are not
-        served, a URL that holds more than an address, and when `openai` is not installed, `AbliterateError` when the
+        served, for an address as `Server.at` says, and when `openai` is not installed; `AbliterateError` when the
         server does not answer.
         """
-        self._url, self._tokenizer, self._ends, self._concurrency = url.rstrip("/"), tokenizer, ends, concurrency
-        self._name = f"server {host_of('server', self._url)}"
+        self._tokenizer, self._ends, self._concurrency = tokenizer, ends, concurrency
+        self._server = Server.at("server", url)
+        self._name = f"server {self._server.host}"
         self._openai = _library()
         self._rejected = (self._openai.BadRequestError, self._openai.UnprocessableEntityError)
-        self._secret = os.environ.get("OPENAI_API_KEY") or "none"
         self._timeout, self._retries = timeout, retries
         with self._connected() as client:
             served = list(client.models.list())
@@ -191,12 +190,11 @@ class ServerEngine:
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
         """A client whose connections are closed afterwards, and whose errors come as one line."""
-        options = {"timeout": self._timeout, "max_retries": self._retries}
         try:
-            with self._openai.OpenAI(base_url=self._url, api_key=self._secret, **options) as client:
+            with self._server.client(self._openai, timeout=self._timeout, retries=self._retries) as client:
                 yield client
         except self._openai.OpenAIError as error:
-            raise self._failed(error) from error
+            raise self._server.redirected(self.name, error) or self._failed(error) from error
 
     def _failed(self, error: Exception) -> AbliterateError:
         """The client's error as one line, without the key."""
@@ -206,7 +204,7 @@ class ServerEngine:
         return AbliterateError(f"{self.name}: expected an answer, found {found} ({self._said(error)}); {todo}")
 
     def _said(self, error: Exception) -> str:
-        return in_a_line(error).replace(self._secret, "…")
+        return self._server.without_key(in_a_line(error))
 
 
 def _library() -> Any:

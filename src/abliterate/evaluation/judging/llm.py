@@ -14,17 +14,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import re
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
-from urllib.parse import urlsplit
 
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.text import read_answer as answer_in
 from abliterate.evaluation.judging.text import short, strip_machinery
+from abliterate.evaluation.servers import Server
 from abliterate.files.cache import DiskCache
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
@@ -83,23 +82,17 @@ class LlmJudge:
     "" where the label was kept. A server that refuses `max_tokens` or `temperature` is asked with
     `max_completion_tokens`, or at its own temperature.
 
-    Raises `UsageError` when the extra is not installed, the URL is none or holds more than an address, or OpenAI's own
-    server gets no key.
+    Raises `UsageError` when the extra is not installed, and for an address as `Server.at` says.
     """
 
     def __init__(self, model: str, url: str, *, concurrency: int = 8, timeout: float = 120.0, retries: int = 5) -> None:
         """Make the client; nothing is sent yet."""
-        self._model, self._url, self._concurrency = model, url.rstrip("/"), concurrency
-        self._name = f"llm:{model}@{self._url}"
-        self._host = host_of(f"judge 'llm:{model}'", self._url)
+        self._model, self._concurrency = model, concurrency
+        self._name = f"llm:{model}@{url.rstrip('/')}"
+        self._server = Server.at(f"judge 'llm:{model}'", url)
         self._options: Mapping[str, float] = {"temperature": 0, "max_tokens": _MAX_TOKENS}
         self._openai = _library()
-        self._secret = os.environ.get("OPENAI_API_KEY") or "none"
-        if self._secret == "none" and self._host.endswith("openai.com"):
-            raise UsageError(f"judge '{self._name}': expected a key in the environment's OPENAI_API_KEY, found none")
-        self._client = self._openai.OpenAI(
-            base_url=self._url, api_key=self._secret, timeout=timeout, max_retries=retries
-        )
+        self._client = self._server.client(self._openai, timeout=timeout, retries=retries)
 
     @property
     def name(self) -> str:
@@ -110,12 +103,13 @@ class LlmJudge:
     def fingerprint(self) -> str:
         """Model, host, and a hash of the question and its limits, with texts prepared as they are now."""
         asked = f"{_message(Exchange(_SAMPLE, _SAMPLE))}{_MAX_TOKENS}"
-        return f"llm {self._model}@{self._host} question {hashlib.sha256(asked.encode()).hexdigest()[:12]}"
+        return f"llm {self._model}@{self._server.host} question {hashlib.sha256(asked.encode()).hexdigest()[:12]}"
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """A verdict for each exchange, in order; `UNKNOWN` where no answer, or none that can be read, was had.
 
-        Raises `AbliterateError` when the server knows neither key nor model, or when no request at all came through.
+        Raises `AbliterateError` when the server knows neither key nor model or points elsewhere, or when no request at
+        all came through.
         """
         without_asking = [_without_asking(exchange) for exchange in exchanges]
         pairs = zip(exchanges, without_asking, strict=True)
@@ -135,7 +129,7 @@ class LlmJudge:
         return [verdicts[self._key(message)] for message in messages]
 
     def _key(self, message: str) -> str:
-        return hashlib.sha256(json.dumps([self._url, self._model, _MAX_TOKENS, message]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self._server.url, self._model, _MAX_TOKENS, message]).encode()).hexdigest()
 
     def _ask_all(self, messages: Mapping[str, str], *, hopeless: int) -> Generator[tuple[str, Verdict]]:
         """Verdicts as they come in, until so many requests failed while none came through."""
@@ -171,6 +165,8 @@ class LlmJudge:
                 "check both, most addresses end in /v1"
             ) from None
         except (openai.OpenAIError, ValueError) as error:
+            if (elsewhere := self._server.redirected(f"judge '{self._name}'", error)) is not None:
+                raise elsewhere from None
             return Verdict(Label.UNKNOWN, type(error).__name__), f"{type(error).__name__} ({self._plain(error)})"
 
     def _complete(self, message: str) -> Any:
@@ -191,7 +187,7 @@ class LlmJudge:
 
     def _plain(self, error: Exception) -> str:
         """An error on one line, without the key."""
-        return " ".join(str(error).replace(self._secret, "…").split())[:200]
+        return " ".join(self._server.without_key(str(error)).split())[:200]
 
 
 def read_answer(answer: str) -> Verdict:
@@ -256,26 +252,6 @@ def _cut(text: str) -> str:
     if left_out := max(0, len(text) - HEAD - TAIL):
         text = f"{text[:HEAD]}\n[{left_out} characters left out]\n{text[-TAIL:]}"
     return text.encode("utf-8", "replace").decode()
-
-
-def host_of(who: str, url: str) -> str:
-    """Host and port of the URL of a server, which `who` is to ask.
-
-    Raises `UsageError` when it has none, or holds what must not be shown (user, password, parameters).
-    """
-    try:
-        parts = urlsplit(url)
-        host = parts.netloc if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 else ""
-    except ValueError:
-        host = ""
-    if not host:
-        raise UsageError(f"{who}: expected a URL such as http://localhost:8000/v1, found none that can be read")
-    if "@" in host or parts.query or parts.fragment:
-        raise UsageError(
-            f"{who}: expected a URL of host and path only, found user, password or parameters in it; give a key as "
-            "OPENAI_API_KEY"
-        )
-    return host
 
 
 def _library() -> Any:
