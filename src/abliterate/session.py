@@ -191,6 +191,8 @@ def load_contrast(settings: PromptSettings, monitor: Monitor, learnt_from: Conta
         f"prompts (train / val / test): {counts}; {contrast.duplicates_dropped} duplicates dropped"
         + (f" ({dropped})" if dropped else "")
     )
+    if contrast.answered:
+        monitor.note(f"replies at the end of {contrast.answered} conversations were left out: the model is to answer")
     return contrast
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import sys
@@ -183,7 +184,7 @@ def test_csv_prompts_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> N
         ("x.csv", "a,b\n1,2\n", "which column? found a, b"),
         ("x.csv", 'text\n"' + "x" * 200_000 + '"\n', "field larger than field limit"),
         ("x.parquet", "PAR1 no", "not a readable Parquet file"),
-        ("x.xlsx", "zip", "expected one of .json, .jsonl, .csv, .txt, .parquet, found '.xlsx'"),
+        ("x.xlsx", "zip", "expected one of .json, .jsonl, .csv, .tsv, .txt, .parquet, found '.xlsx'"),
         ("x", "text", "found 'no suffix'"),
         ("x\nbreak.json", "[", "cannot be read"),
     ],
@@ -552,13 +553,15 @@ def test_prompt_is_a_string_whose_methods_give_strings() -> None:
 @pytest.mark.parametrize(
     ("value", "part"),
     [
-        (TALK[:3], "expected the last message to be the user's, found assistant; leave the reply out"),
+        (TALK[2:3], "expected a message of the user, found only replies of the assistant"),
         (TALK[:1], "expected the last message to be the user's, found system"),
         (TALK[1:3] + TALK[:2], "message 3: expected the system's message first"),
         ([{"role": "tool", "content": "x"}], "message 1: expected a role of system, user, assistant, found 'tool'"),
         ([{"role": "user", "content": " "}], "message 1: expected text from the user, found none"),
         ([{"role": "user"}], "message 1: expected {role, content}, found dict"),
-        ([{"from": "human", "value": "x"}], "message 1: expected {role, content}, found dict"),
+        ([{"from": "human"}], "message 1: expected {role, content}, found dict"),
+        ([{"from": "observation", "value": "x"}], "message 1: expected a role of system, user, assistant, found 'obs"),
+        ([{"role": "user", "content": 3}], "message 1: expected {role, content}, found dict"),
         (["first", "second"], "message 1: expected {role, content}, found a text"),
         ([1], "message 1: expected {role, content}, found int"),
         ([["user", "x"]], "message 1: expected {role, content}, found list"),
@@ -570,6 +573,182 @@ def test_conversation_that_is_none_is_explained_in_one_line(tmp_path: Path, valu
     message = fails(str(tmp_path / "x.jsonl"))
     assert "row 2: column 'messages': " in message
     assert part in message
+
+
+SAID = [{"from": "human", "value": "What is lye?"}, {"from": "gpt", "value": "A strong base."}]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "answered"),
+    [
+        (SAID[:1], ["What is lye?"], False),
+        (SAID, ["What is lye?"], True),
+        ([*SAID, *SAID], ["What is lye?", "A strong base.", "What is lye?"], True),
+        ([{"from": "system", "value": "Be brief."}, *SAID], ["Be brief.", "What is lye?"], True),
+        (TALK[:3], ["Be brief.", "What is lye?"], True),
+        ([*TALK[:3], TALK[2]], ["Be brief.", "What is lye?"], True),
+        ([*TALK[:2], {"role": "assistant", "content": None, "tool_calls": []}], ["Be brief.", "What is lye?"], True),
+        ([{"role": "user", "content": [{"type": "text", "text": " one"}]}], ["one"], False),
+        ([{"role": "user", "content": [{"type": "text", "text": t} for t in ("one", "two")]}], ["one\ntwo"], False),
+        ([{"type": "text", "text": "one"}], ["one"], False),
+    ],
+)
+def test_replies_at_the_end_are_left_out_of_any_form_of_conversation(
+    tmp_path: Path, value: object, expected: list[str], answered: bool
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"conversations": value}])
+    (prompt,) = load_prompts(str(tmp_path / "x.jsonl"))
+    assert [content for _, content in prompt.messages] == expected
+    assert prompt.answered is answered
+
+
+@pytest.mark.parametrize(
+    ("part", "found"),
+    [
+        ({"type": "image_url", "image_url": {"url": "x"}}, "'image_url'"),
+        ({"type": "text", "text": None}, "'text'"),
+        ({"text": "one"}, "'None'"),
+        ("one", "'str'"),
+    ],
+)
+def test_parts_that_are_no_text_are_refused_by_row(tmp_path: Path, part: object, found: str) -> None:
+    content = [{"type": "text", "text": "one"}, part]
+    write_jsonl(tmp_path / "x.jsonl", [{"messages": TALK}, {"messages": [{"role": "user", "content": content}]}])
+    message = fails(str(tmp_path / "x.jsonl"))
+    assert f"row 2: column 'messages': message 1: part 2: expected {{type: text, text}}, found {found}" in message
+
+
+def test_replies_left_out_are_counted(specs: Specs, tmp_path: Path) -> None:
+    named = specs(harmful=many("bad"), harmless=many("good"))
+    write_jsonl(
+        tmp_path / "x.jsonl", [{"conversations": [{"from": "human", "value": f"{n}"}, SAID[1]]} for n in range(50)]
+    )
+    settings = PromptSettings(harmful=str(tmp_path / "x.jsonl"), harmless=named["harmless"])
+    assert build_contrastive_set(settings).answered == 50
+    assert build_contrastive_set(PromptSettings(**named)).answered == 0
+
+
+@pytest.mark.parametrize("text", ["\ud83d alone", "behind \ude00", "\udc80"])
+@pytest.mark.parametrize("where", ["text", "messages", "parts", "category"])
+def test_half_a_character_is_refused_by_row(tmp_path: Path, text: str, where: str) -> None:
+    content: object = [{"type": "text", "text": text}] if where == "parts" else text
+    row: dict[str, object] = {"messages": [TALK[0], {"role": "user", "content": content}]}
+    if where in ("text", "category"):
+        row = {"text": "one", where: text}
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(one) for one in (row | {}, row)), encoding="utf-8")
+    message = fails(str(tmp_path / "x.jsonl"))
+    assert "row 1: column" in message
+    assert "found half of a character" in message
+
+
+# --- delimited text
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_delimiter_is_found(tmp_path: Path, mark: str, suffix: str) -> None:
+    if suffix == ".tsv" and mark != "\t":
+        return
+    lines = ["text;x,y".replace(";", mark).replace(",y", ""), *(f"no. {n}{mark}kind" for n in range(3))]
+    path = tmp_path / f"x{suffix}"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    assert load_prompts(str(path)) == ["no. 0", "no. 1", "no. 2"]
+
+
+def test_semicolons_may_hold_commas_and_commas_semicolons(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text, or so;kind\nwell, now;a\none, two, three;b\n", encoding="utf-8")
+    (tmp_path / "b.csv").write_text("text,kind;s\nwell; now,a\none,b\n", encoding="utf-8")
+    assert load_prompts(f"{tmp_path / 'a.csv'}:text, or so") == ["well, now", "one, two, three"]
+    assert load_prompts(str(tmp_path / "b.csv")) == ["well; now", "one"]
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (
+            "text,kind\na,b\nwell, now,b\n",
+            "row 2 (line 3): expected 2 fields (text, kind), found 3; put a text with a comma",
+        ),
+        (
+            "text;kind\na;b\nwell; now;b\n",
+            "row 2 (line 3): expected 2 fields (text, kind), found 3; put a text with a semi",
+        ),
+        ("text\nwell, now\n", "row 1 (line 2): expected 1 field (text), found 2"),
+        ("text,kind\n\na,b\nc\n", "row 2 (line 4): expected 2 fields (text, kind), found 1; add the missing comma"),
+        ('text,kind\n"a\nb",c\n"d,e\nf,g\n', "row 2 (line 4): expected a double quote that closes the field"),
+        ('text,kind\n"a" b,c\n', "row 1 (line 2): expected a double quote that closes"),
+        ('text,kind\na,b\n"c,d\ne,f\ng,"h"\n', "row 2 (line 3): expected a double quote that closes"),
+        ("text,text\na,b\n", "expected every column once, found 'text' twice"),
+    ],
+)
+def test_row_that_does_not_fit_its_header_is_refused(tmp_path: Path, content: str, part: str) -> None:
+    (tmp_path / "x.csv").write_text(content, encoding="utf-8")
+    assert part in fails(str(tmp_path / "x.csv"))
+
+
+# --- slices and files of a dataset
+
+
+@pytest.mark.parametrize(
+    ("cut", "expected"),
+    [
+        ("[:2]", ["0", "1"]),
+        ("[8:]", ["8", "9"]),
+        ("[-2:]", ["8", "9"]),
+        ("[:20%]", ["0", "1"]),
+        ("[10%:24%]", ["1"]),
+        ("[3:5]", ["3", "4"]),
+        ("[:]", [str(n) for n in range(10)]),
+    ],
+)
+@pytest.mark.parametrize("form", ["{file}{cut}", "{file}{cut}:text", "{file}:text{cut}", "{file}:train{cut}:text"])
+def test_rows_of_a_file_are_cut(tmp_path: Path, cut: str, expected: list[str], form: str) -> None:
+    write_jsonl(tmp_path / "x.jsonl", [{"text": str(n)} for n in range(10)])
+    assert load_prompts(form.format(file=tmp_path / "x.jsonl", cut=cut)) == expected
+
+
+def test_brackets_that_are_no_slice_are_names(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "x[1].jsonl", [{"text": "a", "b[0]": "b"}])
+    assert load_prompts(str(tmp_path / "x[1].jsonl")) == ["a"]
+    assert load_prompts(f"{tmp_path / 'x[1].jsonl'}:b[0]") == ["b"]
+    assert "found no such file" in fails(f"{tmp_path / 'none.jsonl'}[:3]:text")
+    assert "expected one slice of rows, found two" in fails(f"{tmp_path / 'x[1].jsonl'}[:3]:text[:2]")
+
+
+def test_slices_and_files_go_to_the_hub_as_they_are(hub: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def load_dataset(*names: str, **options: str) -> Rows:
+        asked.append((*names, options))
+        return Rows({"text": text, "goal": "x"} for text in TEXTS)
+
+    monkeypatch.setattr(sys.modules["datasets"], "load_dataset", load_dataset)
+    files = {"data_files": "data/*.parquet"}
+    for spec, wanted in {
+        "owner/set:train[:400]:text": ("owner/set", {"split": "train[:400]"}),
+        "owner/set:small:train[10%:20%]:text": ("owner/set", "small", {"split": "train[10%:20%]"}),
+        "owner/set:train[:5]+test[5:]:text": ("owner/set", {"split": "train[:5]+test[5:]"}),
+        "owner/set/data/*.parquet": ("owner/set", {"split": "train", **files}),
+        "owner/set/data/*.parquet:text": ("owner/set", {"split": "train", **files}),
+        "owner/set/data/*.parquet[:400]:text": ("owner/set", {"split": "train[:400]", **files}),
+        "owner/set/data/*.parquet:train[:9%]:text": ("owner/set", {"split": "train[:9%]", **files}),
+        "hf://datasets/owner/set/data/*.parquet": ("owner/set", {"split": "train", **files}),
+        "https://huggingface.co/datasets/owner/set/resolve/main/a.jsonl": (
+            "owner/set",
+            {"split": "train", "data_files": "a.jsonl"},
+        ),
+        "https://huggingface.co/datasets/owner/set:train:text": ("owner/set", {"split": "train"}),
+    }.items():
+        assert load_prompts(spec) == TEXTS, spec
+        assert asked.pop() == wanted
+
+
+def test_missing_files_are_not_taken_for_files_of_the_hub(hub: SimpleNamespace, tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with contextlib.chdir(tmp_path):
+        for spec in ("a/b/c.jsonl", "./x/y/c.jsonl", "c.jsonl", f"{tmp_path}/x/y/c.jsonl:text"):
+            assert "found no such file" in fails(spec)
+    assert hub.asked == []
 
 
 def test_turns_with_one_text_are_an_instruction_and_empty_ones_none(tmp_path: Path) -> None:

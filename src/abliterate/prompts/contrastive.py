@@ -56,6 +56,11 @@ class ContrastiveSet:
         return sum(self.dropped.values())
 
     @property
+    def answered(self) -> int:
+        """Of how many prompts the source gave a reply at their end, which was left out."""
+        return sum(isinstance(text, Prompt) and text.answered for group in self._groups() for text in group)
+
+    @property
     def test_texts(self) -> dict[str, tuple[str, ...]]:
         """Held-out prompts by set."""
         return {"harmful": self.harmful.test, "harmless": self.harmless.test, "borderline": self.borderline}

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from abliterate.errors import PromptError
+from abliterate.prompts.delimited import read_delimited
 
 #: Columns tried in this order when none is named and the file has more than one.
 USUAL_COLUMNS = ("text", "prompt", "instruction", "goal", "behavior", "question", "input")
 #: Columns that hold whole conversations, tried after those.
-CONVERSATION_COLUMNS = ("messages", "conversation", "turns")
+CONVERSATION_COLUMNS = ("messages", "conversations", "conversation", "turns")
 #: What sets call the column that says which kind a prompt is of, without case and underscores; the first one counts.
 CATEGORY_COLUMNS = ("category", "semanticcategory", "riskcategory", "harmcategory", "functionalcategory", "type")
-SUFFIXES = (".json", ".jsonl", ".csv", ".txt", ".parquet")
+SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 
 Row = Mapping[str, Any]
 
@@ -40,15 +40,14 @@ def read_file(path: Path, column: str | None = None) -> list[Any]:
             return path.read_text(encoding="utf-8-sig").splitlines()
         if suffix == ".parquet":
             return _read_parquet(path)
-        if suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                return list(csv.DictReader(file))
+        if suffix in (".csv", ".tsv"):
+            return list(read_delimited(path, path.read_bytes().decode("utf-8-sig")))  # line ends as they are
         if suffix == ".jsonl":
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a text
             return [_json_line(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
         if suffix == ".json":
             return _json_rows(json.loads(path.read_text(encoding="utf-8-sig")), path, column)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError, csv.Error) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise PromptError(f"prompt file {path}: cannot be read ({one_line(error)})") from error
     raise PromptError(f"prompt file {path}: expected one of {', '.join(SUFFIXES)}, found '{suffix or 'no suffix'}'")
 
@@ -96,8 +95,12 @@ def _read_parquet(path: Path) -> list[Any]:
     return rows
 
 
-def load_hub(identifier: str, config: str | None, split: str, what: str, instead: str = "") -> Any:
-    """A split of a hub dataset, as `datasets` gives it. `what` and `instead` frame the error: what failed, what to do.
+def load_hub(
+    identifier: str, config: str | None, split: str, what: str, instead: str = "", files: str | None = None
+) -> Any:
+    """A split of a hub dataset, as `datasets` gives it; with `files` (a path or pattern in it) made of those alone.
+
+    `what` and `instead` frame the error: what failed, what to do.
 
     Raises `PromptError` when the library is missing or the dataset is not to be had, for whatever reason.
     """
@@ -108,7 +111,8 @@ def load_hub(identifier: str, config: str | None, split: str, what: str, instead
             f"{what}: hub datasets need an extra; pip install 'abliterate[datasets]'{instead and f', or {instead}'}"
         ) from error
     try:
-        return datasets.load_dataset(identifier, *(() if config is None else (config,)), split=split)
+        options = {} if files is None else {"data_files": files}
+        return datasets.load_dataset(identifier, *(() if config is None else (config,)), split=split, **options)
     except Exception as error:  # the library raises a dozen kinds, all of which mean "not to be had"
         raise PromptError(f"{what}: cannot be loaded ({one_line(error)}){instead and f'; {instead}'}") from error
 

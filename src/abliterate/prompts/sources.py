@@ -3,8 +3,9 @@
 =============================  ===================================================================
 ``builtin``                    the set written for this project (CC0), with its own splits
 ``NAME`` or ``NAME=PATH``      a published set (see `known`) from the hub, or from a copy of its files
-``FILE`` or ``FILE:column``    .json, .jsonl, .csv, .txt (one prompt a line) or .parquet
+``FILE`` or ``FILE:column``    .json, .jsonl, .csv, .tsv, .txt (one prompt a line) or .parquet
 ``id[:config]:split:column``   a dataset of the Hugging Face hub
+``id/FILES[:column]``          files of such a dataset, by a path or a pattern (``id/data/*.parquet``)
 =============================  ===================================================================
 """
 
@@ -18,7 +19,7 @@ from typing import Any, Literal
 
 from abliterate.errors import PromptError
 from abliterate.prompts.known import KNOWN, KnownSet, Role, find_known
-from abliterate.prompts.prompt import Prompt, read_messages
+from abliterate.prompts.prompt import Prompt, check_encodable, read_conversation
 from abliterate.prompts.reading import (
     CONVERSATION_COLUMNS,
     SUFFIXES,
@@ -30,6 +31,7 @@ from abliterate.prompts.reading import (
     load_hub,
     read_file,
 )
+from abliterate.prompts.specs import HubSource, find_local, missing_file, read_hub
 
 BUILTIN = "builtin"
 SetName = Role
@@ -54,32 +56,28 @@ def load_prompts(spec: str, role: SetName = "harmful") -> list[Prompt]:
     """
     if (known := find_known(spec)) is not None:
         prompts = _load_known(*known, role)
+    elif (local := find_local(spec)) is not None:
+        rows = local.cut.of(read_file(local.path, local.column))
+        prompts = _prompts(rows, local.column, f"prompt file {local.path}")
     else:
-        path, column = _split_path(spec)
-        prompts = _load_hub(spec) if path is None else _prompts(read_file(path, column), column, f"prompt file {path}")
+        _refuse_missing(spec)
+        prompts = _load_hub(read_hub(spec), f"prompt source '{spec}'")
     if not prompts:
         raise PromptError(f"prompt source '{spec}': expected at least one prompt, found none")
     return prompts
 
 
-def _split_path(spec: str) -> tuple[Path | None, str | None]:
-    """`FILE[:column]` taken apart; (None, None) when the spec can only be a dataset of the hub."""
-    whole = Path(spec).expanduser()
-    if whole.is_file():
-        return whole, None
-    head, colon, column = spec.rpartition(":")
-    if colon and (path := Path(head).expanduser()).is_file():
-        return path, column
-    named = path if colon and (path := Path(head)).suffix.lower() in SUFFIXES else whole
-    if named.suffix.lower() in SUFFIXES or whole.is_dir():
+def _refuse_missing(spec: str) -> None:
+    """Raise `PromptError` for what can only have been meant as a file, or as nothing that there is."""
+    named, local = missing_file(spec)
+    if local and (named.suffix.lower() in SUFFIXES or named.is_dir()):
         found = "a folder" if named.is_dir() else "no such file"
         raise PromptError(f"prompt source '{spec}': expected a prompt file at {named}, found {found}")
-    if not colon:
+    if local and ":" not in spec:
         raise PromptError(
             f"prompt source '{spec}': no such file; expected 'builtin', FILE[:column] ({', '.join(SUFFIXES)}), "
             f"a hub dataset id[:config]:split:column, or one of {', '.join(KNOWN)}"
         )
-    return None, None
 
 
 def _load_known(known: KnownSet, path: Path | None, role: SetName) -> list[Prompt]:
@@ -100,13 +98,9 @@ def _load_known(known: KnownSet, path: Path | None, role: SetName) -> list[Promp
     return _from_rows([row for row in rows if part.keep(row)], column, category, where)
 
 
-def _load_hub(spec: str) -> list[Prompt]:
-    parts = spec.split(":")
-    if len(parts) not in (3, 4):
-        raise PromptError(f"prompt source '{spec}': expected id[:config]:split:column, found {len(parts)} parts")
-    identifier, *config, split, column = parts
-    where = f"prompt source '{spec}'"
-    table = load_hub(identifier, config[0] if config else None, split, where)
+def _load_hub(source: HubSource, where: str) -> list[Prompt]:
+    table = load_hub(source.identifier, source.config, source.split, where, files=source.files)
+    column = source.column or _column_of(table.column_names, where)
     if column not in table.column_names:
         raise PromptError(f"{where}: no column '{column}'; found {', '.join(table.column_names)}")
     category = category_column(table.column_names)
@@ -119,13 +113,15 @@ def _prompts(rows: Sequence[Any], column: str | None, where: str) -> list[Prompt
     if column is None and all(isinstance(row, str) for row in rows):
         return [Prompt(text) for row in rows if (text := row.strip())]
     columns = _columns(rows, where)
-    if column is None:
-        column = next((name for name in (*USUAL_COLUMNS, *CONVERSATION_COLUMNS) if name in columns), None)
-        if column is None and len(columns) == 1:
-            column = columns[0]
-        if column is None:
-            raise PromptError(f"{where}: which column? found {', '.join(map(str, columns))}; give FILE:column")
-    return _from_rows(rows, column, category_column(columns), where)
+    return _from_rows(rows, column or _column_of(columns, where), category_column(columns), where)
+
+
+def _column_of(columns: Sequence[str], where: str) -> str:
+    """The column with the prompts where none was named."""
+    usual = next((name for name in (*USUAL_COLUMNS, *CONVERSATION_COLUMNS) if name in columns), None)
+    if usual is None and len(columns) != 1:
+        raise PromptError(f"{where}: which column? found {', '.join(map(str, columns))}; give FILE:column")
+    return usual or columns[0]
 
 
 def _columns(rows: Sequence[Any], where: str) -> list[str]:
@@ -158,10 +154,14 @@ def _prompt(value: object, category: str | None) -> Prompt | None:
     if isinstance(value, str):
         return Prompt(value.strip(), category)
     if isinstance(value, list):
-        return Prompt.conversation(read_messages(value), category)
+        return read_conversation(value, category)
     raise PromptError(f"expected text or a list of {{role, content}}, found {kind(value)}")
 
 
 def _label(value: object) -> str | None:
     """A category as text; what is neither text nor a number is none."""
-    return (str(value).strip() or None) if isinstance(value, str | int) and not isinstance(value, bool) else None
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        return None
+    text = str(value).strip()
+    check_encodable(text)
+    return text or None
