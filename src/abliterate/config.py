@@ -217,6 +217,9 @@ class CapabilitySettings(_Settings):
     tasks: str | None = Field(
         None, description="lm-eval tasks, comma-separated: names, or .yaml files (needs the extra eval)."
     )
+    trust_task_code: bool = Field(
+        False, description="Run Python code that files given as --tasks name (!function), and metrics from the hub."
+    )
     multiple_choice: Literal["letter", "text"] = Field(
         "letter", description="How --capability reads multiple choice: the likeliest letter, or the likeliest option."
     )

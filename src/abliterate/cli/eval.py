@@ -86,7 +86,9 @@ def _here(
     """By the live model: alone, beside a base, or under hooks."""
     from abliterate import pipeline
     from abliterate.edit.direction import learnt_by, load_direction
+    from abliterate.evaluation.examine import exam_of
 
+    exam_of(given.evaluating, given.prompts.seed)  # what is wrong with its files is said before a model is loaded
     direction, site = edit
     loaded = None if direction is None else load_direction(direction)
     seen = learnt_by(model) if loaded is None else loaded.learnt_from

@@ -22,7 +22,16 @@ from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
 from abliterate.evaluation.answering import Answering, ModelState, Stopping
-from abliterate.evaluation.capability import Score, Task, TaskResult, Way, check, lm_eval_tasks, load_tasks
+from abliterate.evaluation.capability import (
+    Score,
+    Task,
+    TaskResult,
+    Way,
+    check,
+    check_task_files,
+    lm_eval_tasks,
+    load_tasks,
+)
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge
 from abliterate.evaluation.judging.calibration import calibration_of
 from abliterate.evaluation.judging.choice import open_judge
@@ -140,6 +149,7 @@ class Exam:
     limit: int | None = None
     way: Way = "letter"
     seed: int = 0
+    trust_task_code: bool = False
 
     def take(self, state: ModelState, name: str) -> CapabilityScores:
         """The results of a model in its state."""
@@ -153,7 +163,15 @@ class Exam:
         if not self.tasks:
             return ()
         rows, tokenizer = state.session.size.rows, state.session.loaded.tokenizer
-        scores = lm_eval_tasks(state.model, tokenizer, self.tasks, limit=self.limit, batch_size=rows, seed=self.seed)
+        scores = lm_eval_tasks(
+            state.model,
+            tokenizer,
+            self.tasks,
+            limit=self.limit,
+            batch_size=rows,
+            seed=self.seed,
+            trust_task_code=self.trust_task_code,
+        )
         return tuple(scores)
 
     def _check(self, state: ModelState, progress: Callable[[int], None]) -> list[TaskResult]:
@@ -165,12 +183,16 @@ class Exam:
 def exam_of(settings: CapabilitySettings, seed: int = 0) -> Exam:
     """The exam that settings ask for, read before any model is loaded.
 
-    Raises `UsageError` for a file that holds no questions, and when the extra for lm-eval is missing.
+    Raises `UsageError` for a file that holds no questions or names code that is not trusted, and when the extra for
+    lm-eval is missing.
     """
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError("--tasks: it needs an extra; pip install 'abliterate[eval]'")
     files = load_tasks([Path(name) for name in _names(settings.capability)], settings.task_limit, seed)
-    return Exam(tuple(files), _names(settings.tasks), settings.task_limit, settings.multiple_choice, seed)
+    tasks, trusted = _names(settings.tasks), settings.trust_task_code
+    if tasks and not trusted:
+        check_task_files(tasks)
+    return Exam(tuple(files), tasks, settings.task_limit, settings.multiple_choice, seed, trusted)
 
 
 def _names(option: str | None) -> tuple[str, ...]:

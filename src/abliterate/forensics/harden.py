@@ -68,6 +68,7 @@ def harden(
         raise UsageError("harden: expected --detectors or --strengthen above 0, found neither")
     check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
     evaluating = measuring.evaluating
+    exam = exam_of(evaluating, measuring.prompts.seed)
     judge = ready_judge(evaluating, measuring.loading.device, monitor)
     session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
     findings, found = _found(session, measuring)
@@ -78,7 +79,7 @@ def harden(
     if settings.detectors:
         probe = Probe(session, findings.ids, "val", judge, evaluating.model_copy(update={"max_new_tokens": 24}))
         size, additions = _detectors(probe, direction, settings.detectors, fixed)
-    examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, session.seed)
+    examiner = examiner_of(session, evaluating, judge)
     original, hardened = as_loaded(session, evaluating), with_additions(session, additions)
     evaluation = evaluation_part(examine(examiner, exam, original, hardened))
     with session.changed(adding(session.model, additions)):

@@ -237,6 +237,7 @@ def _tensor_named(checkpoint: Checkpoint, module: str) -> str:
 
 def _approximately(model: str, direction: Path | None, place: _Place, measuring: MeasureSettings) -> rec.RepairPart:
     evaluating, finding, monitor = measuring.evaluating, measuring.finding, place.monitor
+    exam = exam_of(evaluating, measuring.prompts.seed)
     judge = ready_judge(evaluating, measuring.loading.device, monitor)
     session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
     subject = open_inspected(session.loaded.files)
@@ -246,7 +247,7 @@ def _approximately(model: str, direction: Path | None, place: _Place, measuring:
     writers, readers = _telling(session, blocks)
     short = evaluating.model_copy(update={"max_new_tokens": min(24, evaluating.max_new_tokens)})
     size, additions = _best_addition(Probe(session, tokens, "val", judge, short), writers, readers, basis)
-    examiner, exam = examiner_of(session, evaluating, judge), exam_of(evaluating, session.seed)
+    examiner = examiner_of(session, evaluating, judge)
     original = as_loaded(session, evaluating)
     evaluation = evaluation_part(examine(examiner, exam, original, with_additions(session, additions)))
 

@@ -6,7 +6,7 @@ that changes are of the same items and carry the error of paired measurements.
 """
 
 from abliterate.evaluation.capability.choosing import Way
-from abliterate.evaluation.capability.harness import Score, ScoreChange, lm_eval_tasks, score_changes
+from abliterate.evaluation.capability.harness import Score, ScoreChange, check_task_files, lm_eval_tasks, score_changes
 from abliterate.evaluation.capability.quick import Change, TaskResult, change, check
 from abliterate.evaluation.capability.tasks import Choice, Problem, Task, load_tasks
 
@@ -21,6 +21,7 @@ __all__ = [
     "Way",
     "change",
     "check",
+    "check_task_files",
     "lm_eval_tasks",
     "load_tasks",
     "score_changes",

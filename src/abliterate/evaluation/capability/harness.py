@@ -25,9 +25,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from abliterate.errors import UsageError
+from abliterate.evaluation.capability.task_files import CodeAsked, guarded, refuse_code, refuse_code_of_group
 from abliterate.model.batches import input_device
+
+#: What templates and settings of a task raise with a document or model that they do not fit; no fault of the machine.
+_FAULTS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    SyntaxError,
+    TemplateError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +88,7 @@ def lm_eval_tasks(
     batch_size: int = 1,
     chat_template: bool = False,
     seed: int = 0,
+    trust_task_code: bool = False,
 ) -> list[Score]:
     """Every metric of `tasks` on `model` as it is now, hooks included.
 
@@ -82,8 +97,9 @@ def lm_eval_tasks(
     network. `limit` takes the first documents of each task. `seed` is for few-shot examples and sampling. With
     `chat_template` prompts go through the tokenizer's template, thinking closed.
 
-    A task file may name Python functions, which are run: read the files of others before you use them. Tasks that run
-    code written by the model are refused.
+    A task file that names Python functions, and a metric that comes from the hub as code, are refused unless
+    `trust_task_code`; till then templates are rendered in a sandbox. Tasks that run code written by the model are
+    always refused.
 
     Metrics that are no finite number are left out.
 
@@ -92,8 +108,8 @@ def lm_eval_tasks(
     _require()
     from lm_eval import evaluate
 
-    with _quiet(), _seeded(model, seed):
-        loaded = _load(tasks)
+    with _quiet(), _seeded(model, seed), contextlib.nullcontext() if trust_task_code else guarded():
+        loaded = _load(tasks, trust_task_code)
         for task in loaded["tasks"].values():
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -106,10 +122,21 @@ def lm_eval_tasks(
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
             )
-        except (AssertionError, ValueError, TypeError, KeyError) as error:
+        except CodeAsked as asked:
+            raise asked.named(f"lm-eval tasks {', '.join(tasks)}") from None
+        except _FAULTS as error:
             names = ", ".join(tasks)
             raise UsageError(f"lm-eval tasks {names}: cannot be run with this model ({_one_line(error)})") from error
     return list(_scores(results))
+
+
+def check_task_files(tasks: Sequence[str]) -> None:
+    """Raise what `lm_eval_tasks` raises for local files that are not trusted, before a model is loaded."""
+    if local := [Path(spec).expanduser().resolve() for spec in tasks if _is_local(spec)]:
+        _require()
+        with _quiet():
+            for path in local:
+                _local_files(path, trusted=False)
 
 
 def score_changes(before: Sequence[Score], after: Sequence[Score]) -> list[ScoreChange]:
@@ -208,11 +235,11 @@ def _wrap(model: Any, tokenizer: Any, batch_size: int, chat_template: bool) -> A
         del model.tie_weights
 
 
-def _load(specs: Sequence[str]) -> dict[str, Any]:
+def _load(specs: Sequence[str], trusted: bool) -> dict[str, Any]:
     """Tasks and groups by name, as `evaluate` takes them."""
     together: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for spec in specs:
-        for part in _load_local(Path(spec).expanduser()) if _is_local(spec) else [_load_named(spec)]:
+        for part in _load_local(Path(spec).expanduser().resolve(), trusted) if _is_local(spec) else [_load_named(spec)]:
             if twice := sorted(set(part["tasks"]) & set(together["tasks"])):
                 raise UsageError(f"lm-eval task '{spec}': expected each task once, found '{twice[0]}' twice")
             for key, found in part.items():
@@ -249,27 +276,42 @@ def _load_named(name: str) -> Mapping[str, Any]:
     return loaded
 
 
-def _load_local(path: Path) -> Iterator[Mapping[str, Any]]:
+def _load_local(path: Path, trusted: bool) -> Iterator[Mapping[str, Any]]:
     """All tasks of a folder; the task of a file, or the group with all that it names."""
+    manager, chosen = _local_files(path, trusted)
+    for name, file in chosen.items():
+        with _loading(name, "see lm-eval's task guide"), contextlib.chdir(file.parent):
+            yield manager.load([name])
+
+
+def _local_files(path: Path, trusted: bool) -> tuple[Any, Mapping[str, Path]]:
+    """lm-eval's index of a folder or file, and files by the names under which it knows them.
+
+    Raises `UsageError` where there are none, and for files that name code unless they are trusted.
+    """
+    import lm_eval
     from lm_eval.tasks import TaskManager
 
-    path = path.resolve()
     if path.is_dir():
         manager = TaskManager(include_path=path, include_defaults=False)
         chosen = {name: Path(manager.task_index[name].yaml_path) for name in manager.all_subtasks}
         if not chosen:
             raise UsageError(f"lm-eval tasks in {path}: expected .yaml files with a key 'task', found none")
+        for file in () if trusted else chosen.values():
+            refuse_code(file, path)
     elif not path.is_file():
         raise UsageError(f"lm-eval task '{path}': expected a task file, found no such file")
     elif _GROUP.search(path.read_text(encoding="utf-8", errors="replace")):
         manager = TaskManager(include_path=path.parent)  # it may name tasks beside it, and lm-eval's own
         chosen = {name: path for name in manager.all_groups if manager.task_index[name].yaml_path == path}
+        if not trusted:
+            refuse_code_of_group(path, manager.task_index, Path(lm_eval.__file__).parent)
     else:
+        if not trusted:
+            refuse_code(path, path.parent)
         manager = TaskManager(include_defaults=False)
         chosen = {str(path): path}
-    for name, file in chosen.items():
-        with _loading(name, "see lm-eval's task guide"), contextlib.chdir(file.parent):
-            yield manager.load([name])
+    return manager, chosen
 
 
 @contextlib.contextmanager
@@ -277,6 +319,8 @@ def _loading(name: str, advice: str) -> Iterator[None]:
     """Whatever task files and data sets raise (a dozen kinds), as one line."""
     try:
         yield
+    except CodeAsked as asked:
+        raise asked.named(f"lm-eval task '{name}'") from None
     except Exception as error:
         raise UsageError(f"lm-eval task '{name}': cannot be loaded ({_one_line(error)}); {advice}") from error
 
