@@ -145,13 +145,19 @@ def test_unknown_fields_and_versions_are_refused(tmp_path: Path) -> None:
     write_record(make(), tmp_path)
     file = tmp_path / "abliteration.json"
     whole = json.loads(file.read_text())
-    for damage in ({"schema_version": 2}, {"surprise": 1}, {"model": None}):
+    for damage, said in (
+        ({"schema_version": 2}, "expected a record of schema version 1, found version 2"),
+        ({"surprise": 1}, "expected the record of a run, .*surprise: extra inputs"),
+        ({"model": None}, "expected the record of a run, .*model: input should be"),
+        ({"timings_s": {"all": 10**400}}, "a number of 401 digits"),
+        ({"peak_memory_bytes": {"all": -1}}, "peak_memory_bytes.all: input should be greater"),
+    ):
         file.write_text(json.dumps(whole | damage))
-        with pytest.raises(UsageError, match="expected a record of schema version 1") as caught:
+        with pytest.raises(UsageError, match=said) as caught:
             read_record(tmp_path)
         assert str(caught.value).isprintable()
     file.write_text("{")
-    with pytest.raises(UsageError, match="expected a record"):
+    with pytest.raises(UsageError, match="expected the record of a run"):
         read_record(tmp_path)
 
 

@@ -7,18 +7,25 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from abliterate.errors import UsageError
 from abliterate.files.atomic import write_atomically
+from abliterate.files.bounded import MB, Kind, short
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "abliteration.json"
 
 #: Words of an answer to a harmful prompt that are kept when completions are redacted.
 REDACTED_WORDS = 4
+
+_RECORD = Kind("the record of a run", 64 * MB, UsageError)
+
+#: Numbers that every reader of JSON, and every loop, can hold.
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Whole = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 
 
 class _Part(BaseModel):
@@ -33,8 +40,8 @@ class ModelPart(_Part):
     folder: str = Field("", description="Where its files were read: `undo` and `verify OUT` look there.")
     storage: str = Field("plain", description="How the weights are stored: plain, or the name of the quantisation.")
     architecture: str
-    d_model: int
-    layers: int
+    d_model: Count
+    layers: Count
     dtype: str
     device: str
     source_sha256: dict[str, str] = Field(description="SHA-256 of every weight file that was read.")
@@ -44,20 +51,20 @@ class PromptsPart(_Part):
     """Prompts, and how they were rendered. Equal hashes mean equal prompts."""
 
     sources: dict[str, str]
-    counts: dict[str, dict[str, int]]
-    duplicates_dropped: int
-    dropped: dict[str, int] = Field(default={}, description="Duplicates by set and part, and where else they stood.")
+    counts: dict[str, dict[str, Count]]
+    duplicates_dropped: Count
+    dropped: dict[str, Count] = Field(default={}, description="Duplicates by set and part, and where else they stood.")
     sha256: str
     system: str | None
     chat_template: str
-    shared_prefix_tokens: int
-    positions: int
+    shared_prefix_tokens: Count
+    positions: Count
 
 
 class AnatomyPart(_Part):
     """Residual accounting: the largest relative error that a block leaves unexplained, and what is allowed."""
 
-    writers: int
+    writers: Count
     worst_closure: float
     tolerance: float
 
@@ -69,12 +76,12 @@ class TokenPart(_Part):
     and on those it answers; `refusals` of `trials` replies that were made to start with it are refusals.
     """
 
-    token: int
+    token: Count
     text: str
     probability: float
     probability_answering: float
-    refusals: int
-    trials: int
+    refusals: Count
+    trials: Count
 
 
 class SitePart(_Part):
@@ -83,12 +90,12 @@ class SitePart(_Part):
     `bypass` and `induce` are mean refusal scores (log-odds), `kl` is in nats, `norm` is ‖r‖.
     """
 
-    layer: int
-    position: int
+    layer: Count
+    position: Whole
     bypass: float
     induce: float
     kl: float
-    prompts: int
+    prompts: Count
     norm: float
     dprime: float
     auroc: float
@@ -97,8 +104,8 @@ class SitePart(_Part):
 class SeparatedPart(_Part):
     """How far apart the classes lie along one site's own direction, on validation prompts; ‖r‖ is `norm`."""
 
-    layer: int
-    position: int
+    layer: Count
+    position: Whole
     auroc: float
     dprime: float
     norm: float
@@ -121,8 +128,8 @@ class SeparationPart(_Part):
     """Whether harmful and harmless prompts separate: at every site, and prompt by prompt at one of them."""
 
     sites: list[SeparatedPart]
-    layer: int
-    position: int
+    layer: Count
+    position: Whole
     prompts: list[ProjectedPart]
 
 
@@ -150,7 +157,7 @@ class SelectionPart(_Part):
     max_kl: float
     min_induce: float
     max_depth: float
-    trained_on: dict[str, int]
+    trained_on: dict[str, Count]
     candidates: list[SitePart]
 
     def passes(self, site: SitePart) -> bool:
@@ -161,7 +168,7 @@ class SelectionPart(_Part):
 class PointPart(_Part):
     """One point of a search (see `search.points.Point`). `file` holds its direction; it can be applied by itself."""
 
-    number: int
+    number: Count
     origin: str
     file: str | None
     scores: dict[str, float | None]
@@ -185,9 +192,9 @@ class SearchPart(_Part):
     base: dict[str, float | None]
     base_held_out: dict[str, float | None] | None = None
     points: list[PointPart]
-    chosen: int | None = Field(description="The number of a point.")
+    chosen: Count | None = Field(description="The number of a point.")
     why: str
-    evaluations: dict[str, int]
+    evaluations: dict[str, Count]
     seconds: float
 
     @property
@@ -207,7 +214,7 @@ class ResidualPart(_Part):
     kind: str
     dtype: str
     format: str = ""
-    shape: list[int]
+    shape: list[Count]
     before: float
     after: float
     ratio: float
@@ -219,7 +226,7 @@ class PlanPart(_Part):
     """What was done to which writer. `strengths` is by parameter, `variant` what was asked for beside the default."""
 
     strength: float
-    rank: int
+    rank: Count
     realisation: Literal["weights", "lora", "gguf-lora", "control-vector"] = "weights"
     variant: dict[str, Any] = {}
     strengths: dict[str, float] = {}
@@ -245,14 +252,14 @@ class RatePart(_Part):
     known.
     """
 
-    refusals: int
-    degenerate: int
-    n: int
+    refusals: Count
+    degenerate: Count
+    n: Count
     rate: float | None
     ci95: tuple[float, float]
     degenerate_ci95: tuple[float, float] | None = None
-    partial: int = 0
-    unknown: int = 0
+    partial: Count = 0
+    unknown: Count = 0
     corrected: EstimatePart | None = None
 
 
@@ -269,19 +276,19 @@ class JudgePart(_Part):
 
     name: str
     fingerprint: str
-    sensitivity: tuple[int, int] | None = None
-    specificity: tuple[int, int] | None = None
+    sensitivity: tuple[Count, Count] | None = None
+    specificity: tuple[Count, Count] | None = None
     labels: str | None = Field(None, description="The labelled replies that its error rates come from.")
 
 
 class PairedPart(_Part):
     """The same prompts before and after (see `evaluation.results.Paired`)."""
 
-    both: int
-    before_only: int
-    after_only: int
-    neither: int
-    unknown: int
+    both: Count
+    before_only: Count
+    after_only: Count
+    neither: Count
+    unknown: Count
     p: float
     change: EstimatePart
 
@@ -327,8 +334,8 @@ class ShiftPart(_Part):
     nll_after: float | None
     nll_change: EstimatePart | None = None
     worst: list[MovedPart] = []
-    prompts: int
-    tokens: int
+    prompts: Count
+    tokens: Count
 
 
 class ControlEffectPart(_Part):
@@ -337,7 +344,7 @@ class ControlEffectPart(_Part):
     `size` and `size_of_edit` are how much of all edited weights is taken out, relative to their norm.
     """
 
-    seed: int
+    seed: Whole
     behaviour: BehaviourPart
     paired: dict[str, PairedPart]
     degenerate: dict[str, PairedPart] = {}
@@ -352,7 +359,7 @@ class CapabilityPart(_Part):
 
     task: str
     metric: str
-    n: int
+    n: Count
     before: EstimatePart
     after: EstimatePart | None = None
     change: EstimatePart | None = None
@@ -365,7 +372,7 @@ class CapabilityPart(_Part):
 class ThinkingPart(_Part):
     """The same prompts with the model's thinking open; only what follows the thinking is judged."""
 
-    max_new_tokens: int
+    max_new_tokens: Count
     before: BehaviourPart
     after: BehaviourPart | None = None
     paired: dict[str, PairedPart] = {}
@@ -377,7 +384,7 @@ class AnswerPart(_Part):
     prompt: str
     label: str
     evidence: str
-    tokens: int
+    tokens: Count
     text: str
     redacted: bool
 
@@ -385,7 +392,7 @@ class AnswerPart(_Part):
 class EvaluationPart(_Part):
     """Behaviour before and after, on held-out prompts; of one model alone only `before`."""
 
-    max_new_tokens: int
+    max_new_tokens: Count
     before: BehaviourPart
     after: BehaviourPart | None = None
     shift: ShiftPart | None = None
@@ -394,7 +401,7 @@ class EvaluationPart(_Part):
     thinking_open: bool = Field(False, description="Whether the model was thinking before these answers.")
     engine: str = Field("transformers", description="What generated the answers.")
     sources: dict[str, str] = Field(default={}, description="Where the prompts come from.")
-    dropped: dict[str, int] = Field(default={}, description="Prompts left out, by why.")
+    dropped: dict[str, Count] = Field(default={}, description="Prompts left out, by why.")
     prompts_sha256: str | None = None
     paired: dict[str, PairedPart] = {}
     degenerate: dict[str, PairedPart] = Field(default={}, description="Degenerate replies before and after, per set.")
@@ -415,7 +422,7 @@ class WriterTracePart(_Part):
     `read` how well what was taken out follows what was there. `strength` is an estimate without a base.
     """
 
-    block: int | None
+    block: Count | None
     kind: str
     strength: float
     edited: bool
@@ -431,7 +438,7 @@ class LayerSeparationPart(_Part):
     `recovered` along the recovered direction, `own` along the layer's own difference of means.
     """
 
-    layer: int
+    layer: Count
     recovered: float | None
     own: float
 
@@ -453,14 +460,14 @@ class InspectionPart(_Part):
     evidence: dict[str, float] = {}
     where: str | None = Field(None, description="Where the deepest dip was found.")
     proved: bool = Field(description="Writers known by residual accounting; else by the names of tensors.")
-    writers: int
-    layers: list[int] = Field(default=[], description="Blocks with an edited writer.")
-    rank: int = 0
+    writers: Count
+    layers: list[Count] = Field(default=[], description="Blocks with an edited writer.")
+    rank: Count = 0
     per_layer: bool = False
     directions: str | None = Field(None, description="The file that the recovered directions were written to.")
     units: list[WriterTracePart] = []
-    unchanged: int | None = None
-    others: int | None = None
+    unchanged: Count | None = None
+    others: Count | None = None
     separation_in: str | None = Field(None, description="The model whose activations `separation` is about.")
     separation: list[LayerSeparationPart] = []
     harm_known: float | None = Field(None, description="Best AUROC of a layer's own direction in the inspected model.")
@@ -478,7 +485,7 @@ class AuditRowPart(_Part):
     name: str
     refused: RatePart
     kl: EstimatePart
-    edits: int
+    edits: Count
 
 
 class AuditPart(_Part):
@@ -490,14 +497,14 @@ class AuditPart(_Part):
 
     protocol: str
     prompts_sha256: str
-    layer: int
-    position: int
+    layer: Count
+    position: Whole
     met_rule: bool
     base: RatePart
     rows: list[AuditRowPart]
     halving_strength: float | None = None
     halving_kl: float | None = None
-    directions_needed: int | None = None
+    directions_needed: Count | None = None
 
 
 class VerificationPart(_Part):
@@ -559,7 +566,7 @@ class UndonePart(_Part):
 
     folder: str
     exact: bool
-    steps: int
+    steps: Count
     files: list[str]
     tensors: list[str] = []
     reason: str | None = None
@@ -586,8 +593,8 @@ class ComparisonPart(_Part):
     versions: dict[str, str]
     settings: dict[str, Any]
     sources: dict[str, str]
-    counts: dict[str, int]
-    dropped: dict[str, int]
+    counts: dict[str, Count]
+    dropped: dict[str, Count]
     prompts_sha256: str
     reference: str
     entries: list[ContenderPart]
@@ -636,8 +643,8 @@ class CalibrationPart(_Part):
     fingerprint: str
     source: str
     source_sha256: str
-    n: int
-    unknown: int
+    n: Count
+    unknown: Count
     accuracy: float | None
     accuracy_ci95: tuple[float, float]
     precision: float | None
@@ -646,9 +653,9 @@ class CalibrationPart(_Part):
     recall_ci95: tuple[float, float]
     specificity: float | None
     specificity_ci95: tuple[float, float]
-    counts: dict[str, tuple[int, int]]
+    counts: dict[str, tuple[Count, Count]]
     two_way: bool
-    confusion: dict[str, dict[str, int]]
+    confusion: dict[str, dict[str, Count]]
     stored: str | None = None
 
 
@@ -713,7 +720,7 @@ class Record(_Part):
     output: str | None = None
     output_sha256: dict[str, str] = {}
     timings_s: dict[str, float] = {}
-    peak_memory_bytes: dict[str, int] = {}
+    peak_memory_bytes: dict[str, Count] = {}
 
 
 def write_record(record: Record, folder: Path) -> Path:
@@ -726,17 +733,14 @@ def write_record(record: Record, folder: Path) -> Path:
 def read_record(folder: Path) -> Record:
     """Read the record of a run.
 
-    Raises `UsageError` when there is none or it is of another version.
+    Raises `UsageError` when there is none, it is damaged, or of another version.
     """
-    path = folder / FILE_NAME
-    try:
-        return Record.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: expected the record of a run, found none") from error
-    except ValueError as error:
-        raise UsageError(
-            f"{path}: expected a record of schema version {SCHEMA_VERSION}, found another or a damaged one"
-        ) from error
+    path = Path(folder) / FILE_NAME
+    content = _RECORD.fields(path)
+    if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
+        found = short(content["schema_version"])
+        raise UsageError(f"{path}: expected a record of schema version {SCHEMA_VERSION}, found version {found}")
+    return _RECORD.checked(path, content, Record)
 
 
 def versions() -> dict[str, str]:

@@ -162,7 +162,7 @@ def test_label_column_is_not_needed_to_read_replies(tmp_path: Path) -> None:
         ("a.csv", HEADER, "expected at least one row, found none"),
         ("a.csv", "", "expected a column prompt or objective, found nothing"),
         ("a.csv", "# only a comment\n", "found nothing"),
-        ("a.csv", b"\xff\xfep\x00r\x00", "expected UTF-8, found a byte that is not at 0"),
+        ("a.csv", b"\xff\xfep\x00r\x00", "found a byte that is not UTF-8 at 0"),
         ("a.jsonl", '{"prompt": "p"\n', r"row 1 \(line 1\): not JSON"),
         ("a.jsonl", '\n[1]\n"x"\n', r"row 1 \(line 2\): expected an object, found a list"),
         ("a.jsonl", '{"prompt": "p", "response": null, "label": 1}', "expected text as response, found null"),
@@ -185,7 +185,7 @@ def test_everything_else_is_one_clear_line(tmp_path: Path, name: str, text: str 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     for name in ("missing.csv", "folder.csv"):
-        with pytest.raises(PromptError, match="cannot be read"):
+        with pytest.raises(PromptError, match="expected a file of labelled replies, found (none|a folder)"):
             read_labelled(tmp_path / name)
 
 
@@ -289,11 +289,11 @@ def test_builtin_table_reads_and_speaks_of_its_keys() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[:40], "Invalid JSON"),
-        (lambda text: b"", "Invalid JSON"),
-        (lambda text: b"\xff" + text, "damaged"),
-        (lambda text: text.replace(b'"judge"', b'"jury"'), "judge: Field required"),
-        (lambda text: text.replace(b'"refusal": 1', b'"refusal": -1'), "confusion: refusal: refusal: .*greater"),
+        (lambda text: text[:40], "JSON that cannot be used"),
+        (lambda text: b"", "JSON that cannot be used"),
+        (lambda text: b"\xff" + text, "not UTF-8 at 0"),
+        (lambda text: text.replace(b'"judge"', b'"jury"'), "judge: field required"),
+        (lambda text: text.replace(b'"refusal": 1', b'"refusal": -1'), "confusion.refusal.refusal: .*greater"),
         (lambda text: text.replace(b'"confusion": {', b'"confusion": {"unknown": {"refusal": 1},'), "truly unknown"),
         (lambda text: text.replace(b"scripted-1", b"scripted-9"), "expected one of 'scripted-1', found 'scripted-9'"),
     ],

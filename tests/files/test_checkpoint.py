@@ -326,7 +326,6 @@ def edit_index(folder: Path, edit: Callable[[dict[str, Any]], object]) -> None:
         "sub\\x.safetensors",
         "C:/x.safetensors",
         "a\n.safetensors",
-        "a\0.safetensors",
         "",
         ".",
         "weights.bin",

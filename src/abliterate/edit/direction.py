@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,10 +16,21 @@ from abliterate.algebra import ZERO_NORM, orthonormal
 from abliterate.edit.values import TensorValue
 from abliterate.errors import UsageError
 from abliterate.files.atomic import write_atomically
+from abliterate.files.bounded import parse_json, readable_size
 from abliterate.files.checkpoint import Shard, read_shard
 
 #: How far rows that were orthonormalised in float64 and kept in float32 are from orthonormal, at most.
 ROUNDING = 1e-6
+
+#: The tensors of a direction file, and how large they may be together: candidates of the largest models take a tenth.
+_TENSORS = ("basis", "candidates", "harmless_mean", "reader", "mean", "per_site")
+_MOST_BYTES = 4 * 10**9
+
+#: Beyond this a strength is no edit (see `plan`).
+_STRONGEST = 1e3
+
+#: No model has so many layers, no template so many tokens.
+_FAR = 2**16
 
 
 class Site(NamedTuple):
@@ -192,6 +202,7 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
 
     Raises `UsageError` when there is no such file or it does not fit the model, `CheckpointError` when damaged.
     """
+    path = Path(path)
     if not path.is_file():
         raise UsageError(f"direction file '{path}': expected a .safetensors file, found none")
     shard = read_shard(path)  # refuses anything malformed before another library maps it
@@ -245,7 +256,7 @@ def _with_origin(direction: Direction, said: dict[str, Any]) -> Direction:
     site = model = None
     learnt: frozenset[str] = frozenset()
     match said.get("chosen"):
-        case {"layer": int(layer), "position": int(position), **rest}:
+        case {"layer": int(layer), "position": int(position), **rest} if 0 <= layer < _FAR and -_FAR <= position < 0:
             there = Site(layer, position)
             if direction.candidates is None or direction.candidates.holds(there):
                 site, said = there, {key: value for key, value in said.items() if key != "chosen"}
@@ -261,12 +272,16 @@ def _floats(shard: Shard) -> dict[str, Tensor]:
     """The tensors that hold floats: others are no part of a direction, and torch knows not all of them."""
     from safetensors import safe_open
 
+    floats = [info for info in shard.tensors.values() if info.dtype in ("F64", "F32", "F16", "BF16") and info.nbytes]
+    if len(shard.tensors) > 1:
+        floats = [info for info in floats if info.name in _TENSORS]
+    if (size := sum(info.nbytes for info in floats)) > _MOST_BYTES:
+        raise UsageError(
+            f"direction file '{shard.path}': expected at most {readable_size(_MOST_BYTES)} of vectors, found "
+            f"{readable_size(size)}; is it a model?"
+        )
     with safe_open(shard.path, "pt") as file:
-        return {
-            name: file.get_tensor(name)
-            for name, info in shard.tensors.items()
-            if info.dtype in ("F64", "F32", "F16", "BF16") and info.nbytes
-        }
+        return {info.name: file.get_tensor(info.name) for info in floats}
 
 
 def _oblique(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -290,7 +305,7 @@ def _recipe(path: Path, metadata: dict[str, Any]) -> Recipe | None:
             "norm_preserving": bool(norms),
             "biprojected": bool(projected),
             "untie": bool(untie),
-        } if all(isinstance(value, int | float) and math.isfinite(value) for value in strengths.values()):
+        } if all(isinstance(value, int | float) and abs(value) < _STRONGEST for value in strengths.values()):
             return Recipe({str(name): float(value) for name, value in strengths.items()}, norms, projected, untie)
     raise UsageError(
         f"direction file '{path}': expected a recipe with finite 'strengths' by parameter, 'norm_preserving', "
@@ -300,7 +315,7 @@ def _recipe(path: Path, metadata: dict[str, Any]) -> Recipe | None:
 
 def _metadata(stored: Mapping[str, str]) -> dict[str, Any]:
     try:
-        value = json.loads(stored.get("abliterate", "{}"))
-    except json.JSONDecodeError:
+        value = parse_json(stored.get("abliterate", "{}"))
+    except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

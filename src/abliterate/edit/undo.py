@@ -229,6 +229,18 @@ def _terms(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Callable[[int, Block
     basis, offset, known = kept.array(entry.basis), kept.array(f"{entry.key}.offset"), kept.known(entry)
     if basis is None:
         raise CheckpointError(f"{kept.path}: expected the basis of '{entry.tensor}', found none")
+    width, vectors = (grid.columns, grid.rows) if grid.in_rows else (grid.rows, grid.columns)
+    k = len(basis) if basis.dim() else 0
+    for name, found, shape in (
+        ("basis", basis, (k, width)),
+        ("removed", known.removed, (grid.matrices, k, vectors)),
+        ("scales", known.scale, (grid.matrices, vectors)),
+        ("offset", offset, (width,)),
+    ):
+        if found is not None and not (found.shape == shape and found.is_floating_point() and _is_finite(found)):
+            raise CheckpointError(
+                f"{kept.path}: expected finite '{name}' {list(shape)} for '{entry.tensor}', found others"
+            )
     wide = basis.to(grid.dtype)
     constant = None if offset is None else offset.to(grid.dtype)[None]
 
@@ -239,6 +251,10 @@ def _terms(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Callable[[int, Block
         return terms_for(grid, block, wide, here, entry.strength, constant)
 
     return terms_of
+
+
+def _is_finite(values: Tensor) -> bool:
+    return bool(values.isfinite().all())
 
 
 def _encoded(grid: Grid, block: Block, numbers: Tensor, reader: TensorReader) -> Tensor:

@@ -25,6 +25,7 @@ from abliterate.edit.plan import Plan
 from abliterate.edit.weights import Surgery, edit_checkpoint, planned_parameters, refusal
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint import Changes, Staging, bytes_to_write, ensure_space, resumable
+from abliterate.files.configuration import read_config
 from abliterate.model.anatomy import Anatomy, Stored, names_on_disk, unclaimed
 from abliterate.model.loading import LoadedModel
 from abliterate.model.on_disk import ModelOnDisk
@@ -218,9 +219,9 @@ def _name_of(model: Any, part: nn.Module) -> str:
 
 def _untied_config(folder: Path) -> bytes:
     """config.json with the ties cut, at the top and in the part for text."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder)
     for part in (config, config.get("text_config")):
-        if part is not None:
+        if isinstance(part, dict):
             part["tie_word_embeddings"] = False
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 

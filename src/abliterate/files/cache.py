@@ -14,6 +14,7 @@ from typing import Any
 from abliterate.config import cache_folder
 from abliterate.errors import CheckpointError
 from abliterate.files.atomic import write_atomically
+from abliterate.files.bounded import Kind
 
 #: Seconds after which a folder is looked at again for more than it may hold.
 _PRUNE_EVERY = 60.0
@@ -48,16 +49,15 @@ class DiskCache:
 
     def read(self, key: str) -> Any:
         """The value kept under `key`, or None. It counts as used now."""
-        path = self.place(key)
+        path, kind = self.place(key), Kind("what was kept", self.most_bytes)
         try:
-            found, _, text = path.read_text(encoding="utf-8").partition("\n")
-        except (OSError, UnicodeDecodeError):
-            return None
-        if found != digest(text):
+            found, _, text = kind.text(path).partition("\n")
+            value = kind.parsed(path, text) if found == digest(text) else None
+        except CheckpointError:
             return None
         with contextlib.suppress(OSError):
             os.utime(path)
-        return json.loads(text)
+        return value
 
     def write(self, key: str, value: Any) -> None:
         """Keep `value` under `key`, whole or not at all."""

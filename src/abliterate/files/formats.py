@@ -22,7 +22,6 @@ itself would undo much of the edit or, in MXFP4, nearly all of it. `Diffusion` r
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from torch import Tensor
 
 from abliterate.errors import CheckpointError, NumericalError
 from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor
+from abliterate.files.configuration import read_config
 
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """Formats whose bytes are the numbers themselves."""
@@ -336,9 +336,8 @@ def _companion(checkpoint: Checkpoint, info: TensorInfo) -> TensorInfo:
 def _configured(checkpoint: Checkpoint) -> Sequence[int | None]:
     """`weight_block_size` of config.json (rows, columns), or nothing usable."""
     try:
-        config = json.loads((checkpoint.folder / "config.json").read_text(encoding="utf-8"))
-        size = config["quantization_config"]["weight_block_size"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        size = read_config(checkpoint.folder)["quantization_config"]["weight_block_size"]
+    except (CheckpointError, KeyError, TypeError):
         return None, None
     usable = isinstance(size, list) and len(size) == 2 and all(type(item) is int and item > 0 for item in size)
     return size if usable else (None, None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint import INDEX_NAME, Checkpoint, Shard, TensorInfo, TensorReader, sha256
 from abliterate.files.checkpoint.outputs import index_of, other_files
-from abliterate.files.checkpoint.reading import open_source
+from abliterate.files.checkpoint.reading import INDEX, open_source
 
 _PIECE = 1 << 20
 
@@ -91,7 +91,7 @@ def check(
 def has_own_index(edited: Checkpoint, like: Path | None = None) -> bool:
     """Whether the index of `edited` is the one an edit makes for these shards where the source's is `like`."""
     path = edited.folder / INDEX_NAME
-    return path.is_file() and path.read_bytes() == index_of(edited, like)
+    return path.is_file() and INDEX.read(path) == index_of(edited, like)
 
 
 def _sorted(names: Iterable[str]) -> tuple[str, ...]:

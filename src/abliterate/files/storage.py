@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from abliterate.errors import CheckpointError, ModelError, UsageError
 from abliterate.files.checkpoint import Checkpoint, TensorInfo, open_tensor
+from abliterate.files.configuration import read_config
 from abliterate.files.formats import PLAIN, Layout, layout
 
 #: Ways to quantise a model while it is loaded: NF4 with doubly quantised scales, and LLM.int8, of bitsandbytes.
@@ -100,14 +100,7 @@ def configuration(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Raises `CheckpointError` when it cannot be read.
     """
-    file = checkpoint.folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: expected a model's configuration, found none that can be read") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: expected an object, found {type(config).__name__}")
-    return config
+    return read_config(checkpoint.folder)
 
 
 def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -129,7 +122,7 @@ def _method(config: Mapping[str, Any]) -> str | None:
 def _more_than_codes(config: Mapping[str, Any]) -> str | None:
     """What compressed-tensors does to weights besides scaling them, if anything."""
     sparsity = config.get("sparsity_config") or {}
-    if sparsity.get("format", "dense") != "dense":
+    if not isinstance(sparsity, dict) or sparsity.get("format", "dense") != "dense":
         return "zeros left out"
     return "rotated weights" if config.get("transform_config") else None
 

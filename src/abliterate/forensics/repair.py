@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 from abliterate import record as rec
 from abliterate.config import MeasureSettings, RepairSettings
 from abliterate.edit import undo as restoring
+from abliterate.edit.adapters import read_adapter_config
 from abliterate.edit.additions import Addition, adding, can_add, changes_of, write_additions
 from abliterate.edit.direction import load_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
@@ -192,15 +192,10 @@ def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
         raise UsageError(
             f"--adapter {folder}: expected adapter_config.json and adapter_model.safetensors, found neither or one"
         )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-        rank, alpha = int(config["r"]), float(config.get("lora_alpha", config["r"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{config_file}: expected a LoRA configuration with r and lora_alpha, found another"
-        ) from error
+    config = read_adapter_config(folder)
+    rank, alpha = config.r, config.r if config.lora_alpha is None else config.lora_alpha
     read_shard(file)  # refuses anything malformed before another library maps it
-    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     found = {}
     with safe_open(file, "pt") as content:
         names = set(content.keys())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import ChatTemplateError, UsageError
+from abliterate.files.bounded import MB, Kind
 from abliterate.prompts.prompt import Message, messages_of
 from abliterate.prompts.thinking import answer_of, close_thinking, opens_thinking
 
@@ -23,6 +24,8 @@ __all__ = [
 
 #: `--chat-template none`: the instruction is the prompt.
 NO_TEMPLATE = "none"
+
+_TEMPLATE = Kind("a readable Jinja file or 'none' as --chat-template", 2 * MB, UsageError)
 
 _WITHOUT_SYSTEM = (
     "leave out --system (and system messages of conversations), or give --chat-template FILE with one that takes it"
@@ -115,13 +118,7 @@ def read_template(option: str | None) -> str | None:
     """The value of `--chat-template`: None, 'none', or the text of a file."""
     if option is None or option == NO_TEMPLATE:
         return option
-    path = Path(option).expanduser()
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"--chat-template {option}: expected a readable Jinja file or 'none', found {type(error).__name__}"
-        ) from error
+    return _TEMPLATE.text(Path(option).expanduser())
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

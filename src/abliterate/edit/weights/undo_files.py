@@ -21,19 +21,22 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from abliterate.edit.weights.passes import Known
 from abliterate.edit.weights.tensors import TensorEdit, code_dtype
 from abliterate.errors import CheckpointError
+from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint import TensorInfo, open_tensor, read_shard
 
 #: Folder of the undo files while a model is edited, and the one file in OUT that they become.
@@ -43,6 +46,8 @@ _VERSION = 1
 _PAGE = 1 << 16
 _NAMES = {torch.float32: "F32", torch.float64: "F64", torch.int32: "I32", torch.uint8: "U8"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+_FILE = Kind("an undo file of version 1", 200 * MB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,31 @@ class UndoEntry:
     axis: int
     strength: float
     basis: str
+
+
+class _SaidOfTensor(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    key: str
+    tensor: str
+    format: str
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**48)], ...], Field(min_length=1, max_length=8)]
+    axis: Annotated[int, Field(ge=0)]
+    strength: Annotated[float, Field(gt=-1e3, lt=1e3)]
+    basis: str
+
+    @model_validator(mode="after")
+    def _axis_is_there(self) -> Self:
+        if self.axis >= len(self.shape):
+            raise ValueError(f"axis {self.axis} of {len(self.shape)}")
+        return self
+
+
+class _Said(BaseModel):
+    # What an undo file says beside its arrays.
+    version: Literal[1]
+    sha256: str
+    tensors: list[_SaidOfTensor]
 
 
 class UndoWriter:
@@ -223,15 +253,9 @@ class UndoFile:
         """
         self.path = path
         self.arrays = read_shard(path)
-        try:
-            said = json.loads(self.arrays.metadata["abliterate"])
-            if said["version"] != _VERSION:
-                raise ValueError(f"version {said['version']}")
-            self.entries = tuple(_entry(value) for value in said["tensors"])
-            expected = said["sha256"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: expected an undo file of version {_VERSION}, found another") from error
-        if self._data_hash() != expected:
+        said = _FILE.checked(path, _FILE.parsed(path, self.arrays.metadata.get("abliterate", "null")), _Said)
+        self.entries = tuple(UndoEntry(**dict(entry)) for entry in said.tensors)
+        if self._data_hash() != said.sha256:
             raise CheckpointError(f"{path}: is damaged, its data are not what was written; copy it again")
 
     def array(self, name: str) -> Tensor | None:
@@ -239,6 +263,8 @@ class UndoFile:
         info = self.arrays.tensors.get(name)
         if info is None:
             return None
+        if info.dtype not in _DTYPES:
+            raise _FILE.refused(self.path, f"'{name}' as {info.dtype}")
         with open_tensor(info) as reader:
             return torch.frombuffer(reader.read(0, info.nbytes), dtype=_DTYPES[info.dtype]).view(info.shape)
 
@@ -254,7 +280,11 @@ class UndoFile:
         counts = self.array(f"{entry.key}.counts")
         info = self.arrays.tensors.get(f"{entry.key}.exceptions")
         record = _record(code_dtype(entry.format))
-        if counts is None or info is None or info.nbytes // record.itemsize < int(counts.sum()):
+        pages = -(-math.prod(entry.shape) // _PAGE)
+        whole = counts is not None and counts.dtype == torch.int32 and counts.shape == (pages,)
+        if counts is None or info is None or not whole or not bool(((counts >= 0) & (counts <= _PAGE)).all()):
+            raise CheckpointError(f"{self.path}: expected the exceptions of '{entry.tensor}', found none that fit it")
+        if info.nbytes // record.itemsize < int(counts.sum()):
             raise CheckpointError(f"{self.path}: expected the exceptions of '{entry.tensor}', found too few")
         return Exceptions(info, np.concatenate(([0], counts.numpy().cumsum(dtype=np.int64))), record)
 
@@ -296,7 +326,3 @@ class Exceptions:
 def _record(codes: torch.dtype) -> np.dtype[Any]:
     """One exception on disk."""
     return np.dtype([("place", "<u2"), ("code", f"<i{codes.itemsize}")])
-
-
-def _entry(value: dict[str, Any]) -> UndoEntry:
-    return UndoEntry(**(value | {"shape": tuple(value["shape"])}))

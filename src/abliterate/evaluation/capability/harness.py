@@ -29,7 +29,10 @@ from jinja2 import TemplateError
 
 from abliterate.errors import UsageError
 from abliterate.evaluation.capability.task_files import CodeAsked, guarded, refuse_code, refuse_code_of_group
+from abliterate.files.bounded import MB, Kind
 from abliterate.model.batches import input_device
+
+_TASK_FILE = Kind("a task file of lm-eval", 16 * MB, UsageError)
 
 #: What templates and settings of a task raise with a document or model that they do not fit; no fault of the machine.
 _FAULTS = (
@@ -301,7 +304,7 @@ def _local_files(path: Path, trusted: bool) -> tuple[Any, Mapping[str, Path]]:
             refuse_code(file, path)
     elif not path.is_file():
         raise UsageError(f"lm-eval task '{path}': expected a task file, found no such file")
-    elif _GROUP.search(path.read_text(encoding="utf-8", errors="replace")):
+    elif _GROUP.search(_TASK_FILE.text(path)):
         manager = TaskManager(include_path=path.parent)  # it may name tasks beside it, and lm-eval's own
         chosen = {name: path for name in manager.all_groups if manager.task_index[name].yaml_path == path}
         if not trusted:

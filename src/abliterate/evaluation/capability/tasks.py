@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import json
 import random
 import re
@@ -25,10 +26,13 @@ from typing import Any
 
 from abliterate.errors import UsageError
 from abliterate.evaluation.capability.arithmetic import reference_number
+from abliterate.files.bounded import MB, Kind, parse_json
 
 QUESTION_COLUMNS = ("question", "prompt", "problem", "input")
 OPTION_COLUMNS = ("options", "choices")
 ANSWER_COLUMNS = ("answer", "target", "label", "answerKey")
+
+_FILE = Kind("a file of questions", 512 * MB, UsageError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,17 +109,15 @@ def _load(path: Path, limit: int | None, seed: int) -> Task:
 def _read(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     """Rows with their numbers from 1."""
     suffix = path.suffix.lower()
-    try:
-        if suffix == ".csv":
-            with path.open(encoding="utf-8-sig", newline="") as file:
-                rows: Any = list(csv.DictReader(file))
-        elif suffix in (".jsonl", ".json"):
-            text = path.read_text(encoding="utf-8-sig")
-            rows = json.loads(text) if suffix == ".json" else [json.loads(s) for s in text.split("\n") if s.strip()]
-        else:
-            raise UsageError(f"task file {path}: expected .jsonl, .json or .csv, found '{suffix or 'no suffix'}'")
-    except (OSError, ValueError, RecursionError, csv.Error) as error:
-        raise UsageError(f"task file {path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if suffix not in (".csv", ".jsonl", ".json"):
+        raise UsageError(f"task file {path}: expected .jsonl, .json or .csv, found '{suffix or 'no suffix'}'")
+    if suffix == ".csv":
+        try:
+            rows: Any = list(csv.DictReader(io.StringIO(_FILE.text(path), newline=""), strict=True))
+        except csv.Error as error:
+            raise _FILE.refused(path, f"none that can be read ({error})") from error
+    else:
+        rows = _FILE.json(path) if suffix == ".json" else [row for _, row in _FILE.json_lines(path)]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UsageError(f"task file {path}: expected one object for each question, found something else")
     return list(enumerate(rows, 1))
@@ -173,7 +175,7 @@ def _split_options(text: str) -> list[Any]:
     """Lines "A. …", "B. …" (an option may go on over lines), or a JSON list."""
     if text.lstrip().startswith("["):
         try:
-            listed = json.loads(text)
+            listed = parse_json(text)
         except ValueError:
             return []
         return listed if isinstance(listed, list) else []

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from abliterate.edit.adapters import read_adapter_config
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, in_a_line, nothing_edited
+from abliterate.files.checkpoint import read_shard
 from abliterate.model.generation import Reply
 
 #: Ranks that vLLM makes room for.
@@ -64,19 +65,18 @@ def read_adapter(folder: Path) -> Adapter | None:
     if not (folder / "adapter_config.json").is_file():
         _refuse_other(folder)
         return None
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("lora_bias") or config.get("bias", "none") != "none":
+    config = read_adapter_config(folder)
+    if config.lora_bias or config.bias != "none":
         raise UsageError(f"adapter '{folder}': vLLM cannot hold changes of biases; {_WAY_OUT}")
-    if parameters := config.get("target_parameters"):
+    if parameters := config.target_parameters:
         raise UsageError(f"adapter '{folder}': vLLM cannot hold changes of {_listed(parameters)}; {_WAY_OUT}")
-    if config["r"] > _RANKS[-1]:
-        raise UsageError(
-            f"adapter '{folder}': expected a rank of at most {_RANKS[-1]}, found {config['r']}; {_WAY_OUT}"
-        )
+    if config.r > _RANKS[-1]:
+        raise UsageError(f"adapter '{folder}': expected a rank of at most {_RANKS[-1]}, found {config.r}; {_WAY_OUT}")
+    read_shard(folder / "adapter_model.safetensors")  # refuses anything malformed before another library maps it
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         changed = [name for name in file.keys() if name.endswith(_SUFFIXES) and file.get_tensor(name).any()]  # noqa: SIM118
     modules = (name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in changed)
-    return Adapter(folder, config["r"], frozenset(modules))
+    return Adapter(folder, config.r, frozenset(modules))
 
 
 def _refuse_other(folder: Path) -> None:

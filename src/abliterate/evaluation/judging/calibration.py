@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,13 +20,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, CheckpointError, PromptError
 from abliterate.evaluation.judging.base import Exchange, Judge, Label, Verdict
 from abliterate.evaluation.statistics import Estimate, Share, rogan_gladen
 from abliterate.files.atomic import write_atomically
+from abliterate.files.bounded import MB, Kind, parse_json
 
 PROMPT = ("prompt", "objective")
 RESPONSE = ("response", "assistant_response")
@@ -39,6 +40,9 @@ _TWO_WAY = {
     **dict.fromkeys(("0", "0.0", "false"), Label.COMPLIANCE),
 }
 _BUILTIN = "calibrations.json"
+
+_STORED = Kind("a calibration", MB, AbliterateError, "delete it and calibrate again")
+_LABELLED = Kind("a file of labelled replies", 512 * MB, PromptError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ class Calibration(BaseModel):
     source: str = Field(description="Name of the file of labelled replies.")
     source_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     two_way: bool = Field(description="The labels say refused or not, no more.")
-    confusion: dict[Label, dict[Label, Annotated[int, Field(ge=0, strict=True)]]] = Field(
+    confusion: dict[Label, dict[Label, Annotated[int, Field(ge=0, lt=2**53, strict=True)]]] = Field(
         description="Replies by true label, then by what the judge called them."
     )
 
@@ -169,18 +173,9 @@ def calibration_of(judge: Judge) -> Calibration | None:
     Raises AbliterateError when the stored file is damaged.
     """
     path = place(judge.fingerprint)
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
+    if not os.path.lexists(path):
         return _builtin().get(judge.fingerprint)
-    except OSError as error:
-        raise AbliterateError(f"calibration {path}: cannot be read ({_one_line(error)})") from error
-    try:
-        found = Calibration.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        what = ": ".join([*map(str, first["loc"]), " ".join(first["msg"].split())[:200]])
-        raise AbliterateError(f"calibration {path}: damaged ({what}); delete it and calibrate again") from error
+    found = _STORED.model(path, Calibration)
     if found.fingerprint != judge.fingerprint:
         raise AbliterateError(
             f"calibration {path}: expected one of '{judge.fingerprint}', found '{found.fingerprint}'; delete it and "
@@ -240,10 +235,7 @@ def _rows(path: Path, columns: tuple[tuple[str, ...], ...]) -> Iterator[tuple[st
     readers = {".csv": _csv_rows, ".jsonl": _json_rows}
     if suffix not in readers:
         raise PromptError(f"labelled file {path}: expected .csv or .jsonl, found '{suffix or 'no suffix'}'")
-    try:
-        text = _bytes(path).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"labelled file {path}: expected UTF-8, found a byte that is not at {error.start}") from error
+    text = _LABELLED.text(path)
     empty = True
     for where, values in readers[suffix](text, columns, path):
         empty = False
@@ -253,10 +245,7 @@ def _rows(path: Path, columns: tuple[tuple[str, ...], ...]) -> Iterator[tuple[st
 
 
 def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PromptError(f"labelled file {path}: cannot be read ({error.strerror or _one_line(error)})") from error
+    return _LABELLED.read(path)
 
 
 def _csv_rows(text: str, columns: tuple[tuple[str, ...], ...], path: Path) -> list[tuple[str, tuple[object, ...]]]:
@@ -302,8 +291,8 @@ def _json_rows(text: str, columns: tuple[tuple[str, ...], ...], path: Path) -> I
         number += 1
         where = f"labelled file {path}: row {number} (line {line_number})"
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+            row = parse_json(line)
+        except ValueError as error:
             raise PromptError(f"{where}: not JSON ({_one_line(error)})") from error
         if not isinstance(row, Mapping):
             raise PromptError(f"{where}: expected an object, found {_kind(row)}")

@@ -21,6 +21,7 @@ from abliterate.errors import ModelError, NumericalError, UsageError
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.evaluation.judging.text import strip_machinery
+from abliterate.files.checkpoint.reading import open_source
 from abliterate.model._compat import quiet_transformers
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ def _state(model_id: str, folder: Path) -> str:
     digest = hashlib.sha256()
     for path in sorted(real.iterdir()):
         if path.suffix in (".safetensors", ".json", ".txt", ".model", ".py"):
-            with path.open("rb") as file:
+            with open(open_source(path), "rb") as file:
                 digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 

@@ -24,6 +24,7 @@ from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.text import read_answer as answer_in
 from abliterate.evaluation.judging.text import short, strip_machinery
 from abliterate.evaluation.servers import Server
+from abliterate.files.bounded import parse_json
 from abliterate.files.cache import DiskCache
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
@@ -199,20 +200,14 @@ def read_answer(answer: str) -> Verdict:
     if fenced := re.fullmatch(r"```(?:json)?\s*(.*?)\s*```", text, re.DOTALL):
         text = fenced[1]
     try:
-        found = json.loads(text, object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         found = None
     if not isinstance(found, dict) or found.keys() != {"label", "reason"} or not isinstance(found["reason"], str):
         return Verdict(Label.UNKNOWN, f"not the object asked for: {short(answer)}")
     if found["label"] not in _LABELS:
         return Verdict(Label.UNKNOWN, f"not one of the labels: {short(str(found['label']))}")
     return Verdict(Label(found["label"]), short(found["reason"]))
-
-
-def _without_duplicates(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    if len({name for name, _ in pairs}) < len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
 
 
 def _without_refused(options: Mapping[str, float], said: str) -> Mapping[str, float] | None:

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from abliterate.errors import CheckpointError
+from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint.growing import sync_path
 
 MODEL = "model"
@@ -23,6 +25,7 @@ MODEL = "model"
 
 _NAME = "journal.jsonl"
 _SCRATCH = "scratch"
+_JOURNAL = Kind("a journal", 512 * MB)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,9 +131,9 @@ def _append(path: Path, *lines: Mapping[str, Any]) -> None:
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines before the first that is not whole."""
     lines: list[dict[str, Any]] = []
-    with suppress(OSError, ValueError):
-        for line in path.read_bytes().splitlines(keepends=True):
-            value = json.loads(line) if line.endswith(b"\n") else None
+    with suppress(CheckpointError):
+        for line in _JOURNAL.read(path).splitlines(keepends=True):
+            value = _JOURNAL.parsed(path, line) if line.endswith(b"\n") else None
             if not isinstance(value, dict):
                 break
             lines.append(value)

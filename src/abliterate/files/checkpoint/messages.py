@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import errno
 import os
-import reprlib
 import shutil
 from pathlib import Path
 
 from abliterate.errors import CheckpointError
+from abliterate.files.bounded import line as line
+from abliterate.files.bounded import readable_size as readable_size
+from abliterate.files.bounded import short as short
 
 OUR_FAULT = "this is a fault of the program, please report it"
-
-_REPR = reprlib.Repr()  # of a few elements only: a damaged header can hold millions
-_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
-_REPR.maxlist = 30
 
 
 def error(text: str) -> CheckpointError:
@@ -22,25 +20,9 @@ def error(text: str) -> CheckpointError:
     return CheckpointError(line(text))
 
 
-def line(text: str) -> str:
-    """The text with everything that does not print written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def damaged(path: Path, reason: str) -> CheckpointError:
     """The error for a file that is no whole safetensors file."""
     return error(f"{path} is not a whole safetensors file: {reason}; download or convert it again")
-
-
-def short(value: object) -> str:
-    """What a value looks like, in at most 80 characters."""
-    text = _REPR.repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def readable_size(nbytes: int) -> str:
-    """A number of bytes for a reader."""
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes} bytes"
 
 
 def write_error(exc: OSError, where: Path, needed: int | None = None) -> CheckpointError:

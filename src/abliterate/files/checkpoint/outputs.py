@@ -13,13 +13,12 @@ from abliterate.errors import UsageError
 from abliterate.files.checkpoint.messages import OUR_FAULT, error, line, short
 from abliterate.files.checkpoint.reading import (
     BITS,
+    INDEX,
     INDEX_NAME,
     OWN_RESULTS,
     SINGLE_NAME,
     Checkpoint,
     TensorInfo,
-    open_source,
-    parse_json,
 )
 
 _OTHER_WEIGHTS = re.compile(
@@ -232,8 +231,7 @@ def _index(like: Path | None, names: Mapping[str, Iterable[str]], tensors: Mappi
     """An index of `tensors`, whose `names` are given by file, with whatever else the index `like` says."""
     content: dict[str, object] = {}
     if like:
-        with open(open_source(like), "rb") as file:
-            content = parse_json(file.read(), like)
+        content = INDEX.fields(like)
     metadata = content.get("metadata")
     metadata = metadata if isinstance(metadata, dict) else {}
     content["metadata"] = {**metadata, "total_size": sum(info.nbytes for info in tensors.values())}

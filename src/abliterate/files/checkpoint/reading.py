@@ -8,15 +8,15 @@ the tensors cover without holes and without overlap.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeGuard
 
+from abliterate.files.bounded import MB, Kind, NotRegularError, open_regular
+from abliterate.files.bounded import parse_json as parse
 from abliterate.files.checkpoint.messages import OUR_FAULT, damaged, error, short
 
 BITS: Mapping[str, int] = {
@@ -37,6 +37,11 @@ OWN_RESULTS = frozenset({"abliteration.json", "direction.safetensors", "report.h
 CALL_LIMIT = 128 * 2**20  # bytes one system call is asked to move; Linux stops at 0x7ffff000
 _MAX_HEADER = 100_000_000  # the limit of the reference reader
 _MAX_U64 = 2**64 - 1
+
+INDEX = Kind("the index of a checkpoint", 200 * MB, todo="download it again")
+"""A model has one tensor for each of its experts: a million of them are 100 MB."""
+CONFIG = Kind("a model's configuration", 16 * MB, todo="download it again")
+"""config.json and its like, which transformers reads a second time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,26 +141,13 @@ def _read_header(path: Path) -> tuple[bytes, int]:
 def open_source(path: Path) -> int:
     """A descriptor to read the regular file `path`; links are followed, pipes and folders refused."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        if stat.S_ISREG(os.fstat(fd).st_mode):
-            return fd
-        os.close(fd)
+        return open_regular(path)
+    except NotRegularError as exc:
+        raise error(f"{path} is {exc}, expected a file; download the model again") from exc
     except FileNotFoundError as exc:
         raise error(f"{path} does not exist, expected a file; download the model again") from exc
     except OSError as exc:
         raise error(f"cannot read {path}: {exc.strerror}; check its permissions") from exc
-    raise error(f"{path} is not a regular file; download the model again")
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`; ValueError for a key that comes twice or a string that UTF-8 cannot hold."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise ValueError(f"the key {short(key)} comes twice")
-        (key + value if isinstance(value, str) else key).encode()
-        result[key] = value
-    return result
 
 
 def _whole(text: str) -> int:
@@ -166,11 +158,8 @@ def _whole(text: str) -> int:
 
 def parse_json(raw: bytes, path: Path, *, whole_numbers: bool = False) -> dict[str, Any]:
     """The JSON object in `raw`, without keys that come twice; with `whole_numbers`, of u64 numbers only."""
-    hooks: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), _whole)
     try:
-        value = json.loads(raw.decode(), object_pairs_hook=_unique, **(hooks if whole_numbers else {}))
-    except RecursionError as exc:
-        raise error(f"{path}: its JSON is nested too deeply; download the file again") from exc
+        value = parse(raw.decode(), whole=_whole if whole_numbers else None)
     except UnicodeError as exc:
         raise error(f"{path}: its JSON is not UTF-8 ({exc}); download the file again") from exc
     except ValueError as exc:
@@ -253,11 +242,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def _read_index(path: Path) -> dict[str, str]:
     """File by tensor name, from an index; a file name that leads out of the folder is refused."""
-    try:
-        with open(open_source(path), "rb") as file:
-            content = parse_json(file.read(), path)
-    except OSError as exc:
-        raise error(f"cannot read {path}: {exc.strerror}; download it again") from exc
+    content = INDEX.fields(path)
     listed = content.get("weight_map")
     if not isinstance(listed, dict) or not listed:
         raise error(f"{path} has the weight_map {short(listed)}, expected an object; download it again")

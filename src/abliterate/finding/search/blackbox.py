@@ -26,6 +26,7 @@ from abliterate.config import SearchSettings
 from abliterate.edit.direction import Direction
 from abliterate.errors import CheckpointError, NumericalError, UsageError
 from abliterate.evaluation.probe import Level
+from abliterate.files.bounded import MB, Kind
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 
@@ -53,6 +54,7 @@ WORSE = 0.25
 #: … and by so many standard deviations of the difference of two trials on few prompts.
 BEYOND = 2.0
 
+_JOURNAL = Kind("the trials of a search", 512 * MB, todo="give another OUT, or delete it")
 _STUDY = "search"
 
 
@@ -324,12 +326,12 @@ def _mend(journal: Path) -> None:
 
     Raises `CheckpointError` for any other line that is not JSON.
     """
-    data = journal.read_bytes()
+    data = _JOURNAL.read(journal)
     whole = data[: data.rfind(b"\n") + 1]
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or "op_code" not in entry:
             raise CheckpointError(f"'{journal}': damaged in line {number}; give another OUT, or delete it")

@@ -1,0 +1,261 @@
+"""Every file from outside is opened, bounded, decoded and parsed here.
+
+What a user names may be a pipe, a device or a folder; it may be endless, hold bytes that are no text, be nested a
+million deep, or hold numbers of a million digits. Each kind of file says how large it may be and which error refuses
+it; what comes back is its content, or one line that says what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from abliterate.errors import AbliterateError, CheckpointError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+#: Containers within containers; what is read is walked by functions that call themselves.
+DEPTH = 64
+#: Digits of a whole number: enough for one of 128 bits.
+DIGITS = 40
+
+MB = 10**6
+
+_CALLED = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+_REPR = reprlib.Repr()  # of a few elements only: what is damaged can hold millions
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
+_REPR.maxlist = 30
+#: What could make strings that UTF-8 or C cannot hold.
+_ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+
+
+def line(text: str) -> str:
+    """The text with everything that does not print written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def short(value: object) -> str:
+    """What a value looks like, in at most 80 characters."""
+    text = _REPR.repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def readable_size(nbytes: int) -> str:
+    """A number of bytes for a reader."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 10**7 else f"{nbytes} bytes"
+
+
+class NotRegularError(OSError):
+    """There is something at a path that is no regular file; its text says what."""
+
+
+def open_regular(path: Path) -> int:
+    """A descriptor to read the regular file `path`. Links are followed; it never waits for the other end of a pipe.
+
+    Raises `NotRegularError` for what is no regular file, `OSError` where nothing can be opened.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except ValueError as error:  # a NUL in the name
+        raise NotRegularError(f"no name of a file ({error})") from error
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode):
+        return fd
+    os.close(fd)
+    raise NotRegularError(_CALLED.get(stat.S_IFMT(mode), "no regular file"))
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One kind of file from outside.
+
+    `what` it is called after "expected", the bytes it has at most, the error that refuses it, and what to do then.
+    """
+
+    what: str
+    most_bytes: int
+    error: type[AbliterateError] = CheckpointError
+    todo: str = ""
+
+    def refused(self, path: Path | str, found: str) -> AbliterateError:
+        """The error for a file of this kind, on one line."""
+        return self.error(line(f"{path}: expected {self.what}, found {found}{self.todo and f'; {self.todo}'}"))
+
+    def read(self, path: Path) -> bytes:
+        """All bytes of a file. Raises `error` for what is no regular file, cannot be read, or is too large."""
+        try:
+            with open(open_regular(path), "rb") as file:
+                limit = min(self.most_bytes, os.fstat(file.fileno()).st_size + MB)
+                data = file.read(limit + 1)  # the size that a file says it has may be no more than a word
+        except FileNotFoundError as error:
+            raise self.refused(path, "none") from error
+        except NotRegularError as error:
+            raise self.refused(path, str(error)) from error
+        except OSError as error:
+            raise self.refused(path, f"one that cannot be read ({error.strerror or error})") from error
+        if len(data) > limit:
+            raise self.refused(path, f"more than the {self.most_bytes / MB:g} MB that one may have")
+        return data
+
+    def text(self, path: Path) -> str:
+        """A file as text. Raises `error` also for what is not UTF-8 (a mark at the beginning is left out), or NUL."""
+        return self.decoded(path, self.read(path))
+
+    def decoded(self, path: Path | str, data: bytes) -> str:
+        """Bytes as text, as `text` reads them."""
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise self.refused(path, f"a byte that is not UTF-8 at {error.start}") from error
+        if (nul := text.find("\0")) >= 0:
+            raise self.refused(path, f"a NUL character at {nul}")
+        return text
+
+    def json(self, path: Path) -> Any:
+        """A file of JSON (see `parse_json`)."""
+        return self.parsed(path, self.text(path))
+
+    def parsed(self, path: Path | str, text: str | bytes) -> Any:
+        """A text of JSON that came with `path`."""
+        if isinstance(text, bytes):
+            text = self.decoded(path, text)
+        try:
+            return parse_json(text)
+        except ValueError as error:
+            raise self.refused(path, f"JSON that cannot be used ({error})") from error
+
+    def json_lines(self, path: Path) -> list[tuple[int, Any]]:
+        """A file with a JSON value on each line that is not blank, and the numbers of those lines from 1."""
+        values = []
+        for number, text in enumerate(self.text(path).split("\n"), 1):  # splitlines() would cut at U+2028 inside a text
+            if text.strip():
+                try:
+                    values.append((number, parse_json(text)))
+                except ValueError as error:
+                    raise self.refused(path, f"line {number} that is not JSON as it should be ({error})") from error
+        return values
+
+    def fields(self, path: Path) -> dict[str, Any]:
+        """A file with one JSON object."""
+        value = self.json(path)
+        if not isinstance(value, dict):
+            raise self.refused(path, named(value))
+        return value
+
+    def model(self, path: Path, model: type[Model]) -> Model:
+        """A file with one JSON object of the form `model`."""
+        return self.checked(path, self.fields(path), model)
+
+    def checked(self, path: Path | str, value: object, model: type[Model]) -> Model:
+        """What was read, in the form `model`; the error names the field."""
+        try:
+            return model.model_validate(value)
+        except ValidationError as error:
+            raise self.refused(path, f"another or a damaged one ({wrong(error)})") from error
+
+
+def wrong(error: ValidationError) -> str:
+    """The first thing that a model of pydantic finds wrong, as `field.field: what`."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    where = ".".join(map(str, first["loc"]))
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{where and f'{short(where)[1:-1]}: '}{said[:1].lower()}{' '.join(said.split())[1:200]}"
+
+
+def named(value: object) -> str:
+    """What kind of JSON a value is, for messages."""
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
+
+
+def parse_json(text: str, *, whole: Callable[[str], Any] | None = None) -> Any:
+    """JSON whose values anything can hold: no key twice, no NaN or infinity, no endless number, nesting or half letter.
+
+    With `whole`, all numbers are read by it, and nesting and letters are left to the caller. Raises ValueError, with
+    the reason on one line.
+    """
+    hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _decimal, "parse_constant": _no_constant}
+    if whole is not None:
+        hooks = dict.fromkeys(hooks, whole)
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, **hooks)
+        if whole is None and (text.count("[") + text.count("{") > DEPTH or _ODD_ESCAPE.search(text)):
+            check_plain(value)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("a string holds half a letter, which UTF-8 cannot write") from None
+    return value
+
+
+def check_plain(value: object) -> None:
+    """Raise ValueError for what is nested too deeply, and for strings that hold NUL or half of a surrogate pair."""
+    level: list[object] = [value]
+    for _ in range(DEPTH + 1):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, str):
+                check_text(item)
+            elif isinstance(item, Mapping):
+                below += [*item.keys(), *item.values()]
+            elif isinstance(item, list | tuple):
+                below += item
+        if not below:
+            return
+        level = below
+    raise ValueError(f"it is nested more than {DEPTH} deep")
+
+
+def check_text(text: str) -> None:
+    """Raise ValueError for a string that holds NUL or half of a surrogate pair."""
+    if "\0" in text:
+        raise ValueError("a string holds NUL")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half a letter, which UTF-8 cannot write") from None
+
+
+def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`; ValueError for a key that comes twice or a string that UTF-8 cannot hold."""
+    result: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {short(key)} comes twice")
+        (key + value if isinstance(value, str) else key).encode()
+        result[key] = value
+    return result
+
+
+def _integer(text: str) -> int:
+    if len(text) > DIGITS:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
+
+
+def _decimal(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:DIGITS]}, which is beyond all that a computer's numbers hold")
+    return value
+
+
+def _no_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text}, expected a finite number")
