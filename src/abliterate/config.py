@@ -14,7 +14,7 @@ DEFAULT_STRENGTH = 1.0
 
 def cache_folder() -> Path:
     """Where what can be made again is kept: $ABLITERATE_CACHE or ~/.cache/abliterate."""
-    return Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
+    return Path(os.path.expanduser(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")))
 
 
 class _Settings(BaseModel):

@@ -185,7 +185,7 @@ def test_everything_else_is_one_clear_line(tmp_path: Path, name: str, text: str 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "folder.csv").mkdir()
     for name in ("missing.csv", "folder.csv"):
-        with pytest.raises(PromptError, match="expected a file of labelled replies, found (none|a folder)"):
+        with pytest.raises(PromptError, match=r"expected a file of labelled replies, found (none|a folder)"):
             read_labelled(tmp_path / name)
 
 

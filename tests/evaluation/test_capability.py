@@ -142,7 +142,7 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "object.json").write_text("{}")
     for name, said in [
         ("none.jsonl", "expected a file of questions, found none"),
-        ("broken.jsonl", "line 1 that is not JSON"),
+        ("broken.jsonl", "line 1, which is not JSON"),
         ("object.json", "one object for each question"),
         ("t.parquet", "expected .jsonl, .json or .csv, found '.parquet'"),
     ]:

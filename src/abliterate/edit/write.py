@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -257,7 +258,7 @@ def _base_model(files: ModelOnDisk) -> str:
 
 def _architecture(target: EditTarget) -> str:
     if target.files.kind == "gguf":
-        return stored_architecture(Path(target.files.name).expanduser())
+        return stored_architecture(Path(os.path.expanduser(target.files.name)))
     return architecture_of(str(target.model.config.get_text_config().model_type))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,7 +71,7 @@ def contender(spec: str) -> Contender:
     model, _, extra = spec.rpartition("+")
     if extra == "random":
         return Contender(spec, model, "random")
-    path = Path(extra).expanduser()
+    path = Path(os.path.expanduser(extra))
     if path.is_file():
         return Contender(spec, model, "direction", path)
     if (path / "adapter_config.json").is_file():

@@ -16,7 +16,7 @@ import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -85,13 +85,15 @@ def open_regular(path: Path) -> int:
 class Kind:
     """One kind of file from outside.
 
-    `what` it is called after "expected", the bytes it has at most, the error that refuses it, and what to do then.
+    `what` it is called after "expected", the bytes it has at most, the error that refuses it, and what to do then. Of
+    `raw_texts` nothing is refused for what a string in its JSON holds: whoever reads them says in which row it was.
     """
 
     what: str
     most_bytes: int
     error: type[AbliterateError] = CheckpointError
     todo: str = ""
+    raw_texts: bool = False
 
     def refused(self, path: Path | str, found: str) -> AbliterateError:
         """The error for a file of this kind, on one line."""
@@ -99,19 +101,28 @@ class Kind:
 
     def read(self, path: Path) -> bytes:
         """All bytes of a file. Raises `error` for what is no regular file, cannot be read, or is too large."""
+        with self.opened(path) as file:
+            try:
+                data = file.read(os.fstat(file.fileno()).st_size + 1)
+            except OSError as error:
+                raise self.refused(path, f"one that cannot be read ({error.strerror or error})") from error
+        return data
+
+    def opened(self, path: Path) -> BinaryIO:
+        """A file to read bytes from, in size and kind as it should be."""
         try:
-            with open(open_regular(path), "rb") as file:
-                limit = min(self.most_bytes, os.fstat(file.fileno()).st_size + MB)
-                data = file.read(limit + 1)  # the size that a file says it has may be no more than a word
+            file = open(open_regular(path), "rb")  # noqa: SIM115 - it is given away
         except FileNotFoundError as error:
             raise self.refused(path, "none") from error
         except NotRegularError as error:
             raise self.refused(path, str(error)) from error
         except OSError as error:
             raise self.refused(path, f"one that cannot be read ({error.strerror or error})") from error
-        if len(data) > limit:
-            raise self.refused(path, f"more than the {self.most_bytes / MB:g} MB that one may have")
-        return data
+        if (size := os.fstat(file.fileno()).st_size) > self.most_bytes:
+            file.close()
+            most = readable_size(self.most_bytes)
+            raise self.refused(path, f"one of {readable_size(size)}, more than the {most} that it may have")
+        return file
 
     def text(self, path: Path) -> str:
         """A file as text. Raises `error` also for what is not UTF-8 (a mark at the beginning is left out), or NUL."""
@@ -136,7 +147,7 @@ class Kind:
         if isinstance(text, bytes):
             text = self.decoded(path, text)
         try:
-            return parse_json(text)
+            return parse_json(text, raw_texts=self.raw_texts)
         except ValueError as error:
             raise self.refused(path, f"JSON that cannot be used ({error})") from error
 
@@ -146,9 +157,9 @@ class Kind:
         for number, text in enumerate(self.text(path).split("\n"), 1):  # splitlines() would cut at U+2028 inside a text
             if text.strip():
                 try:
-                    values.append((number, parse_json(text)))
+                    values.append((number, parse_json(text, raw_texts=self.raw_texts)))
                 except ValueError as error:
-                    raise self.refused(path, f"line {number} that is not JSON as it should be ({error})") from error
+                    raise self.refused(path, f"line {number}, which is not JSON that can be used ({error})") from error
         return values
 
     def fields(self, path: Path) -> dict[str, Any]:
@@ -184,19 +195,22 @@ def named(value: object) -> str:
     return names.get(type(value), "a number" if isinstance(value, int | float) else f"a {type(value).__name__}")
 
 
-def parse_json(text: str, *, whole: Callable[[str], Any] | None = None) -> Any:
+def parse_json(text: str, *, whole: Callable[[str], Any] | None = None, raw_texts: bool = False) -> Any:
     """JSON whose values anything can hold: no key twice, no NaN or infinity, no endless number, nesting or half letter.
 
-    With `whole`, all numbers are read by it, and nesting and letters are left to the caller. Raises ValueError, with
-    the reason on one line.
+    With `whole`, all numbers are read by it, and nesting is left to the caller; with `raw_texts`, what is in strings.
+    Raises ValueError, with the reason on one line.
     """
     hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _decimal, "parse_constant": _no_constant}
     if whole is not None:
         hooks = dict.fromkeys(hooks, whole)
     try:
         value = json.loads(text, object_pairs_hook=_unique, **hooks)
-        if whole is None and (text.count("[") + text.count("{") > DEPTH or _ODD_ESCAPE.search(text)):
-            check_plain(value)
+        odd = not raw_texts and _ODD_ESCAPE.search(text) is not None
+        if whole is not None and odd:
+            json.dumps(value, ensure_ascii=False).encode()
+        elif odd or (whole is None and text.count("[") + text.count("{") > DEPTH):
+            check_plain(value, texts=odd)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     except UnicodeEncodeError:
@@ -204,14 +218,15 @@ def parse_json(text: str, *, whole: Callable[[str], Any] | None = None) -> Any:
     return value
 
 
-def check_plain(value: object) -> None:
-    """Raise ValueError for what is nested too deeply, and for strings that hold NUL or half of a surrogate pair."""
+def check_plain(value: object, *, texts: bool = True) -> None:
+    """Raise ValueError for what is nested too deeply, or for strings (`texts`) with NUL or half of a surrogate pair."""
     level: list[object] = [value]
     for _ in range(DEPTH + 1):
         below: list[object] = []
         for item in level:
             if isinstance(item, str):
-                check_text(item)
+                if texts:
+                    check_text(item)
             elif isinstance(item, Mapping):
                 below += [*item.keys(), *item.values()]
             elif isinstance(item, list | tuple):
@@ -234,12 +249,11 @@ def check_text(text: str) -> None:
 
 
 def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of `pairs`; ValueError for a key that comes twice or a string that UTF-8 cannot hold."""
+    """The object of `pairs`; ValueError for a key that comes twice."""
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
             raise ValueError(f"the key {short(key)} comes twice")
-        (key + value if isinstance(value, str) else key).encode()
         result[key] = value
     return result
 

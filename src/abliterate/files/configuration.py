@@ -7,10 +7,15 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint.reading import CONFIG
 
 #: What counts or measures a part of a model: nothing that is built has more of anything.
 Size = Annotated[int, Field(ge=0, lt=2**31, strict=True)]
+
+
+DESCRIPTION = Kind("a file of a model", 1000 * MB, todo="download it again")
+_DESCRIPTIONS = (".json", ".jinja", ".model", ".tiktoken", ".txt")
 
 
 class Configuration(BaseModel):
@@ -32,6 +37,15 @@ class Configuration(BaseModel):
     vocab_size: Size | None = None
     quantization_config: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
+
+
+def check_descriptions(folder: Path) -> None:
+    """Raise `CheckpointError` for a file beside config.json that a tokenizer or template might be read from, and that
+    no reader could get to the end of.
+    """
+    for path in folder.iterdir():
+        if path.suffix in _DESCRIPTIONS and not path.is_dir():
+            DESCRIPTION.opened(path).close()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

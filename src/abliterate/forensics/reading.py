@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -79,7 +80,7 @@ def open_inspected(model: str | ModelOnDisk, *, trust_remote_code: bool = False)
     Raises `ModelError` when it cannot be found, `CheckpointError` when files are damaged or no writer is known.
     """
     if isinstance(model, str):
-        path = Path(model).expanduser()
+        path = Path(os.path.expanduser(model))
         if path.suffix == ".safetensors" and path.is_file():
             shard = read_shard(path)
             return _by_name(model, Checkpoint(path.parent, (shard,), shard.tensors, None))

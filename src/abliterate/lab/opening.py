@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,7 @@ def _ids(tokens: Iterable[rec.TokenPart]) -> tuple[int, ...]:
 
 
 def _known(target: str, loading: ModelSettings) -> _Known:
-    path = Path(target).expanduser()
+    path = Path(os.path.expanduser(target))
     if (path / rec.FILE_NAME).is_file():
         return _of_run(path, loading)
     if path.suffix == ".safetensors" and path.is_file():

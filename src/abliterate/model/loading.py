@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import io
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from torch import nn
 from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
 from abliterate.files.checkpoint import staged
+from abliterate.files.configuration import check_descriptions, read_config
 from abliterate.files.storage import (
     check_codes_read,
     check_quantization,
@@ -70,7 +72,7 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
 
     Raises `ModelError` when it cannot be had, `CheckpointError` when its files are damaged.
     """
-    path = Path(spec).expanduser()
+    path = Path(os.path.expanduser(spec))
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelError(f"model '{spec}': expected a GGUF file, found no such file")
@@ -85,7 +87,8 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
         files = ModelOnDisk(spec, "hub", _snapshot(spec, trust_remote_code), trust_remote_code)
     else:
         raise ModelError(f"model '{spec}': no such folder or file, and not a hub id (owner/name)")
-    _ = files.checkpoint  # damaged files are an error now and not later
+    _ = files.checkpoint, read_config(files.folder)  # damaged files are an error now and not later
+    check_descriptions(files.folder)
     return files
 
 

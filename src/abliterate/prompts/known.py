@@ -5,6 +5,7 @@ Nothing of them is shipped. A set is read from the hub through `datasets`, or fr
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -98,7 +99,7 @@ def find_known(spec: str) -> tuple[KnownSet, Path | None] | None:
         return None
     if equals and not path:
         raise PromptError(f"prompt set '{spec}': expected {known.name}=PATH, found no path")
-    return known, Path(path).expanduser() if equals else None
+    return known, Path(os.path.expanduser(path)) if equals else None
 
 
 def describe(spec: str) -> str | None:

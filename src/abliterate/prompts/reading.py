@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from abliterate.errors import PromptError
+from abliterate.files.bounded import MB, Kind
 from abliterate.prompts.delimited import read_delimited
 
 #: Columns tried in this order when none is named and the file has more than one.
@@ -19,6 +19,10 @@ CATEGORY_COLUMNS = ("category", "semanticcategory", "riskcategory", "harmcategor
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv", ".txt", ".parquet")
 
 Row = Mapping[str, Any]
+
+_FILE = Kind("a prompt file", 1000 * MB, PromptError, raw_texts=True)
+#: Rows of a Parquet file that are unpacked together, and all that are read.
+_BATCH, _MOST_ROWS = 256, 10_000_000
 
 
 def category_column(columns: Sequence[Any]) -> str | None:
@@ -33,22 +37,18 @@ def read_file(path: Path, column: str | None = None) -> list[Any]:
     Raises `PromptError` for a file that is not what its suffix says.
     """
     suffix = path.suffix.lower()
-    try:
-        if suffix == ".txt":
-            if column is not None:
-                raise PromptError(f"prompt file {path}: a text file has no columns; expected no ':{column}'")
-            return path.read_text(encoding="utf-8-sig").splitlines()
-        if suffix == ".parquet":
-            return _read_parquet(path)
-        if suffix in (".csv", ".tsv"):
-            return list(read_delimited(path, path.read_bytes().decode("utf-8-sig")))  # line ends as they are
-        if suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut at U+2028 inside a text
-            return [_json_line(line, path, number) for number, line in enumerate(lines, 1) if line.strip()]
-        if suffix == ".json":
-            return _json_rows(json.loads(path.read_text(encoding="utf-8-sig")), path, column)
-    except (OSError, ValueError, RecursionError) as error:
-        raise PromptError(f"prompt file {path}: cannot be read ({one_line(error)})") from error
+    if suffix == ".txt":
+        if column is not None:
+            raise PromptError(f"prompt file {path}: a text file has no columns; expected no ':{column}'")
+        return _FILE.text(path).splitlines()
+    if suffix == ".parquet":
+        return _read_parquet(path)
+    if suffix in (".csv", ".tsv"):
+        return list(read_delimited(path, _FILE.text(path)))  # line ends as they are
+    if suffix == ".jsonl":
+        return [row for _, row in _FILE.json_lines(path)]
+    if suffix == ".json":
+        return _json_rows(_FILE.json(path), path, column)
     raise PromptError(f"prompt file {path}: expected one of {', '.join(SUFFIXES)}, found '{suffix or 'no suffix'}'")
 
 
@@ -73,26 +73,37 @@ def _zipped(lists: Mapping[str, list[Any]], key: str) -> list[Any]:
     return [value if isinstance(value, Mapping) else {key: value} for value in values]
 
 
-def _json_line(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"prompt file {path}: line {number} is not JSON ({error.msg} at {error.pos + 1})") from error
-
-
 def _read_parquet(path: Path) -> list[Any]:
     try:
-        import pyarrow
         import pyarrow.parquet as parquet
     except ImportError as error:
         raise PromptError(
             f"prompt file {path}: reading Parquet needs pyarrow; pip install 'abliterate[parquet]'"
         ) from error
+    size, rows = 0, list[Any]()
+    with _FILE.opened(path) as file:
+        try:
+            # A page can say one long text a million times: what is unpacked is counted.
+            for batch in parquet.ParquetFile(file).iter_batches(batch_size=_BATCH):
+                size += batch.nbytes
+                if size > _FILE.most_bytes or len(rows) > _MOST_ROWS:
+                    break
+                cells = [_cells(column) for column in batch.columns]
+                rows += [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*cells, strict=True)]
+            else:
+                return rows
+        except Exception as error:  # a damaged file shows as any error of pyarrow or of Python
+            raise PromptError(f"prompt file {path}: not a readable Parquet file ({one_line(error)})") from error
+    raise _FILE.refused(path, f"more than {_FILE.most_bytes / MB:g} MB or {_MOST_ROWS:,} rows when unpacked")
+
+
+def _cells(column: Any) -> list[Any]:
+    """The cells of a column; of one that Python has no values for (dates before year 1), its type in every cell."""
     try:
-        rows: list[Any] = parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise PromptError(f"prompt file {path}: not a readable Parquet file ({one_line(error)})") from error
-    return rows
+        cells: list[Any] = column.to_pylist()
+    except (ValueError, OverflowError, TypeError):
+        return [column.type] * len(column)
+    return cells
 
 
 def load_hub(

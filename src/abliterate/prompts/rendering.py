@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ def read_template(option: str | None) -> str | None:
     """The value of `--chat-template`: None, 'none', or the text of a file."""
     if option is None or option == NO_TEMPLATE:
         return option
-    return _TEMPLATE.text(Path(option).expanduser())
+    return _TEMPLATE.text(Path(os.path.expanduser(option)))
 
 
 def common_prefix(sequences: Sequence[Sequence[int]]) -> int:

@@ -6,6 +6,7 @@ dataset of the hub, or behind a file or its column.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def find_local(spec: str) -> LocalSource | None:
         head, rest = ":".join(parts[:count]), parts[count:]
         name, cut = _cut_off(head)
         for written, slice_ in ((head, None), (name, cut)):
-            path = Path(written).expanduser()
+            path = Path(os.path.expanduser(written))
             if path.is_file():
                 return _local(spec, path, rest, slice_)
     return None
@@ -99,7 +100,7 @@ def _cut_off(text: str) -> tuple[str, Cut | None]:
 def missing_file(spec: str) -> tuple[Path, bool]:
     """The path that a spec would name, and whether it must be one: not if it can be a file of a dataset of the hub."""
     name, _ = _cut_off(_COLON.split(spec)[0])
-    path, whole = Path(name).expanduser(), Path(spec).expanduser()
+    path, whole = Path(os.path.expanduser(name)), Path(os.path.expanduser(spec))
     if path.suffix.lower() not in SUFFIXES and (whole.suffix.lower() in SUFFIXES or whole.is_dir()):
         path = whole
     return path, not _URL.match(spec) and _files(name) is None

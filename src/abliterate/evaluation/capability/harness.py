@@ -14,6 +14,7 @@ import hashlib
 import io
 import logging
 import math
+import os
 import random
 import re
 import warnings
@@ -242,7 +243,7 @@ def _load(specs: Sequence[str], trusted: bool) -> dict[str, Any]:
     """Tasks and groups by name, as `evaluate` takes them."""
     together: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for spec in specs:
-        for part in _load_local(Path(spec).expanduser().resolve(), trusted) if _is_local(spec) else [_load_named(spec)]:
+        for part in _load_local(Path(os.path.expanduser(spec)).resolve(), trusted) if _is_local(spec) else [_load_named(spec)]:
             if twice := sorted(set(part["tasks"]) & set(together["tasks"])):
                 raise UsageError(f"lm-eval task '{spec}': expected each task once, found '{twice[0]}' twice")
             for key, found in part.items():
@@ -255,7 +256,7 @@ _GROUP = re.compile(r"""^[\s{]*["']?group["']?\s*:""", re.MULTILINE)
 
 
 def _is_local(spec: str) -> bool:
-    return Path(spec).suffix in (".yaml", ".yml") or Path(spec).expanduser().is_dir()
+    return Path(spec).suffix in (".yaml", ".yml") or Path(os.path.expanduser(spec)).is_dir()
 
 
 @functools.cache

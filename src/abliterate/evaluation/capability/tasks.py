@@ -16,6 +16,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +79,7 @@ def load_tasks(paths: Sequence[Path], limit: int | None = None, seed: int = 0) -
     """
     tasks: list[Task] = []
     for path in paths:
-        task = _load(path.expanduser(), limit, seed)
+        task = _load(Path(os.path.expanduser(path)), limit, seed)
         if any(task.name == other.name for other in tasks):
             raise UsageError(
                 f"task file {path}: expected files of different names, found two '{task.name}'; rename one"

@@ -12,6 +12,7 @@ neither device nor batch. torch and transformers are imported when a classifier 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -212,7 +213,7 @@ def _locate(model_id: str, trust_remote_code: bool) -> Path:
     """The folder with the classifier's files, fetched from the hub when it is none."""
     import huggingface_hub
 
-    folder = Path(model_id).expanduser()
+    folder = Path(os.path.expanduser(model_id))
     if not folder.is_dir():
         patterns = [*_PATTERNS, "*.py"] if trust_remote_code else [*_PATTERNS]
         try:
