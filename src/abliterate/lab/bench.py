@@ -123,7 +123,7 @@ class Bench:
         if candidates is None:
             return ()
         positions = candidates.positions
-        return tuple(Site(int(site), positions[int(row)]) for row, site in candidates.norms.nonzero())
+        return tuple(Site(site, positions[row]) for row, site in candidates.norms.nonzero().tolist())
 
     @property
     def chosen(self) -> Site | None:

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from abliterate.edit.direction import Site
 from abliterate.lab.bench import FirstToken, Heat
 
+#: Cells of the map, and sites to choose from: a page stays small whatever a plan holds.
+_MOST_SITES = 2000
+
 _TEMPLATE = str.maketrans({character: f"&#{ord(character)};" for character in "{}$`\\"})
 
 
@@ -36,31 +39,38 @@ def first_token(found: FirstToken) -> str:
     )
 
 
+def positions_shown(sites: int) -> int:
+    """How many positions from the end are shown, where each has so many sites."""
+    return max(1, _MOST_SITES // max(1, sites))
+
+
 def heat_map(heat: Heat | None, sites: Sequence[Site], selected: Site | None) -> str:
     """A table of buttons, layers from left to right, positions downwards; strong colour where numbers are good."""
     if heat is None:
         return note("The direction file holds one direction only: there are no other sites to choose.")
-    finite = heat.values[heat.values.isfinite()]
+    whole, values = len(heat.values), heat.values[: positions_shown(heat.values.shape[1])]
+    finite = values[values.isfinite()]
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
     known = set(sites)
     rows = []
-    for row, values in enumerate(heat.values.tolist()):
+    for row, cells_of in enumerate(values.tolist()):
         position = -1 - row
         cells = "".join(
             _cell(
                 Site(layer, position), value, _shade(value, low, high, heat.best), (layer, position) in known, selected
             )
-            for layer, value in enumerate(values)
+            for layer, value in enumerate(cells_of)
         )
         rows.append(f'<tr><th scope="row">{position}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{layer if layer % 4 == 0 else ""}</th>' for layer in range(heat.values.shape[1]))
+    head = "".join(f'<th scope="col">{layer if layer % 4 == 0 else ""}</th>' for layer in range(values.shape[1]))
+    left_out = "" if whole == len(values) else f"; positions {-1 - len(values)} to {-whole} are not shown"
     worst, best = (high, low) if heat.best == "low" else (low, high)
     return (
         f'<div class="lab-heat"><p class="lab-title">{escape(heat.what)}</p><div class="lab-scroll"><table>'
         f'<thead><tr><th scope="col" title="position from the end of the prompt">pos.</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
         f'<p class="lab-legend"><span>{worst:.2f}</span><i></i><span>{best:.2f} (best)</span>'
-        "<span>columns: layers; a click takes that site</span></p></div>"
+        f"<span>columns: layers; a click takes that site{left_out}</span></p></div>"
     )
 
 

@@ -16,6 +16,7 @@ from abliterate.config import MeasureSettings
 from abliterate.errors import UsageError
 from abliterate.lab.bench import Bench
 from abliterate.lab.opening import open_bench
+from abliterate.lab.shelf import MOST_BYTES
 from abliterate.lab.ui import build, library, look
 from abliterate.monitor import Monitor
 
@@ -27,9 +28,6 @@ _POLICY = (
     "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; connect-src 'self'; img-src 'self' data: blob:; "
     "font-src 'self' data:; base-uri 'self'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
 )
-
-#: No direction file is larger.
-_LARGEST_UPLOAD = "1gb"
 
 
 def serve(
@@ -82,7 +80,7 @@ def running(bench: Bench, port: int | None = None) -> Iterator[str]:
                 footer_links=[],
                 run_history=False,
                 allowed_paths=[],
-                max_file_size=_LARGEST_UPLOAD,
+                max_file_size=MOST_BYTES,
                 enable_monitoring=False,
                 strict_cors=True,
                 ssr_mode=False,

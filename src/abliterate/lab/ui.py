@@ -63,7 +63,7 @@ class _Page:
     def lay_out(self) -> None:
         gr = self.gr
         files = self.bench.loaded.files
-        self.direction, self.talk, self.brake = gr.State(None), gr.State(Talk()), gr.State(Brake())
+        self.plan, self.talk, self.brake = gr.State(None), gr.State(Talk()), gr.State(Brake())
         gr.HTML(f"<h1>abliterate lab</h1>{markup.note(f'{Path(files.name).name} on {self.bench.loaded.device}')}")
         self._chats()
         with gr.Row():
@@ -167,12 +167,12 @@ class _Page:
 
     def _connect_numbers(self, silent: dict[str, Any]) -> None:
         gr = self.gr
-        asked = [self.direction, self.talk, self.prompt, *self.knobs]
+        asked = [self.plan, self.talk, self.prompt, *self.knobs]
         measure = {"fn": self.desk.measure, "inputs": asked, "outputs": self.measured, **silent}
         for knob in self.knobs:
             knob.change(**measure, trigger_mode="always_last")
         self.prompt.blur(**measure, trigger_mode="always_last")
-        shown = {"inputs": [self.direction, self.site], "outputs": self.map, **silent}
+        shown = {"inputs": [self.plan, self.site], "outputs": self.map, **silent}
         self.site.change(self.desk.heat, trigger_mode="always_last", **shown)
         self.mode.change(
             lambda mode: (gr.Slider(visible=mode == REMOVE), gr.Slider(visible=mode == ADD)),
@@ -186,7 +186,7 @@ class _Page:
 
         picked.__annotations__["event"] = gr.EventData  # by which Gradio knows what to hand over
         self.map.click(picked, None, self.site, **silent)
-        said = {"inputs": [self.direction, self.talk, self.layer], "outputs": self.coloured, **silent}
+        said = {"inputs": [self.plan, self.talk, self.layer], "outputs": self.coloured, **silent}
         self.layer.change(self.desk.colour, trigger_mode="always_last", **said)
 
     def _connect_chats(self, silent: dict[str, Any]) -> None:
@@ -199,10 +199,10 @@ class _Page:
             except AbliterateError as error:
                 raise self._error(one_line(error)) from None
 
-        asked = [self.direction, self.talk, self.brake, self.prompt, self.limit, *self.knobs]
+        asked = [self.plan, self.talk, self.brake, self.prompt, self.limit, *self.knobs]
         outputs = [self.talk, self.original, self.edited, self.prompt]
-        said = {"inputs": [self.direction, self.talk, self.layer], "outputs": self.coloured, **silent}
-        measured = {"inputs": [self.direction, self.talk, self.prompt, *self.knobs], "outputs": self.measured, **silent}
+        said = {"inputs": [self.plan, self.talk, self.layer], "outputs": self.coloured, **silent}
+        measured = {"inputs": [self.plan, self.talk, self.prompt, *self.knobs], "outputs": self.measured, **silent}
         sent = self.gr.on([self.ask.click, self.prompt.submit], send, asked, outputs, trigger_mode="once", **silent)
         sent.then(self.desk.measure, **measured)
         sent.then(self.desk.colour, **said)
@@ -212,21 +212,21 @@ class _Page:
 
     def _connect_plans(self, silent: dict[str, Any]) -> None:
         gr = self.gr
-        named = [self.direction, self.name, *self.knobs]
+        named = [self.plan, self.name, *self.knobs]
         self.save.click(self._told(self.desk.save), named, self.kept, **silent)
         kinds, last = list(self.bench.components), self.bench.anatomy.layers - 1
 
         def load(path: str) -> list[Any]:
-            direction = self.desk.load(path)
-            site = gr.Dropdown(choices=choices(self.desk.at(direction)), value=FOUND)
-            shown = self.desk.heat(direction, FOUND)
+            plan = self.desk.load(path)
+            site = gr.Dropdown(choices=choices(self.desk.at(plan)), value=FOUND)
+            shown = self.desk.heat(plan, FOUND)
             said = markup.note(f"Loaded {Path(path).name}; the controls are at its recipe.")
-            return [direction, shown, said, site, 1, 0, last, kinds, "plain", REMOVE, 1]
+            return [plan, shown, said, site, 1, 0, last, kinds, "plain", REMOVE, 1]
 
         loaded = self.upload.upload(
-            self._told(load), self.upload, [self.direction, self.map, self.kept, *self.knobs], **silent
+            self._told(load), self.upload, [self.plan, self.map, self.kept, *self.knobs], **silent
         )
-        asked = [self.direction, self.talk, self.prompt, *self.knobs]
+        asked = [self.plan, self.talk, self.prompt, *self.knobs]
         loaded.then(self.desk.measure, asked, self.measured, **silent)
         for button, realisation in ((self.weights, "weights"), (self.lora, "lora")):
             button.click(
@@ -243,9 +243,9 @@ class _Page:
             def show(share: float | None, what: str) -> None:
                 progress(share or 0.0, desc=what)
 
-            direction, name, *knobs = values
+            plan, name, *knobs = values
             try:
-                return self.desk.apply(direction, name, realisation, Reporter(show), *knobs)
+                return self.desk.apply(plan, name, realisation, Reporter(show), *knobs)
             except AbliterateError as error:
                 raise self._error(one_line(error)) from None
 

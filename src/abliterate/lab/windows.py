@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from abliterate.lab import markup
 from abliterate.lab.bench import Bench, Controls
 from abliterate.lab.keeping import apply_plan, load_plan, save_plan
 from abliterate.lab.opening import heat_of
+from abliterate.lab.shelf import Shelf
 from abliterate.lab.talking import Side, Talk, coloured, talk
 from abliterate.monitor import Monitor
 
@@ -79,7 +80,8 @@ def choices(bench: Bench) -> list[tuple[str, str]]:
     """Sites to choose from, with what they are called."""
     recipe = ", with its recipe" if bench.direction.recipe is not None else ""
     where = "" if bench.chosen is None else f" ({bench.chosen[0]}, {bench.chosen[1]})"
-    sites = sorted(bench.sites, key=lambda site: (-site[1], site[0]))
+    shown = markup.positions_shown(bench.anatomy.layers + 1)
+    sites = sorted((site for site in bench.sites if -site[1] <= shown), key=lambda site: (-site[1], site[0]))
     named = [(f"layer {layer}, position {position}", name_of(Site(layer, position))) for layer, position in sites]
     return [(f"as found{where}{recipe}", FOUND), *named]
 
@@ -101,25 +103,27 @@ class Brake:
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """The bench as one window sees it: with the plan that was loaded there, if any."""
+    """The bench as windows see it, each with the plan that was loaded there, if any. A window holds the plan's key."""
 
     bench: Bench
+    shelf: Shelf = field(default_factory=Shelf)
 
-    def at(self, direction: Any) -> Bench:
-        """The bench with the direction of this window."""
-        if direction is None:
+    def at(self, plan: str | None) -> Bench:
+        """The bench with the plan of a window. Raises `UsageError` where that was put away meanwhile."""
+        if plan is None:
             return self.bench
+        direction = self.shelf.get(plan)
         ours, theirs = self.bench.direction.candidates, direction.candidates
         same = ours is not None and theirs is not None and torch.equal(ours.raw, theirs.raw)
         return replace(self.bench, direction=direction, heat=self.bench.heat if same else heat_of(direction))
 
     def send(
-        self, direction: Any, before: Talk, brake: Brake, prompt: str, limit: float, *knobs: Any
+        self, plan: str | None, before: Talk, brake: Brake, prompt: str, limit: float, *knobs: Any
     ) -> Iterator[tuple[Talk, Messages, Messages]]:
         """Both replies as they grow, until the brake is put on."""
         if not prompt.strip():
             raise UsageError("prompt: expected some text, found none")
-        bench = self.at(direction)
+        bench = self.at(plan)
         intervention = bench.intervention(controls_of(*knobs))
         brake.on = brake.empty = False
         for now in talk(bench, before, prompt, intervention, int(limit)):
@@ -138,43 +142,46 @@ class Desk:
         brake.on = brake.empty = True
         return Talk(), [], []
 
-    def measure(self, direction: Any, now: Talk, prompt: str, *knobs: Any) -> str:
+    def measure(self, plan: str | None, now: Talk, prompt: str, *knobs: Any) -> str:
         """How a reply to the prompt in the box, or else the last one sent, would start."""
         asked = prompt if prompt.strip() else (now.original.turns[-1][0] if now.original.turns else "")
         if not asked:
             return markup.note("Refusal and KL of the first token appear here with the first prompt.")
-        bench = self.at(direction)
         try:
+            bench = self.at(plan)
             return markup.first_token(
                 bench.first_token(bench.encode([], asked), bench.intervention(controls_of(*knobs)))
             )
         except AbliterateError as error:
             return markup.note(one_line(error))
 
-    def heat(self, direction: Any, site: str) -> str:
+    def heat(self, plan: str | None, site: str) -> str:
         """The map of sites with the chosen one marked."""
-        bench = self.at(direction)
-        return markup.heat_map(bench.heat, bench.sites, site_of(site) or bench.chosen)
-
-    def colour(self, direction: Any, now: Talk, layer: float) -> str:
-        """The last replies, coloured."""
         try:
-            return coloured(self.at(direction), now, int(layer))
+            bench = self.at(plan)
+            return markup.heat_map(bench.heat, bench.sites, site_of(site) or bench.chosen)
         except AbliterateError as error:
             return markup.note(one_line(error))
 
-    def save(self, direction: Any, name: str, *knobs: Any) -> str:
+    def colour(self, plan: str | None, now: Talk, layer: float) -> str:
+        """The last replies, coloured."""
+        try:
+            return coloured(self.at(plan), now, int(layer))
+        except AbliterateError as error:
+            return markup.note(one_line(error))
+
+    def save(self, plan: str | None, name: str, *knobs: Any) -> str:
         """Save the plan; says where."""
-        return markup.note(f"Saved as {save_plan(self.at(direction), controls_of(*knobs), name)}.")
+        return markup.note(f"Saved as {save_plan(self.at(plan), controls_of(*knobs), name)}.")
 
-    def load(self, path: str) -> Any:
-        """The direction of an uploaded plan."""
-        return load_plan(self.bench, Path(path))
+    def load(self, path: str) -> str:
+        """Keep the direction of an uploaded plan; returns the key by which it is asked for."""
+        return self.shelf.put(Path(path), lambda: load_plan(self.bench, Path(path)))
 
-    def apply(self, direction: Any, name: str, realisation: str, monitor: Monitor, *knobs: Any) -> str:
+    def apply(self, plan: str | None, name: str, realisation: str, monitor: Monitor, *knobs: Any) -> str:
         """Write the plan; says where, and what the user must know."""
         kind: Literal["weights", "lora"] = "lora" if realisation == "lora" else "weights"
-        out = apply_plan(self.at(direction), controls_of(*knobs), name, kind, monitor)
+        out = apply_plan(self.at(plan), controls_of(*knobs), name, kind, monitor)
         return "".join(map(markup.note, [f"Written to {out}.", *(f"Warning: {text}" for text in monitor.warnings)]))
 
 
