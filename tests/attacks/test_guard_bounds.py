@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,6 +20,12 @@ from abliterate.lab.markup import heat_map
 from abliterate.lab.opening import heat_of
 from abliterate.lab.shelf import Shelf
 from abliterate.lab.windows import FOUND, Desk, choices
+from abliterate.record import Record
+from abliterate.report.html import render
+from abliterate.report.html.fitting import fitted
+from abliterate.report.html.page import page_of
+from abliterate.report.html.parts import Figure, Page, Section, Table
+from records import full_record
 
 
 def direction(positions: int, sites: int = 25, d: int = 4) -> Direction:
@@ -127,3 +134,101 @@ def test_a_window_whose_plan_was_put_away_says_so_in_its_place() -> None:
     assert "load it again" in desk.colour("gone", cast(Any, None), 0)
     with pytest.raises(UsageError, match="load it again"):
         desk.save("gone", "name")
+
+
+# --- the report
+
+MOST = 2_000_000
+
+#: Texts that grow when they are escaped, and such as make a page stumble.
+TEXTS = ("\"'<&>", "\U0001f600", "\ud800", "\x00\x1b[31m", "</script>", "word ")
+
+Path_ = tuple[str | int, ...]
+
+
+def growable(data: Any, path: Path_ = ()) -> Iterator[Path_]:
+    """Where a record holds a list, a mapping or a text."""
+    if isinstance(data, list | dict | str) and path:
+        yield path
+    if isinstance(data, list | dict):
+        for key, value in data.items() if isinstance(data, dict) else enumerate(data[:1]):
+            yield from growable(value, (*path, key))
+
+
+def grow(data: Any, path: Path_, n: int, text: str) -> None:
+    """Make what stands there `n` long."""
+    *way, last = path
+    for key in way:
+        data = data[key]
+    value = data[last]
+    if isinstance(value, str):
+        data[last] = text * n
+    elif isinstance(value, list):
+        data[last] = (value * n)[:n]
+    elif value:
+        example = next(iter(value.values()))
+        data[last] = value | {f"{text}{number}": example for number in range(n)}
+
+
+def allowed(path: Path_) -> bool:
+    """Whether a record may hold more there."""
+    data = full_record().model_dump(mode="json")
+    grow(data, path, 3, "x")
+    try:
+        Record.model_validate(data)
+    except ValueError:
+        return False
+    return True
+
+
+PATHS = [path for path in growable(full_record().model_dump(mode="json")) if allowed(path)]
+
+
+def rendered(paths: Sequence[Path_], n: int, text: str) -> str:
+    data = full_record().model_dump(mode="json")
+    for path in sorted(paths, key=len, reverse=True):  # what lies deepest first, before it is repeated
+        grow(data, path, n, text)
+    return render(Record.model_validate(data))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_report_keeps_its_size_when_all_grows_at_once(text: str) -> None:
+    shallow = [path for path in PATHS if sum(isinstance(part, int) for part in path) < 2]
+    page = rendered(shallow, 40, text)
+    assert len(page.encode(errors="replace")) <= MOST
+    assert "</html>" in page
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *[("settings",), ("separation", "prompts"), ("search", "points"), ("evaluation", "shift", "worst")],
+        *[("audit", "rows", 0, "name"), ("evaluation", "capability"), ("warnings",), ("timings_s",)],
+    ],
+)
+def test_a_report_keeps_its_size_when_one_thing_is_huge_and_says_what_it_left_out(path: Path_) -> None:
+    assert path in PATHS
+    page = rendered([path], 60_000 if path[-1] == "prompts" else 20_000, "\"'<&>")
+    assert len(page.encode()) <= MOST
+    assert re.search(r"do not fit|more (rows )?in the record|the record has all|more to draw|…</td>", page), path
+
+
+def test_the_page_of_a_run_is_not_cut() -> None:
+    page = page_of(full_record())
+    whole = fitted(page, 100_000)
+    assert len(whole.sections) == len(page.sections)
+    for section, before in zip(whole.sections, page.sections, strict=True):
+        assert list(section.text) == list(before.text)
+        for figure, other in zip(section.figures, before.figures, strict=True):
+            assert [list(row) for row in figure.table.rows] == [list(row) for row in other.table.rows]
+            assert (figure.chart, figure.note, figure.table.more) == (other.chart, other.note, other.table.more)
+
+
+def test_a_chart_that_does_not_fit_is_left_out_and_that_is_said() -> None:
+    chart = {"kind": "dots", "groups": ["x" * 5000]}
+    figure = Figure("f", "F", Table(["a"], [["1"], ["2"]]), chart, "A note.")
+    (section,) = fitted(Page("t", "", "", [], [Section("s", "S", figures=[figure])]), 4000).sections
+    (cut,) = section.figures
+    assert cut.chart is None
+    assert cut.note == "A note. There is more to draw than fits on this page."
+    assert len(cut.table.rows) == 2

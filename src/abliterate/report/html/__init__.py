@@ -10,31 +10,47 @@ import base64
 import functools
 import hashlib
 import json
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from abliterate.files.atomic import write_atomically
 from abliterate.record import Record, finite
+from abliterate.report.html.fitting import fitted
 from abliterate.report.html.page import page_of
+from abliterate.report.html.parts import Page
 
 FILE_NAME = "report.html"
+
+#: Bytes of a page, and how often one that has more is cut again.
+_MOST_BYTES, _TRIES = 2_000_000, 5
 
 __all__ = ["FILE_NAME", "render", "write_report"]
 
 
 def render(record: Record) -> str:
-    """The page as HTML, under 2 MB. What the record has not is left out."""
+    """The page as HTML, under 2 MB whatever the record holds. What the record has not is left out."""
     page = page_of(record)
+    room = _MOST_BYTES - len(_html(replace(page, sections=[], warnings=[], tiles=[], answer="", subtitle="", title="")))
+    for _ in range(_TRIES):
+        text = _html(fitted(page, room))
+        over = len(text.encode(errors="replace")) - _MOST_BYTES
+        if over <= 0:
+            break
+        room -= over  # what stands around texts, tables and charts
+    return text
+
+
+def _html(page: Page) -> str:
     style, charts, script = _text("style.css"), _text("echarts.min.js"), _text("report.js")
     policy = (
         f"default-src 'none'; script-src {_hash(charts)} {_hash(script)}; style-src {_hash(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(_text("page.html.j2")).render(
+    return _template().render(
         page=page,
         policy=policy,
         style=Markup(style),
@@ -52,6 +68,12 @@ def write_report(record: Record, folder: Path) -> Path:
     path = folder / FILE_NAME
     write_atomically(path, render(record).encode(errors="replace"))
     return path
+
+
+@functools.cache
+def _template() -> Template:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(_text("page.html.j2"))
 
 
 @functools.cache
