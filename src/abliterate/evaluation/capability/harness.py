@@ -29,11 +29,8 @@ import torch
 from jinja2 import TemplateError
 
 from abliterate.errors import UsageError
-from abliterate.evaluation.capability.task_files import CodeAsked, guarded, refuse_code, refuse_code_of_group
-from abliterate.files.bounded import MB, Kind
+from abliterate.evaluation.capability.task_files import TASK_FILE, CodeAsked, guarded, refuse_code, refuse_code_of_group
 from abliterate.model.batches import input_device
-
-_TASK_FILE = Kind("a task file of lm-eval", 16 * MB, UsageError)
 
 #: What templates and settings of a task raise with a document or model that they do not fit; no fault of the machine.
 _FAULTS = (
@@ -243,7 +240,9 @@ def _load(specs: Sequence[str], trusted: bool) -> dict[str, Any]:
     """Tasks and groups by name, as `evaluate` takes them."""
     together: dict[str, Any] = {"tasks": {}, "groups": {}, "group_map": {}}
     for spec in specs:
-        for part in _load_local(Path(os.path.expanduser(spec)).resolve(), trusted) if _is_local(spec) else [_load_named(spec)]:
+        for part in (
+            _load_local(Path(os.path.expanduser(spec)).resolve(), trusted) if _is_local(spec) else [_load_named(spec)]
+        ):
             if twice := sorted(set(part["tasks"]) & set(together["tasks"])):
                 raise UsageError(f"lm-eval task '{spec}': expected each task once, found '{twice[0]}' twice")
             for key, found in part.items():
@@ -305,7 +304,7 @@ def _local_files(path: Path, trusted: bool) -> tuple[Any, Mapping[str, Path]]:
             refuse_code(file, path)
     elif not path.is_file():
         raise UsageError(f"lm-eval task '{path}': expected a task file, found no such file")
-    elif _GROUP.search(_TASK_FILE.text(path)):
+    elif _GROUP.search(TASK_FILE.text(path)):
         manager = TaskManager(include_path=path.parent)  # it may name tasks beside it, and lm-eval's own
         chosen = {name: path for name in manager.all_groups if manager.task_index[name].yaml_path == path}
         if not trusted:

@@ -9,7 +9,6 @@ from the hub as code; that is refused too.
 from __future__ import annotations
 
 import contextlib
-import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,15 @@ import yaml
 from jinja2.sandbox import SandboxedEnvironment
 
 from abliterate.errors import UsageError
+from abliterate.files.bounded import MB, Kind
 
 #: How a user says that code may be run.
 FLAG = "--trust-task-code"
 
-#: No file of lm-eval's own has as many bytes or nodes (an alias counts each time it is used).
-_MOST_BYTES, _MOST_NODES = 4_000_000, 200_000
+TASK_FILE = Kind("a task file of lm-eval", 4 * MB, UsageError)
+
+#: No file of lm-eval's own has as many nodes (an alias counts each time it is used).
+_MOST_NODES = 200_000
 
 #: Nor are any nested as deeply.
 _DEEPEST = 50
@@ -120,14 +122,8 @@ def _fetched(path: str, *_: Any, **__: Any) -> Any:
 def _parsed(path: Path) -> yaml.Node | None:
     """The tree of a file."""
     try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UsageError(f"lm-eval task file {path}: expected a file, found none that is regular")
-        with path.open("rb") as file:
-            data = file.read(_MOST_BYTES + 1)
-        if len(data) > _MOST_BYTES:
-            raise UsageError(f"lm-eval task file {path}: expected at most {_MOST_BYTES / 1e6:g} MB, found more")
-        tree: yaml.Node | None = yaml.compose(data, _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        tree: yaml.Node | None = yaml.compose(TASK_FILE.text(path), _Loader)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())[:200]
         raise UsageError(f"lm-eval task file {path}: cannot be loaded ({said}); see lm-eval's task guide") from error
     return tree
