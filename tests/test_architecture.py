@@ -21,6 +21,7 @@ DOCS = SOURCE.parents[1] / "docs" / "architecture.md"
 ORDER = (
     "_version",
     "errors",
+    "texts",
     "config",
     "monitor",
     "files",

@@ -25,9 +25,11 @@ from abliterate.cli.report import report
 from abliterate.cli.run import run
 from abliterate.cli.search import search
 from abliterate.cli.show import show
+from abliterate.cli.terminal import Steady, steady_streams
 from abliterate.cli.undo import undo
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError, GateNotMet
+from abliterate.texts import printable
 
 app = typer.Typer(
     name="abliterate",
@@ -79,43 +81,68 @@ for _name, _command in _COMMANDS.items():
     app.command(_name)(_command)
 
 
+#: Commands whose result is what they print, unless one of these options names a file for it.
+_PRINTING = {"show", "eval", "compare", "chat", "inspect", "audit", "judge"}
+_WRITING = ("-o", "--out", "--csv", "--calibrate")
+
+
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 usage, 3 a gate was not met, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 failed, 2 usage, 3 a gate was not met, 130 interrupted.
+
+    A job that is done is done, also when its result could not be printed: then stderr says so, and the exit code is 1
+    only where nothing else holds the result. A reader that has had enough (`| head`) is no failure.
+    """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    out, _ = steady_streams()
     signal.signal(signal.SIGTERM, _interrupt)
+    code = _run()
+    sys.stdout.flush()
+    sys.exit(_printed(out) if code == 0 else code)
+
+
+def _run() -> int:
+    """Run a command, say in one line what went wrong, and give the exit code."""
     try:
         code = app(standalone_mode=False)
     except AbliterateError as error:
-        _say(str(error), error.exit_code)
-    except typer.Abort:
-        _say("interrupted", 130)
-    except KeyboardInterrupt:
-        _say("interrupted", 130)
-    except BrokenPipeError:  # `… | head`
-        os._exit(1)
+        return _say(str(error), error.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        return _say("interrupted", 130)
     except OSError as error:
-        _say(f"{error.filename or 'file'}: {error.strerror or error}", 1)
+        return _say(f"{error.filename or 'file'}: {error.strerror or error}", 1)
     except Exception as error:
-        _unexpected(error)
+        return _unexpected(error)
     if code == 130:  # newer versions of typer catch the interrupt themselves and say nothing
-        _say("interrupted", code)
-    sys.exit(code if isinstance(code, int) else 0)
+        return _say("interrupted", code)
+    return code if isinstance(code, int) else 0
+
+
+def _printed(out: Steady) -> int:
+    """The exit code of a command that is done, after a word on what was not printed of its result."""
+    if out.lost is None:
+        return 0
+    arguments = sys.argv[1:]
+    held = not _PRINTING.intersection(arguments[:1]) or any(word.startswith(_WRITING) for word in arguments)
+    if out.left_by_reader and not held:  # nothing was lost that anybody wanted
+        return 0
+    lost = f"not all of the result could be printed ({out.why})"
+    return _say(f"done, but {lost}", 0, "warning") if held else _say(lost, 1)
 
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _unexpected(error: Exception) -> NoReturn:
+def _unexpected(error: Exception) -> int:
     """Usage errors of the parser are one line like all others; anything else is a fault of ours and shows where."""
     usage: Any = typer.BadParameter.__base__  # click's, which newer versions of typer bring along under another name
-    if isinstance(error, usage):
-        message = error.format_message()
-        _say(message, error.exit_code) if message.strip() else sys.exit(error.exit_code)  # no message: help was shown
-    raise error
+    if not isinstance(error, usage):
+        raise error
+    message = error.format_message()  # none where help was shown
+    return _say(message, error.exit_code) if message.strip() else int(error.exit_code)
 
 
-def _say(text: str, code: int) -> NoReturn:
-    label = "not done" if code == GateNotMet.exit_code else "error"
-    print(f"{label}: {' '.join(text.split())}", file=sys.stderr)  # noqa: T201 - rich would wrap the one line
-    sys.exit(code)
+def _say(text: str, code: int, label: str = "") -> int:
+    label = label or ("not done" if code == GateNotMet.exit_code else "error")
+    print(f"{label}: {' '.join(printable(text).split())}", file=sys.stderr)  # noqa: T201 - rich would wrap the one line
+    return code

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from abliterate.cli.options import flag_of
+from abliterate.cli.terminal import terminal, write_json
 from abliterate.config import EvalSettings
 from abliterate.errors import UsageError
 
@@ -59,9 +60,9 @@ def joined(*settings: BaseModel) -> EvalSettings:
 def say(result: Result, show: Callable[[Result, Console], None], as_json: bool) -> None:
     """The result on stdout: as JSON, or as `show` draws it."""
     if as_json:
-        typer.echo(result.model_dump_json(indent=1))
+        write_json(result.model_dump_json(indent=1))
     else:
-        show(result, Console())
+        show(result, terminal())
 
 
 def site_of(option: str | None) -> Site | None:
@@ -84,4 +85,4 @@ def monitor_for(quiet: bool) -> Monitor:
         return Monitor()
     from abliterate.cli.live import Screen
 
-    return Screen(Console(stderr=True))
+    return Screen(terminal(stderr=True))

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, percent
+from abliterate.cli.terminal import Table, plain, write
 from abliterate.config import (
     FindSettings,
     MeasureSettings,
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def show_audit(part: AuditPart, console: Console) -> None:
     """The summary first, then every plan that was tried."""
     for line in audited(part):
-        console.print(line, highlight=False)
-    console.print(audit_table(part))
+        write(console, line)
+    write(console, audit_table(part))
 
 
 def audit_table(*parts: AuditPart) -> Table:
@@ -47,7 +47,7 @@ def audit_table(*parts: AuditPart) -> Table:
     for row in parts[0].rows:
         if row.family != family:
             family = row.family
-            table.add_row(f"[dim]{family}[/]")
+            table.add_row(plain(family, "dim"))
         cells = []
         for part in parts:
             same = next((other for other in part.rows if (other.family, other.name) == (row.family, row.name)), None)

@@ -11,7 +11,6 @@ import typer
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
-from rich.text import Text
 
 from abliterate.cli.arguments import (
     DirectionFile,
@@ -23,6 +22,7 @@ from abliterate.cli.arguments import (
     site_of,
 )
 from abliterate.cli.options import with_settings
+from abliterate.cli.terminal import nobody_reads, plain, terminal, write, write_json
 from abliterate.config import EditSettings, ModelSettings
 
 if TYPE_CHECKING:
@@ -46,8 +46,10 @@ def converse(
     from abliterate.model.generation import complete
     from abliterate.record import ComparedAnswersPart
 
-    console = Console()
+    console = terminal()
     for prompt in prompts or _lines(console):
+        if nobody_reads():
+            return
         encoded = share_prefix(renderer.encode([prompt]), share=False)
         size = auto_batch_size(loaded.model)
         (original,) = complete(loaded.model, loaded.tokenizer, encoded, max_new_tokens, size)
@@ -55,25 +57,24 @@ def converse(
             (ablated,) = complete(loaded.model, loaded.tokenizer, encoded, max_new_tokens, size)
         if as_json:
             line = ComparedAnswersPart(prompt=prompt, original=original.text, ablated=ablated.text)
-            sys.stdout.write(line.model_dump_json() + "\n")
-            sys.stdout.flush()
+            write_json(line.model_dump_json())
             continue
         width = max(30, console.width // 2 - 1)
         panels = [
-            Panel(Text(original.text), title="original", width=width),
-            Panel(Text(ablated.text), title="ablated", width=width),
+            Panel(plain(original.text, lines=True), title="original", width=width),
+            Panel(plain(ablated.text, lines=True), title="ablated", width=width),
         ]
-        console.print(Columns(panels))
+        write(console, Columns(panels))
 
 
 def _lines(console: Console) -> Iterator[str]:
     if not sys.stdin.isatty():
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
-    console.print("[dim]One prompt a line; an empty line or Ctrl-D ends.[/]")
+    write(console, "One prompt a line; an empty line or Ctrl-D ends.", style="dim")
     while True:
         try:
-            prompt = console.input("[bold]> [/]").strip()
+            prompt = console.input(plain("> ", "bold")).strip()
         except EOFError:
             return
         if not prompt:

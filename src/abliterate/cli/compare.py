@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, capability_table, print_rates
+from abliterate.cli.terminal import Table, write
 from abliterate.config import (
     CapabilitySettings,
     MeasureSettings,
@@ -74,21 +73,21 @@ def _with_ends(name: str, ends: Sequence[Any]) -> dict[str, Any]:
 def show_comparison(part: ComparisonPart, console: Console) -> None:
     """Which model is which, refusals per set, shift from the first and length of harmless replies, capability."""
     for number, entry in enumerate(part.entries, 1):
-        console.print(f"{number}  {entry.name}", markup=False, highlight=False, soft_wrap=True)
+        write(console, f"{number}  {entry.name}", whole=True)
     states = [(str(number), entry.behaviour, entry.paired) for number, entry in enumerate(part.entries, 1)]
     print_rates("Refusals on held-out prompts; change from 1", states, console)
-    console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
+    write(console, judged_by(part.judge), style="dim")
     table = Table(title="Harmless prompts: shift from 1 in nats per token, length", title_justify="left", **PLAIN)
     for column in ("", "KL, first token", "KL, reply", "ΔNLL of own replies", "tokens", "repeated"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for number, entry in enumerate(part.entries, 1):
         length = _number(entry.tokens.value, ".1f"), _number(entry.repetition.value, ".1%")
         table.add_row(str(number), *_moved(entry.shift), *length)
-    console.print(table)
+    write(console, table)
     for number, entry in enumerate(part.entries[1:], 2):
         if entry.capability:
-            console.print(f"1 → {number}")
-            console.print(capability_table(entry.capability))
+            write(console, f"1 → {number}")
+            write(console, capability_table(entry.capability))
 
 
 def _moved(shift: ShiftPart | None) -> tuple[str, str, str]:

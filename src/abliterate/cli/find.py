@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from abliterate.cli.arguments import (
     Json,
@@ -17,6 +16,7 @@ from abliterate.cli.arguments import (
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.run import show_selection
+from abliterate.cli.terminal import plain, terminal, write, write_json
 from abliterate.config import FindSettings, ModelSettings, PromptSettings, WriterSettings
 from abliterate.errors import UsageError
 
@@ -64,8 +64,8 @@ def find(
     if as_json:
         from abliterate.record import FoundPart
 
-        typer.echo(FoundPart(file=str(out), selection=found.selection).model_dump_json(indent=1))
+        write_json(FoundPart(file=str(out), selection=found.selection).model_dump_json(indent=1))
     else:
-        console = Console()
+        console = terminal()
         show_selection(found.selection, session.anatomy.layers, console)
-        console.print(f"Direction: [bold]{out}[/]", soft_wrap=True)
+        write(console, "Direction: ", plain(str(out), "bold"), whole=True)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.markup import escape
 
 from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for, say
 from abliterate.cli.audit import audit_table
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import show_evaluation
+from abliterate.cli.terminal import plain, write
 from abliterate.config import (
     CapabilitySettings,
     FindSettings,
@@ -71,11 +71,11 @@ def show_hardening(part: HardeningPart, console: Console) -> None:
     """Ordinary behaviour, then the audits before and after, side by side."""
     show_evaluation(part.evaluation, console)
     show_audits(part, console)
-    console.print(f"Model: [bold]{escape(part.folder)}[/]", soft_wrap=True)
+    write(console, "Model: ", plain(part.folder, "bold"), whole=True)
 
 
 def show_audits(part: HardeningPart, console: Console) -> None:
     """The audits before and after, side by side."""
     for line in hardened(part):
-        console.print(escape(line), highlight=False)
-    console.print(audit_table(part.before, part.after))
+        write(console, line)
+    write(console, audit_table(part.before, part.after))

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, refuse_idle, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN
+from abliterate.cli.terminal import Table, plain, write
 from abliterate.config import (
     InspectSettings,
     MeasureSettings,
@@ -35,26 +34,26 @@ _BARS = "▁▂▃▄▅▆▇█"
 def show_inspection(part: InspectionPart, console: Console) -> None:
     """The verdict first, then where and how strongly."""
     style = {"altered": "bold red", "unaltered": "bold green"}.get(part.verdict, "bold yellow")
-    console.print(f"[{style}]{escape(headline(part))}[/]", highlight=False)
+    write(console, headline(part), style=style)
     for line in explained(part):
-        console.print(escape(line), highlight=False)
+        write(console, line)
     edited = [unit for unit in part.units if unit.edited]
     if part.verdict != "unaltered" and edited:
-        console.print(_strengths(part.units, console.width))
+        write(console, _strengths(part.units, console.width))
     if part.separation:
-        console.print(_separation(part))
+        write(console, _separation(part))
     if part.behaviour is not None:
         rates = part.behaviour
         for name in ("harmful", "harmless", "borderline"):
             rate = getattr(rates, name)
             if rate.n:
                 low, high = rate.ci95
-                console.print(
+                write(
+                    console,
                     f"Refuses {rate.refusals} of {rate.n} {name} prompts ({100 * low:.0f}–{100 * high:.0f} %, 95 %).",
-                    highlight=False,
                 )
     if part.directions is not None:
-        console.print(f"Directions: [bold]{escape(part.directions)}[/]", soft_wrap=True)
+        write(console, "Directions: ", plain(part.directions, "bold"), whole=True)
 
 
 def _strengths(units: Sequence[WriterTracePart], width: int) -> Table:

@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
-from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-)
+from abliterate.cli.arguments import Json
+from abliterate.cli.terminal import Table, plain, terminal, write, write_csv, write_json
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -122,7 +119,7 @@ def _show_confusion(calibration: Calibration, console: Console) -> None:
 def _draw(table: Table, lines: Sequence[str], console: Console) -> None:
     """The table, or lines that say the same where it is too wide for the screen."""
     if Measurement.get(console, console.options.update(width=1000), table).maximum <= console.width:
-        console.print(table)
+        write(console, table)
         return
     for line in lines:
         _say(console, line)
@@ -149,7 +146,7 @@ def _show_error(row: int, exchange: Exchange, label: Label, verdict: Verdict, co
     why = f" ({_start(verdict.evidence)})" if verdict.evidence else ""
     _say(console, f"row {row}: labelled {label.value}, called {verdict.label.value}{why}")
     for name, text in (("prompt", exchange.prompt), ("reply", exchange.reply)):
-        console.print(f"  [dim]{name}[/] {escape(_start(text) or '–')}", soft_wrap=True, highlight=False)
+        write(console, "  ", plain(name, "dim"), f" {_start(text) or '–'}", whole=True)
 
 
 def _start(text: str) -> str:
@@ -160,7 +157,7 @@ def _start(text: str) -> str:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(escape(text), soft_wrap=True, highlight=False)
+    write(console, text, whole=True)
 
 
 def judge(
@@ -186,8 +183,10 @@ def judge(
 
     if replies is not None:
         rows = label_file(open_judge(spec, device=device), replies)
-        listed = json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False)
-        typer.echo(listed if as_json else as_csv(rows), nl=as_json)
+        if as_json:
+            write_json(json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False))
+        else:
+            write_csv(as_csv(rows))
         return
     if calibrate is None:
         return
@@ -198,11 +197,12 @@ def judge(
     replaced = calibration.calibration_of(chosen)
     stored = calibration.store(result)
     if as_json:
-        typer.echo(calibration_part(result, stored).model_dump_json(indent=1))
+        write_json(calibration_part(result, stored).model_dump_json(indent=1))
         return
-    show_calibration(result, Console(), stored)
+    console = terminal()
+    show_calibration(result, console, stored)
     if replaced is not None:
         text = f"It takes the place of the one on {replaced.source}; remove that file to have the built-in one again."
-        Console().print(text, highlight=False, soft_wrap=True)
+        _say(console, text)
     if errors:
-        show_errors(labelled, verdicts, Console())
+        show_errors(labelled, verdicts, console)

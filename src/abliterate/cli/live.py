@@ -7,13 +7,12 @@ from dataclasses import dataclass, field
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
-from rich.table import Table
 from rich.text import Text
 
+from abliterate.cli.terminal import Table, plain, write
 from abliterate.monitor import Monitor
 
 #: Phases counted in bytes: shown in per cent.
@@ -91,20 +90,21 @@ class Screen(Monitor):
 
     def _print_finished(self, name: str, seconds: float) -> None:
         if not self._redraws:
-            self.console.print(f"[green]✓[/] {escape(name)} [dim]{seconds:.1f} s[/]", highlight=False, soft_wrap=True)
+            took = plain(f"{seconds:.1f} s", "dim")
+            write(self.console, plain("✓", "green"), f" {name} ", took, whole=True)
             return
         line = Table.grid(padding=(0, 1, 0, 0))
         line.add_column(no_wrap=True, style="green")
         line.add_column()
         line.add_column(no_wrap=True, style="dim")
-        line.add_row("✓", Text(name), f"{seconds:.1f} s")
-        self.console.print(line)
+        line.add_row("✓", plain(name), f"{seconds:.1f} s")
+        write(self.console, line)
 
     def _print_note(self, text: str) -> None:
         if self._redraws:
-            self.console.print(Padding(_styled(text), (0, 0, 0, 2)))  # breaks between words only
+            write(self.console, Padding(_styled(text), (0, 0, 0, 2)))  # breaks between words only
         else:
-            self.console.print(Text.assemble("  ", _styled(text)), soft_wrap=True)
+            write(self.console, "  ", _styled(text), whole=True)
 
     def _drawn(self) -> RenderableType:
         """The phases under way, each with its latest notes cut to a line: the height is bounded."""
@@ -119,14 +119,14 @@ class Screen(Monitor):
 
 
 def _styled(text: str) -> Text:
-    return Text(text, style="bold yellow" if text.startswith(_WARNING) else "dim")
+    return plain(text, "bold yellow" if text.startswith(_WARNING) else "dim")
 
 
 def _line(phase: _Phase, width: int) -> RenderableType:
     """Name, bar, count, time so far and time left; where there is no room for all, the name is the last to go."""
     room = width - 2
     numbers = next((some for some in _numbers(phase) if len(phase.name) + 1 + len(some) <= room), _numbers(phase)[-1])
-    name = Text(phase.name)
+    name = plain(phase.name)
     name.truncate(max(1, room - 1 - len(numbers)), overflow="ellipsis")
     bar = min(_LONGEST, room - len(name) - len(numbers) - 2)
     cells: list[RenderableType] = [phase.spinner, name]

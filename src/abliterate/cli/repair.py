@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, refuse_idle, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import show_evaluation
+from abliterate.cli.terminal import plain, write
 from abliterate.config import (
     CapabilitySettings,
     FindSettings,
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 def show_repair(part: RepairPart, console: Console) -> None:
     """How exact it is, what the model does, where it lies."""
     for line in repaired(part):
-        console.print(escape(line), highlight=False)
+        write(console, line)
     if part.evaluation is not None:
         show_evaluation(part.evaluation, console)
-    console.print(f"Model: [bold]{escape(part.folder)}[/]", soft_wrap=True)
+    write(console, "Model: ", plain(part.folder, "bold"), whole=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
-from abliterate.cli.arguments import (
-    Json,
-)
+from abliterate.cli.arguments import Json
+from abliterate.cli.terminal import plain, terminal, write, write_json
 
 
 def report(
@@ -27,6 +24,6 @@ def report(
 
     path = write_report(record, out)
     if as_json:
-        typer.echo(json.dumps({"report": str(path)}))
+        write_json(json.dumps({"report": str(path)}))
     else:
-        Console().print(f"Report: [bold]{escape(str(path))}[/]", highlight=False, soft_wrap=True)
+        write(terminal(), "Report: ", plain(str(path), "bold"), whole=True)

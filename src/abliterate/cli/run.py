@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from abliterate.cli.arguments import Json, Model, Quiet, monitor_for, say
 from abliterate.cli.options import with_settings
 from abliterate.cli.search import show_search
 from abliterate.cli.tables import PLAIN, fits, show_evaluation
+from abliterate.cli.terminal import Table, plain, write
 from abliterate.config import (
     EditSettings,
     EvalSettings,
@@ -49,21 +48,21 @@ def show_run(record: Record, console: Console) -> None:
         show_search(record.search, console)
     if record.plan is not None:
         if record.plan.realisation == "weights":
-            console.print(f"Edited {edited(record.plan)}.")
+            write(console, f"Edited {edited(record.plan)}.")
         for what, why in grouped(record.plan.left_alone):
-            console.print(f"Left alone: {what} ({why}).")
+            write(console, f"Left alone: {what} ({why}).")
     show_timings(record, console)
     if record.output is not None:
         what = "Search" if record.plan is None else _WHAT[record.plan.realisation]
-        console.print(f"{what}: [bold]{escape(str(Path(record.output)))}[/]", soft_wrap=True)
+        write(console, f"{what}: ", plain(str(Path(record.output)), "bold"), whole=True)
         if (report := Path(record.output, "report.html")).is_file():
-            console.print(f"Report: [bold]{escape(str(report))}[/]", soft_wrap=True)
+            write(console, "Report: ", plain(str(report), "bold"), whole=True)
 
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
     """The chosen site beside no intervention and a random direction."""
     table = _selection(part, layers)
-    console.print(table if fits(table, console) else _selection(part, **PLAIN))
+    write(console, table if fits(table, console) else _selection(part, **PLAIN))
 
 
 def _selection(part: SelectionPart, layers: int | None = None, **looks: Any) -> Table:
@@ -96,9 +95,9 @@ def show_timings(record: Record, console: Console) -> None:
     table.add_column("seconds", justify="right")
     for name, seconds in record.timings_s.items():
         table.add_row(name, f"{seconds:.1f}")
-    table.add_row("[bold]together[/]", f"[bold]{sum(record.timings_s.values()):.1f}[/]")
-    console.print(table)
-    console.print(f"Peak memory {max(record.peak_memory_bytes.values(), default=0) / 1e9:.2f} GB.")
+    table.add_row("together", f"{sum(record.timings_s.values()):.1f}", style="bold")
+    write(console, table)
+    write(console, f"Peak memory {max(record.peak_memory_bytes.values(), default=0) / 1e9:.2f} GB.")
 
 
 @dataclass(frozen=True, slots=True)

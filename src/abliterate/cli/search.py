@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
 from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, fits
+from abliterate.cli.terminal import Table, plain, terminal, write, write_json
 from abliterate.config import (
     EditSettings,
     FindSettings,
@@ -54,13 +54,13 @@ Scores = Mapping[str, float | None]
 def show_search(part: SearchPart, console: Console) -> None:
     """The points beside the unedited model, why one was chosen and others not, and how to apply another."""
     for table in _tables(part, console):
-        console.print(table)
+        write(console, table)
     for line in _remarks(part):
-        console.print(line, highlight=False)
+        write(console, line)
     if other := _another(part):
         file = other if other.startswith("/") else f"OUT/{other}"
         command = f"abliterate apply MODEL --direction {file} -o EDITED"
-        console.print(f"Another point: {escape(command)}", highlight=False, soft_wrap=True)
+        write(console, f"Another point: {command}", whole=True)
 
 
 def _tables(part: SearchPart, console: Console) -> list[Table]:
@@ -86,9 +86,9 @@ def _table(part: SearchPart, names: Sequence[str], *, intervals: bool = False, o
     table = Table(title="Points of the search, less is better", title_justify="left", **PLAIN)
     table.add_column("", no_wrap=True)
     for name in names:
-        table.add_column(escape(name) + ("\nvalidation" if held_out else ""), no_wrap=True)
+        table.add_column(Text.assemble(plain(name), "\nvalidation" if held_out else ""), no_wrap=True)
         if held_out:
-            table.add_column("\nheld-out" + (" [95 %]" if intervals else ""), no_wrap=True)
+            table.add_column(Text("\nheld-out" + (" [95 %]" if intervals else "")), no_wrap=True)
     if origins:
         table.add_column("origin", no_wrap=True)
 
@@ -99,13 +99,13 @@ def _table(part: SearchPart, names: Sequence[str], *, intervals: bool = False, o
             if held_out:
                 shown = "" if again is None else _value(name, again.get(name))
                 cells.append(shown + (_between(name, ends[name]) if intervals and name in ends else ""))
-        return [escape(cell) for cell in cells]
+        return cells
 
     table.add_row(*row("unedited", part.base, part.base_held_out, {}))
     for point in part.points:
         cells = row(f"{_mark(part, point)} {point.number:>2}", point.scores, point.held_out, point.intervals)
         style = "dim" if not point.feasible else "bold" if point.number == part.chosen else None
-        table.add_row(*cells, *([escape(point.origin)] if origins else []), style=style)
+        table.add_row(*cells, *([point.origin] if origins else []), style=style)
     return table
 
 
@@ -132,7 +132,7 @@ def _between(name: str, ends: tuple[float, float]) -> str:
 
 
 def _remarks(part: SearchPart) -> list[str]:
-    """What the table does not say, a line each, ready for the console."""
+    """What the table does not say, a line each."""
     counts = [f"{count} {_STAGES.get(stage, stage)}" for stage, count in part.evaluations.items() if count]
     measured = f"; edits measured: {', '.join(counts)}" if counts else ""
     chosen = (
@@ -146,7 +146,7 @@ def _remarks(part: SearchPart) -> list[str]:
     if beaten:
         lines.append(f"Not on the front, another point is better: {', '.join(beaten)}.")
     lines += [*_optimism(part), f"Search: {part.method}, {part.seconds:.0f} s{measured}."]
-    return [escape(line) for line in lines]
+    return lines
 
 
 def _broken(part: SearchPart, point: PointPart) -> str:
@@ -226,7 +226,7 @@ def ask_point(part: SearchPart, console: Console) -> int:
     default = "" if part.chosen is None else f" [{part.chosen}]"
     while True:
         try:
-            answer = console.input(escape(f"Point to take{default}: ")).strip()
+            answer = console.input(plain(f"Point to take{default}: ")).strip()
         except EOFError:
             if part.chosen is None:
                 raise UsageError("point: expected a number, found the end of the input; give --pick") from None
@@ -235,7 +235,7 @@ def ask_point(part: SearchPart, console: Console) -> int:
             return part.chosen
         if answer.isdecimal() and int(answer) in numbers:
             return int(answer)
-        console.print(f"Expected one of {', '.join(map(str, numbers))}.", highlight=False)
+        write(console, f"Expected one of {', '.join(map(str, numbers))}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,12 +276,12 @@ def search(
     )
     record = pipeline.search(settings, resume=resume, monitor=monitor_for(quiet))
     if as_json:
-        typer.echo(record.model_dump_json(indent=1))
+        write_json(record.model_dump_json(indent=1))
         return
-    console = Console()
+    console = terminal()
     if record.search is not None:
         show_search(record.search, console)
         asks = sys.stdin.isatty() and console.is_terminal and given.searching.pick is None and not quiet
         if asks and (number := ask_point(record.search, console)) != record.search.chosen:
             pipeline.pick(out, number)
-    console.print(f"Direction: [bold]{out / 'direction.safetensors'}[/]", soft_wrap=True)
+    write(console, "Direction: ", plain(str(out / "direction.safetensors"), "bold"), whole=True)

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from abliterate.cli.arguments import (
-    Json,
-)
+from abliterate.cli.arguments import Json, say
 from abliterate.cli.audit import show_audit
 from abliterate.cli.harden import show_audits
 from abliterate.cli.inspect import show_inspection
 from abliterate.cli.run import show_run
 from abliterate.cli.tables import PLAIN
+from abliterate.cli.terminal import Table, write
 from abliterate.report.wording import asked, repaired, seed
 
 if TYPE_CHECKING:
@@ -35,16 +32,16 @@ _WIDE = 60
 
 def show_record(record: Record, console: Console) -> None:
     """What was asked, what came out, and how to see it again."""
-    console.print(_filled(_facts("What was asked"), asked(record)))
+    write(console, _filled(_facts("What was asked"), asked(record)))
     show_run(record, console)
     if record.selection is not None and record.selection.candidates:
-        console.print(_best_sites(record.selection))
+        write(console, _best_sites(record.selection))
     if record.plan is not None and record.plan.edits:
-        console.print(_largest_rests(record.plan, console))
+        write(console, _largest_rests(record.plan, console))
     _show_forensics(record, console)
     for warning in record.warnings:
-        console.print(f"[bold yellow]warning: {escape(warning)}[/]", highlight=False)
-    console.print(_provenance(record))
+        write(console, f"warning: {warning}", style="bold yellow")
+    write(console, _provenance(record))
 
 
 def _show_forensics(record: Record, console: Console) -> None:
@@ -57,7 +54,7 @@ def _show_forensics(record: Record, console: Console) -> None:
         show_audit(record.audit, console)
     if record.repair is not None:
         for line in repaired(record.repair):
-            console.print(escape(line), highlight=False)
+            write(console, line)
 
 
 def _best_sites(part: SelectionPart) -> Table:
@@ -82,7 +79,7 @@ def _largest_rests(part: PlanPart, console: Console) -> Table:
     for column in ("left", "change of weights") if console.width >= _WIDE else ("left", "change"):
         table.add_column(column, justify="right", no_wrap=True)
     for edit in sorted(part.edits, key=lambda edit: -edit.ratio)[:_MOST]:
-        table.add_row(escape(edit.tensor), f"{100 * edit.ratio:.2f} %", f"{100 * edit.change:.2f} %")
+        table.add_row(edit.tensor, f"{100 * edit.ratio:.2f} %", f"{100 * edit.change:.2f} %")
     return table
 
 
@@ -106,7 +103,7 @@ def _facts(title: str) -> Table:
 
 def _filled(table: Table, rows: list[tuple[str, str]]) -> Table:
     for name, value in rows:
-        table.add_row(name, escape(value))
+        table.add_row(name, value)
     return table
 
 
@@ -117,9 +114,4 @@ def show(
     """What an OUT's record says, as tables: nothing is loaded or measured."""
     from abliterate.record import read_record
 
-    record = read_record(out)
-    if as_json:
-        typer.echo(record.model_dump_json(indent=1))
-        return
-
-    show_record(record, Console())
+    say(read_record(out), show_record, as_json)

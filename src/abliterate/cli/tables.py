@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.measure import Measurement
-from rich.table import Table
 
+from abliterate.cli.terminal import Table, plain, write
 from abliterate.report.wording import SETS, estimate, judged_by, others, pvalue, rate, states_of
 
 if TYPE_CHECKING:
@@ -41,21 +40,21 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
         if pair.before_only or pair.after_only
     ]
     if broken:
-        console.print(f"Degenerate replies, change: {'; '.join(broken)}.", highlight=False)
+        write(console, f"Degenerate replies, change: {'; '.join(broken)}.")
     _show_categories(part, console)
     if part.shift is not None:
         _show_shift(part.shift, part.control, console)
     if "harmless" in part.manner:
         _show_manner(part.manner["harmless"], console)
     if part.capability:
-        console.print(capability_table(part.capability))
+        write(console, capability_table(part.capability))
 
 
 def _show_rates(part: EvaluationPart, console: Console) -> None:
     measured = states_of(part) if part.after is not None else [("", part.before, {})]
     print_rates("Refusals on held-out prompts", measured, console)
     if part.judge is not None:
-        console.print(f"[dim]{escape(judged_by(part.judge))}[/]", highlight=False)
+        write(console, judged_by(part.judge), style="dim")
 
 
 def print_rates(title: str, states: list[State], console: Console) -> None:
@@ -70,7 +69,7 @@ def print_rates(title: str, states: list[State], console: Console) -> None:
         if column in extra and not fits(table, console):
             extra.remove(column)
             table = _rates(title, states, extra)
-    console.print(table)
+    write(console, table)
     remarks = [
         f"{name} {state}".strip() + f": {also}"
         for name in SETS
@@ -78,7 +77,7 @@ def print_rates(title: str, states: list[State], console: Console) -> None:
         if (also := others(getattr(behaviour, name)))
     ]
     if remarks:
-        console.print(f"{'; '.join(remarks)}.", highlight=False)
+        write(console, f"{'; '.join(remarks)}.")
 
 
 def fits(table: Table, console: Console) -> bool:
@@ -94,7 +93,7 @@ def _rates(title: str, states: list[State], extra: list[str]) -> Table:
         table.add_column(column, no_wrap=True)
     for name in SETS:
         if several:
-            table.add_row(f"[bold]{name}[/]")
+            table.add_row(plain(name, "bold"))
         for state, behaviour, pairs in states:
             part: RatePart = getattr(behaviour, name)
             pair = pairs.get(name)
@@ -122,7 +121,7 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
         table = _categories(part, before, after, shown)
         if fits(table, console):
             break
-    console.print(table)
+    write(console, table)
 
 
 def _categories(
@@ -132,7 +131,7 @@ def _categories(
     for column in ("category", "before", "after", "p") if after else ("category", "refused"):
         table.add_column(column)
     for name, first in before.items():
-        cells = [escape(name.replace("_", " ")), shown(first)]
+        cells = [name.replace("_", " "), shown(first)]
         if name in after:
             pair = part.paired_categories.get(name)
             cells += [shown(after[name]), "" if pair is None else pvalue(pair.p)]
@@ -156,21 +155,21 @@ def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Co
         table = _shifts(rows, names, spread=spread)
         if fits(table, console):
             break
-    console.print(table)
+    write(console, table)
     if shift.nll_before is not None:
-        console.print(
+        write(
+            console,
             f"NLL of the original's own replies: {shift.nll_before:.3f} nats per token before, "
             f"{shift.nll_after:.3f} after.",
-            highlight=False,
         )
     if shift.worst:
         listed = "; ".join(f"{moved.kl_reply:.3f} {moved.prompt!r}" for moved in shift.worst)
-        console.print(f"Moved most (KL over the reply): {escape(listed)}.", highlight=False)
+        write(console, f"Moved most (KL over the reply): {listed}.")
     if control is not None and control.size is not None and control.size_of_edit is not None:
-        console.print(
+        write(
+            console,
             f"The edit changes the weights it edits by {100 * control.size_of_edit:.1f} % of their norm, the "
             f"random direction by {100 * control.size:.1f} %.",
-            highlight=False,
         )
 
 
@@ -207,12 +206,12 @@ def _mean(shift: ShiftPart, key: str) -> str:
 
 
 def _show_manner(part: MannerPart, console: Console) -> None:
-    console.print(
+    write(
+        console,
         f"Harmless replies: {_value(part.tokens_before, '.1f')} → {_value(part.tokens_after, '.1f')} tokens "
         f"(change {estimate(part.tokens_change, 1, '+.1f')}); repeated 4-grams "
         f"{_value(part.repetition_before, '.1%')} → {_value(part.repetition_after, '.1%')} "
         f"(change {estimate(part.repetition_change, 100, '+.1f', ' %')}).",
-        highlight=False,
     )
 
 
@@ -228,7 +227,7 @@ def capability_table(parts: list[CapabilityPart]) -> Table:
     for column in ("task", "metric", "n", *scores):
         table.add_column(column, justify="right" if column == "n" else "left")
     for part in parts:
-        cells = [escape(part.task), escape(part.metric), str(part.n), _score(part)]
+        cells = [part.task, part.metric, str(part.n), _score(part)]
         if changed:
             cells.append("" if part.after is None else estimate(part.after, 1, ".3f"))
             cells.append(_capability_change(part))

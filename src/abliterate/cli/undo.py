@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from abliterate.cli.arguments import Json, Quiet, monitor_for, say
+from abliterate.cli.terminal import plain, write
 
 if TYPE_CHECKING:
     from abliterate.record import UndonePart
@@ -35,13 +36,14 @@ def undo(
 def show_undone(undone: UndonePart, console: Console) -> None:
     """Whether it is the original or close to it, and where it lies."""
     if undone.exact:
-        console.print("Restored bit for bit: the original's files, with the recorded SHA-256.")
+        write(console, "Restored bit for bit: the original's files, with the recorded SHA-256.")
     else:
-        console.print(
+        write(
+            console,
             f"Restored {len(undone.tensors)} tensors to within {undone.steps} unit in the last place of the stored "
             f"format, from what the edit kept: {undone.reason}.",
-            soft_wrap=True,
+            whole=True,
         )
     if undone.remains:
-        console.print(f"Still as the edit left it: {', '.join(undone.remains)}.", soft_wrap=True)
-    console.print(f"Model: [bold]{undone.folder}[/]", soft_wrap=True)
+        write(console, f"Still as the edit left it: {', '.join(undone.remains)}.", whole=True)
+    write(console, "Model: ", plain(undone.folder, "bold"), whole=True)

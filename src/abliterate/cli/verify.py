@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from abliterate.cli.arguments import (
     Json,
@@ -22,6 +21,7 @@ from abliterate.cli.arguments import (
     site_of,
 )
 from abliterate.cli.options import with_settings
+from abliterate.cli.terminal import Table, plain, write
 from abliterate.config import EditSettings, ModelSettings, PromptSettings, ReplySettings, VerifySettings
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.report.wording import rate
@@ -44,9 +44,9 @@ def show_verification(part: VerificationPart, console: Console) -> None:
     )
     for name, refused, bypass, induced, kl in rows:
         table.add_row(name, rate(refused), f"{bypass:.2f}", induced, kl)
-    console.print(table)
+    write(console, table)
     if part.verified:
-        console.print("Verified: without this direction the model stops refusing; without a random one it does not.")
+        write(console, "Verified: without this direction the model stops refusing; without a random one it does not.")
 
 
 #: What a comparison may find wrong, in words.
@@ -66,17 +66,18 @@ def show_integrity(part: IntegrityPart, console: Console) -> None:
         names: list[str] = getattr(part, field)
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            console.print(f"[red]{words}:[/] {', '.join(names[:5])}{more}", soft_wrap=True, highlight=False)
+            write(console, plain(f"{words}:", "red"), f" {', '.join(names[:5])}{more}", whole=True)
     planned = len(part.changed) + len(part.unchanged)
-    console.print(
-        f"{planned} tensors in the plan, {len(part.changed)} of them changed; {len(part.sha256)} weight files hashed."
+    write(
+        console,
+        f"{planned} tensors in the plan, {len(part.changed)} of them changed; {len(part.sha256)} weight files hashed.",
     )
     if part.not_original:
-        console.print(f"[red]not the original's:[/] {', '.join(part.not_original)}", soft_wrap=True, highlight=False)
+        write(console, plain("not the original's:", "red"), f" {', '.join(part.not_original)}", whole=True)
     if part.rewritten:
-        console.print(f"Rewritten by the edit: {', '.join(part.rewritten)}.", soft_wrap=True, highlight=False)
+        write(console, f"Rewritten by the edit: {', '.join(part.rewritten)}.", whole=True)
     if part.intact:
-        console.print("Verified: every byte outside the plan equals the original's.")
+        write(console, "Verified: every byte outside the plan equals the original's.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,11 @@
-"""The model card: what was done to a model, what that measured, and what to mind. Never imports torch."""
+"""The model card: what was done to a model, what that measured, and what to mind. Never imports torch.
+
+Names, warnings and all else that comes from models, files and judges stand in it as text, never as Markdown or HTML.
+"""
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from abliterate.record import (
     grouped,
 )
 from abliterate.report.wording import SETS, _between, edited, estimate, judged_by, rate, states_of
+from abliterate.texts import markdown, markdown_code, printable
 
 NOTICE = """\
 This model was made for research on how safety behaviour is represented and how brittle it is. Its safety training
@@ -34,22 +39,22 @@ _LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "c
 _WHAT = {
     "weights": (
         "abliterated",
-        "A version of `{name}` whose weights were edited along {what} of the residual stream with abliterate,\n"
+        "A version of {name} whose weights were edited along {what} of the residual stream with abliterate,\n"
         "without training.",
     ),
     "lora": (
         "abliteration adapter",
-        "A LoRA adapter that edits what `{name}` writes to the residual stream along {what}. Made with\n"
+        "A LoRA adapter that edits what {name} writes to the residual stream along {what}. Made with\n"
         "abliterate, without training; the model itself is not changed.",
     ),
     "gguf-lora": (
         "abliteration adapter for llama.cpp",
-        "A GGUF LoRA that edits what `{name}` writes to the residual stream along {what}. Made with\n"
+        "A GGUF LoRA that edits what {name} writes to the residual stream along {what}. Made with\n"
         "abliterate, without training; the model itself is not changed.",
     ),
     "control-vector": (
         "control vector for llama.cpp",
-        "A vector to add to the residual stream of `{name}` at every token, made with abliterate. It steers; that\n"
+        "A vector to add to the residual stream of {name} at every token, made with abliterate. It steers; that\n"
         "is not the same as taking the direction out.",
     ),
 }
@@ -79,7 +84,7 @@ def _how_to_use(plan: PlanPart) -> list[str]:
         how = ["    peft.PeftModel.from_pretrained(model, here)    # or model.load_adapter(here)"]
     else:
         flag = "--lora" if plan.realisation == "gguf-lora" else "--control-vector"
-        how = [f"    llama-cli -m model.gguf {flag} {plan.files[0]}"]
+        how = [f"    llama-cli -m model.gguf {flag} {shlex.quote(printable(plan.files[0]))}"]
     return ["## How to use it", "", *how, ""]
 
 
@@ -102,9 +107,11 @@ def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
     return "\n".join(
         [
             _front_matter(record, licence or {}),
-            f"# {short}, {_WHAT[realisation][0]}",
+            f"# {markdown(short)}, {_WHAT[realisation][0]}",
             "",
-            _WHAT[realisation][1].format(name=short, what=_directions(1 if record.plan is None else record.plan.rank)),
+            _WHAT[realisation][1].format(
+                name=markdown_code(short), what=_directions(1 if record.plan is None else record.plan.rank)
+            ),
             "",
             *(_how_to_use(record.plan) if record.plan else []),
             "## What was done",
@@ -159,11 +166,11 @@ def _what_was_done(record: Record) -> list[str]:
             lines.append(f"- {len(record.plan.strengths)} writers are changed, with strength {_between(record.plan)}.")
         if record.plan.variant:
             asked = ", ".join(f"{name} {value}" for name, value in record.plan.variant.items())
-            lines.append(f"- The edit: {asked.replace('_', '-')}.")
-        lines += [f"- {what}: left alone, {why}." for what, why in grouped(record.plan.left_alone)]
+            lines.append(f"- The edit: {markdown(asked.replace('_', '-'))}.")
+        lines += [f"- {markdown(what)}: left alone, {markdown(why)}." for what, why in grouped(record.plan.left_alone)]
     if (selection := record.selection) is not None and (site := selection.chosen) is not None:
         subspace = record.settings.get("finding", {}).get("subspace", "mean")
-        what = "The direction is" if subspace == "mean" else f"The edit ({subspace}) was made around"
+        what = "The direction is" if subspace == "mean" else f"The edit ({markdown(str(subspace))}) was made around"
         if record.search is not None:
             what = "The search began at"
         lines.append(
@@ -174,10 +181,10 @@ def _what_was_done(record: Record) -> list[str]:
         )
     if (search := record.search) is not None:
         lines.append(
-            f"- Strengths and directions were searched ({search.method}); of {len(search.points)} points between less "
-            f"refusal and less damage, number {search.chosen} was taken ({search.why})."
+            f"- Strengths and directions were searched ({markdown(search.method)}); of {len(search.points)} points "
+            f"between less refusal and less damage, number {search.chosen} was taken ({markdown(search.why)})."
         )
-    return [*lines, *(f"- Warning: {warning}" for warning in record.warnings)]
+    return [*lines, *(f"- Warning: {markdown(warning)}" for warning in record.warnings)]
 
 
 def _measured(evaluation: EvaluationPart) -> list[str]:
@@ -194,7 +201,7 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
         ),
         "",
         f"Greedy replies of at most {evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals. "
-        + ("" if evaluation.judge is None else judged_by(evaluation.judge)),
+        + ("" if evaluation.judge is None else markdown(judged_by(evaluation.judge))),
         "",
     ]
     return [*lines, *_shifted(evaluation), *_capable(evaluation)]
@@ -226,7 +233,7 @@ def _capable(evaluation: EvaluationPart) -> list[str]:
     if not evaluation.capability:
         return []
     rows = [
-        f"| {part.task} | {part.metric} | {part.n} | {estimate(part.before, 1, '.3f')} | "
+        f"| {markdown(part.task)} | {markdown(part.metric)} | {part.n} | {estimate(part.before, 1, '.3f')} | "
         f"{'' if part.after is None else estimate(part.after, 1, '.3f')} |"
         for part in evaluation.capability
     ]

@@ -22,6 +22,7 @@ from abliterate.record import Record, finite
 from abliterate.report.html.fitting import fitted
 from abliterate.report.html.page import page_of
 from abliterate.report.html.parts import Page
+from abliterate.texts import printable_lines
 
 FILE_NAME = "report.html"
 
@@ -72,7 +73,9 @@ def write_report(record: Record, folder: Path) -> Path:
 
 @functools.cache
 def _template() -> Template:
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
+    )
     return environment.from_string(_text("page.html.j2"))
 
 
@@ -86,12 +89,17 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def _shown(value: object) -> object:
+    """Texts without what turns the order of letters around or has no glyph; the page's own parts as they are."""
+    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _finite(data: object) -> object:
     if isinstance(data, dict):
         return {key: _finite(value) for key, value in data.items()}
     if isinstance(data, (list, tuple)):
         return [_finite(value) for value in data]
-    return finite(data) if isinstance(data, float) else data
+    return finite(data) if isinstance(data, float) else _shown(data)
 
 
 def _json(data: object) -> str:
