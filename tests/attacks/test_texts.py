@@ -249,9 +249,9 @@ def test_who_only_prints_fails_on_a_full_disk_and_not_when_the_reader_has_enough
 def test_errors_are_one_line_whatever_they_quote(tmp_path: Path) -> None:
     done = run("ab show $'no\\x1b[31m\\nsuch\\xff\\u202e[/]'")
     assert done.returncode == 2
-    assert done.stderr.decode().splitlines() == [
-        f"error: no\\x1b[31m such\\udcff\\u202e[/]/{FILE_NAME}: expected the record of a run, found none"
-    ]
+    (line,) = done.stderr.decode().splitlines()
+    assert line.startswith("error: no\\x1b[31m")
+    assert f"such\\udcff\\u202e[/]/{FILE_NAME}: expected the record of a run, found none" in line
 
 
 class _Broken(io.StringIO):
