@@ -8,17 +8,71 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import sys
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Annotated, Any, Self
 from urllib.parse import SplitResult, urlsplit
 
+from pydantic import BaseModel, Field
+
 from abliterate.errors import AbliterateError, UsageError
+from abliterate.files.bounded import MB, Kind
 
 #: The environment's variable that holds the key.
 KEY = "OPENAI_API_KEY"
 
 #: The environment's variable that names hosts (HOST or HOST:PORT, comma-separated) which get the key over plain http.
 IN_THE_CLEAR = "ABLITERATE_KEY_OVER_HTTP"
+
+
+#: What servers answer. They are strangers: nothing in an answer is used before its type is known.
+COMPLETION = Kind("a completion", 16 * MB, AbliterateError, "check that the address is right")
+LISTING = Kind("a list of models", 16 * MB, AbliterateError, "check that the address is right, most end in /v1")
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int
+
+
+class _Choice(BaseModel):
+    text: str = ""
+    finish_reason: str | None = None
+    token_ids: list[Annotated[int, Field(ge=0, lt=2**31, strict=True)]] | None = None
+
+
+class Completion(BaseModel):
+    """An answer of `/completions`; vLLM's also holds the tokens."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Usage | None = None
+
+
+class _Message(BaseModel):
+    content: str | None = None
+
+
+class _Turn(BaseModel):
+    message: _Message
+
+
+class ChatCompletion(BaseModel):
+    """An answer of `/chat/completions`."""
+
+    choices: Annotated[list[_Turn], Field(min_length=1)]
+
+
+class Served(BaseModel):
+    """A model that a server lists; of an adapter `parent` is the model that it is for."""
+
+    id: str
+    parent: str | None = None
+    owned_by: str | None = None
+
+
+class Listing(BaseModel):
+    """An answer of `/models`."""
+
+    data: list[Served]
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +104,11 @@ class Server:
         return cls(url.rstrip("/"), parts.netloc, key)
 
     def client(self, library: Any, *, timeout: float, retries: int) -> Any:
-        """A client of the `openai` library that follows no redirects; `timeout` in seconds."""
+        """A client of the `openai` library that follows no redirects; an answer takes at most `timeout` seconds."""
+        from abliterate.evaluation.limited import LimitedTransport  # as slow to import as the library
+
+        kinds = library.DefaultHttpxClient.__mro__
+        web = sys.modules[next(kind for kind in kinds if kind.__name__ == "Client").__module__.partition(".")[0]]
         # An organisation and a project of OpenAI's are nobody else's business.
         own = {} if _is_openai(urlsplit(self.url).hostname) else {"organization": "", "project": ""}
         return library.OpenAI(
@@ -58,13 +116,20 @@ class Server:
             api_key=self._key or "none",
             timeout=timeout,
             max_retries=retries,
-            http_client=library.DefaultHttpxClient(follow_redirects=False, timeout=timeout),
+            http_client=library.DefaultHttpxClient(
+                follow_redirects=False, timeout=timeout, transport=LimitedTransport(web, self.url, timeout)
+            ),
             **own,
         )
 
     def without_key(self, text: str) -> str:
         """What a server said, in which the key is blacked out."""
         return text.replace(self._key, "…") if self._key else text
+
+    def said(self, error: Exception) -> str:
+        """An error of the client on one line, with what is behind it and without the key."""
+        cause = f" {error.__cause__}" if error.__cause__ and not getattr(error, "status_code", None) else ""
+        return " ".join(self.without_key(f"{error}{cause}").split())[:200]
 
     def redirected(self, who: str, error: Exception) -> AbliterateError | None:
         """What `who` raises for an answer that points elsewhere; None for all other errors."""

@@ -15,8 +15,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, in_a_line, nothing_edited
-from abliterate.evaluation.servers import Server
+from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, nothing_edited
+from abliterate.evaluation.servers import COMPLETION, LISTING, Completion, Listing, Served, Server
 from abliterate.model.generation import Reply
 
 #: What to do about a status, where it is clear.
@@ -59,11 +59,12 @@ class ServerEngine:
         self._rejected = (self._openai.BadRequestError, self._openai.UnprocessableEntityError)
         self._timeout, self._retries = timeout, retries
         with self._connected() as client:
-            served = list(client.models.list())
+            listed = client.models.with_raw_response.list().content
+        served = LISTING.checked(self.name, LISTING.parsed(self.name, listed), Listing).data
         self._original = self._served(served, original)
         self._edited = None if edited is None else self._served(served, edited)
         self._model = self._original
-        self._is_vllm = any(getattr(model, "owned_by", "") == "vllm" for model in served)
+        self._is_vllm = any(model.owned_by == "vllm" for model in served)
         self._takes_ids: bool | None = None
 
     @property
@@ -71,11 +72,11 @@ class ServerEngine:
         """With the server's host."""
         return self._name
 
-    def _served(self, served: Sequence[Any], wanted: str | None) -> str:
+    def _served(self, served: Sequence[Served], wanted: str | None) -> str:
         """The name `wanted`, or the only one that is no adapter."""
-        names = [str(model.id) for model in served]
+        names = [model.id for model in served]
         if wanted is None:
-            whole = [str(model.id) for model in served if getattr(model, "parent", None) is None]
+            whole = [model.id for model in served if model.parent is None]
             if len(whole) == 1:
                 return whole[0]
         elif wanted in names:
@@ -162,30 +163,27 @@ class ServerEngine:
             "use a server that takes ids (vLLM does)"
         )
 
-    def _request(self, client: Any, prompt: list[int] | str, max_new_tokens: int) -> Any:
+    def _request(self, client: Any, prompt: list[int] | str, max_new_tokens: int) -> Completion:
         more: dict[str, Any] = {}
         if self._is_vllm:
             more = {"return_token_ids": True, "repetition_penalty": 1.0}
             more |= {"ignore_eos": True, "stop_token_ids": sorted(self._ends)}
-        return client.completions.create(
+        answer = client.completions.with_raw_response.create(
             model=self._model, prompt=prompt, max_tokens=max_new_tokens, temperature=0, extra_body=more
         )
+        return COMPLETION.checked(self.name, COMPLETION.parsed(self.name, answer.content), Completion)
 
-    def _reply(self, prompt: Sequence[int], completion: Any) -> Reply:
-        usage, choices = getattr(completion, "usage", None), getattr(completion, "choices", None)
-        if not choices:
-            raise AbliterateError(f"{self.name}: expected a completion, found none; check that the address is right")
+    def _reply(self, prompt: Sequence[int], completion: Completion) -> Reply:
+        usage, choice = completion.usage, completion.choices[0]
         if usage is not None and usage.prompt_tokens != len(prompt):
             raise AbliterateError(
                 f"{self.name}: expected a prompt of {len(prompt)} tokens, found {usage.prompt_tokens}; serve a "
                 "model with the same tokenizer"
             )
-        ended = choices[0].finish_reason == "stop"
-        tokens = getattr(choices[0], "token_ids", None)
-        if tokens is not None:
-            return as_reply(self._tokenizer, tokens, self._ends, ended=ended)
-        text = str(choices[0].text)
-        return Reply(tuple(self._tokenizer(text, add_special_tokens=False)["input_ids"]), text, ended)
+        ended = choice.finish_reason == "stop"
+        if choice.token_ids is not None:
+            return as_reply(self._tokenizer, choice.token_ids, self._ends, ended=ended)
+        return Reply(tuple(self._tokenizer(choice.text, add_special_tokens=False)["input_ids"]), choice.text, ended)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[Any]:
@@ -204,7 +202,7 @@ class ServerEngine:
         return AbliterateError(f"{self.name}: expected an answer, found {found} ({self._said(error)}); {todo}")
 
     def _said(self, error: Exception) -> str:
-        return self._server.without_key(in_a_line(error))
+        return self._server.said(error)
 
 
 def _library() -> Any:

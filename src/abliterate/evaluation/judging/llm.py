@@ -23,7 +23,7 @@ from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.text import read_answer as answer_in
 from abliterate.evaluation.judging.text import short, strip_machinery
-from abliterate.evaluation.servers import Server
+from abliterate.evaluation.servers import COMPLETION, ChatCompletion, Server
 from abliterate.files.bounded import parse_json
 from abliterate.files.cache import DiskCache
 
@@ -154,7 +154,7 @@ class LlmJudge:
         """The verdict on one message, and what went wrong if no answer came."""
         openai = self._openai
         try:
-            return read_answer(_content(self._complete(message))), ""
+            return read_answer(self._complete(message)), ""
         except (openai.AuthenticationError, openai.PermissionDeniedError) as error:
             raise AbliterateError(
                 f"judge '{self._name}': the server does not accept the key (HTTP {error.status_code}); "
@@ -170,12 +170,12 @@ class LlmJudge:
                 raise elsewhere from None
             return Verdict(Label.UNKNOWN, type(error).__name__), f"{type(error).__name__} ({self._plain(error)})"
 
-    def _complete(self, message: str) -> Any:
+    def _complete(self, message: str) -> str:
         """What the server answers, asked with the parameters that it takes."""
         options = self._options
         while True:
             try:
-                completion = self._client.chat.completions.create(
+                answer = self._client.chat.completions.with_raw_response.create(
                     model=self._model, messages=[{"role": "user", "content": message}], **options
                 )
             except (self._openai.BadRequestError, self._openai.UnprocessableEntityError) as error:
@@ -184,11 +184,19 @@ class LlmJudge:
                 options = others
             else:
                 self._options = options
-                return completion
+                return self._content(answer.content)
 
     def _plain(self, error: Exception) -> str:
         """An error on one line, without the key."""
-        return " ".join(self._server.without_key(str(error)).split())[:200]
+        return self._server.said(error)
+
+    def _content(self, answer: bytes) -> str:
+        """The text of an answer. Raises ValueError for what is no chat completion (a web page, an empty list)."""
+        try:
+            found = COMPLETION.checked(self._name, COMPLETION.parsed(self._name, answer), ChatCompletion)
+        except AbliterateError as error:
+            raise ValueError(str(error)) from error
+        return found.choices[0].message.content or ""
 
 
 def read_answer(answer: str) -> Verdict:
@@ -217,14 +225,6 @@ def _without_refused(options: Mapping[str, float], said: str) -> Mapping[str, fl
         return None
     others = {name: value for name, value in options.items() if name != refused}
     return others | {"max_completion_tokens": options[refused]} if refused == "max_tokens" else others
-
-
-def _content(completion: Any) -> str:
-    """The text of an answer. Raises ValueError for what is no chat completion (a web page, an empty list)."""
-    try:
-        return str(completion.choices[0].message.content or "")
-    except (AttributeError, IndexError, TypeError):
-        raise ValueError("not a chat completion") from None
 
 
 def _without_asking(exchange: Exchange) -> Verdict | None:
