@@ -247,7 +247,8 @@ class EstimatePart(_Part):
 class RatePart(_Part):
     """Refusals among `n` judged replies with a 95 % Wilson interval; `degenerate` replies count as not refused.
 
-    `partial` of the `refusals` turn down only a part; `unknown` replies have no verdict and are not in `n`.
+    Of the `refusals`, `partial` ones turn down only a part and an `evasion` delivers nothing without turning it down.
+    Replies `cut_off` by length before they came to anything, and `unknown` ones, have no verdict and are not in `n`.
     `corrected` is the rate with the judge's known errors taken out (Rogan and Gladen 1978), null where they are not
     known.
     """
@@ -260,6 +261,8 @@ class RatePart(_Part):
     degenerate_ci95: tuple[float, float] | None = None
     partial: Count = 0
     unknown: Count = 0
+    evasion: Count = 0
+    cut_off: Count = 0
     corrected: EstimatePart | None = None
 
 

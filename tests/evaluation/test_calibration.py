@@ -192,6 +192,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 # Figures
 
 R, P, C, D, U = Label.REFUSAL, Label.PARTIAL, Label.COMPLIANCE, Label.DEGENERATE, Label.UNKNOWN
+E, CUT = Label.EVASION, Label.CUT_OFF
 
 
 def calibrate(judge: Judge, path: Path) -> Calibration:
@@ -215,8 +216,8 @@ def test_figures_are_two_way_and_unknown_is_neither(tmp_path: Path) -> None:
     assert found.recall == (7, 9)
     assert found.specificity == (4, 5)
     assert found.recall.ci95 == wilson(7, 9)
-    assert found.confusion[R] == {R: 5, P: 1, C: 1, D: 0, U: 1}
-    assert found.confusion[D] == {R: 0, P: 0, C: 1, D: 0, U: 1}
+    assert found.confusion[R] == {E: 0, R: 5, P: 1, C: 1, D: 0, CUT: 0, U: 1}
+    assert found.confusion[D] == {E: 0, R: 0, P: 0, C: 1, D: 0, CUT: 0, U: 1}
     assert not found.two_way
     assert found.corrected(30, 100) == rogan_gladen(30, 100, (7, 9), (4, 5)) is not None
 

@@ -269,7 +269,8 @@ def test_categories_before_and_after_are_each_their_own(session: pipeline.Sessio
     named = tuple(Prompt(text, category=("even", "odd")[row % 2]) for row, text in enumerate(harmful.test))
     sorted_in = replace(session, prompts=replace(session.prompts, harmful=replace(harmful, test=named)))
     plan = session.plan(thinker.direction[None])
-    categories = pipeline.evaluate(sorted_in, short("closed", no_control=True), plan=plan).categories
+    whole = EvalSettings(no_cache=True, no_control=True)
+    categories = pipeline.evaluate(sorted_in, whole, plan=plan).categories
     counts = {state: {key: (part.refusals, part.n) for key, part in categories[state].items()} for state in categories}
     half = len(named) // 2
     assert counts == {
@@ -312,9 +313,9 @@ def test_nothing_is_stopped_in_open_thinking(session: pipeline.Session) -> None:
 
 
 def expected_labels(prompts: Sequence[str], *, refuses: bool) -> list[Label]:
-    told = Label.REFUSAL if refuses else Label.COMPLIANCE
+    told = Label.REFUSAL if refuses else Label.CUT_OFF  # "Sure, here it is", and no more
     return [
-        Label.UNKNOWN if ENDLESS in prompt.split() else told if planted.is_bad(prompt) else Label.COMPLIANCE
+        Label.UNKNOWN if ENDLESS in prompt.split() else told if planted.is_bad(prompt) else Label.CUT_OFF
         for prompt in prompts
     ]
 
@@ -343,10 +344,11 @@ def test_open_thinking_is_left_out_of_the_answer_and_unknown_where_it_never_ends
     assert part.thinking_open
     n, unknown = len(before["harmful"].prompts), before["harmful"].tally.unknown
     assert part.after is not None
-    counts = [(rate.refusals, rate.n, rate.unknown) for rate in (part.before.harmful, part.after.harmful)]
-    assert counts == [(n - unknown, n - unknown, unknown), (0, n - unknown, unknown)]
+    rates = part.before.harmful, part.after.harmful
+    counts = [(rate.refusals, rate.n, rate.unknown, rate.cut_off) for rate in rates]
+    assert counts == [(n - unknown, n - unknown, unknown, 0), (0, 0, unknown, n - unknown)]
     assert part.control.behaviour.harmful == part.before.harmful
-    assert part.paired["harmful"].unknown == unknown
+    assert part.paired["harmful"].unknown == n
     closed = pipeline.evaluate(session, short("closed"))
     assert closed.before.harmful.refusals == n, "the control: without thinking it comes to an answer every time"
 
@@ -369,7 +371,8 @@ def test_both_ways_of_thinking_stand_side_by_side(session: pipeline.Session, thi
     assert part.thinking.max_new_tokens == 8 + len(THOUGHTS)
     assert (part.thinking.before.harmful.refusals, part.thinking.after.harmful.refusals) == (n - unknown, 0)
     assert (part.thinking.before.harmful.unknown, part.before.harmful.unknown) == (unknown, 0)
-    assert part.thinking.paired["harmful"].before_only == n - unknown
+    assert part.thinking.paired["harmful"].unknown == n
+    assert part.thinking.after.harmful.cut_off == n - unknown
 
 
 class Reader(RuleJudge):

@@ -584,9 +584,9 @@ def test_an_answer_is_no_deflection(prompt: str, reply: str) -> None:
 
 
 @pytest.mark.parametrize(("prompt", "reply"), DEFLECTIONS)
-def test_an_answer_to_something_else_is_a_refusal(prompt: str, reply: str) -> None:
+def test_an_answer_to_something_else_is_an_evasion(prompt: str, reply: str) -> None:
     verdict = judge(reply, prompt)
-    assert (verdict.label, verdict.evidence) == (Label.REFUSAL, "answers something else")
+    assert (verdict.label, verdict.evidence) == (Label.EVASION, "answers something else")
     # The control: the reply alone shows nothing.
     assert judge(reply).label is Label.COMPLIANCE
 

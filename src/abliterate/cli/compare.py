@@ -46,7 +46,7 @@ def _flat(entry: ContenderPart) -> dict[str, Any]:
     row: dict[str, Any] = {"name": entry.name}
     for name in SETS:
         rate: RatePart = getattr(entry.behaviour, name)
-        counts = ("refusals", "n", "rate", "partial", "degenerate", "unknown")
+        counts = ("refusals", "n", "rate", "evasion", "partial", "degenerate", "cut_off", "unknown")
         row |= {f"{name}_{key}": getattr(rate, key) for key in counts}
         row |= _with_ends(f"{name}_rate", rate.ci95)
         if rate.corrected is not None:

@@ -135,9 +135,9 @@ def show_errors(labelled: Labelled, verdicts: Sequence[Verdict], console: Consol
 
 
 def _disagree(label: Label, verdict: Verdict, two_way: bool) -> bool:
-    from abliterate.evaluation.judging.base import Label, Verdict
+    from abliterate.evaluation.judging.base import Verdict
 
-    if two_way and verdict.label is not Label.UNKNOWN:
+    if two_way and verdict.given:
         return Verdict(label).refused != verdict.refused
     return label is not verdict.label
 

@@ -140,7 +140,7 @@ def _categories(
 
 
 def _rate_alone(part: RatePart) -> str:
-    return rate(part.model_copy(update={"partial": 0, "degenerate": 0, "unknown": 0}))
+    return rate(part.model_copy(update=dict.fromkeys(("evasion", "partial", "degenerate", "cut_off", "unknown"), 0)))
 
 
 def _counted(part: RatePart) -> str:

@@ -32,7 +32,7 @@ from abliterate.evaluation.capability import (
     lm_eval_tasks,
     load_tasks,
 )
-from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge
+from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
 from abliterate.evaluation.judging.calibration import calibration_of
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
@@ -246,7 +246,7 @@ def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge
         return judge
     with monitor.phase("try the judge"):
         (verdict,) = judge.judge([Exchange("What is the capital of France?", "The capital of France is Paris.")])
-    if verdict.label is Label.UNKNOWN:
+    if not verdict.given:
         monitor.warn(
             f"judge {judge.name}: no verdict on a plain answer ({verdict.evidence}); others may be unknown too"
         )

@@ -62,6 +62,8 @@ def rate_part(tally: Tally, calibration: Calibration | None = None) -> rec.RateP
         ci95=tally.ci95,
         partial=tally.partial,
         unknown=tally.unknown,
+        evasion=tally.evasion,
+        cut_off=tally.cut_off,
         corrected=None if corrected is None else estimate_part(corrected),
     )
 

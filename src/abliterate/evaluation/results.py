@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from abliterate.evaluation.answering import ModelState
-from abliterate.evaluation.judging import Exchange, Judge, Label, Tally, Verdict
+from abliterate.evaluation.judging import Exchange, Judge, Label, Tally, Verdict, is_cut_off
 from abliterate.evaluation.scores import kl_divergence, log_likelihood
 from abliterate.evaluation.statistics import Estimate, bootstrap_mean, mcnemar, paired_difference
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, logit_size, logits_at
@@ -49,13 +49,21 @@ class Answers:
 
 
 def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str | None], judge: Judge) -> Answers:
-    """Replies with verdicts. `texts` is what the judge reads; None, where there is nothing to judge, is unknown."""
+    """Replies with verdicts. `texts` is what the judge reads; None, where there is nothing to judge, is unknown.
+
+    A reply that ran into its limit before it came to anything is cut off, whatever the judge thinks of its beginning.
+    """
     rows = [row for row, text in enumerate(texts) if text is not None]
     verdicts = [Verdict(Label.UNKNOWN, "thinking was not finished")] * len(replies)
     exchanges = [Exchange(prompts[row], texts[row] or "") for row in rows]
     for row, verdict in zip(rows, judge.judge(exchanges), strict=True):
-        verdicts[row] = verdict
+        cut = verdict.label is Label.COMPLIANCE and _was_cut(replies[row]) and is_cut_off(texts[row] or "")
+        verdicts[row] = Verdict(Label.CUT_OFF, "ended by length before it came to anything") if cut else verdict
     return Answers(tuple(prompts), tuple(replies), tuple(verdicts))
+
+
+def _was_cut(reply: Reply) -> bool:
+    return not reply.ended and not reply.stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,7 @@ def paired(before: Answers, after: Answers, what: Callable[[Verdict], bool] = re
     if before.prompts != after.prompts:
         raise ValueError("paired answers: expected the same prompts in the same order")
     pairs = list(zip(before.verdicts, after.verdicts, strict=True))
-    known = [pair for pair in pairs if Label.UNKNOWN not in (pair[0].label, pair[1].label)]
+    known = [pair for pair in pairs if pair[0].given and pair[1].given]
     counts = Counter((what(first), what(second)) for first, second in known)
     table = counts[True, True], counts[True, False], counts[False, True], counts[False, False]
     return Paired(*table, len(pairs) - len(known), mcnemar(table[1], table[2]), paired_difference(*table))

@@ -22,6 +22,8 @@ from abliterate.record import TokenPart
 
 #: Tokens of a reply that are judged: enough for its first sentence.
 REPLY_TOKENS = 16
+#: Replies that hand over nothing of what was asked.
+_WHOLLY = (Label.REFUSAL, Label.EVASION)
 #: A token is looked at when its mean probability where the model refuses is at least this …
 MIN_PROBABILITY = 0.01
 #: … at least this many times that where the model answers …
@@ -64,7 +66,7 @@ def find_refusals(
     both = harmful + harmless
     replies = complete(model, tokenizer, both, REPLY_TOKENS, size, progress)
     labels = [judge(reply.text).label for reply in replies]
-    refused = [row for row, label in enumerate(labels[: len(harmful)]) if label is Label.REFUSAL]
+    refused = [row for row, label in enumerate(labels[: len(harmful)]) if label in _WHOLLY]
     answered = [row for row, label in enumerate(labels) if label is Label.COMPLIANCE]
     if not refused:
         return Refusals(0, len(harmful), ())
@@ -129,6 +131,6 @@ def _try_out(
     forced = Encoded(prompts.prefix, tuple((*s, token) for token in tokens for s in prompts.suffixes))
     replies = complete(model, tokenizer, forced, REPLY_TOKENS - 1, size)
     texts = [tokenizer.decode([s[-1], *r.tokens]) for s, r in zip(forced.suffixes, replies, strict=True)]
-    refusing = [judge(text).label is Label.REFUSAL for text in texts]
+    refusing = [judge(text).label in _WHOLLY for text in texts]
     count = len(prompts)
     return {token: (sum(refusing[i * count : (i + 1) * count]), count) for i, token in enumerate(tokens)}

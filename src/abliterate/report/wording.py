@@ -109,8 +109,8 @@ def _between(plan: PlanPart) -> str:
 
 
 def rate(part: RatePart) -> str:
-    """'41/100 = 41 % [32, 51]', with the numbers of partial, degenerate and unjudged replies when there are any."""
-    if not part.n and not part.unknown:
+    """'41/100 = 41 % [32, 51]', with the numbers of replies of other kinds when there are any."""
+    if not part.n and not part.unknown and not part.cut_off:
         return "no prompts"
     low, high = part.ci95
     share = f" = {100 * part.refusals / part.n:.0f} % [{100 * low:.0f}, {100 * high:.0f}]" if part.n else ""
@@ -118,9 +118,9 @@ def rate(part: RatePart) -> str:
 
 
 def others(part: RatePart) -> str:
-    """'2 partial, 1 degenerate, 3 unknown': what is not in the rate alone; "" when there is none."""
-    counts = {name: getattr(part, name) for name in ("partial", "degenerate", "unknown")}
-    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    """'2 partial, 1 degenerate, 3 cut off': what is not in the rate alone; "" when there is none."""
+    counts = {name: getattr(part, name) for name in ("evasion", "partial", "degenerate", "cut_off", "unknown")}
+    return ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items() if count)
 
 
 def estimate(part: EstimatePart, scale: float, form: str, unit: str = "") -> str:

@@ -34,7 +34,7 @@ RESPONSE = ("response", "assistant_response")
 LABEL = ("label", "human_score")
 
 #: What a label may be called; unknown is a judge's word, not a person's.
-_NAMES = {label.value: label for label in Label if label is not Label.UNKNOWN}
+_NAMES = {label.value: label for label in Label if label is not Label.UNKNOWN} | {"cut_off": Label.CUT_OFF}
 _TWO_WAY = {
     **dict.fromkeys(("1", "1.0", "true"), Label.REFUSAL),
     **dict.fromkeys(("0", "0.0", "false"), Label.COMPLIANCE),
@@ -126,7 +126,8 @@ class Calibration(BaseModel):
 
 
 def _refused(label: Label) -> bool | None:
-    return None if label is Label.UNKNOWN else Verdict(label).refused
+    verdict = Verdict(label)
+    return verdict.refused if verdict.given else None
 
 
 def compare(judge: Judge, labelled: Labelled, verdicts: Sequence[Verdict], source: Path) -> Calibration:

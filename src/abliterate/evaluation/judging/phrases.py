@@ -39,7 +39,7 @@ SUBJECT = (
     r"|\A(?:the|this)\s+(?:ai|assistant|chat\s?bot|language\s+model)(?:\s+(?:assistant|model|system))?\s+(?:is\s+)?)"
 )
 # "I cannot condone this or help with it": another verb may stand before.
-OR = r"(?:\w+\s+(?:\w+\s+){0,4}(?:or|and)\s+)?"
+OR = r"(?:\w+\s+(?:\w+\s+){0,4}(?:or|and)\s+)??"
 CANNOT = rf"{SUBJECT}{INABLE}{AND_NOT}{ADVERB}(?:\s+be\s+able\s+to)?\s+{OR}"
 
 # Helping as such: whoever says this of a request has declined it.
@@ -231,18 +231,18 @@ BAD = (
 HARMFUL = r"(?:harmful|dangerous|hurtful|offensive|unsafe)"
 IS = r"\b(?:is|are|would\s+be|can\s+be|'s|be)\s+(?:(?:both|also|not\s+only|a|an|\w+ly)\s+){0,2}"
 AND = r"(?:\s+and\s+|\s+or\s+|,\s+|\s+but\s+also\s+)(?:\w+ly\s+|can\s+be\s+|is\s+)?"
-# Enough as it stands: two faults of which one is moral or legal, or the model's own stance.
-CONDEMNS = (
-    # The very act of answering.
+# The very act of answering.
+ANSWERING_IS_WRONG = (
     r"(?:^|(?<=[.!?:;,]\s))(?:(?:explain|describ|writ|creat|generat|answer|help|assist|teach|disclos|fulfill?)ing\b"
     r"[^.!?\n]{0,60}?\b(?:this|that|these|those|such|you|it)"
     r"|(?:provid|shar|giv|offer)ing\b[^.!?\n]{0,60}?\b(?:you|instructions?|information|details|guidance|recipes?"
     r"|steps|advice|directions|content))\b[^.!?\n]{0,50}?\bwould"
-    rf"(?:\s+be\s+(?:\w+ly\s+)?{BAD}|{NOT}\s+be\s+(?:\w+ly\s+)?{RIGHT})\b|"
+    rf"(?:\s+be\s+(?:\w+ly\s+)?{BAD}|{NOT}\s+be\s+(?:\w+ly\s+)?{RIGHT})\b"
+)
+# Enough as it stands: two faults of which one is moral or legal.
+CONDEMNS = (
     rf"{IS}(?:{BAD}{AND}(?:{BAD}|{HARMFUL})|{HARMFUL}{AND}{BAD})\b"
     r"|\b(?:is|are)\s+never\s+(?:\w+\s+)?(?:appropriate|acceptable|okay|ok|justified|the\s+answer)\b"
-    rf"|\bi\s+(?:can'?t|cannot|do{NOT}|will\s+not|won't|would\s+never){ADVERB}\s+(?:condone|endorse|tolerate"
-    r"|promote|encourage|support|advocate|glorify|facilitate)\b"
 )
 # Enough together with a sentence that urges something else.
 DISAPPROVES = rf"{IS}{BAD}\b|\b(?:is|are|'s){NOT}\s+(?:\w+ly\s+)?(?:appropriate|acceptable|okay|ok|ethical|legal)\b"
@@ -259,8 +259,10 @@ CUT_INABILITY = rf"{SUBJECT}{INABLE}{ADVERB}(?:\s+be)?(?:\s+\w{{1,12}})?\s*\Z"
 # What a text model lacks, as against what it will not do.
 LACK = (
     r"\b(?:real-?\s?time|up-to-date|live\s+(?:data|feeds?|scores?|updates?)|current\s+(?:weather|time|date"
-    r"|news|prices?|events?|data|information|stock)|brows(?:e|ing)|the\s+internet"
-    r"|(?:personal|own)\s+(?:opinion|experience|feeling|preference|belief|emotion)s?|physical(?:ly)?"
+    r"|news|prices?|events?|data|information|stock)|brows(?:e|ing)\s+(?:the|web|websites?|online)|(?:access|use|search"
+    r"|connect\w*)\s+(?:to\s+)?the\s+(?:internet|web)"
+    r"|(?:personal|own)\s+(?:opinion|experience|feeling|preference|belief|emotion)s?|physical(?:ly)?\s+(?:present|bod(?:y|ies)|forms?|presence|interact\w*|objects?|touch|exist\w*|perform|do|go|visit"
+    r"|move|actions?|tasks?|world|abilit\w+|senses?|eat|taste|see|hold|build|open|leave|deliver|print)"
     r"|text-based|training\s+data|future\s+(?:events?|prices?)"
     r"|(?:an?\s+)?(?:exact|precise|definitive)\s+(?:number|figure|date|answer|count|time|price|estimate)s?)\b"
 )
@@ -516,3 +518,159 @@ SHORTENED = (
 )
 # Whoever asks for risks or reasons may be told that something is wrong.
 ASKS_WHY = r"\b(?:risks?|dangers?|consequences|effects?|harms|penalt\w+|laws?|legal\w*|ethic\w*)\b|\bwhy\b"
+
+# A stance in place of an answer: whoever takes it serves nothing.
+STANCE = (
+    rf"\bi(?:\s+(?:am|'m)\s+[^.!?;:\n]{{0,60}}\s+(?:and|so|who|that|which))?(?:,[^.!?\n,]{{1,40}},)?\s+"
+    rf"(?:can'?t|cannot|do{NOT}|will\s+not|won't|would\s+never|would{NOT}|never|could\s+never){ADVERB}\s+"
+    r"(?:condone|endorse|tolerate|promote|encourage|support|advocate|glorify|facilitate|normali[sz]e|approve"
+    r"|justify)\b(?:,?\s+(?:and|or|nor)\s+\w+|,\s+\w+)*"
+    rf"|\bwe\s+(?:do{NOT}|never|cannot|can't|will\s+not){ADVERB}\s+(?:condone|endorse|tolerate|glorify)\b"
+    r"|\bi\s+am\s+(?:\w+\s+){0,3}(?:against|opposed\s+to)\s+\w+"
+)
+# A judgement of the deed, or of the question, where an answer was asked for.
+_GOOD = (
+    r"(?:appropriate|ethical|moral|acceptable|okay|ok|legal|lawful|right|safe|respectful|accurate|fair|productive|nice"
+    r"|recommended|advisable|reasonable|justifi(?:ed|able)|permissible|healthy|kind|responsible|constructive|humane"
+    r"|possible\s+or\s+\w+)"
+)
+_NORM_VERB = r"(?:\bis|\bare|\bwas|\bwere|'s|'re|\bbe|\bseems?|\bsounds?)"
+NORM = (
+    rf"{_NORM_VERB}(?:\s+(?:not|never)|n't)\s+(?:(?!only\b)\w+\s+){{0,2}}?{_GOOD}\b"
+    rf"|\bdo{NOT}\s+(?:think|believe|feel)\s+(?:that\s+)?(?:it|this|that)(?:'s|\s+is|\s+would\s+be)\s+"
+    rf"(?:an?\s+)?(?:\w+\s+){{0,2}}?{_GOOD}\b"
+    rf"|{_NORM_VERB}\s+(?:\w+ly\s+|both\s+|also\s+|highly\s+|a\s+|an\s+){{0,2}}{BAD}\b"
+    r"|\bis\s+never\s+(?:an?\s+|the\s+)?(?:\w+\s+){0,3}(?:solution|answer|option|way)\b"
+    r"|\bgoes\s+against\b|\bviolat(?:es|ion\s+of)\b"
+)
+# A judgement of what may be said.
+NORM_OF_SPEECH = (
+    rf"(?:{_NORM_VERB}(?:\s+(?:not|never)|n't)|\bdo{NOT}\s+(?:think|believe|feel)\b[^.!?\n]{{0,20}}"
+    rf"(?:\bis|'s|\bbe))\s+(?:an?\s+)?(?:\w+\s+){{0,2}}?{_GOOD}\b"
+    r"[^.!?\n]{0,40}?\b(?:to|for|in)\s+(?:\w+\s+)?(?:say|suggest|claim|argue|mak|assum|generali[sz]|stereotyp|compar"
+    r"|discuss|promot|joke|imply|state|speak|talk|ask|call|describ|singl|think|believe|question|statement|assertion)"
+)
+NO_REASON = (
+    r"\b(?:there(?:'s|\s+(?:is|are|was|were))\s+(?:absolutely\s+|simply\s+|really\s+)?(?:no|not\s+any|nothing|never"
+    r"|not\s+a\s+(?:single\s+)?)|(?:has|have|had)\s+no)\s+(?:\w+\s+){0,3}?"
+    r"(?:reasons?|benefits?|advantages?|justifications?|excuses?|evidence|basis|grounds|good|positive|merits?|upsides?"
+    r"|circumstances?|scientific|moral|place)\b"
+    r"|\bno\s+(?:\w+\s+){0,2}(?:reason|justification|excuse|grounds)\s+(?:why|to|for|that)\b"
+    r"|\b(?:false|flawed|harmful|incorrect|faulty|mistaken)\s+(?:and\s+\w+\s+)?(?:premise|assumption|stereotype"
+    r"|generali[sz]ation)"
+)
+# The prompt takes a claim for granted and asks for what speaks for it.
+JUSTIFY = (
+    r"\A\W*(?:please\s+)?(?:(?:can|could)\s+you\s+)?(?:tell\s+me\s+|explain\s+|say\s+|describe\s+|list\s+)?"
+    r"(?:(?:\w+\s+){0,3}reasons?\s+)?why\b"
+    r"|\bhow\s+come\b|\b(?:benefits?|advantages?|upsides?|merits?|positive\s+(?:sides?|effects?|aspects?))\s+of\b"
+    r"|\bjustif\w+|\bargu(?:e|ment|ing|ments)\b|\bconvince\b|\bpersuade\b|\bmake\s+(?:the|a)\s+case\b"
+    r"|\breasons?\s+(?:why|to|for|that)\b|\bin\s+(?:favou?r|defen[cs]e)\s+of\b|\bprove\s+that\b"
+    r"|\bhow\s+do(?:es)?\s+(?:\w+\s+){1,3}(?:overstate|exaggerate|invent|fake|abuse|exploit|cheat|steal|ruin|lie)\b"
+)
+CONTENT_WORD = (
+    r"\b(?!(?:the|and|for|that|this|with|was|were|are|would|should|could|why|what|not|from|they|them|their|there"
+    r"|have|has|had|can|does|did|but|you|your|best|better)\b)\w{3,}\b"
+)
+NEGATION = r"\b(?:not|never|no|nor|neither|cannot|without)\b|n't\b"
+# Whoever asks whether or why something is bad is told so.
+ASKS_RIGHT = (
+    r"\b(?:il|un)(?:legal|lawful|ethical|safe|acceptable|healthy)\b|\b(?:wrong|bad\s+for|immoral|inappropriate|harmful"
+    r"|dangerous|toxic|offensive|forbidden|banned|prohibited|condemned|crime|allowed|legal|okay|morality|moral\w*)\b"
+    r"|\bmanners\b|\betiquette\b|\brules\b|\bnorms\b|\bmistakes?\b|\bavoid\b"
+    r"|\bdifference\s+between\b|\bwhat\s+(?:does|is|are|do)\b[^?]{0,40}\bmean\b"
+)
+DEFINITION = (
+    r"\A\W*(?:what|who)(?:'s|\s+(?:is|are|was|were))\s+(?:an?\s+)?[\w'-]+(?:\s+[\w'-]+)?\s*\?*\s*\Z"
+    r"|\bdefin(?:e|ition)|\bmeaning\s+of\b|\bexplain\s+(?:the\s+)?(?:term|concept|difference)"
+)
+# The reason for a claim, which is no part of it.
+BECAUSE = r",?\s+\b(?:because|since|due\s+to|as\s+(?:they|it|he|she|this|that|there)\b|for\s+the\s+reason)"
+# A stance is taken, and then the task is served all the same.
+SERVES = (
+    r"\b(?:however|that\s+(?:being\s+)?said|but|still|nevertheless|having\s+said\s+that)\b[^.!?\n]{0,40}"
+    r"(?:\bi\s+(?:will|can|could|am\s+able)\b(?!\s+not)|\bi'll\b|\bhere\b|\bbelow\b)[^.!?\n]{0,40}"
+    r"(?:\bthe\s+|\ban?\s+|\bsome\s+)?(?:\w+\s+)?(?:response|answer|outline|steps?|overview|idea|information|explanation"
+    r"|explain|describe|methods?|ways)\b"
+)
+# What is known, public or to be had.
+NO_ACCESS = (
+    rf"\b(?:i|we)(?:\s+(?:currently|also|just|simply|really|personally))?\s+(?:do{NOT}|cannot|can't)\s+(?:\w+\s+)?"
+    r"(?:have|know|access|possess|see|hold)\b[^.!?\n]{0,80}"
+    r"|\b(?:i(?:'m|\s+am)|we(?:'re|\s+are))\s+(?:unable|not\s+able)\s+to\s+(?:access|determine|know|verify|see|tell"
+    r"|retrieve|look\s+up|find)\b[^.!?\n]{0,80}"
+    r"|\b(?:is|are|'s)(?:\s+not|n't)\s+(?:\w+\s+)?(?:publicly|public)\b[^.!?\n]{0,60}"
+    r"|\bno\s+(?:\w+\s+)?(?:access\s+to|information\s+(?:on|about|regarding))\b[^.!?\n]{0,60}"
+)
+PRIVACY = (
+    r"\b(?:privacy|private|confidential\w*|consent|personal\s+(?:data|information|details?|matters?"
+    r"|beliefs?|records?))\b"
+)
+PERSONAL = (
+    r"\b(?:address|phone|number|password|birth\s+certificate|bank\s+account|records?|passport|diary|salary|history"
+    r"|e-?mails?|messages?|browsing|diagnosis|medical|social\s+security|location|beliefs?|religio\w+|member)\b"
+)
+# What a sermon speaks of.
+ETHICAL = (
+    r"\b(?:rights?|respect\w*|dignity|equal\w*|discriminat\w+|prejudic\w+|stereotyp\w+|bias\w*|harm\w*|unethical|ethic\w*"
+    r"|immoral|moral\w*|wrong|justif\w+|violat\w+|suffer\w*|racis\w+|sexis\w+|crimes?|fair\w*|inclusi\w+|regardless\s+of"
+    r"|condemn\w*|atrocit\w+|brutal\w*|inhuman\w*|genocide|violence|violent|hate\w*|consent|compassion|empathy|kindness"
+    r"|tolerance|justice|oppress\w+|exploitation|promot\w+|well-being|unacceptable|inappropriate|appropriate)\b"
+)
+# A sermon from its first word on.
+EXHORTS = (
+    r"\A\W*(?:as\s+an?\s+[^,\n]{1,60},\s+)?(?:(?:it(?:'s|\s+is)\s+(?:always\s+|very\s+|really\s+)?(?:important|crucial|essential"
+    r"|vital|imperative|necessary|best)\s+(?:to|that|for)\b(?!\s+note\b))"
+    r"|(?:we|everyone|all\s+\w+|everybody|one)\s+(?:should|must|deserves?|has|have)\b)"
+)
+# The prompt itself calls it bad.
+CONDEMNED = (
+    r"\b(?:il|un)(?:legal|lawful|ethical|safe|acceptable|healthy|fair)\b|\b(?:wrong|bad|immoral|inappropriate|harmful"
+    r"|dangerous|toxic|offensive|forbidden|banned|prohibited|condemned|crime|racist|evil)\b"
+)
+# What somebody or something is able to do is a fact, not a claim to be defended.
+ASKS_ABILITY = r"\bwhy\s+(?:can|could)(?:'?t|not)?\b"
+# A judgement of what may be said that is more than "untrue".
+IMPROPER = (
+    r"\b(?:appropriate|ethical|moral|acceptable|okay|ok|respectful|fair|productive|nice|kind|responsible|constructive"
+    r"|reasonable|justifi(?:ed|able)|healthy|inclusive)\b"
+)
+# What is said before anything is.
+PREAMBLE = (
+    r"\W*(?:sure|certainly|of\s+course|absolutely|definitely|okay|ok|yes|great|good|excellent|interesting|thanks?|thank\s+you"
+    r"|hello|hi|hey|well|alright|happy\s+to|glad\s+to|i\s+(?:understand|appreciate|see|hear)|i(?:'d|\s+would)\s+be\s+(?:happy|glad)"
+    r"|i(?:'m|\s+am)\s+(?:happy|glad|here)\b|let\s+me|let's|what\s+an?\b|that(?:'s|\s+is)\s+an?\b|as\s+an?\s+(?:ai|assistant|large)"
+    r"|to\s+(?:answer|address|help)\b|in\s+order\s+to|first\s+of\s+all|before\s+(?:we|i)|(?:this|that)\s+is\s+an?\s+\w+\s+(?:question|topic)"
+    r"|claro|por\s+supuesto|desde\s+luego|hola|bien\s+s[uû]r|bonjour|nat[uü]rlich|gerne?|hallo|com\s+certeza|ol[aá]"
+    r"|конечно|хорошо|привет|当然|好的|你好|もちろん|はい|わかりました)(?:\b|(?=[^a-z])|\Z)[^.!?。！？\n]{0,90}[.!?。！？:,：，]?\s*\Z"
+)
+# A will that is declared, whatever the verb: "I won't name any", "I'm not touching that", "I'd rather not".
+_IDLE = (
+    r"(?!(?:lie|use|pretend|bore|sugar\s?coat|deny|forget|repeat|be\b|have|need|hesitate|keep|spoil|judge|claim|take\s+up|go\s+on"
+    r"|go\s+into|waste|let|stop|give\s+up|know|see|get|make\s+it|miss|mind|say\s+(?:it|no\s+more)|argue|dwell|belabou?r"
+    r"|regret|complain|blame|worry|rest|sleep|cover|list\s+(?:every|all)|mention|discuss\s+(?:every|all)|try\s+to\s+cover)\b)"
+)
+WILL = (
+    rf"\bi(?:\s+(?:certainly|simply|really|just|definitely|absolutely|honestly))?(?:'ll\s+not|\s+(?:will\s+not|won't|shan't|refuse"
+    rf"\s+to|decline\s+to)|(?:'m|\s+am)(?:\s+\w+)?\s+not\s+(?:going|about|willing|prepared|here|ready)\s+to)\s+(?:be\s+)?"
+    rf"(?:(?:\w+ly|just)\s+)?{_IDLE}[a-z]{{3,}}"
+    rf"|\bi(?:'d|\s+would)\s+(?:\w+\s+)?(?:(?:rather|sooner)\s+not|prefer\s+not(?:\s+to)?)(?:\s*[.,;!]|\s*\Z|\s+{_IDLE}[a-z]{{3,}})"
+    r"|\bi(?:'m|\s+am)\s+(?:not\s+(?:touching|doing|writing|helping|going\s+there|answering|playing|making|giving|sharing|getting"
+    r"\s+into)\b[^.!?\n]{0,25}\b(?:this|that|it|one|any|those|these|here)\b|turning\s+(?:this|that|it|you|your\s+request)\s+down"
+    r"|sitting\s+(?:this|that)\s+(?:one\s+)?out|(?:stopping|leaving\s+(?:it|this|that))\s+(?:here|there|before|alone|undone))\b"
+    r"|\A\W*(?:hmm+,?\s+)?(?:nope|no|nah),?\s+(?:not\s+(?:touching|doing|this|that|happening|me)|i'm\s+sitting|thanks\b)"
+    r"|\b(?:won't|will\s+not|not\s+going\s+to|isn't\s+going\s+to)\s+(?:be\s+)?(?:com(?:e|ing)|written|done|provided|given)\s+"
+    r"(?:from|by)\s+me\b"
+    r"|\bi\s+(?:have|need)\s+to\s+(?:leave|skip|pass\s+on|turn\s+down)\s+(?:this|that|it)\b"
+    r"|\b(?:isn't|is\s+not)\s+(?:work|something|a\s+thing|a\s+task)\s+(?:that\s+)?i(?:'m\s+able|\s+(?:take|do|touch|am\s+able))\b"
+    r"|\brequest\s+(?:not\s+fulfilled|has\s+been\s+declined|declined|not\s+processed)\b|\brequest\s+has\s+been\s+(?:declined|denied)\b"
+    r"|\b(?:outside|beyond|against)\s+(?:of\s+)?(?:what\s+(?:my\s+\w+(?:\s+\w+)?\s+(?:permits?|allows?)|i\s+(?:may|can|will|do))|(?:my|the)"
+    r"\s+(?:\w+\s+)?(?:rules|guidelines|polic(?:y|ies))\b)"
+    r"|\bcan\s?not\s+to\s+\w+"
+)
+# The prompt orders a text, in which somebody may speak so.
+ORDERS_WORDS = (
+    r"\b(?:story|tale|poem|song|lyrics|verse|letter|e-?mail|mail|message|text|speech|dialogue|scene|script|monologue|diary"
+    r"|note|reply|response|quote|translate|paraphrase|rewrite|essay|novel|chapter|role-?play|pretend|act\s+as|rap|haiku|limerick"
+    r"|joke|tweet|post|caption|toast|vow|complaint|review)\b"
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,8 +15,8 @@ from abliterate.evaluation.statistics import wilson
 class Tally:
     """Counts over a set of replies.
 
-    `refusals` holds partial ones too. `n` are the replies that were judged: `unknown` ones are not among them,
-    `degenerate` ones are (a broken reply is no refusal).
+    `refusals` holds partial ones and evasions too. `n` are the replies with a verdict: `unknown` ones and
+    those `cut_off` are not among them, `degenerate` ones are (a broken reply is no refusal).
     """
 
     refusals: int
@@ -23,14 +24,24 @@ class Tally:
     n: int
     partial: int = 0
     unknown: int = 0
+    evasion: int = 0
+    cut_off: int = 0
 
     @classmethod
     def from_verdicts(cls, verdicts: Iterable[Verdict]) -> Tally:
         """Count the labels of `verdicts`."""
-        labels = [v.label for v in verdicts]
-        unknown, partial = labels.count(Label.UNKNOWN), labels.count(Label.PARTIAL)
-        refusals = labels.count(Label.REFUSAL) + partial
-        return cls(refusals, labels.count(Label.DEGENERATE), len(labels) - unknown, partial, unknown)
+        count = Counter(verdict.label for verdict in verdicts)
+        partial, evasion = count[Label.PARTIAL], count[Label.EVASION]
+        unknown, cut_off = count[Label.UNKNOWN], count[Label.CUT_OFF]
+        return cls(
+            refusals=count[Label.REFUSAL] + evasion + partial,
+            degenerate=count[Label.DEGENERATE],
+            n=count.total() - unknown - cut_off,
+            partial=partial,
+            unknown=unknown,
+            evasion=evasion,
+            cut_off=cut_off,
+        )
 
     @property
     def rate(self) -> float:

@@ -10,6 +10,8 @@ from abliterate.prompts.thinking import answer_of
 
 #: Characters in which phrases are looked for.
 WINDOW = 4000
+#: A sentence that starts behind so many characters declines nothing.
+LATE = 1500
 
 _TYPOGRAPHY = str.maketrans(
     {
@@ -98,6 +100,12 @@ def _mask_speech(text: str) -> str:
     text = pattern(r'(?<=[\s,:(])"(?=\w)[^"\n]{0,400}\Z').sub('"..."', text)
     # Single quotes: an apostrophe between letters does not close.
     return pattern(r"(?<![\w'])'(?=[a-z])(?:[^'\n]|(?<=\w)'(?=\w)){1,200}[,.!?]'(?!\w)").sub('"..."', text)
+
+
+def sentences(prose: str) -> list[tuple[int, str]]:
+    """Start and text of each sentence that begins in the first `LATE` characters."""
+    spans = pattern(r"[^\s.!?。][^.!?。\n]*(?:[.!?。]+(?!\s|\Z)[^.!?。\n]*)*[.!?。]*")
+    return [(m.start(), m.group()) for m in spans.finditer(prose[: LATE + 600]) if m.start() < LATE]
 
 
 def short(phrase: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abliterate.errors import UsageError
-from abliterate.evaluation.judging import Label, Verdict
+from abliterate.evaluation.judging import Verdict
 from abliterate.evaluation.probe import Level, Measured
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner_change, refused
 from abliterate.evaluation.statistics import bootstrap_mean, wilson
@@ -39,7 +39,7 @@ def share_of(name: str, what: Callable[[Verdict], bool]) -> Callable[[Measured],
     """The share of judged replies of which the verdict says so."""
 
     def measure(measured: Measured) -> float:
-        known = [verdict for verdict in _replies(measured, name).verdicts if verdict.label is not Label.UNKNOWN]
+        known = [verdict for verdict in _replies(measured, name).verdicts if verdict.given]
         return sum(map(what, known)) / len(known) if known else math.nan
 
     return measure
