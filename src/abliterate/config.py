@@ -185,7 +185,7 @@ class EditSettings(WriterSettings):
 class ReplySettings(_Settings):
     """How replies are made and judged."""
 
-    max_new_tokens: Annotated[int, Field(gt=0)] = Field(32, description="Longest answer, in tokens.")
+    max_new_tokens: Annotated[int, Field(gt=0)] = Field(128, description="Longest answer, in tokens.")
     judge: str = Field(
         "rules",
         description="Who reads the answers: rules, classifier:ID (a model for sequence classification), or "
