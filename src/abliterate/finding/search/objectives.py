@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from abliterate.errors import UsageError
-from abliterate.evaluation.judging import Verdict
+from abliterate.evaluation.judging import Label, Verdict
 from abliterate.evaluation.probe import Level, Measured
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner_change, refused
 from abliterate.evaluation.statistics import bootstrap_mean, wilson
@@ -36,10 +36,10 @@ def _replies(measured: Measured, name: str) -> Answers:
 
 
 def share_of(name: str, what: Callable[[Verdict], bool]) -> Callable[[Measured], float]:
-    """The share of judged replies of which the verdict says so."""
+    """The share of judged replies of which the verdict says so; it does not of replies cut off."""
 
     def measure(measured: Measured) -> float:
-        known = [verdict for verdict in _replies(measured, name).verdicts if verdict.given]
+        known = [verdict for verdict in _replies(measured, name).verdicts if verdict.label is not Label.UNKNOWN]
         return sum(map(what, known)) / len(known) if known else math.nan
 
     return measure
