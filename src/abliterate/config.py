@@ -17,8 +17,19 @@ def cache_folder() -> Path:
     return Path(os.path.expanduser(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")))
 
 
+#: A seed that every generator takes: numpy's has 32 bits.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+#: How many of anything that one by one takes time: nobody waits for more.
+Number = Annotated[int, Field(ge=1, le=10**6)]
+
+
+def as_natural(text: str) -> int | None:
+    """The whole number that a text writes in at most nine digits, from 0; else None."""
+    return int(text) if text.isdecimal() and len(text) < 10 else None
+
+
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class FileSettings(_Settings):
@@ -46,7 +57,7 @@ class ModelSettings(FileSettings):
     @field_validator("batch_size")
     @classmethod
     def _auto_or_positive(cls, value: str) -> str:
-        if value != "auto" and not (value.isdecimal() and int(value) > 0):
+        if value != "auto" and not 0 < (as_natural(value) or 0) <= 10**6:
             raise ValueError(f"expected auto or a positive whole number, found '{value}'")
         return value
 
@@ -68,8 +79,8 @@ class PromptSettings(_Settings):
     eval_harmful: str | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
     eval_harmless: str | None = Field(None, description="Harmless prompts to evaluate on, instead of a held-out part.")
     borderline: str = Field("builtin", description="Safe prompts that sound dangerous, to evaluate on.")
-    limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many prompts per split.")
-    seed: int = Field(0, description="Seed of everything random (shuffling prompts, the control direction).")
+    limit: Number | None = Field(None, description="Use at most this many prompts per split.")
+    seed: Seed = Field(0, description="Seed of everything random (shuffling prompts, the control direction).")
 
 
 class RefusalSettings(_Settings):
@@ -89,7 +100,9 @@ class VerifySettings(RefusalSettings):
     all_prompts: bool = Field(
         False, description="Use all prompts, not only harmful ones that are refused and harmless ones that are not."
     )
-    max_kl: Annotated[float, Field(ge=0)] = Field(0.1, description="Most KL a chosen direction may cost (nats).")
+    max_kl: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        0.1, description="Most KL a chosen direction may cost (nats)."
+    )
 
 
 class SelectSettings(VerifySettings):
@@ -99,7 +112,9 @@ class SelectSettings(VerifySettings):
         None, description="Positions from the end to look at; default: the template's tokens after the instruction."
     )
     projected: bool = Field(False, description="Take each direction's component along the harmless mean out.")
-    min_induce: float = Field(0.0, description="A chosen direction's induce score must be above this.")
+    min_induce: Annotated[float, Field(ge=-1e6, le=1e6)] = Field(
+        0.0, description="A chosen direction's induce score must be above this."
+    )
     max_depth: Annotated[float, Field(gt=0, le=1)] = Field(0.8, description="Sites are below this share of the depth.")
 
 
@@ -125,8 +140,8 @@ class SearchSettings(_Settings):
     points: Annotated[int, Field(ge=1, le=50)] = Field(
         4, description="Edits of the front (from light to strong) that are measured by replies."
     )
-    steps: Annotated[int, Field(ge=1)] = Field(45, description="Steps of the gradient, all points together.")
-    trials: Annotated[int, Field(ge=1)] = Field(60, description="Trials of the black box.")
+    steps: Number = Field(45, description="Steps of the gradient, all points together.")
+    trials: Number = Field(60, description="Trials of the black box.")
     sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Sampler of the black box.")
     keep_direction: bool = Field(False, description="Search strengths only; the direction stays the mean difference.")
     objectives: str = Field("refusals,kl", description="What is minimised, two or more.")
@@ -139,7 +154,7 @@ class SearchSettings(_Settings):
     pick: str | None = Field(
         None, description="Choose 'knee' (the best trade-off) or a point by its number, without asking."
     )
-    search_tokens: Annotated[int, Field(gt=0)] = Field(
+    search_tokens: Number = Field(
         16, description="Longest answer while searching; held-out answers have --max-new-tokens."
     )
     no_held_out: bool = Field(False, description="Do not measure the points again on held-out prompts.")
@@ -147,7 +162,7 @@ class SearchSettings(_Settings):
     @field_validator("pick")
     @classmethod
     def _knee_or_number(cls, value: str | None) -> str | None:
-        if value is not None and value != "knee" and not (value.isdecimal() and int(value) > 0):
+        if value is not None and value != "knee" and not as_natural(value):
             raise ValueError("expected knee or the number of a point")
         return value
 
@@ -169,7 +184,9 @@ class WriterSettings(_Settings):
 class EditSettings(WriterSettings):
     """What the edit does to which writer."""
 
-    strength: float = Field(DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens.")
+    strength: Annotated[float, Field(gt=-1000, lt=1000)] = Field(
+        DEFAULT_STRENGTH, description="1 removes, 0 changes nothing, below 0 strengthens."
+    )
     norm_preserving: bool = Field(
         False, description="Give what every input feature writes (columns of weights) its old length back."
     )
@@ -185,7 +202,7 @@ class EditSettings(WriterSettings):
 class ReplySettings(_Settings):
     """How replies are made and judged."""
 
-    max_new_tokens: Annotated[int, Field(gt=0)] = Field(128, description="Longest answer, in tokens.")
+    max_new_tokens: Number = Field(128, description="Longest answer, in tokens.")
     judge: str = Field(
         "rules",
         description="Who reads the answers: rules, classifier:ID (a model for sequence classification), or "
@@ -203,9 +220,7 @@ class ThinkingSettings(_Settings):
     thinking: Literal["closed", "open", "both"] = Field(
         "closed", description="Whether a model that thinks does so before it answers; only the answer is judged."
     )
-    thinking_tokens: Annotated[int, Field(gt=0)] = Field(
-        512, description="Tokens that open thinking may take beside the answer."
-    )
+    thinking_tokens: Number = Field(512, description="Tokens that open thinking may take beside the answer.")
 
 
 class CapabilitySettings(_Settings):
@@ -223,7 +238,7 @@ class CapabilitySettings(_Settings):
     multiple_choice: Literal["letter", "text"] = Field(
         "letter", description="How --capability reads multiple choice: the likeliest letter, or the likeliest option."
     )
-    task_limit: Annotated[int, Field(gt=0)] | None = Field(None, description="Use at most this many questions a task.")
+    task_limit: Number | None = Field(None, description="Use at most this many questions a task.")
 
 
 class EvidenceSettings(_Settings):
@@ -317,7 +332,7 @@ class OutputSettings(FolderSettings):
 
 
 def _bytes(text: str) -> int | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kMGT]?)B", text.strip())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([kMGT]?)B", text.strip())
     size = int(float(match[1]) * 1000 ** "kMGT".index(match[2]) * 1000) if match and match[2] else None
     if match and not match[2]:
         size = int(float(match[1]))

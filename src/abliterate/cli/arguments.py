@@ -12,7 +12,7 @@ from rich.console import Console
 
 from abliterate.cli.options import flag_of
 from abliterate.cli.terminal import terminal, write_json
-from abliterate.config import EvalSettings
+from abliterate.config import EvalSettings, as_natural
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,12 +69,13 @@ def site_of(option: str | None) -> Site | None:
     """Layer and position of `--site`."""
     if option is None:
         return None
-    layer, colon, position = option.partition(":")
-    if not colon or not layer.isdecimal() or not position.removeprefix("-").isdecimal() or int(position) >= 0:
+    layer, _, position = option.partition(":")
+    block, back = as_natural(layer), as_natural(position.removeprefix("-"))
+    if block is None or not back or not position.startswith("-"):
         raise UsageError(f"--site {option}: expected LAYER:POSITION with a negative position, e.g. 14:-1")
     from abliterate.edit.direction import Site
 
-    return Site(int(layer), int(position))
+    return Site(block, -back)
 
 
 def monitor_for(quiet: bool) -> Monitor:

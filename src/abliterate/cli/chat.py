@@ -96,7 +96,7 @@ def chat(
     model: Model,
     direction: DirectionFile,
     site: SiteOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 200,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest answer, in tokens.")] = 200,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Answer this and end; may be given several times.", show_default=False)
     ] = None,

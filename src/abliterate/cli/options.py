@@ -110,4 +110,6 @@ def _build(group: type[BaseModel], values: dict[str, Any]) -> BaseModel:
         first = error.errors()[0]
         flag = flag_of(str(first["loc"][0]))
         reason = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{flag} {first['input']}: {reason[0].lower()}{reason[1:]}") from error
+        found = str(first["input"])
+        found = found if len(found) <= 60 else f"{found[:60]}…"
+        raise UsageError(f"{flag} {found}: {reason[0].lower()}{reason[1:]}") from error

@@ -26,6 +26,7 @@ from abliterate.config import (
     ReplySettings,
     RunSettings,
     SearchSettings,
+    as_natural,
 )
 from abliterate.errors import UsageError
 
@@ -233,7 +234,7 @@ def ask_point(part: SearchPart, console: Console) -> int:
             return part.chosen
         if not answer and part.chosen is not None:
             return part.chosen
-        if answer.isdecimal() and int(answer) in numbers:
+        if as_natural(answer) in numbers:
             return int(answer)
         write(console, f"Expected one of {', '.join(map(str, numbers))}.")
 

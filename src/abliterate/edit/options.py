@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.algebra import INDEPENDENT, check_finite, project_out
-from abliterate.config import EditSettings
+from abliterate.config import EditSettings, as_natural
 from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.plan import Plan, Profile, Variant, make_plan
 from abliterate.errors import NumericalError, UsageError
@@ -151,10 +151,10 @@ def _in_layers(text: str, option: str, layers: int) -> _Test:
     wanted: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        start, end = first or "0", (last or str(layers - 1)) if dash else first
-        if not (start.isdecimal() and end.isdecimal()) or not int(start) <= int(end) < layers:
+        start, end = as_natural(first or "0"), as_natural((last or str(layers - 1)) if dash else first)
+        if start is None or end is None or not start <= end < layers:
             raise UsageError(f"{option} {text}: expected blocks 0 to {layers - 1}, as in 2-5, found '{part}'")
-        wanted |= set(range(int(start), int(end) + 1))
+        wanted |= set(range(start, end + 1))
     return lambda writer: writer.block in wanted
 
 

@@ -116,7 +116,7 @@ def _by_name(name: str, checkpoint: Checkpoint, files: ModelOnDisk | None = None
     width = widths.most_common(1)[0][0]
     places = []
     for key, info in found.items():
-        block = re.search(r"\.(\d+)\.", key)
+        block = re.search(r"\.(\d{1,5})\.", key)
         if width in info.shape and block:
             kind = Kind.ATTENTION if _ATTENTION.search(key) else Kind.EXPERTS if _EXPERT.search(key) else Kind.MLP
             axis = 1 if "c_proj" in key or info.shape[0] != width else 0

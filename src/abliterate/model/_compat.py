@@ -82,7 +82,9 @@ def loading_table(model: Any) -> LoadingTable:
 
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts names of tensors with their numbers as numbers, which is the order in which experts are stacked."""
-    return tuple((0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("."))
+    return tuple(
+        (0, int(part), "") if part.isdecimal() and len(part) < 20 else (1, 0, part) for part in name.split(".")
+    )
 
 
 def fuses_experts(model: Any) -> bool:

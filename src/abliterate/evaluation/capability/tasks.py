@@ -25,6 +25,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+from abliterate.config import as_natural
 from abliterate.errors import UsageError
 from abliterate.evaluation.capability.arithmetic import reference_number
 from abliterate.files.bounded import MB, Kind, parse_json
@@ -197,8 +198,8 @@ def _as_letter(answer: object, options: tuple[str, ...]) -> int | None:
 
 
 def _as_index(answer: object, options: tuple[str, ...]) -> int | None:
-    if isinstance(answer, str) and answer.strip().isdecimal():
-        answer = int(answer)
+    if isinstance(answer, str):
+        answer = as_natural(answer.strip())
     valid = isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(options)
     return answer if valid and isinstance(answer, int) else None
 

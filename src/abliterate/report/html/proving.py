@@ -194,7 +194,7 @@ def edited_weights(record: Record) -> Section | None:
 
 
 def _layer(name: str) -> int | None:
-    found = re.search(r"\.(\d+)\.", f".{name}.")
+    found = re.search(r"\.(\d{1,9})\.", f".{name}.")
     return int(found[1]) if found else None
 
 
