@@ -12,6 +12,8 @@ from abliterate.errors import ChatTemplateError, UsageError
 from abliterate.files.bounded import MB, Kind
 from abliterate.prompts.prompt import Message, messages_of
 from abliterate.prompts.thinking import answer_of, close_thinking, opens_thinking
+from abliterate.prompts.watched import LENGTH, TooMuchError, watched
+from abliterate.texts import printable
 
 __all__ = [
     "NO_TEMPLATE",
@@ -78,9 +80,12 @@ class ChatRenderer:
         """What the template makes of the messages; if it fails, with the reason and what to do."""
         try:
             return self._template_text(messages)
+        except ChatTemplateError:
+            raise
         except Exception as error:  # jinja2 errors, and whatever a template raises on purpose
-            reason = " ".join(str(error).split())[:200]
-            if messages[0][0] == "system" and self._renders(messages[1:]):
+            reason = printable(" ".join(str(error).split()))[:200] or type(error).__name__
+            endless = isinstance(error, TooMuchError | MemoryError)
+            if not endless and messages[0][0] == "system" and self._renders(messages[1:]):
                 raise ChatTemplateError(
                     f"the chat template cannot render a prompt ({reason}): it takes no system prompt; {_WITHOUT_SYSTEM}"
                 ) from error
@@ -100,7 +105,11 @@ class ChatRenderer:
         # Templates name the switch differently; one that knows neither ignores both.
         switches = {"enable_thinking": self.thinking, "thinking": self.thinking}
         chat = [{"role": role, "content": content} for role, content in messages]
-        return str(self.tokenizer.apply_chat_template(chat, **switches, **options))
+        with watched(self.template or getattr(self.tokenizer, "chat_template", None)):
+            text = str(self.tokenizer.apply_chat_template(chat, **switches, **options))
+        if len(text) > LENGTH:
+            raise TooMuchError(f"it makes {len(text)} characters of one prompt")
+        return text
 
     def encode(self, instructions: Iterable[str]) -> list[list[int]]:
         """Token ids of each rendered prompt. A template writes its own BOS, so none is added to it."""
