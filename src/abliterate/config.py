@@ -13,8 +13,8 @@ DEFAULT_STRENGTH = 1.0
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $ABLITERATE_CACHE or ~/.cache/abliterate."""
-    return Path(os.path.expanduser(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")))
+    """Where what can be made again is kept: $ABLITERATE_CACHE (empty is as good as none) or ~/.cache/abliterate."""
+    return Path(os.path.expanduser(os.environ.get("ABLITERATE_CACHE") or "~/.cache/abliterate"))
 
 
 #: A seed that every generator takes: numpy's has 32 bits.

@@ -49,7 +49,9 @@ from abliterate.evaluation.examine import (
 )
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.parts import evaluation_part
-from abliterate.files.checkpoint import bytes_to_write, check_output, ensure_space, left_bytes
+from abliterate.files.checkpoint import DIRECTION, bytes_to_write, check_output, ensure_space, left_bytes
+from abliterate.files.checkpoint import JOURNAL as JOURNAL
+from abliterate.files.local import reserved
 from abliterate.finding.find import (
     Findings,
     Found,
@@ -74,6 +76,7 @@ from abliterate.report.assemble import (
     FRONT,
     anatomy_part,
     build_record,
+    check_results,
     model_part,
     point_file,
     save_points,
@@ -91,11 +94,6 @@ from abliterate.report.assemble import (
 from abliterate.report.html import FILE_NAME as REPORT
 from abliterate.session import Session, load_contrast, locate_model, open_session, warn_of_leaks
 
-#: The trials of a black-box search, in OUT.
-JOURNAL = "trials.log"
-#: The direction, in OUT.
-DIRECTION = "direction.safetensors"
-
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     """The whole job: find, verify, apply, evaluate. OUT appears only when all of it is done.
@@ -103,8 +101,12 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     Raises `GateNotMet` when the model hardly refuses or no direction passes (unless forced), `UsageError` for an OUT
     that is in the way or an edit that cannot be realised, and the errors of every stage.
     """
-    monitor = monitor or Monitor()
     output = _output(settings, "run")
+    with reserved(output.out):
+        return _run(settings, output, monitor or Monitor())
+
+
+def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec.Record:
     exam = exam_of(settings.evaluating, settings.prompts.seed)
     method = method_of(settings.searching, settings.finding, settings.editing, output)
     check_search(settings.searching, method, settings.finding, settings.editing)
@@ -184,11 +186,15 @@ def search(settings: RunSettings, *, resume: bool = False, monitor: Monitor | No
     Nothing is edited; with `resume` the trials of a search that was broken off go on. Raises what `run` raises,
     `UsageError` for an OUT that is in the way.
     """
-    monitor = monitor or Monitor()
     output = _output(settings, "search")
+    with reserved(output.out):
+        _check_folder(output, resume)
+        return _search(settings, output, resume, monitor or Monitor())
+
+
+def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor: Monitor) -> rec.Record:
     method = method_of(settings.searching, settings.finding, settings.editing)
     check_search(settings.searching, method, settings.finding, settings.editing)
-    _check_folder(output, resume)
     judge = ready_judge(settings.evaluating, settings.loading.device, monitor)
     session = _opened(settings.model, settings, monitor)
     findings = find(session, settings.finding, settings.editing)
@@ -271,10 +277,12 @@ def _check_folder(output: OutputSettings, resume: bool) -> None:
     out = output.out
     if any(above.is_file() for above in (out, *out.absolute().parents)):
         raise UsageError(f"-o {out}: expected a folder, found a file; give another -o")
-    inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = {rec.FILE_NAME, FRONT, JOURNAL, REPORT, DIRECTION}
+    inside = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    if inside <= ours:
+        check_results(out)
     if resume:
-        if JOURNAL in inside and inside <= ours:
+        if JOURNAL in inside and inside <= ours and not (out / JOURNAL).is_symlink():
             return
         raise UsageError(f"-o {out}: expected the trials of a search to go on with ({JOURNAL}), found none")
     if inside and (not output.overwrite or not inside <= ours):
@@ -300,30 +308,31 @@ def apply(
     a writer is not known.
     """
     monitor = monitor or Monitor()
-    chosen = load_direction(direction).at(site)
-    files = _located(model, loading, output, monitor)
-    with monitor.phase("prove that every writer is known"):
-        anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
-    warn_of_leaks(anatomy, monitor)
-    plan = plan_for(anatomy, chosen, editing)
-    say_caveat(plan, editing, monitor)
-    refuse(plan, anatomy, output)
-    target = EditTarget(files, anatomy, skeleton, None if files.storage.editable else load(files))
-    with opened(output, target, plan) as staging:
-        done = realise(plan, chosen, target, staging, output, monitor)
-        dtype = str(skeleton.config.dtype).removeprefix("torch.")
-        asked: dict[str, object] = {"model": model, "direction": str(direction), "site": site}
-        asked |= {"editing": editing.model_dump(mode="json"), "output": output.model_dump(mode="json")}
-        record = build_record(
-            model_part(files, skeleton, anatomy, dtype=dtype, hashes=source_hashes(done, files)),
-            monitor,
-            asked,
-            anatomy=anatomy_part(anatomy),
-            **written_parts(plan, done, output, editing, staging.folder),
-        )
-        save_direction(staging.folder / DIRECTION, chosen)
-        write_all(record, staging.folder)
-    return record
+    with reserved(output.out):
+        chosen = load_direction(direction).at(site)
+        files = _located(model, loading, output, monitor)
+        with monitor.phase("prove that every writer is known"):
+            anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
+        warn_of_leaks(anatomy, monitor)
+        plan = plan_for(anatomy, chosen, editing)
+        say_caveat(plan, editing, monitor)
+        refuse(plan, anatomy, output)
+        target = EditTarget(files, anatomy, skeleton, None if files.storage.editable else load(files))
+        with opened(output, target, plan) as staging:
+            done = realise(plan, chosen, target, staging, output, monitor)
+            dtype = str(skeleton.config.dtype).removeprefix("torch.")
+            asked: dict[str, object] = {"model": model, "direction": str(direction), "site": site}
+            asked |= {"editing": editing.model_dump(mode="json"), "output": output.model_dump(mode="json")}
+            record = build_record(
+                model_part(files, skeleton, anatomy, dtype=dtype, hashes=source_hashes(done, files)),
+                monitor,
+                asked,
+                anatomy=anatomy_part(anatomy),
+                **written_parts(plan, done, output, editing, staging.folder),
+            )
+            save_direction(staging.folder / DIRECTION, chosen)
+            write_all(record, staging.folder)
+        return record
 
 
 def evaluate(

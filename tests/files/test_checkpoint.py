@@ -558,14 +558,18 @@ def test_a_hub_cache_of_links_is_read_and_never_changed(single: Path, tmp_path: 
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "note.txt").write_text("n")
     (snapshot / "linked").symlink_to(tmp_path / "more")
+    (snapshot / "inside").mkdir()
+    (snapshot / "inside" / "note.txt").write_text("n")
+    (snapshot / "again").symlink_to("inside")
     blobs_before = tree(blobs)
     out = tmp_path / "models--x" / "out"
     with ck.staged(out, source=snapshot) as folder:
-        ck.write_edited(ck.open_checkpoint(snapshot), folder, {"a": negate})
+        files = ck.write_edited(ck.open_checkpoint(snapshot), folder, {"a": negate})
     assert tree(blobs) == blobs_before
-    assert all(path.is_symlink() for path in snapshot.iterdir())
+    assert all(path.is_symlink() for path in snapshot.iterdir() if path.name != "inside")
     assert not any(path.is_symlink() for path in out.rglob("*"))
-    assert tree(out).keys() == expected.keys() | {"linked/note.txt"}
+    assert tree(out).keys() == expected.keys() | {"inside/note.txt", "again/note.txt"}
+    assert files.links == files.left_out == ("linked",)
     with pytest.raises(UsageError, match="overlaps"), ck.staged(blobs, overwrite=True, source=snapshot):
         pass
 
@@ -1052,9 +1056,9 @@ def test_a_killed_run_leaves_no_result_and_the_next_one_cleans_up(single: Path, 
     work = tmp_path / "work"
     process = start(single, work / "out")
     assert len(names(work)) == 1
-    with ck.staged(work / "out"):  # a run that lives is left alone
-        assert len(names(work)) == 2
-    (work / "out").rmdir()
+    with pytest.raises(UsageError, match="another abliterate is writing it now"), ck.staged(work / "out"):
+        pytest.fail("must not start")
+    assert len(names(work)) == 1
     finish(process, signal.SIGKILL)
     assert [name.startswith(".out.partial-") for name in names(work)] == [True]
     others = [".out.partial-x", f".other.partial-{process.pid}-00000000", ".out.partial-1-00000000.txt"]

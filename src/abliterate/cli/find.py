@@ -19,6 +19,7 @@ from abliterate.cli.run import show_selection
 from abliterate.cli.terminal import plain, terminal, write, write_json
 from abliterate.config import FindSettings, ModelSettings, PromptSettings, WriterSettings
 from abliterate.errors import UsageError
+from abliterate.files.atomic import refuse_other_kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,7 @@ def find(
     """Directions at every site, scored by intervention, into one file."""
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists; give another -o or --overwrite")
+    refuse_other_kinds(out)
     if out.suffix != ".safetensors":
         raise UsageError(f"-o {out}: expected a file name ending in .safetensors")
     if any(above.is_file() for above in out.absolute().parents):

@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from abliterate.edit.plan import Edit, Plan
 from abliterate.edit.weights import removed_rows
 from abliterate.errors import UsageError
+from abliterate.files.atomic import write_atomically
 from abliterate.files.checkpoint import Checkpoint
 from abliterate.model._compat import fuses_experts, loading_table
 from abliterate.model.anatomy import Kind, Stored
@@ -224,10 +225,9 @@ def write_peft(folder: Path, factors: Sequence[LowRank], *, model: Any, base_mod
     groups = {folder: factors} if not (biased and plain) else {folder / PLAIN: plain, folder / BIASED: biased}
     adapters = {path: _adapter(model, group, base_model) for path, group in groups.items()}
     for path, (config, tensors) in adapters.items():
-        path.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_atomically(path / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-        (path / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+        write_atomically(path / "adapter_config.json", text + "\n")
     return tuple(adapters)
 
 

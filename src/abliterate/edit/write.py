@@ -190,8 +190,10 @@ def _weights(plan: Plan, target: EditTarget, staging: Staging, output: OutputSet
         )
     if surgery.files.kept:
         monitor.note(f"taken up from a run that was killed: {', '.join(surgery.files.kept)}")
-    if surgery.files.left_out:
-        monitor.warn(f"not copied, they would still hold the unedited model: {', '.join(surgery.files.left_out)}")
+    if copies := [name for name in surgery.files.left_out if name not in surgery.files.links]:
+        monitor.warn(f"not copied, they would still hold the unedited model: {', '.join(copies)}")
+    if surgery.files.links:
+        monitor.warn(f"not followed, they are links out of the model's folder: {', '.join(surgery.files.links)}")
     copied = {name: info.name for name, info in changes.extra.items()}
     return Realised((*surgery.files.written, *surgery.undo), surgery, names, copied)
 

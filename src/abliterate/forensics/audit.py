@@ -6,6 +6,7 @@ prompts, in four families (strength, number of directions, blocks, components), 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Iterator, Sequence
@@ -25,11 +26,12 @@ from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.parts import estimate_part, rate_part
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.statistics import bootstrap_mean
+from abliterate.files.local import reserved
 from abliterate.finding.find import Findings, Found, choose, find
 from abliterate.finding.selection import Rule, candidate_sites
 from abliterate.finding.subspaces import svd_subspace
 from abliterate.monitor import Monitor
-from abliterate.report.assemble import session_record, write_beside
+from abliterate.report.assemble import check_beside, session_record, write_beside
 from abliterate.session import Session, open_session
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
@@ -56,7 +58,12 @@ def audit(
     Raises `GateNotMet` when the model hardly refuses: there is nothing to be brittle. `UsageError` when `out` cannot be
     made or holds a record of another version.
     """
-    monitor = monitor or Monitor()
+    check_beside(out)
+    with contextlib.nullcontext() if out is None else reserved(out):
+        return _audited(model, measuring, out, monitor or Monitor())
+
+
+def _audited(model: str, measuring: MeasureSettings, out: Path | None, monitor: Monitor) -> rec.AuditPart:
     judge = ready_judge(measuring.evaluating, measuring.loading.device, monitor)
     session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
     findings = find(session, measuring.finding)

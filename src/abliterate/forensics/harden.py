@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.files.checkpoint import check_output
+from abliterate.files.local import reserved
 from abliterate.finding.find import Findings, Found, choose, find
 from abliterate.forensics.audit import audit_session
 from abliterate.forensics.repair import fit_readers, stream_length, with_additions, worth_of, write_hooked
@@ -63,10 +65,24 @@ def harden(
     Raises `GateNotMet` when the model hardly refuses, or no size of the additions keeps refusals under the ablation
     without refusing harmless prompts.
     """
-    monitor = monitor or Monitor()
     if not settings.detectors and not settings.strengthen:
         raise UsageError("harden: expected --detectors or --strengthen above 0, found neither")
-    check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+    with reserved(out):
+        check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+        return _hardened(model, _Place(out, overwrite, monitor or Monitor()), settings, measuring)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a hardened model goes."""
+
+    out: Path
+    overwrite: bool
+    monitor: Monitor
+
+
+def _hardened(model: str, place: _Place, settings: HardenSettings, measuring: MeasureSettings) -> rec.HardeningPart:
+    out, overwrite, monitor = place.out, place.overwrite, place.monitor
     evaluating = measuring.evaluating
     exam = exam_of(evaluating, measuring.prompts.seed)
     judge = ready_judge(evaluating, measuring.loading.device, monitor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,8 @@ from abliterate import record as rec
 from abliterate.config import InspectSettings, MeasureSettings, ModelSettings, PromptSettings
 from abliterate.edit.direction import Direction, Recipe, save_direction
 from abliterate.errors import UsageError
+from abliterate.files.atomic import refuse_other_kinds
+from abliterate.files.local import reserved
 from abliterate.finding.estimate import auroc, difference_of_means
 from abliterate.forensics import difference, single
 from abliterate.forensics.reading import InspectedModel, inspected_record, open_inspected
@@ -21,7 +24,7 @@ from abliterate.forensics.verdict import judge_difference
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
-from abliterate.report.assemble import write_beside
+from abliterate.report.assemble import check_beside, write_beside
 from abliterate.session import Session, open_session
 
 _PLAIN = InspectSettings()
@@ -50,8 +53,15 @@ def recover(
 
     Raises `UsageError` for settings that do not go together, and the errors of `open_inspected`.
     """
-    monitor, started = monitor or Monitor(), time.perf_counter()
     _check(model, settings)
+    with contextlib.nullcontext() if settings.out is None else reserved(settings.out):
+        return _inspected(model, settings, measuring, monitor or Monitor())
+
+
+def _inspected(
+    model: str, settings: InspectSettings, measuring: MeasureSettings, monitor: Monitor
+) -> tuple[rec.InspectionPart, Direction | None]:
+    started = time.perf_counter()
     subject, part, recovered = _look(model, settings, measuring.loading, monitor)
     update: dict[str, object] = {}
     if recovered is not None and settings.save is not None:
@@ -98,6 +108,9 @@ def _check(model: str, settings: InspectSettings) -> None:
         raise UsageError("--reference: does nothing without --activations; add it or leave the reference out")
     if settings.save is not None and settings.save.suffix != ".safetensors":
         raise UsageError(f"--save {settings.save}: expected a name that ends in .safetensors")
+    if settings.save is not None:
+        refuse_other_kinds(settings.save)
+    check_beside(settings.out)
     runs = settings.activations or settings.behavioural
     if runs and Path(model).suffix == ".safetensors":
         raise UsageError(f"{model}: expected a whole model to run, found a single file; give the folder")

@@ -32,6 +32,7 @@ from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.evaluation.results import degenerate, refused
 from abliterate.files.checkpoint import Checkpoint, bytes_to_write, check_output, ensure_space, read_shard, staged
+from abliterate.files.local import reserved
 from abliterate.finding.estimate import auroc
 from abliterate.finding.find import refusal_tokens
 from abliterate.finding.search.objectives import share_of
@@ -79,13 +80,22 @@ def repair(
     given = [name for name, value in settings if value is not None]
     if len(given) > 1:
         raise UsageError("repair: expected one of --base, --adapter and --direction, found several")
-    check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
-    if not given and _can_undo(Path(model)):
-        done = restoring.undo(Path(model), target=out, monitor=monitor)
-        note = "" if done.exact else f"within {done.steps} step of the stored format ({done.reason})"
-        exact = done.files if done.exact else []
-        return rec.RepairPart(folder=str(out), how="undo", exact=exact, restored=done.tensors, note=note)
     place = _Place(out, overwrite, {"model": model, "repair": settings.model_dump(mode="json")}, monitor)
+    with reserved(out):
+        check_output(out, overwrite=overwrite, source=Path(model) if Path(model).is_dir() else None)
+        if not given and _can_undo(Path(model)):
+            return _undone(Path(model), place)
+        return _repaired(model, settings, place, measuring)
+
+
+def _undone(model: Path, place: _Place) -> rec.RepairPart:
+    done = restoring.undo(model, target=place.out, monitor=place.monitor)
+    note = "" if done.exact else f"within {done.steps} step of the stored format ({done.reason})"
+    exact = done.files if done.exact else []
+    return rec.RepairPart(folder=str(place.out), how="undo", exact=exact, restored=done.tensors, note=note)
+
+
+def _repaired(model: str, settings: RepairSettings, place: _Place, measuring: MeasureSettings) -> rec.RepairPart:
     trust = measuring.loading.trust_remote_code
     if settings.base is not None:
         return _from_base(model, settings.base, place, trust)

@@ -25,6 +25,7 @@ from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
 from abliterate.files.checkpoint import staged
 from abliterate.files.configuration import check_descriptions, read_config
+from abliterate.files.local import reserved
 from abliterate.files.storage import (
     check_codes_read,
     check_quantization,
@@ -227,8 +228,10 @@ def _dequantised(path: Path, dtype: str) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     if (folder / "config.json").is_file():
         return folder
-    with staged(folder, overwrite=True) as partial:
-        _dequantise(path, partial, DTYPES[stored])
+    with reserved(folder, wait=True):
+        if not (folder / "config.json").is_file():  # else another process has made it meanwhile
+            with staged(folder, overwrite=True) as partial:
+                _dequantise(path, partial, DTYPES[stored])
     return folder
 
 

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from torch import Tensor
 from abliterate.edit.weights.passes import Known
 from abliterate.edit.weights.tensors import TensorEdit, code_dtype
 from abliterate.errors import CheckpointError
+from abliterate.files.atomic import new_file, real_folder
 from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint import TensorInfo, open_tensor, read_shard
 
@@ -94,8 +96,8 @@ class UndoWriter:
     def __init__(self, folder: Path) -> None:
         """Make a folder for undo files in `folder`, and a file there to work in."""
         self._place = folder / FOLDER
-        self._place.mkdir(exist_ok=True)
-        self._data = (self._place / ".data").open("w+b")
+        real_folder(self._place)
+        self._data = os.fdopen(new_file(self._place / ".data"), "w+b")
         self._hash, self._position = hashlib.sha256(), 0
         self._header: dict[str, Any] = {}
         self._entries: list[UndoEntry] = []
@@ -181,7 +183,7 @@ def _put_together(
     header = json.dumps({"__metadata__": {"abliterate": json.dumps(said)}, **arrays}).encode()
     header += b" " * (-len(header) % 8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
+    with open(new_file(path), "wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         file.writelines(data)
 

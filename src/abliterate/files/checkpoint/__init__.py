@@ -14,7 +14,7 @@ UsageError where what was asked for is not allowed.
 """
 
 from abliterate.files.checkpoint.journal import Finished, Journal, Note
-from abliterate.files.checkpoint.outputs import Changes
+from abliterate.files.checkpoint.outputs import CARD, DIRECTION, FRONT, JOURNAL, Changes
 from abliterate.files.checkpoint.reading import (
     BITS,
     INDEX_NAME,
@@ -34,7 +34,11 @@ from abliterate.files.checkpoint.writing import Chunk, EditedFiles, Noter, Rewri
 
 __all__ = [
     "BITS",
+    "CARD",
+    "DIRECTION",
+    "FRONT",
     "INDEX_NAME",
+    "JOURNAL",
     "OWN_RESULTS",
     "SINGLE_NAME",
     "Changes",

@@ -16,6 +16,7 @@ from queue import Full, Queue
 from threading import Event
 from types import TracebackType
 
+from abliterate.files.atomic import new_file
 from abliterate.files.checkpoint.messages import damaged
 from abliterate.files.checkpoint.reading import CALL_LIMIT
 
@@ -88,7 +89,7 @@ class GrowingFile:
         """Make the file `path`, which must not exist; `step` is called with the bytes just written."""
         self.path = path
         self.position = 0
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
+        self.fd = new_file(path, 0o666 if mode is None else 0o600)
         self._flusher, self._step = flusher, step
         self._trails: list[Trail] = []
         self._told = self._flushed = 0

@@ -17,14 +17,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from abliterate.errors import CheckpointError
+from abliterate.files.atomic import real_folder
 from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint.growing import sync_path
 
 MODEL = "model"
 """The folder, beside the journal, that is to become OUT."""
 
+SCRATCH = "scratch"
+"""The folder beside it for what a caller wants to survive a kill."""
+
 _NAME = "journal.jsonl"
-_SCRATCH = "scratch"
 _JOURNAL = Kind("a journal", 512 * MB)
 
 
@@ -62,7 +65,8 @@ class Journal:
         """Begin a journal in the folder `place`, or go on with the one that is there if its key is the same."""
         self.place = place
         self.finished: dict[str, Finished] = {}
-        self.scratch.mkdir(exist_ok=True)
+        for folder in (self.folder, self.scratch):
+            real_folder(folder)
         self._begin(key)
 
     @property
@@ -73,7 +77,7 @@ class Journal:
     @property
     def scratch(self) -> Path:
         """A folder for a caller's files that survives a kill, and is removed when all is done."""
-        return self.place / _SCRATCH
+        return self.place / SCRATCH
 
     @property
     def kept_bytes(self) -> int:
@@ -97,7 +101,7 @@ class Journal:
                 self.finished = {name: entry for name, entry in found.items() if self._holds(name, entry)}
         keep = {str(PurePosixPath(MODEL, name)) for name in self.finished}
         keep.update(*(entry.files for entry in self.finished.values()))
-        for folder in (MODEL, _SCRATCH):
+        for folder in (MODEL, SCRATCH):
             _remove_others(self.place, folder, keep)
         new = self.place / f"{_NAME}.new"
         new.unlink(missing_ok=True)
@@ -122,7 +126,8 @@ def _line(entry: tuple[str, Finished]) -> dict[str, Any]:
 
 
 def _append(path: Path, *lines: Mapping[str, Any]) -> None:
-    with open(path, "ab") as file:
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with open(handle, "ab") as file:
         file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())
@@ -150,8 +155,9 @@ def _is_file(path: Path, nbytes: int) -> bool:
 
 def _remove_others(place: Path, folder: str, keep: Collection[str]) -> None:
     """Remove the files below `folder` that are not in `keep`, and the folders that are empty then."""
-    for parent, _, names in os.walk(place / folder, topdown=False):
-        for name in names:
+    for parent, folders, names in os.walk(place / folder, topdown=False):
+        links = (name for name in folders if os.path.islink(os.path.join(parent, name)))
+        for name in (*names, *links):
             path = Path(parent, name)
             if str(path.relative_to(place)) not in keep:
                 path.unlink()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from abliterate.errors import UsageError
+from abliterate.files.checkpoint.links import leads_out
 from abliterate.files.checkpoint.messages import OUR_FAULT, error, line, short
 from abliterate.files.checkpoint.reading import (
     BITS,
@@ -27,6 +29,15 @@ _OTHER_WEIGHTS = re.compile(
     re.IGNORECASE,
 )
 
+#: Files without which the copy would be another model, or none.
+_NEEDED = re.compile(
+    r"\.(json|model|jinja|py|tiktoken|safetensors)$|^(vocab|merges|special_tokens)\.txt$", re.IGNORECASE
+)
+
+#: Names that are taken in OUT: a folder of that name in the source, and below FRONT anything, would be in the way.
+CARD, DIRECTION, FRONT, JOURNAL = "README.md", "direction.safetensors", "front", "trials.log"
+_TAKEN = frozenset({CARD, FRONT, *OWN_RESULTS})
+
 
 @dataclass(frozen=True, slots=True)
 class Changes:
@@ -36,12 +47,14 @@ class Changes:
     that many bytes (a larger tensor has a file alone). `extra`: more tensors, each with the original bytes of a
     tensor of the source; they go to the end of the last shard. `replaced`: new content of other files, by name.
     `indexed`: an index also for a single file, for readers that take every *.safetensors of a folder without one.
+    `only`: names of the files beside the shards that come along; None for all.
     """
 
     shard_bytes: int | None = None
     extra: Mapping[str, TensorInfo] = field(default_factory=dict)
     replaced: Mapping[str, bytes] = field(default_factory=dict)
     indexed: bool = False
+    only: Collection[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +89,16 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """The files of the copy: those with tensors first. `left_out`: names of the source's files without a copy."""
+    """The files of the copy: those with tensors first. `left_out`: names of the source's files without a copy.
+
+    `links` are those of them that are links out of the folder; `companions` the source's files beside the shards that
+    come along, whether as they are or with new content.
+    """
 
     files: tuple[Output, ...]
     left_out: tuple[str, ...]
+    links: tuple[str, ...] = ()
+    companions: tuple[Output, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -93,18 +112,19 @@ def plan_outputs(source: Checkpoint, changes: Changes) -> Outputs:
         raise error(f"{source.folder} already has a tensor {short(taken[0])}; {OUR_FAULT}")
     shards = _shards(source, changes)
     content = dict(changes.replaced)
-    others, left_out = other_files(source)
+    others, left_out, links = other_files(source)
     if source.index is None or changes.shard_bytes is not None or changes.extra:
         others = [path for path in others if path != source.index]
         if changes.indexed or len(shards) > 1 or (source.index and changes.shard_bytes is None):
             tensors = {**source.tensors, **changes.extra}
             content[INDEX_NAME] = _index(source.index, {shard.name: shard.tensors for shard in shards}, tensors)
     copies = [Output(str(path.relative_to(source.folder)), b"", (_whole_file(path),), path) for path in others]
+    copies = [copy for copy in copies if changes.only is None or copy.name in changes.only]
     kept = [copy for copy in copies if copy.name not in content]
     like = {copy.name: copy.like for copy in copies}
     made = [Output(name, data, (), like.get(name)) for name, data in content.items()]
     left_out = tuple(name for name in left_out if name not in content)
-    return Outputs((*(shard.output for shard in shards), *kept, *made), left_out)
+    return Outputs((*(shard.output for shard in shards), *kept, *made), left_out, links, tuple(copies))
 
 
 def index_of(checkpoint: Checkpoint, like: Path | None = None) -> bytes:
@@ -113,26 +133,52 @@ def index_of(checkpoint: Checkpoint, like: Path | None = None) -> bytes:
     return _index(like, names, checkpoint.tensors)
 
 
-def other_files(source: Checkpoint) -> tuple[list[Path], tuple[str, ...]]:
-    """The files of the folder beside the shards: those that come along, and the names of the rest."""
+class Others(NamedTuple):
+    """The files beside the shards: those that come along, the names of the rest, and which of these lead out."""
+
+    files: list[Path]
+    left_out: tuple[str, ...]
+    links: tuple[str, ...]
+
+
+def other_files(source: Checkpoint) -> Others:
+    """The files of the folder beside the shards.
+
+    Raises `CheckpointError` for what can be no file of a model, and for a link out of the folder that the model needs.
+    """
     shards = {shard.path for shard in source.shards}
     others: list[Path] = []
     left_out: list[str] = []
+    links: list[str] = []
     for path in walk(source.folder):
         name = str(path.relative_to(source.folder))
         if path in shards:
             continue
-        if name in OWN_RESULTS or (path != source.index and _OTHER_WEIGHTS.search(path.name)):
+        if _is_ours(name) or (path != source.index and _OTHER_WEIGHTS.search(path.name)):
             left_out.append(name)
+        elif leads_out(path, source.folder) and os.path.exists(path):
+            links.append(name)
+            if _NEEDED.search(path.name):
+                raise error(f"{path} is a link out of the folder and is not followed; put the file itself there")
         elif path.is_file():
             others.append(path)
         else:
             raise error(f"{path} is a broken link or no regular file; remove it or download the model again")
-    return others, tuple(left_out)
+    return Others(others, (*left_out, *links), tuple(links))
 
 
-def walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Everything below `folder` that is not a folder, through links, without hidden folders."""
+def _is_ours(name: str) -> bool:
+    """Whether a file of the source is the result of an earlier run, or lies where this one's results go."""
+    first, *below = PurePath(name).parts
+    return name in OWN_RESULTS or (first in _TAKEN and bool(below)) or name == FRONT
+
+
+def walk(folder: Path, root: Path | None = None, above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Everything below `folder` that is not a folder, through links inside it, without hidden folders.
+
+    A link to a folder elsewhere is given as it is.
+    """
+    root = folder if root is None else root
     real = os.path.realpath(folder)
     if real in above:
         raise error(f"{folder} is a link to a folder around it; remove the link")
@@ -141,10 +187,10 @@ def walk(folder: Path, above: tuple[str, ...] = ()) -> Iterator[Path]:
     except OSError as exc:
         raise error(f"cannot read {folder}: {exc.strerror}; check its permissions") from exc
     for path in paths:
-        if not path.is_dir():
+        if not path.is_dir() or leads_out(path, root):
             yield path
         elif not path.name.startswith("."):
-            yield from walk(path, (*above, real))
+            yield from walk(path, root, (*above, real))
 
 
 def _whole_file(path: Path) -> Span:

@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from abliterate.files.bounded import MB, Kind, NotRegularError, open_regular
 from abliterate.files.bounded import parse_json as parse
+from abliterate.files.checkpoint.links import leads_out
 from abliterate.files.checkpoint.messages import OUR_FAULT, damaged, error, short
 
 BITS: Mapping[str, int] = {
@@ -225,6 +226,9 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         names = sorted(set(listed.values()))
     else:
         names, index = [_single_file(folder)], None
+    for name in (*names, *((INDEX_NAME,) if index else ())):
+        if leads_out(folder / name, folder):
+            raise error(f"{folder / name} is a link out of the folder and is not followed; put the file itself there")
     shards = tuple(read_shard(folder / name) for name in names)
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:

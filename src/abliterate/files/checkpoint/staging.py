@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,12 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.errors import UsageError
+from abliterate.files.atomic import new_file
 from abliterate.files.checkpoint.growing import sync_folders, sync_path
-from abliterate.files.checkpoint.journal import MODEL, Journal, read_key
+from abliterate.files.checkpoint.journal import MODEL, SCRATCH, Journal, read_key
+from abliterate.files.checkpoint.links import leads_out
 from abliterate.files.checkpoint.messages import error, free_bytes, line, readable_size, write_error
 from abliterate.files.checkpoint.outputs import walk
+from abliterate.files.interrupts import one_interrupt
+from abliterate.files.local import is_sealed, reserved, seal
 
-_REPLACED = "replaced"
+_REPLACED, _SEAL = "replaced", "seal"
 _LAYOUT_VERSION = 1  # of the folder beside OUT and of what is written into it
 _SETTLED = 60.0  # seconds after which a process that lives has certainly locked its folder
 
@@ -39,7 +43,7 @@ def ensure_space(target_parent: Path, needed_bytes: int) -> None:
 def left_bytes(out: Path) -> int:
     """Bytes that killed runs left beside `out`: they are used or removed, so they need no new space."""
     out = Path(os.path.abspath(out))
-    left = (path for place in out.parent.glob(f".{out.name}.partial-*") for path in place.rglob("*"))
+    left = (path for place, _ in _places(out) if _is_ours(place, out) for path in place.rglob("*"))
     return sum(path.stat().st_size for path in left if path.is_file() and not path.is_symlink())
 
 
@@ -56,8 +60,8 @@ def staged(out: Path, *, overwrite: bool = False, source: Path | None = None) ->
     """A new folder beside `out` that becomes `out`, flushed and in one step, when the body is done.
 
     If the body fails, nothing is left. If the process is killed, `out` stays as it was, and the next call
-    removes what was left. `overwrite` replaces a model or an earlier result. UsageError: `out` exists or
-    overlaps with `source`; CheckpointError: it cannot be written, or the disk is full.
+    removes what was left. `overwrite` replaces a model or an earlier result. UsageError: `out` exists, overlaps with
+    `source` or is being written by another; CheckpointError: it cannot be written, or the disk is full.
     """
     with _staged(out, None, overwrite=overwrite, source=source) as place:
         yield place / MODEL
@@ -81,9 +85,9 @@ def resumable(out: Path, *, identity: bytes, source: Path, overwrite: bool = Fal
 
 
 def _key(source: Path, identity: bytes) -> str:
-    found = [(path, os.stat(path)) for path in walk(source) if path.is_file()]
+    found = [(path, os.stat(path)) for path in walk(source) if path.is_file() and not leads_out(path, source)]
     files = [(str(path.relative_to(source)), about.st_size, about.st_mtime_ns) for path, about in found]
-    return hashlib.sha256(json.dumps([_LAYOUT_VERSION, files]).encode() + b"\0" + identity).hexdigest()
+    return seal("journal", json.dumps([_LAYOUT_VERSION, files]), identity.hex())
 
 
 @contextmanager
@@ -93,19 +97,21 @@ def _staged(out: Path, key: str | None, *, overwrite: bool, source: Path | None)
     if not out.name:
         raise UsageError(f"{out} cannot be replaced; give another -o")
     place = out.with_name(f".{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}")
-    made, lock = _prepare(out, place, key, overwrite=overwrite, source=source)
-    try:
-        yield place
-        _install(place, out, overwrite=overwrite)
-    except BaseException as exc:
-        failure = write_error(exc, out.parent) if isinstance(exc, OSError) and _concerns(exc, place) else exc
-        _discard(place, out)
-        _remove_empty(made)
-        if failure is exc:
-            raise
-        raise failure from exc
-    finally:
-        _unlock(lock)
+    made: list[Path] = []
+    with reserved(out), one_interrupt() as interrupts, _Lock() as lock:
+        try:
+            _check_apart(out, source)
+            _prepare(out, place, key, made, lock, overwrite=overwrite)
+            yield place
+            _install(place, out, overwrite=overwrite)
+        except BaseException as exc:
+            interrupts.wait()
+            failure = write_error(exc, out.parent) if isinstance(exc, OSError) and _concerns(exc, place) else exc
+            _discard(place, out)
+            _remove_empty(made)
+            if failure is exc:
+                raise
+            raise failure from exc
 
 
 def _concerns(exc: OSError, place: Path) -> bool:
@@ -114,33 +120,70 @@ def _concerns(exc: OSError, place: Path) -> bool:
     return below or exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
-def _prepare(
-    out: Path, place: Path, key: str | None, *, overwrite: bool, source: Path | None
-) -> tuple[list[Path], int]:
-    """Check `out`, make `place` or take it up, and lock it; the folders above it that were made, and the lock."""
-    _check_apart(out, source)
-    made: list[Path] = []
-    lock = -1
+class _Lock:
+    """A descriptor that holds the lock of a folder until the context is left; -1 where there is none."""
+
+    def __init__(self) -> None:
+        self.fd = -1
+
+    def __enter__(self) -> _Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _unlock(self.fd)
+
+
+def _prepare(out: Path, place: Path, key: str | None, made: list[Path], lock: _Lock, *, overwrite: bool) -> None:
+    """Check `out`, make `place` or take it up, and lock it; `made` gets the folders above it that were made."""
     try:
         left = _clear_abandoned(out, key)
-        lock = left[1] if left else -1
+        lock.fd = left[1] if left else -1
         _check_free(out, overwrite=overwrite)
         if left:
             with suppress(FileNotFoundError):  # without locks, another run may have been faster
                 os.rename(left[0], place)
-                return made, lock
-        made = [parent for parent in out.parents if not parent.exists()]
-        (place / MODEL).mkdir(parents=True)
+                return
+        made += [parent for parent in out.parents if not parent.exists()]
+        out.parent.mkdir(parents=True, exist_ok=True)
+        place.mkdir()
+        _put_seal(place, out)
+        (place / MODEL).mkdir()
+        with suppress(OSError):  # a file system without locks
+            lock.fd = _lock(place)
     except OSError as exc:
-        _unlock(lock)
-        _remove_empty(made)
         raise write_error(exc, out.parent) from exc
-    except BaseException:
-        _unlock(lock)
-        raise
-    with suppress(OSError):  # a file system without locks
-        lock = _lock(place)
-    return made, lock
+
+
+def _put_seal(place: Path, out: Path) -> None:
+    """Mark a new folder as made by this user, by what nobody else can write."""
+    handle = new_file(place / _SEAL, 0o600)
+    try:
+        os.write(handle, seal(*_identity(place, out)).encode())
+    finally:
+        os.close(handle)
+
+
+def _identity(place: Path, out: Path) -> tuple[str, ...]:
+    """This very folder, whatever it is called, as that of `out`."""
+    about = os.lstat(place)
+    return "staging", os.path.realpath(out.parent), out.name, f"{about.st_dev}:{about.st_ino}"
+
+
+def _is_ours(place: Path, out: Path) -> bool:
+    """Whether a staging folder was made by this user on this machine, for `out`, and is made of real folders.
+
+    Anything else that has such a name was put there by somebody: it is neither removed nor gone on with.
+    """
+    with suppress(OSError, UnicodeDecodeError):
+        folders = [place, *(place / name for name in (MODEL, SCRATCH, _REPLACED) if os.path.lexists(place / name))]
+        about = [os.lstat(folder) for folder in folders]
+        real = all(stat.S_ISDIR(one.st_mode) for one in about) and about[0].st_uid == os.geteuid()
+        if not real or not set(os.listdir(place)) - {_SEAL}:
+            return real  # killed before it was sealed: an empty folder, which says nothing
+        handle = os.open(place / _SEAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(handle, "rb") as file:
+            return is_sealed(file.read(100).decode(), *_identity(place, out))
+    return False
 
 
 def _remove_empty(folders: list[Path]) -> None:
@@ -160,14 +203,17 @@ def check_output(out: Path, *, overwrite: bool = False, source: Path | None = No
     """What `staged` would refuse, before hours of work: UsageError when `out` exists or overlaps with `source`."""
     out = Path(os.path.abspath(out))
     _check_apart(out, source)
-    try:
-        _check_free(out, overwrite=overwrite)
-        made = [parent for parent in out.parents if not parent.exists()]
-        out.parent.mkdir(parents=True, exist_ok=True)
-        os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-        _remove_empty(made)
-    except OSError as exc:
-        raise write_error(exc, out.parent) from exc
+    with reserved(out), one_interrupt() as interrupts:
+        interrupts.wait()
+        try:
+            _check_free(out, overwrite=overwrite)
+            _refuse_second(out)
+            made = [parent for parent in out.parents if not parent.exists()]
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.rmdir(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+            _remove_empty(made)
+        except OSError as exc:
+            raise write_error(exc, out.parent) from exc
 
 
 def _check_apart(out: Path, source: Path | None) -> None:
@@ -213,18 +259,38 @@ def _discard(place: Path, out: Path) -> None:
     """Remove a staging folder, but never the only copy of what was at `out`."""
     with suppress(OSError):
         _put_back(place, out)
-        shutil.rmtree(place, ignore_errors=True)
+        for _ in range(3):  # threads that were broken off may still have put something there
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def _places(out: Path) -> Iterator[tuple[Path, int]]:
+    """Whatever beside `out` is named like a staging folder of it, with the process in its name."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.partial-(\d{{1,9}})-[0-9a-f]{{8}}")
+    for path in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            yield path, int(match[1])
+
+
+def _refuse_second(out: Path) -> None:
+    """Raise `UsageError` when somebody is writing `out`: this user elsewhere, or in another thread."""
+    for place, _ in _places(out):
+        if _is_ours(place, out):
+            try:
+                _unlock(_lock(place))
+            except BlockingIOError:
+                raise UsageError(
+                    line(f"{out}: another abliterate is writing it now, in {place}; wait for it or give another -o")
+                ) from None
+            except OSError:
+                continue
 
 
 def _clear_abandoned(out: Path, key: str | None) -> tuple[Path, int] | None:
     """Remove what killed runs left beside `out`, but for a folder with this key: it is returned with its lock."""
+    _refuse_second(out)
     found: tuple[Path, int] | None = None
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.partial-(\d{{1,9}})-[0-9a-f]{{8}}")
-    for place in sorted(out.parent.iterdir()) if out.parent.is_dir() else ():
-        match = pattern.fullmatch(place.name)
-        if not match or place.is_symlink() or not place.is_dir():
-            continue
-        if (lock := _claim(place, int(match[1]))) is None:
+    for place, pid in _places(out):
+        if not _is_ours(place, out) or (lock := _claim(place, pid)) is None:
             continue
         _put_back(place, out)
         if found is None and key is not None and read_key(place) == key and (place / MODEL).is_dir():
@@ -265,7 +331,7 @@ def _lives(pid: int) -> bool:
 
 def _lock(folder: Path) -> int:
     """A descriptor that holds the lock of `folder` until it is closed; BlockingIOError if another has it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -17,7 +17,7 @@ from abliterate.files.checkpoint.growing import GrowingFile, Trail, sync_folders
 from abliterate.files.checkpoint.journal import Finished, Journal, Note
 from abliterate.files.checkpoint.messages import OUR_FAULT, damaged, error, line, short, write_error
 from abliterate.files.checkpoint.outputs import Changes, Output, Outputs, Span, plan_outputs
-from abliterate.files.checkpoint.reading import Checkpoint, Shard, TensorReader, open_source
+from abliterate.files.checkpoint.reading import Checkpoint, Shard, TensorReader, open_source, sha256
 from abliterate.files.checkpoint.staging import overlap
 
 Chunk: TypeAlias = bytes | bytearray | memoryview
@@ -32,9 +32,10 @@ Noter: TypeAlias = Callable[[str, tuple[str, ...]], Note]
 class EditedFiles:
     """What `write_edited` wrote and left out (names relative to the folder), and the bytes written.
 
-    `sha256` has the hash of every file written, `source_sha256` that of every shard of the source. `notes` are the
-    values noted for the files with rewritten tensors, in the order of the files, whether this run wrote them or an
-    earlier one that was killed; `kept` names the files of the latter.
+    `sha256` has the hash of every file written, `source_sha256` that of every shard of the source, `companion_sha256`
+    that of every other file of the source that came along. `links` are those of `left_out` that lead out of the folder
+    and were not followed. `notes` are the values noted for the files with rewritten tensors, in the order of the files,
+    whether this run wrote them or an earlier one that was killed; `kept` names the files of the latter.
     """
 
     written: tuple[str, ...]
@@ -42,6 +43,8 @@ class EditedFiles:
     nbytes: int
     sha256: Mapping[str, str] = field(default_factory=dict)
     source_sha256: Mapping[str, str] = field(default_factory=dict)
+    companion_sha256: Mapping[str, str] = field(default_factory=dict)
+    links: tuple[str, ...] = ()
     notes: tuple[Any, ...] = ()
     kept: tuple[str, ...] = ()
 
@@ -64,8 +67,9 @@ def write_edited(
 ) -> EditedFiles:
     """Copy the folder of `source` into the empty folder `target`, with the named tensors rewritten.
 
-    Headers, all other tensors and all other files come along byte for byte, except for `changes`; links become files.
-    Left out: hidden folders and, listed in the result, other copies of the weights and an earlier run's results.
+    Headers, all other tensors and all other files come along byte for byte, except for `changes`; links inside
+    the folder (and into the hub's cache) become files. Left out: hidden folders and, listed in the result, other copies
+    of the weights, an earlier run's results, and links that lead out.
     Every file is on disk when this returns. `progress` is called with the bytes written since its last call.
 
     With the `journal` of a `resumable` run, files that it holds are in `target` and not written again. `note` is
@@ -91,9 +95,16 @@ def write_edited(
         nbytes=outputs.nbytes,
         sha256={output.name: finished[output.name].sha256 for output in outputs.files},
         source_sha256=hashes,
+        companion_sha256={copy.name: _hash_of(copy, outputs, finished) for copy in outputs.companions},
+        links=outputs.links,
         notes=tuple(finished[name].note for name in edited),
         kept=tuple(run.kept),
     )
+
+
+def _hash_of(copy: Output, outputs: Outputs, finished: Mapping[str, Finished]) -> str:
+    """The hash of a file of the source beside the shards: that of its copy, where it came along as it is."""
+    return finished[copy.name].sha256 if copy in outputs.files or copy.like is None else sha256(copy.like)
 
 
 def _check(source: Checkpoint, target: Path, rewriters: Mapping[str, Rewriter], journal: Journal | None) -> None:

@@ -14,6 +14,7 @@ import fcntl
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -308,10 +309,13 @@ def _locked(journal: Path) -> Iterator[None]:
     """A lock that ends with the process, however that ends."""
     try:
         journal.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise CheckpointError(f"'{journal}': cannot be written ({error.strerror})") from error
     try:
+        about = os.fstat(descriptor)
+        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_nlink > 1:
+            raise CheckpointError(f"'{journal}': expected a file of this user alone, found another; give another OUT")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

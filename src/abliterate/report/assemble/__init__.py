@@ -1,8 +1,11 @@
 """Results as they stand in the record, and the record of every command."""
 
+from abliterate.files.checkpoint import FRONT
 from abliterate.report.assemble.build import (
     anatomy_part,
     build_record,
+    check_beside,
+    check_results,
     model_part,
     separation_part,
     session_model,
@@ -14,12 +17,14 @@ from abliterate.report.assemble.build import (
     write_record_and_report,
     written_parts,
 )
-from abliterate.report.assemble.search import FRONT, point_file, save_points, search_part, with_origin_of
+from abliterate.report.assemble.search import point_file, save_points, search_part, with_origin_of
 
 __all__ = [
     "FRONT",
     "anatomy_part",
     "build_record",
+    "check_beside",
+    "check_results",
     "model_part",
     "point_file",
     "save_points",

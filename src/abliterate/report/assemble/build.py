@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -21,12 +22,14 @@ from abliterate.edit.plan import Plan
 from abliterate.edit.write import Realised
 from abliterate.errors import UsageError
 from abliterate.evaluation.probe import Probe
-from abliterate.files.checkpoint import sha256
+from abliterate.files.atomic import real_folder, refuse_other_kinds
+from abliterate.files.checkpoint import DIRECTION, FRONT, JOURNAL, sha256
 from abliterate.finding.find import Findings
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.report.card import write_card
+from abliterate.report.html import FILE_NAME as REPORT
 from abliterate.report.html import write_report
 from abliterate.session import Session
 
@@ -201,12 +204,34 @@ def write_record_and_report(record: rec.Record, folder: Path) -> None:
     rec.write_record(record, folder)
 
 
+def check_results(folder: Path) -> None:
+    """Raise, before hours of work, where record, report and files of a search could not be written into `folder`.
+
+    Links are no reason: they are replaced, but for a folder's, through which everything would land elsewhere.
+    """
+    for name in (rec.FILE_NAME, REPORT, DIRECTION, JOURNAL):
+        refuse_other_kinds(folder / name)
+    if os.path.lexists(folder / FRONT):
+        real_folder(folder / FRONT)
+
+
+def check_beside(folder: Path | None) -> None:
+    """The same for what `write_beside` does; the record that is there can be read."""
+    if folder is None:
+        return
+    check_results(folder)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--out {folder}: expected a folder, found a file; give another")
+    if os.path.lexists(folder / rec.FILE_NAME):
+        rec.read_record(folder)
+
+
 def write_beside(folder: Path, parts: Mapping[str, BaseModel], fresh: Callable[[], rec.Record]) -> None:
     """Write record and report into `folder`: those of a run that are there with `parts` added, else a fresh record's.
 
     Raises `UsageError` when the folder cannot be made or holds a record of another version.
     """
-    if (folder / rec.FILE_NAME).is_file():
+    if os.path.lexists(folder / rec.FILE_NAME):
         record = rec.read_record(folder).model_copy(update=dict(parts))
     else:
         try:

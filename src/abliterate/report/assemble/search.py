@@ -8,10 +8,9 @@ from pathlib import Path
 
 from abliterate import record as rec
 from abliterate.edit.direction import Direction, save_direction
+from abliterate.files.atomic import real_folder
+from abliterate.files.checkpoint import FRONT
 from abliterate.finding.search import Search
-
-#: The folder in OUT that holds the points of a search.
-FRONT = "front"
 
 
 def search_part(result: Search) -> rec.SearchPart:
@@ -56,6 +55,7 @@ def save_points(result: Search, folder: Path, start: Direction) -> None:
     """
     part = search_part(result)
     kept = {point.file for point in part.points}
+    real_folder(folder / FRONT)
     for old in sorted((folder / FRONT).glob("*.safetensors")):  # of a search that was here before
         if f"{FRONT}/{old.name}" not in kept:
             old.unlink()
