@@ -124,8 +124,7 @@ def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec
         save_direction(staging.folder / DIRECTION, direction)
         if done.search is not None:
             save_points(done.search, staging.folder, direction)
-        write_all(record, staging.folder)
-    return record
+        return write_all(record, staging.folder, monitor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +214,8 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     direction = with_hashes(_from_search(result, start), record)
     save_points(result, output.out, direction)
     save_direction(output.out / DIRECTION, direction)
-    write_record_and_report(record, output.out)
-    return record
+    points = [point.file for point in record.search.points if point.file] if record.search else []
+    return write_record_and_report(record, output.out, monitor, DIRECTION, *points)
 
 
 def pick(folder: Path, number: int) -> rec.Record:
@@ -230,13 +229,11 @@ def pick(folder: Path, number: int) -> rec.Record:
     known = [point.number for point in record.search.points]
     if number not in known:
         raise UsageError(f"--pick {number}: expected a point of {folder}, one of {', '.join(map(str, known))}")
-    before = load_direction(folder / DIRECTION)
-    other = load_direction(folder / point_file(number))
+    before, other = (load_direction(rec.companion(folder, record, name)) for name in (DIRECTION, point_file(number)))
     search_of = record.search.model_copy(update={"chosen": number, "why": "picked"})
     record = record.model_copy(update={"search": search_of})
     save_direction(folder / DIRECTION, replace(other, facts=before.facts, candidates=before.candidates))
-    write_record_and_report(record, folder)
-    return record
+    return write_record_and_report(record, folder, Monitor(), DIRECTION)
 
 
 def _output(settings: RunSettings, command: str) -> OutputSettings:
@@ -331,8 +328,7 @@ def apply(
                 **written_parts(plan, done, output, editing, staging.folder),
             )
             save_direction(staging.folder / DIRECTION, chosen)
-            write_all(record, staging.folder)
-        return record
+            return write_all(record, staging.folder, monitor)
 
 
 def evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Mapping
@@ -11,9 +12,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from abliterate.errors import UsageError
+from abliterate.errors import CheckpointError, UsageError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import MB, Kind, short
+from abliterate.files.checkpoint import sha256
+from abliterate.files.checkpoint.links import leads_out
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "abliteration.json"
@@ -45,6 +48,13 @@ class ModelPart(_Part):
     dtype: str
     device: str
     source_sha256: dict[str, str] = Field(description="SHA-256 of every weight file that was read.")
+    companion_sha256: dict[str, str] = Field(
+        default={},
+        description="SHA-256 of every other file of it that came along: `undo` restores no others.",
+    )
+    seal: str | None = Field(
+        None, description="What only the user who named the folder can have made, on the machine where it lies."
+    )
 
 
 class PromptsPart(_Part):
@@ -539,13 +549,20 @@ class IntegrityPart(_Part):
     `headers` are shards in both folders that hold the same tensors under different headers. `sha256` are the hashes of
     the shards, `wrong_hashes` the shards whose hash is not the recorded one, or that are missing or not recorded.
     `other_files` says of every file beside the shards: "equal", "different", "missing" or "extra"; `not_original` are
-    those that should be the original's and are not, `rewritten` those that the edit rewrote.
+    those that should be the original's and are not, `rewritten` those that the edit rewrote. `unknown` are files that
+    are neither the original's nor results of this program, or that the record does not know; `changed_files` are those
+    that the record knows with other bytes, or that are gone. `proved` is false where the record has no hashes.
     """
 
-    intact: bool = Field(description="Whether every byte outside the plan equals the original's.")
+    intact: bool = Field(
+        description="Whether every byte outside the plan equals the original's, and every other file the record's."
+    )
+    proved: bool = True
     out: str
     source: str
     not_original: list[str]
+    unknown: list[str] = []
+    changed_files: list[str] = []
     rewritten: list[str] = []
     changed: list[str]
     unchanged: list[str]
@@ -562,14 +579,18 @@ class IntegrityPart(_Part):
 class UndonePart(_Part):
     """A model as it was before it was edited, in `folder`.
 
-    `exact`: its weights are the original's, bit for bit, by their hashes. Else no number of `tensors` is more than
-    `steps` numbers of the stored format away from the original's, all others are the same, and `reason` says why the
-    original's files were not taken. `remains` are tensors that the edit added and files that it rewrote: they stay.
+    `exact`: its weights are the original's, bit for bit, by their hashes. Else `reason` says why the original's files
+    were not taken; numbers outside `tensors` are the same, and those in them were `compared` with numbers of the
+    original that were kept for that: `equal` of these are the same, and none is more than `steps` numbers of the stored
+    format away (null where there were none to compare with). `remains` are tensors that the edit added and files that
+    it rewrote: they stay.
     """
 
     folder: str
     exact: bool
-    steps: Count
+    steps: Count | None
+    compared: Count = 0
+    equal: Count = 0
     files: list[str]
     tensors: list[str] = []
     reason: str | None = None
@@ -722,8 +743,17 @@ class Record(_Part):
     left_out: list[str] = Field(default=[], description="Files of the source that were not carried along.")
     output: str | None = None
     output_sha256: dict[str, str] = {}
+    files: dict[str, str] = Field(
+        default={}, description="SHA-256 of every file beside this one. Empty in records of earlier versions."
+    )
     timings_s: dict[str, float] = {}
     peak_memory_bytes: dict[str, Count] = {}
+
+
+def sealed_parts(model: ModelPart) -> tuple[str, ...]:
+    """What `ModelPart.seal` seals: that a user named this folder as the model with these files."""
+    files = json.dumps([sorted(model.source_sha256.items()), sorted(model.companion_sha256.items())])
+    return "original", model.folder, files
 
 
 def write_record(record: Record, folder: Path) -> Path:
@@ -744,6 +774,25 @@ def read_record(folder: Path) -> Record:
         found = short(content["schema_version"])
         raise UsageError(f"{path}: expected a record of schema version {SCHEMA_VERSION}, found version {found}")
     return _RECORD.checked(path, content, Record)
+
+
+def companion(folder: Path, record: Record, name: str) -> Path:
+    """The file `name` beside a record that was read from `folder`.
+
+    Raises `CheckpointError` when it is not the file that the record was written with. A record of an earlier version
+    does not know, and takes any.
+    """
+    path = folder / name
+    if leads_out(path, folder):
+        raise CheckpointError(f"{path} is a link out of the folder and is not followed; put the file itself there")
+    if record.files and not path.is_file():
+        raise CheckpointError(f"{path}: expected the file that {FILE_NAME} was written with, found none")
+    if record.files and sha256(path) != record.files.get(name):
+        raise CheckpointError(
+            f"{path}: is not the file that {FILE_NAME} was written with: expected SHA-256 "
+            f"{record.files.get(name, 'of a file it lists')}; make it anew, or give the file by itself"
+        )
+    return path
 
 
 def versions() -> dict[str, str]:

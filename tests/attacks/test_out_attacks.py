@@ -127,7 +127,7 @@ def test_every_file_is_written_by_the_one_writer() -> None:
     """What opens, copies or makes files for writing is in few places, each of which makes new files only."""
     root = Path(ck.__file__).parents[2]
     writers = (".write_text(", ".write_bytes(", '"wb")', '"w")', '"w+b")', "save_file(", "shutil.copy", "copytree(")
-    allowed = {"files/atomic.py", "monitor.py", "edit/undo.py"}
+    allowed = {"files/atomic.py", "monitor.py"}
     found = {
         str(path.relative_to(root))
         for path in root.rglob("*.py")

@@ -23,9 +23,10 @@ from abliterate.edit.weights import Surgery, edit_checkpoint
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.files.checkpoint import Checkpoint, open_checkpoint, resumable
 from abliterate.files.formats import layout
+from abliterate.files.local import seal
 from abliterate.model.anatomy import Kind, Stored, Writer
 from abliterate.monitor import Monitor
-from abliterate.record import AnatomyPart, ModelPart, PlanPart, Record, write_record
+from abliterate.record import AnatomyPart, ModelPart, PlanPart, Record, sealed_parts, write_record
 from steps import steps_apart
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -296,9 +297,11 @@ def edited_model(tmp_path: Path, *, source_folder: bool = True) -> Path:
         "dtype": "bfloat16",
         "device": "cpu",
         "source_sha256": surgery.files.source_sha256,
+        "companion_sha256": surgery.files.companion_sha256,
     }
     if source_folder:
         model["folder"] = str(source.folder)
+    model["seal"] = seal(*sealed_parts(ModelPart(**model)))
     shards = [shard.path.name for shard in open_checkpoint(out).shards]
     record = Record(
         created="now",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -29,21 +30,38 @@ def undo(
     """Restore the original: bit for bit where it is still there, else from what the edit kept."""
     from abliterate.edit.undo import undo as undo_edit
 
-    undone = undo_edit(out, target=target, source=source, monitor=monitor_for(quiet))
+    ask = _confirm if sys.stdin.isatty() and sys.stderr.isatty() and not quiet else None
+    undone = undo_edit(out, target=target, source=source, confirm=ask, monitor=monitor_for(quiet))
     say(undone, show_undone, as_json)
+
+
+def _confirm(folder: Path) -> bool:
+    """Ask whether the original may be read where a record that is not this user's own says it is."""
+    text = " ".join(str(folder).split())
+    return typer.confirm(f"The record says that the original is in {text}. Take its files from there?", err=True)
 
 
 def show_undone(undone: UndonePart, console: Console) -> None:
     """Whether it is the original or close to it, and where it lies."""
     if undone.exact:
-        write(console, "Restored bit for bit: the original's files, with the recorded SHA-256.")
+        write(console, "Restored bit for bit: weights with the SHA-256 of the original's.")
     else:
-        write(
-            console,
-            f"Restored {len(undone.tensors)} tensors to within {undone.steps} unit in the last place of the stored "
-            f"format, from what the edit kept: {undone.reason}.",
-            whole=True,
-        )
+        write(console, _restored(undone), whole=True)
     if undone.remains:
         write(console, f"Still as the edit left it: {', '.join(undone.remains)}.", whole=True)
     write(console, "Model: ", plain(undone.folder, "bold"), whole=True)
+
+
+def _restored(undone: UndonePart) -> str:
+    """How close computed tensors come to the original's, and why they were computed."""
+    told = f"Restored {len(undone.tensors)} tensors"
+    if undone.steps is None:
+        return (
+            f"{told} from what the edit kept: {undone.reason}. How close they are to the original is not known: "
+            "nothing was kept to compare them with."
+        )
+    equal = 100 * undone.equal / undone.compared
+    return (
+        f"{told} to within {undone.steps} unit in the last place of the stored format, from what the edit kept: "
+        f"{undone.reason}. Compared with {undone.compared:,} numbers of the original, {equal:.1f} % are equal."
+    )

@@ -74,6 +74,15 @@ def show_integrity(part: IntegrityPart, console: Console) -> None:
     )
     if part.not_original:
         write(console, plain("not the original's:", "red"), f" {', '.join(part.not_original)}", whole=True)
+    for names, words in (
+        (part.unknown, "neither the original's nor results that the record knows"),
+        (part.changed_files, "not as the record says, or gone"),
+    ):
+        if names:
+            write(console, plain(f"{words}:", "red"), f" {', '.join(names)}", whole=True)
+    if not part.proved:
+        why = " the record is of an earlier version, without hashes of the files beside the weights."
+        write(console, plain("Not proved:", "red"), why, whole=True)
     if part.rewritten:
         write(console, f"Rewritten by the edit: {', '.join(part.rewritten)}.", whole=True)
     if part.intact:

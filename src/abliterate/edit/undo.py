@@ -7,13 +7,14 @@ Tensors that were not edited come back as they are.
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from abliterate.edit.weights.edit import one_thread
@@ -22,10 +23,15 @@ from abliterate.edit.weights.passes import Known, terms_for
 from abliterate.edit.weights.tensors import Block, Grid, damaged
 from abliterate.edit.weights.undo_files import NAME as UNDO
 from abliterate.edit.weights.undo_files import Exceptions, UndoEntry, UndoFile
+from abliterate.edit.write import untied_config
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
+from abliterate.files.atomic import write_atomically
 from abliterate.files.checkpoint import (
+    CARD,
+    FRONT,
     INDEX_NAME,
     OWN_RESULTS,
+    Changes,
     Checkpoint,
     EditedFiles,
     Rewriter,
@@ -37,25 +43,55 @@ from abliterate.files.checkpoint import (
     staged,
     write_edited,
 )
+from abliterate.files.checkpoint.links import leads_out
 from abliterate.files.formats import PLAIN, layout
 from abliterate.files.integrity import check, has_own_index
+from abliterate.files.local import is_sealed
 from abliterate.monitor import Monitor
-from abliterate.record import IntegrityPart, PlanPart, Record, UndonePart, read_record
+from abliterate.record import (
+    FILE_NAME,
+    IntegrityPart,
+    PlanPart,
+    Record,
+    UndonePart,
+    companion,
+    read_record,
+    sealed_parts,
+)
 
-#: The model card, which says that the model was edited.
-_CARD = "README.md"
+
+@dataclass(slots=True)
+class Measured:
+    """Numbers of the original that were `compared` with restored ones, and how many of them are `equal`."""
+
+    compared: int = 0
+    equal: int = 0
+
+    def see(self, entry: UndoEntry, steps: Int[Tensor, " n"]) -> None:
+        """Add how many steps apart some are; raises `CheckpointError` when one is more than a step away."""
+        self.compared += len(steps)
+        self.equal += int((steps == 0).sum())
+        if len(steps) and int(steps.max()) > 1:
+            raise CheckpointError(
+                f"tensor '{entry.tensor}': restored numbers are {int(steps.max())} steps of the stored format from the "
+                "original's; the undo file is another run's, give the original with --source"
+            )
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """What `restore` wrote, and the tensors in it that were computed."""
+    """What `restore` wrote, the tensors in it that were computed, and how they compare with the original."""
 
     files: EditedFiles
     tensors: tuple[str, ...]
+    measured: Measured
 
 
 def verify_files(out: Path, source: Path | None = None, monitor: Monitor | None = None) -> IntegrityPart:
-    """Compare the weights in `out` with those of the original (`source`, or where the record says it was).
+    """Compare the files in `out` with those of the original (`source`, or where the record says it was).
+
+    Every file in `out` must be the original's, byte for byte, or a result of this program with the hash that the record
+    has of it; what the record says of other files excuses nothing.
 
     Raises `UsageError` when `out` has no record of edited weights or the original is not there, `CheckpointError` when
     it is another model than the one that was edited.
@@ -73,21 +109,81 @@ def verify_files(out: Path, source: Path | None = None, monitor: Monitor | None 
         indexed = INDEX_NAME in plan.files
         edited = open_checkpoint(out)
         found = check(edited, original, planned, extra=plan.copied, recorded=record.output_sha256, indexed=indexed)
-    rewritten = {_CARD, *record.left_out}
-    if plan.copied or plan.variant.get("untie"):
-        rewritten.add("config.json")
-    if not indexed or (original.index and has_own_index(edited, original.index)):
-        rewritten.add(INDEX_NAME)
-    wrong = [name for name, how in found.other_files.items() if how in ("different", "missing")]
-    not_original = [name for name in wrong if name not in rewritten]
+        beside = _Beside.of(edited, original, record, found.other_files)
     return IntegrityPart(
-        intact=found.ok and not not_original,
+        intact=found.ok and beside.ok,
+        proved=bool(record.files),
         out=str(out),
         source=str(origin),
-        not_original=not_original,
-        rewritten=sorted(name for name in rewritten if found.other_files.get(name) == "different"),
+        not_original=beside.not_original,
+        unknown=beside.unknown,
+        changed_files=beside.changed,
+        rewritten=sorted(name for name in beside.rewritten if found.other_files.get(name) == "different"),
         **asdict(found),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What is wrong with the files beside the weights (see `IntegrityPart`), and which ones the edit may rewrite."""
+
+    proved: bool
+    rewritten: frozenset[str]
+    not_original: list[str]
+    unknown: list[str]
+    changed: list[str]
+
+    @property
+    def ok(self) -> bool:
+        return self.proved and not (self.not_original or self.unknown or self.changed)
+
+    @classmethod
+    def of(cls, edited: Checkpoint, original: Checkpoint, record: Record, compared: Mapping[str, str]) -> _Beside:
+        out, recorded = edited.folder, record.files
+        rewritten = frozenset({CARD, *_remade(edited, original, compared)})
+        wrong = [name for name, how in compared.items() if how in ("different", "missing")]
+        shards = {str(shard.path.relative_to(out)) for shard in edited.shards}
+        ours = {name for name in _names(out) if _is_result(name)} | rewritten | shards
+        same = {name for name, how in compared.items() if how in ("equal", "different")}
+        unknown = {name for name in _names(out) if name not in ours | same or not _is_own(out / name, out)}
+        if recorded:
+            unknown |= _names(out) - recorded.keys() - {FILE_NAME}
+        changed = [
+            name
+            for name, digest in recorded.items()
+            if name not in shards and not (_is_own(out / name, out) and sha256(out / name) == digest)
+        ]
+        not_original = sorted(name for name in wrong if name not in rewritten)
+        return cls(bool(recorded), rewritten, not_original, sorted(unknown), sorted(changed))
+
+
+def _remade(edited: Checkpoint, original: Checkpoint, compared: Mapping[str, str]) -> Iterator[str]:
+    """Files of the original that an edit makes anew, where they are what it makes."""
+    config, index = edited.folder / "config.json", edited.folder / INDEX_NAME
+    if compared.get(config.name) == "different" and config.read_bytes() == untied_config(original.folder):
+        yield config.name
+    if has_own_index(edited, original.index) or (compared.get(INDEX_NAME) == "missing" and len(edited.shards) == 1):
+        yield index.name
+
+
+def _is_result(name: str) -> bool:
+    """Whether a file is one that `run` and `apply` leave beside a model, by its name."""
+    path = PurePath(name)
+    return name in OWN_RESULTS or name == CARD or (path.parts[:-1] == (FRONT,) and path.suffix == ".safetensors")
+
+
+def _names(out: Path) -> set[str]:
+    """Everything in a folder that is no folder, hidden or not; links to folders too."""
+    found = set()
+    for parent, folders, files in os.walk(out):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        found |= {str(Path(parent, name).relative_to(out)) for name in (*files, *links)}
+    return found
+
+
+def _is_own(path: Path, out: Path) -> bool:
+    """Whether a file of OUT is a regular file, in OUT or in the hub's cache that it lies in."""
+    return path.is_file() and not leads_out(path, out)
 
 
 def _edited(out: Path) -> tuple[Record, PlanPart]:
@@ -104,70 +200,109 @@ def undo(
     *,
     target: Path | None = None,
     source: Path | None = None,
+    confirm: Callable[[Path], bool] | None = None,
     monitor: Monitor | None = None,
 ) -> UndonePart:
     """Take back the edit of the model in `out`, in place or into the new folder `target`.
 
-    The original's files are taken from `source`, or from where the record says they were; if they are not there any
-    more, or are others, what was edited is computed. `out` stays as it is until the restored model is complete.
+    The original's files are taken from `source`; or from where the record says they were, if it is this user's own
+    record on this machine, or `confirm`, asked with that folder, says so. If they are not there any more, or are
+    others, what was edited is computed. Only files that the record lists come along. `out` stays as it is until the
+    restored model is complete.
 
-    Raises `UsageError` when `out` has no record of edited weights, `CheckpointError`, naming the file, when its weights
-    are not those that the record describes, or when `source` is given and is not the model that was edited.
+    Raises `UsageError` when `out` has no record of edited weights, or for a restoration in place when it holds files
+    that the record does not know; `CheckpointError`, naming the file, when its files are not those that the record
+    describes, when `source` is given and is not the model that was edited, or when what is restored is measured not to
+    be the original.
     """
     record, plan = _edited(out)
+    if target is None:
+        _refuse_strangers(out, record, plan)
     edited = open_checkpoint(out)
     _check_hashes(edited, record.output_sha256, "is not as it was written")
-    original, reason = _original(record, source)
+    original, reason = _original(record, source, confirm)
     monitor = monitor or Monitor()
     place: AbstractContextManager[Path]
     place = staged(out, overwrite=True) if target is None else staged(target, source=out)
     with place as folder:
         if original is None:
-            return _computed(edited, plan, folder, monitor).model_copy(
+            return _computed(edited, record, plan, folder, monitor).model_copy(
                 update={"folder": str(target or out), "reason": reason}
             )
-        total = bytes_to_write(original)
+        changes = Changes(only=record.model.companion_sha256 or None)
+        total = bytes_to_write(original, changes)
         ensure_space(folder, total)
         with monitor.phase("restore", total) as advance:
-            files = write_edited(original, folder, {}, progress=advance)
+            files = write_edited(original, folder, {}, changes=changes, progress=advance)
         _check_copies(files, record.model.source_sha256)
-        if target is None:
-            _carry_along(out, folder, {*plan.files, *record.output_sha256, *files.left_out})
-        return UndonePart(folder=str(target or out), exact=True, steps=0, files=list(files.written))
+        _complete(record, files, folder, out)
+        names = dict.fromkeys((*files.written, *record.model.companion_sha256))
+        return UndonePart(folder=str(target or out), exact=True, steps=0, files=list(names))
 
 
-def _computed(edited: Checkpoint, plan: PlanPart, folder: Path, monitor: Monitor) -> UndonePart:
+def _refuse_strangers(out: Path, record: Record, plan: PlanPart) -> None:
+    """Files that somebody put into `out` would be lost, or be taken for the original's."""
+    known = {*record.files, *plan.files, *record.output_sha256, *record.left_out, *record.model.companion_sha256}
+    strangers = sorted(name for name in _names(out) if name not in known and not _is_result(name))
+    if strangers and (record.files or plan.files):
+        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+        raise UsageError(
+            f"{out}: expected only files that its record knows, found {', '.join(strangers[:3])}{more}; move them "
+            "away, or restore into another folder with -o"
+        )
+
+
+def _complete(record: Record, files: EditedFiles, folder: Path, out: Path) -> None:
+    """Check the files beside the weights; one that has changed since is taken from `out`, if it still is there."""
+    for name, digest in record.model.companion_sha256.items():
+        if files.sha256.get(name) == digest:
+            continue
+        kept = out / name
+        if not _is_own(kept, out) or sha256(kept) != digest:
+            raise CheckpointError(f"{name}: is not what it was when the model was edited, neither here nor there")
+        (folder / name).unlink(missing_ok=True)
+        write_atomically(folder / name, kept.read_bytes())
+
+
+def _computed(edited: Checkpoint, record: Record, plan: PlanPart, folder: Path, monitor: Monitor) -> UndonePart:
     """Write what the original was into `folder`, computed from what the edit kept."""
-    out, total = edited.folder, bytes_to_write(edited)
-    ensure_space(folder, total)
+    out = edited.folder
+    names = _listed(record, plan)
     undo_files = [out / name for name in plan.undo]
     if missing := [path for path in undo_files or [out / UNDO] if not path.is_file()]:
         raise CheckpointError(f"{missing[0]}: expected what undo needs, found none; give the original with --source")
+    for name in (*plan.undo, *(names or ())):
+        companion(out, record, name)
+    total = bytes_to_write(edited, Changes(only=names))
+    ensure_space(folder, total)
     tensors = [edit.tensor for edit in plan.edits]
     with monitor.phase("restore", total) as advance:
-        restored_files = restore(edited, undo_files, folder, expected=tensors, progress=advance)
-    added = {_CARD}
+        restored_files = restore(edited, undo_files, folder, expected=tensors, only=names, progress=advance)
+    added = {CARD}
     if INDEX_NAME in plan.files and len(edited.shards) == 1 and has_own_index(edited):
         added.add(INDEX_NAME)
     for name in added:
         (folder / name).unlink(missing_ok=True)
+    exact = {name: restored_files.files.sha256.get(name) for name in record.model.source_sha256}
+    measured = restored_files.measured
+    same = exact == record.model.source_sha256
     return UndonePart(
         folder=str(folder),
-        exact=False,
-        steps=1,
+        exact=same,
+        steps=0 if same else 1 if measured.compared else None,
+        compared=measured.compared,
+        equal=measured.equal,
         files=[name for name in restored_files.files.written if name not in added],
         tensors=list(restored_files.tensors),
         remains=[*plan.copied, *(("config.json",) if plan.copied else ())],
     )
 
 
-def _carry_along(out: Path, folder: Path, known: Collection[str]) -> None:
-    """Copy what somebody else put into `out` since it was written."""
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        name = str(path.relative_to(out))
-        if name not in known and name not in OWN_RESULTS and name != _CARD and not (folder / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, folder / name)
+def _listed(record: Record, plan: PlanPart) -> frozenset[str] | None:
+    """The files beside the weights that the original had; None where an earlier version's record does not say."""
+    if record.model.companion_sha256:
+        return frozenset(record.model.companion_sha256) - {CARD}
+    return frozenset(plan.files) - {CARD} if plan.files else None
 
 
 def restore(
@@ -176,23 +311,28 @@ def restore(
     target: Path,
     *,
     expected: Sequence[str] = (),
+    only: Collection[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Restored:
     """Write `edited` with its edit taken back into the empty folder `target`, in one stream, by arithmetic.
 
-    Raises `CheckpointError` when an undo file is damaged or not for these tensors, or those of `expected` are not all
-    in them.
+    Of the files beside the weights `only` those named come along. What is restored is compared with the numbers of the
+    original that were kept for that.
+
+    Raises `CheckpointError` when an undo file is damaged or not for these tensors, those of `expected` are not all in
+    them, or a number that was kept is more than one step from what is restored.
     """
     rewriters: dict[str, Rewriter] = {}
+    measured = Measured()
     for path in undo_files:
         kept = UndoFile(path)
         for entry in kept.entries:
-            rewriters[entry.tensor] = _restorer(_grid(edited, entry, path), entry, kept)
+            rewriters[entry.tensor] = _restorer(_grid(edited, entry, path), entry, kept, measured)
     if missing := [name for name in expected if name not in rewriters]:
         raise CheckpointError(f"{edited.folder}: expected what undo needs of '{missing[0]}', found nothing")
     with one_thread():
-        files = write_edited(edited, target, rewriters, progress=progress)
-    return Restored(files, tuple(rewriters))
+        files = write_edited(edited, target, rewriters, changes=Changes(only=only), progress=progress)
+    return Restored(files, tuple(rewriters), measured)
 
 
 def _grid(edited: Checkpoint, entry: UndoEntry, path: Path) -> Grid:
@@ -208,16 +348,18 @@ def _grid(edited: Checkpoint, entry: UndoEntry, path: Path) -> Grid:
     return Grid.of(how, entry.axis)
 
 
-def _restorer(grid: Grid, entry: UndoEntry, kept: UndoFile) -> Rewriter:
+def _restorer(grid: Grid, entry: UndoEntry, kept: UndoFile, measured: Measured) -> Rewriter:
     def rewrite(reader: TensorReader) -> Iterator[memoryview]:
         new, u, spare = grid.buffers(3)
-        terms_of, exceptions = _terms(grid, entry, kept), kept.exceptions(entry)
+        terms_of, exceptions, sample = _terms(grid, entry, kept), kept.exceptions(entry), kept.sample(entry)
         for matrix in range(grid.matrices):
             for block in grid.blocks(matrix):
                 numbers = grid.numbers(grid.read(reader, block), block, new)
                 terms = terms_of(matrix, block)
                 restored(numbers, taken(terms, u[: block.count], spare[: block.count]), terms)
                 stored = _with_exceptions(grid, block, _encoded(grid, block, numbers, reader), exceptions)
+                if sample is not None:
+                    measured.see(entry, sample.steps(grid.codes(stored), block.first * grid.columns))
                 data: memoryview = stored.view(torch.uint8).numpy().data
                 yield data
 
@@ -276,11 +418,19 @@ def _with_exceptions(grid: Grid, block: Block, stored: Tensor, exceptions: Excep
     return grid.packed(whole)
 
 
-def _original(record: Record, source: Path | None) -> tuple[Checkpoint | None, str | None]:
-    """The model that was edited, if its files are there and are the same; else why not."""
+def _original(
+    record: Record, source: Path | None, confirm: Callable[[Path], bool] | None
+) -> tuple[Checkpoint | None, str | None]:
+    """The model that was edited, if its files are there and are the same and a user named its folder; else why not."""
     if source is None and not record.model.folder:
         return None, "the record does not say where the original was"
     folder = source or Path(record.model.folder)
+    named = source is not None or is_sealed(record.model.seal, *sealed_parts(record.model))
+    if not named and not (confirm is not None and folder.is_dir() and confirm(folder)):
+        return (
+            None,
+            f"the record is not this user's own, and says that the original is in {folder}; see --source",
+        )
     try:
         found = open_checkpoint(folder)
         _check_hashes(found, record.model.source_sha256, "is not the one that was edited")

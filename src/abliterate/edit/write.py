@@ -207,7 +207,7 @@ def _changes(plan: Plan, target: EditTarget, output: OutputSettings) -> Changes:
         return Changes(output.shard_bytes, indexed=True)
     model = target.model
     embedding, head = (_name_of(model, part) for part in (model.get_input_embeddings(), model.get_output_embeddings()))
-    config = {"config.json": _untied_config(target.files.folder)}
+    config = {"config.json": untied_config(target.files.folder)}
     if f"{head}.weight" in target.files.checkpoint.tensors:
         return Changes(output.shard_bytes, replaced=config, indexed=True)
     (place,) = names_on_disk(model, {f"{embedding}.weight": 1}, target.files.checkpoint.tensors)[f"{embedding}.weight"]
@@ -220,7 +220,7 @@ def _name_of(model: Any, part: nn.Module) -> str:
     return next(names)
 
 
-def _untied_config(folder: Path) -> bytes:
+def untied_config(folder: Path) -> bytes:
     """config.json with the ties cut, at the top and in the part for text."""
     config = read_config(folder)
     for part in (config, config.get("text_config")):

@@ -71,7 +71,7 @@ def _audited(model: str, measuring: MeasureSettings, out: Path | None, monitor: 
     part = audit_session(session, findings, found, measuring, judge)
     if out is not None:
         settings = {"loading": session.loading.model_dump(mode="json")}
-        write_beside(out, {"audit": part}, lambda: session_record(session, settings, audit=part))
+        write_beside(out, {"audit": part}, lambda: session_record(session, settings, audit=part), monitor)
     return part
 
 

@@ -40,7 +40,7 @@ from abliterate.model.anatomy import Kind, Writer
 from abliterate.model.batches import hooked, on_output
 from abliterate.model.weights import numbers
 from abliterate.monitor import Monitor
-from abliterate.report.assemble import session_record, write_record_and_report
+from abliterate.report.assemble import files_below, session_record, write_record_and_report
 from abliterate.session import Session, open_session
 
 #: What is tried: each detector's length at harmful prompts, in parts of the stream's mean length.
@@ -107,7 +107,7 @@ def _hardened(model: str, place: _Place, settings: HardenSettings, measuring: Me
         )
         said = {"hardening": settings.model_dump(mode="json"), **measuring.model_dump(mode="json")}
         record = session_record(session, said, hardening=part, evaluation=evaluation, audit=after, output=str(out))
-        write_record_and_report(record, folder)
+        write_record_and_report(record, folder, monitor, *files_below(folder))
         return part
 
     return write_hooked(session, additions, out, overwrite, finish)

@@ -78,7 +78,7 @@ def _inspected(
     part = part.model_copy(update=update)
     if settings.out is not None:
         write_beside(
-            settings.out, {"inspection": part}, lambda: inspected_record(subject, monitor, {}, inspection=part)
+            settings.out, {"inspection": part}, lambda: inspected_record(subject, monitor, {}, inspection=part), monitor
         )
     return part, recovered
 

@@ -41,7 +41,7 @@ from abliterate.forensics.reading import InspectedModel, inspected_record, numbe
 from abliterate.model.activations import stream_sites
 from abliterate.model.anatomy import Kind, Writer, names_on_disk
 from abliterate.monitor import Monitor
-from abliterate.report.assemble import write_record_and_report
+from abliterate.report.assemble import files_below, write_record_and_report
 from abliterate.session import Session, open_session
 
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
@@ -90,7 +90,8 @@ def repair(
 
 def _undone(model: Path, place: _Place) -> rec.RepairPart:
     done = restoring.undo(model, target=place.out, monitor=place.monitor)
-    note = "" if done.exact else f"within {done.steps} step of the stored format ({done.reason})"
+    close = "at an unknown distance" if done.steps is None else f"within {done.steps} step of the stored format"
+    note = "" if done.exact else f"{close} ({done.reason})"
     exact = done.files if done.exact else []
     return rec.RepairPart(folder=str(place.out), how="undo", exact=exact, restored=done.tensors, note=note)
 
@@ -116,7 +117,8 @@ class _Place:
     def finish(self, subject: InspectedModel, part: rec.RepairPart, folder: Path) -> None:
         """Put record and report beside the model, before it appears."""
         whole = {"repair": part, "evaluation": part.evaluation, "output": str(self.out)}
-        write_record_and_report(inspected_record(subject, self.monitor, self.asked, **whole), folder)
+        record = inspected_record(subject, self.monitor, self.asked, **whole)
+        write_record_and_report(record, folder, self.monitor, *files_below(folder))
 
 
 def _can_undo(folder: Path) -> bool:

@@ -133,5 +133,5 @@ def _of_run(folder: Path, loading: ModelSettings) -> _Known:
         files = ModelOnDisk(record.model.name, record.model.kind, source)
     else:
         files = locate_model(record.model.name, loading)
-    direction = load_direction(folder / FILE)
+    direction = load_direction(rec.companion(folder, record, FILE))
     return _Known(files, loading, direction, _ids(record.refusal_tokens), record.selection)

@@ -5,11 +5,15 @@ Names, warnings and all else that comes from models, files and judges stand in i
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
 
+from abliterate.errors import AbliterateError
 from abliterate.files.atomic import write_atomically
+from abliterate.files.checkpoint import CARD
+from abliterate.files.checkpoint.reading import open_source
 from abliterate.record import (
     EvaluationPart,
     PlanPart,
@@ -32,6 +36,11 @@ This model was made for research on how safety behaviour is represented. Its beh
 ways that were measured only as far as this card says. Keep the licence of the original model.
 """
 
+
+#: Of a card, in bytes and characters: what is longer tells no licence.
+_LONGEST_CARD, _LONGEST_VALUE, _MOST_VALUES = 1 << 18, 300, 200
+
+_FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
 
 _LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "control-vector": "gguf"}
 
@@ -94,7 +103,7 @@ def _weakened(record: Record) -> bool:
 
 def write_card(record: Record, folder: Path) -> Path:
     """Write README.md into `folder`, replacing the original's card, which would describe another model."""
-    path = folder / "README.md"
+    path = folder / CARD
     write_atomically(path, render_card(record, _licence(path)))
     return path
 
@@ -133,14 +142,29 @@ def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
 
 
 def _licence(readme: Path) -> dict[str, Any]:
-    """Licence and languages from the original's card, which stay true."""
-    from huggingface_hub import ModelCard
+    """Licence and languages from the original's card, which stay true; nothing of a card that cannot be read."""
+    import yaml  # type: ignore[import-untyped]
 
     try:
-        data = ModelCard.load(readme).data.to_dict()
-    except (OSError, ValueError):  # no card, or one without readable front matter
+        with open(open_source(readme), "rb") as file:
+            text = file.read(_LONGEST_CARD).decode(errors="replace")
+        match = _FRONT_MATTER.match(text)
+        if match is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match[1])):
+            return {}  # a name for what stands elsewhere can make a few lines endless
+        data = yaml.safe_load(match[1])
+    except (AbliterateError, OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    return {key: data[key] for key in ("license", "license_name", "license_link", "language") if data.get(key)}
+    if not isinstance(data, dict):
+        return {}
+    found = {key: data.get(key) for key in ("license", "license_name", "license_link", "language")}
+    return {key: value for key, value in found.items() if value and _is_plain(value)}
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value of a card is a short text, or a few of them."""
+    if isinstance(value, list):
+        return len(value) <= _MOST_VALUES and all(isinstance(one, str) and _is_plain(one) for one in value)
+    return isinstance(value, str) and len(value) <= _LONGEST_VALUE and value.isprintable()
 
 
 def _front_matter(record: Record, licence: dict[str, Any]) -> str:

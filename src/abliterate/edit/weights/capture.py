@@ -25,7 +25,21 @@ _SHRINKS = 0.85
 #: Numbers tried out together: each operation on few numbers costs more than the numbers.
 _TOGETHER = 1 << 16
 
+#: Numbers of every tensor that are kept as they were, so that what undo gives can be compared with them.
+_SAMPLE = 1 << 10
+
 _MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+
+
+def sample_places(total: int) -> Any:
+    """Places of the numbers that are kept of a tensor of `total`: spread at random, the same every time, in order."""
+    return np.unique(np.random.default_rng(total).integers(total, size=_SAMPLE)) if total else np.arange(0)
+
+
+def ordered(codes: Int[Tensor, "*at"]) -> Int[Tensor, "*at"]:
+    """Whole numbers in the order of the stored ones, with one for both zeros."""
+    magnitude = int(torch.iinfo(codes.dtype).max)
+    return torch.where(codes < 0, -1 - magnitude - codes, codes)
 
 
 class Keeper(Protocol):
@@ -48,11 +62,20 @@ class Watch:
         self._scratch: Any = None
         self._tried: list[tuple[Any, ...]] = []
         self._count = 0
+        self._places = sample_places(int(np.prod(grid.layout.shape, dtype=np.int64)))
+        self._sample: list[Any] = []
+
+    def sample(self) -> Tensor:
+        """The numbers at `sample_places` as they were stored, one after the other, in bytes."""
+        kept = np.concatenate(self._sample) if self._sample else np.zeros(0, np.uint8)
+        return torch.from_numpy(kept.view(np.uint8))
 
     def see(self, block: Block, before: bytearray, after: Tensor, terms: Terms, numbers: tuple[Tensor, Tensor]) -> None:
         """One block: its bytes, what was done, and as numbers what was taken out and what it is now."""
         u, new = numbers
         first, was = block.first * self._grid.columns, self._grid.codes(before).numpy()
+        low, high = np.searchsorted(self._places, (first, first + was.size))
+        self._sample.append(was.reshape(-1)[self._places[low:high] - first])
         if not self._grid.is_plain:
             found = self._grid.codes(self._grid.encode(restored(new.clone(), u, terms), block)).numpy()
             at = np.flatnonzero(found != was)
@@ -82,7 +105,7 @@ class Watch:
 
     def _tell(self, places: Tensor, was: Tensor, found: Tensor) -> None:
         """Tell those of which what undo finds is more than one step from what was."""
-        a, b = self._ordered(found), self._ordered(was)
+        a, b = ordered(found), ordered(was)
         wrong = (a < b - 1) | (a > b + 1)
         self._keeper.exceptions(places[wrong], was[wrong])
 
@@ -103,7 +126,3 @@ class Watch:
         np.subtract(b, a, out=b)
         np.greater_equal(b, 1 << _MANTISSA_BITS[self._grid.layout.format], out=mask)
         return np.flatnonzero(mask)
-
-    def _ordered(self, codes: Int[Tensor, " p"]) -> Int[Tensor, " p"]:
-        """Whole numbers in the order of the stored ones, with one for both zeros."""
-        return torch.where(codes < 0, -1 - self._magnitude - codes, codes)

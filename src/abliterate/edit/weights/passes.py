@@ -59,6 +59,7 @@ class Passage:
         yield from self._edit_rows(reader) if self._grid.in_rows else self._edit_columns(reader)
         if self._keeper and self._watch:
             self._watch.end()
+            self._keeper.array("sample", self._watch.sample())
             self._keeper.array("removed", self._joined([known.removed for known in self._known]))
             if scales := [known.scale for known in self._known if known.scale is not None]:
                 self._keeper.array("scales", self._joined(scales))

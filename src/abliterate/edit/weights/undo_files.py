@@ -8,6 +8,7 @@ the end one, `undo.safetensors`, with the number of the part before each name. F
 `i.scales`     F32 (F64) [matrices, v]      the factors that gave the vectors their length back, if they got one
 `i.counts`     I32 [pages]                  how many exceptions there are in each page of 65,536 numbers
 `i.exceptions` U8                           place in its page (U16) and what was stored (see `Grid.codes`), then zeros
+`i.sample`     U8                           some numbers as they were stored (see `capture.sample_places`)
 `i.offset`     F32 [d]                      the constant that was added, if one was
 `basis.j`      F32 [k, d]                   L, once for all tensors it was used on
 ============== ============================ ==================================================================
@@ -34,6 +35,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from abliterate.edit.weights.capture import ordered, sample_places
 from abliterate.edit.weights.passes import Known
 from abliterate.edit.weights.tensors import TensorEdit, code_dtype
 from abliterate.errors import CheckpointError
@@ -290,6 +292,17 @@ class UndoFile:
             raise CheckpointError(f"{self.path}: expected the exceptions of '{entry.tensor}', found too few")
         return Exceptions(info, np.concatenate(([0], counts.numpy().cumsum(dtype=np.int64))), record)
 
+    def sample(self, entry: UndoEntry) -> Sample | None:
+        """Some numbers of one tensor as they were; None in files of earlier versions, which kept none."""
+        kept = self.array(f"{entry.key}.sample")
+        if kept is None:
+            return None
+        places = sample_places(int(np.prod(entry.shape, dtype=np.int64)))
+        dtype = code_dtype(entry.format)
+        if kept.dtype != torch.uint8 or kept.numel() != len(places) * dtype.itemsize:
+            raise CheckpointError(f"{self.path}: expected {len(places)} numbers of '{entry.tensor}', found others")
+        return Sample(places, kept.view(dtype))
+
     def _data_hash(self) -> str:
         found = hashlib.sha256()
         for chunk in self.data():
@@ -323,6 +336,21 @@ class Exceptions:
         places = pages * _PAGE + records["place"] - start
         inside = (places >= 0) & (places < end - start)
         return torch.from_numpy(places[inside]), torch.from_numpy(records["code"][inside])
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Numbers of the original at some places of a tensor, as they were stored."""
+
+    places: Any
+    codes: Int[Tensor, " n"]
+
+    def steps(self, found: Int[Tensor, "rows columns"], start: int) -> Int[Tensor, " p"]:
+        """How many stored numbers those of a block that begins at `start` are away from what they were."""
+        low, high = np.searchsorted(self.places, (start, start + found.numel()))
+        now = found.reshape(-1)[torch.from_numpy(self.places[low:high] - start)]
+        apart = (ordered(now).long() - ordered(self.codes[low:high]).long()).abs()
+        return torch.where(apart < 0, torch.iinfo(torch.int64).max, apart)  # F64: more than can be counted
 
 
 def _record(codes: torch.dtype) -> np.dtype[Any]:

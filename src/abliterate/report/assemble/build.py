@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from pydantic import BaseModel
@@ -24,6 +24,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation.probe import Probe
 from abliterate.files.atomic import real_folder, refuse_other_kinds
 from abliterate.files.checkpoint import DIRECTION, FRONT, JOURNAL, sha256
+from abliterate.files.local import seal
 from abliterate.finding.find import Findings
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
@@ -56,7 +57,14 @@ def session_record(session: Session, settings: Mapping[str, Any], **parts: Any) 
     return build_record(model, session.monitor, settings, **known, **parts)
 
 
-def session_model(session: Session, hashes: Mapping[str, str] | None = None) -> rec.ModelPart:
+class SourceHashes(NamedTuple):
+    """SHA-256 of the source's files by name: those with weights, and the others that came along."""
+
+    weights: Mapping[str, str]
+    companions: Mapping[str, str]
+
+
+def session_model(session: Session, hashes: SourceHashes | None = None) -> rec.ModelPart:
     """The model of a session, with the hashes of its files (default: read anew)."""
     loaded = session.loaded
     dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
@@ -70,10 +78,11 @@ def model_part(
     *,
     dtype: str,
     device: str = "none",
-    hashes: Mapping[str, str] | None = None,
+    hashes: SourceHashes | None = None,
 ) -> rec.ModelPart:
     """The model that was measured or edited; `model` is the live one, or a skeleton."""
-    return rec.ModelPart(
+    weights, companions = hashes or SourceHashes(files.sha256, {})
+    part = rec.ModelPart(
         name=files.name,
         kind=files.kind,
         folder=str(files.folder.resolve()),
@@ -83,8 +92,10 @@ def model_part(
         layers=anatomy.layers,
         dtype=dtype,
         device=device,
-        source_sha256=dict(files.sha256 if hashes is None else hashes),
+        source_sha256=dict(weights),
+        companion_sha256=dict(companions),
     )
+    return part.model_copy(update={"seal": seal(*rec.sealed_parts(part))}) if companions else part
 
 
 def prompts_part(session: Session) -> rec.PromptsPart:
@@ -154,11 +165,11 @@ def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditS
     )
 
 
-def source_hashes(done: Realised, files: ModelOnDisk) -> dict[str, str]:
-    """SHA-256 of each weight file of the source, by name: from the surgery, or read anew."""
+def source_hashes(done: Realised, files: ModelOnDisk) -> SourceHashes:
+    """SHA-256 of the files of the source: from the surgery, or read anew."""
     if done.surgery is not None:
-        return dict(done.surgery.files.source_sha256)
-    return dict(files.sha256)
+        return SourceHashes(done.surgery.files.source_sha256, done.surgery.files.companion_sha256)
+    return SourceHashes(files.sha256, {})
 
 
 def written_hashes(done: Realised, folder: Path) -> dict[str, str]:
@@ -192,16 +203,40 @@ def with_hashes(direction: Direction, record: rec.Record) -> Direction:
     return replace(direction, facts={**direction.facts, "model_sha256": record.model.source_sha256})
 
 
-def write_all(record: rec.Record, partial: Path) -> None:
-    """Put the model card, the report and the record beside the model."""
-    write_card(record, partial)
-    write_record_and_report(record, partial)
+def write_all(record: rec.Record, partial: Path, monitor: Monitor) -> rec.Record:
+    """Put the model card, the report and the record beside the model; the record as it is then."""
+    record = _optional(record, monitor, "README.md", lambda: write_card(record, partial))
+    return write_record_and_report(record, partial, monitor, *files_below(partial))
 
 
-def write_record_and_report(record: rec.Record, folder: Path) -> None:
-    """Write the record and the report; what only measures leaves no more."""
-    write_report(record, folder)
+def write_record_and_report(record: rec.Record, folder: Path, monitor: Monitor, *written: str) -> rec.Record:
+    """Write the record and the report; what only measures leaves no more. The record as it is then.
+
+    `written` are names of files in `folder` that belong to the record: it gets their hashes.
+    """
+    record = _optional(record, monitor, REPORT, lambda: write_report(record, folder))
+    names = {name for name in (*written, REPORT) if (folder / name).is_file()} - {rec.FILE_NAME}
+    known = {name: found for name, found in record.output_sha256.items() if name in written}
+    hashes = {name: known[name] if name in known else sha256(folder / name) for name in names}
+    record = record.model_copy(update={"files": dict(sorted({**record.files, **hashes}.items()))})
     rec.write_record(record, folder)
+    return record
+
+
+def _optional(record: rec.Record, monitor: Monitor, name: str, write: Callable[[], object]) -> rec.Record:
+    """Write what a job is not thrown away for; where that fails it is said, and the record says it too."""
+    try:
+        write()
+    except Exception as error:  # whatever it is: hours of work stand beside it
+        text = f"{name} could not be written: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        monitor.warn(text)
+        return record.model_copy(update={"warnings": [*record.warnings, text]})
+    return record
+
+
+def files_below(folder: Path) -> list[str]:
+    """The names of all files in a folder that was written here."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def check_results(folder: Path) -> None:
@@ -226,7 +261,9 @@ def check_beside(folder: Path | None) -> None:
         rec.read_record(folder)
 
 
-def write_beside(folder: Path, parts: Mapping[str, BaseModel], fresh: Callable[[], rec.Record]) -> None:
+def write_beside(
+    folder: Path, parts: Mapping[str, BaseModel], fresh: Callable[[], rec.Record], monitor: Monitor
+) -> None:
     """Write record and report into `folder`: those of a run that are there with `parts` added, else a fresh record's.
 
     Raises `UsageError` when the folder cannot be made or holds a record of another version.
@@ -239,7 +276,7 @@ def write_beside(folder: Path, parts: Mapping[str, BaseModel], fresh: Callable[[
         except OSError as error:
             raise UsageError(f"--out {folder}: expected a folder, found {error.strerror}") from error
         record = fresh()
-    write_record_and_report(record, folder)
+    write_record_and_report(record, folder, monitor)
 
 
 def command() -> str:
