@@ -143,7 +143,7 @@ def render_card(record: Record, licence: dict[str, Any] | None = None) -> str:
 
 def _licence(readme: Path) -> dict[str, Any]:
     """Licence and languages from the original's card, which stay true; nothing of a card that cannot be read."""
-    import yaml  # type: ignore[import-untyped]
+    import yaml
 
     try:
         with open(open_source(readme), "rb") as file:
