@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -30,6 +30,12 @@ def as_natural(text: str) -> int | None:
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*")
+    @classmethod
+    def _at_home(cls, value: Any) -> Any:
+        """A path that begins with ~ is in a user's home, wherever it comes from; shells see to that only at times."""
+        return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 class FileSettings(_Settings):

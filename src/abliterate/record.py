@@ -583,7 +583,7 @@ class UndonePart(_Part):
     were not taken; numbers outside `tensors` are the same, and those in them were `compared` with numbers of the
     original that were kept for that: `equal` of these are the same, and none is more than `steps` numbers of the stored
     format away (null where there were none to compare with). `remains` are tensors that the edit added and files that
-    it rewrote: they stay.
+    it rewrote: they stay, as do `others`, which somebody put there.
     """
 
     folder: str
@@ -595,6 +595,7 @@ class UndonePart(_Part):
     tensors: list[str] = []
     reason: str | None = None
     remains: list[str] = []
+    others: list[str] = []
 
 
 class ContenderPart(_Part):

@@ -126,7 +126,17 @@ def test_a_new_file_is_new(victim: Path, tmp_path: Path) -> None:
 def test_every_file_is_written_by_the_one_writer() -> None:
     """What opens, copies or makes files for writing is in few places, each of which makes new files only."""
     root = Path(ck.__file__).parents[2]
-    writers = (".write_text(", ".write_bytes(", '"wb")', '"w")', '"w+b")', "save_file(", "shutil.copy", "copytree(")
+    writers = (
+        ".write_text(",
+        ".write_bytes(",
+        '"wb")',
+        '"w")',
+        '"w+b")',
+        "save_file(",
+        "copyfile(",
+        "copy2(",
+        "copytree(",
+    )
     allowed = {"files/atomic.py", "monitor.py"}
     found = {
         str(path.relative_to(root))

@@ -18,7 +18,7 @@ from abliterate.edit.direction import Direction, save_direction
 from abliterate.edit.plan import Edit, Plan
 from abliterate.edit.undo import undo, verify_files
 from abliterate.edit.weights import edit_checkpoint
-from abliterate.errors import CheckpointError, UsageError
+from abliterate.errors import CheckpointError
 from abliterate.files.checkpoint import CARD, DIRECTION, Changes, open_checkpoint, sha256
 from abliterate.files.local import seal
 from abliterate.model.anatomy import Kind, Stored, Writer
@@ -285,12 +285,20 @@ def test_without_numbers_to_compare_with_nothing_is_claimed(out: Path, tmp_path:
     assert (undone.exact, undone.steps, undone.compared) == (False, None, 0)
 
 
-def test_undo_in_place_stops_at_files_that_the_record_does_not_know(out: Path) -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_undo_in_place_leaves_what_others_put_there_and_follows_no_link(exact: bool, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.txt").write_text("precious")
     (out / "thesis.tex").write_text("years of work")
-    before = contents(out)
-    with pytest.raises(UsageError, match=r"found thesis\.tex; move them away, or restore into another folder"):
-        undo(out)
-    assert contents(out) == before
+    (out / "link.txt").symlink_to(tmp_path / "elsewhere.txt")
+    if not exact:
+        rewrite(out, lambda record: record["model"].update(folder=""))
+    copy = shutil.copytree(out, tmp_path / "copy", symlinks=True)
+    undone = undo(out)
+    assert (undone.exact, undone.others) == (exact, ["link.txt", "thesis.tex"])
+    assert (out / "thesis.tex").read_text() == "years of work"
+    assert (out / "link.txt").is_symlink()
+    assert undo(copy, target=tmp_path / "back").others == []
+    assert not {"thesis.tex", "link.txt"} & contents(tmp_path / "back").keys()
 
 
 @pytest.mark.parametrize("name", ["../elsewhere.txt", "/etc/hostname", "sub/../../elsewhere.txt"])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -77,8 +79,21 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "undo": undo,
     "repair": repair,
 }
+
+
+def _at_home(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with every path that begins with ~ in a user's home: shells see to `-o ~/x`, not to `--out=~/x`."""
+
+    @functools.wraps(command)
+    def wrapper(**values: Any) -> None:
+        paths = {name: value for name, value in values.items() if isinstance(value, Path)}
+        command(**{**values, **{name: Path(os.path.expanduser(path)) for name, path in paths.items()}})
+
+    return wrapper
+
+
 for _name, _command in _COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(_at_home(_command))
 
 
 #: Commands whose result is what they print, unless one of these options names a file for it.

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from abliterate.cli.arguments import Json, Quiet, monitor_for, say
 from abliterate.cli.terminal import plain, write
+from abliterate.texts import printable
 
 if TYPE_CHECKING:
     from abliterate.record import UndonePart
@@ -37,8 +38,9 @@ def undo(
 
 def _confirm(folder: Path) -> bool:
     """Ask whether the original may be read where a record that is not this user's own says it is."""
-    text = " ".join(str(folder).split())
-    return typer.confirm(f"The record says that the original is in {text}. Take its files from there?", err=True)
+    return typer.confirm(
+        f"The record says that the original is in {printable(str(folder))}. Take its files from there?", err=True
+    )
 
 
 def show_undone(undone: UndonePart, console: Console) -> None:
@@ -49,6 +51,8 @@ def show_undone(undone: UndonePart, console: Console) -> None:
         write(console, _restored(undone), whole=True)
     if undone.remains:
         write(console, f"Still as the edit left it: {', '.join(undone.remains)}.", whole=True)
+    if undone.others:
+        write(console, f"Left where they were, not known to the record: {', '.join(undone.others)}.", whole=True)
     write(console, "Model: ", plain(undone.folder, "bold"), whole=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -118,7 +119,7 @@ def verify(
     if direction is None:
         unused = (given.loading, given.prompts, given.finding, given.editing, given.replies, site)
         refuse_idle("verify OUT", *unused)
-        _verify_files(Path(model), source, as_json=as_json, quiet=quiet)
+        _verify_files(Path(os.path.expanduser(model)), source, as_json=as_json, quiet=quiet)
         return
     if source is not None:
         raise UsageError("--source: expected an OUT to compare with it, found --direction")

@@ -8,6 +8,7 @@ Tensors that were not edited come back as they are.
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from abliterate.edit.weights.undo_files import NAME as UNDO
 from abliterate.edit.weights.undo_files import Exceptions, UndoEntry, UndoFile
 from abliterate.edit.write import untied_config
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
-from abliterate.files.atomic import write_atomically
+from abliterate.files.atomic import new_file, write_atomically
 from abliterate.files.checkpoint import (
     CARD,
     FRONT,
@@ -44,6 +45,7 @@ from abliterate.files.checkpoint import (
     write_edited,
 )
 from abliterate.files.checkpoint.links import leads_out
+from abliterate.files.checkpoint.reading import open_source
 from abliterate.files.formats import PLAIN, layout
 from abliterate.files.integrity import check, has_own_index
 from abliterate.files.local import is_sealed
@@ -109,7 +111,7 @@ def verify_files(out: Path, source: Path | None = None, monitor: Monitor | None 
         indexed = INDEX_NAME in plan.files
         edited = open_checkpoint(out)
         found = check(edited, original, planned, extra=plan.copied, recorded=record.output_sha256, indexed=indexed)
-        beside = _Beside.of(edited, original, record, found.other_files)
+        beside = _Beside.of(edited, original, record, found.other_files, indexed=indexed)
     return IntegrityPart(
         intact=found.ok and beside.ok,
         proved=bool(record.files),
@@ -138,9 +140,11 @@ class _Beside:
         return self.proved and not (self.not_original or self.unknown or self.changed)
 
     @classmethod
-    def of(cls, edited: Checkpoint, original: Checkpoint, record: Record, compared: Mapping[str, str]) -> _Beside:
+    def of(
+        cls, edited: Checkpoint, original: Checkpoint, record: Record, compared: Mapping[str, str], *, indexed: bool
+    ) -> _Beside:
         out, recorded = edited.folder, record.files
-        rewritten = frozenset({CARD, *_remade(edited, original, compared)})
+        rewritten = frozenset({CARD, *_remade(edited, original, compared, indexed=indexed)})
         wrong = [name for name, how in compared.items() if how in ("different", "missing")]
         shards = {str(shard.path.relative_to(out)) for shard in edited.shards}
         ours = {name for name in _names(out) if _is_result(name)} | rewritten | shards
@@ -157,12 +161,12 @@ class _Beside:
         return cls(bool(recorded), rewritten, not_original, sorted(unknown), sorted(changed))
 
 
-def _remade(edited: Checkpoint, original: Checkpoint, compared: Mapping[str, str]) -> Iterator[str]:
+def _remade(edited: Checkpoint, original: Checkpoint, compared: Mapping[str, str], *, indexed: bool) -> Iterator[str]:
     """Files of the original that an edit makes anew, where they are what it makes."""
     config, index = edited.folder / "config.json", edited.folder / INDEX_NAME
     if compared.get(config.name) == "different" and config.read_bytes() == untied_config(original.folder):
         yield config.name
-    if has_own_index(edited, original.index) or (compared.get(INDEX_NAME) == "missing" and len(edited.shards) == 1):
+    if has_own_index(edited, original.index) or (not indexed and compared.get(INDEX_NAME) == "missing"):
         yield index.name
 
 
@@ -207,49 +211,60 @@ def undo(
 
     The original's files are taken from `source`; or from where the record says they were, if it is this user's own
     record on this machine, or `confirm`, asked with that folder, says so. If they are not there any more, or are
-    others, what was edited is computed. Only files that the record lists come along. `out` stays as it is until the
-    restored model is complete.
+    others, what was edited is computed. Only files that the record lists come along; what somebody has put into `out`
+    stays there in place. `out` stays as it is until the restored model is complete.
 
-    Raises `UsageError` when `out` has no record of edited weights, or for a restoration in place when it holds files
-    that the record does not know; `CheckpointError`, naming the file, when its files are not those that the record
-    describes, when `source` is given and is not the model that was edited, or when what is restored is measured not to
-    be the original.
+    Raises `UsageError` when `out` has no record of edited weights; `CheckpointError`, naming the file, when its files
+    are not those that the record describes, when `source` is given and is not the model that was edited, or when what
+    is restored is measured not to be the original.
     """
     record, plan = _edited(out)
-    if target is None:
-        _refuse_strangers(out, record, plan)
     edited = open_checkpoint(out)
     _check_hashes(edited, record.output_sha256, "is not as it was written")
     original, reason = _original(record, source, confirm)
     monitor = monitor or Monitor()
     place: AbstractContextManager[Path]
     place = staged(out, overwrite=True) if target is None else staged(target, source=out)
+    others = _strangers(out, record, plan) if target is None else []
     with place as folder:
         if original is None:
-            return _computed(edited, record, plan, folder, monitor).model_copy(
-                update={"folder": str(target or out), "reason": reason}
-            )
-        changes = Changes(only=record.model.companion_sha256 or None)
-        total = bytes_to_write(original, changes)
-        ensure_space(folder, total)
-        with monitor.phase("restore", total) as advance:
-            files = write_edited(original, folder, {}, changes=changes, progress=advance)
-        _check_copies(files, record.model.source_sha256)
-        _complete(record, files, folder, out)
-        names = dict.fromkeys((*files.written, *record.model.companion_sha256))
-        return UndonePart(folder=str(target or out), exact=True, steps=0, files=list(names))
+            done = _computed(edited, record, plan, folder, monitor)
+        else:
+            done = _copied(original, record, folder, out, monitor)
+        others = [name for name in others if not os.path.lexists(folder / name)]
+        _keep(out, others, folder)
+        return done.model_copy(update={"folder": str(target or out), "reason": reason, "others": others})
 
 
-def _refuse_strangers(out: Path, record: Record, plan: PlanPart) -> None:
-    """Files that somebody put into `out` would be lost, or be taken for the original's."""
+def _copied(original: Checkpoint, record: Record, folder: Path, out: Path, monitor: Monitor) -> UndonePart:
+    """Write the original's files that the record lists into `folder`."""
+    changes = Changes(only=record.model.companion_sha256 or None)
+    total = bytes_to_write(original, changes)
+    ensure_space(folder, total)
+    with monitor.phase("restore", total) as advance:
+        files = write_edited(original, folder, {}, changes=changes, progress=advance)
+    _check_copies(files, record.model.source_sha256)
+    _complete(record, files, folder, out)
+    names = dict.fromkeys((*files.written, *record.model.companion_sha256))
+    return UndonePart(folder=str(folder), exact=True, steps=0, files=list(names))
+
+
+def _strangers(out: Path, record: Record, plan: PlanPart) -> list[str]:
+    """What somebody put into `out` since it was written: neither a result nor in any list of the record."""
     known = {*record.files, *plan.files, *record.output_sha256, *record.left_out, *record.model.companion_sha256}
-    strangers = sorted(name for name in _names(out) if name not in known and not _is_result(name))
-    if strangers and (record.files or plan.files):
-        more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
-        raise UsageError(
-            f"{out}: expected only files that its record knows, found {', '.join(strangers[:3])}{more}; move them "
-            "away, or restore into another folder with -o"
-        )
+    return sorted(name for name in _names(out) if name not in known and not _is_result(name))
+
+
+def _keep(out: Path, names: Sequence[str], folder: Path) -> None:
+    """Let files of `out` stay where they are in the folder that takes its place; links stay links."""
+    for name in names:
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if (out / name).is_symlink():
+            os.symlink(os.readlink(out / name), place)
+            continue
+        with open(open_source(out / name), "rb") as old, open(new_file(place), "wb") as new:
+            shutil.copyfileobj(old, new)
 
 
 def _complete(record: Record, files: EditedFiles, folder: Path, out: Path) -> None:

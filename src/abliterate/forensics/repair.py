@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from torch import Tensor
 from abliterate import record as rec
 from abliterate.config import MeasureSettings, RepairSettings
 from abliterate.edit import undo as restoring
-from abliterate.edit.adapters import read_adapter_config
+from abliterate.edit.adapters import read_adapter_config, refuse_other_changes, scale_of
 from abliterate.edit.additions import Addition, adding, can_add, changes_of, write_additions
 from abliterate.edit.direction import load_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
@@ -196,7 +195,10 @@ def _without(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:
 
 
 def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and scaled B of each linear module of an adapter of PEFT."""
+    """A and scaled B of each linear module of an adapter of PEFT, for weights as they are stored.
+
+    Raises `UsageError`, naming it, for an option by which the adapter would do something else.
+    """
     from safetensors import safe_open
 
     config_file, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -205,9 +207,8 @@ def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
             f"--adapter {folder}: expected adapter_config.json and adapter_model.safetensors, found neither or one"
         )
     config = read_adapter_config(folder)
-    rank, alpha = config.r, config.r if config.lora_alpha is None else config.lora_alpha
+    refuse_other_changes(config, config_file)
     read_shard(file)  # refuses anything malformed before another library maps it
-    scale = alpha / (math.sqrt(rank) if config.use_rslora else rank)
     found = {}
     with safe_open(file, "pt") as content:
         names = set(content.keys())
@@ -220,7 +221,12 @@ def read_adapter(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
             if other not in names:
                 raise CheckpointError(f"{file}: expected '{other}' beside '{name}', found none")
             module = name.removesuffix(".lora_A.weight").removeprefix("base_model.model.")
-            found[module] = (content.get_tensor(name).float(), scale * content.get_tensor(other).float())
+            down, up = content.get_tensor(name).float(), content.get_tensor(other).float()
+            if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
+                shapes = f"{list(down.shape)} and {list(up.shape)}"
+                raise CheckpointError(f"{file}: expected A [r, n] and B [d, r] of '{module}', found {shapes}")
+            up = scale_of(config, module, len(down), config_file) * up
+            found[module] = (up.T, down.T) if config.fan_in_fan_out else (down, up)
     if not found:
         raise UsageError(f"{file}: expected LoRA of linear modules, found none")
     return found

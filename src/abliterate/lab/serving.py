@@ -21,7 +21,7 @@ from abliterate.lab.ui import build, library, look
 from abliterate.monitor import Monitor
 
 HOST = "127.0.0.1"
-FIRST_PORT, _PORTS = 7860, 100
+FIRST_PORT, _PORTS, _LOWEST_PORT = 7860, 100, 1024
 
 #: The page's own scripts and styles are inline and some are compiled in the browser; nothing comes from elsewhere.
 _POLICY = (
@@ -97,13 +97,16 @@ def running(bench: Bench, port: int | None = None) -> Iterator[str]:
 
 def free_port(port: int | None) -> int:
     """`port`, or the first from 7860 that nobody listens on; raises `UsageError` where there is none."""
+    if port is not None and port < _LOWEST_PORT:
+        raise UsageError(
+            f"--port {port}: expected one from {_LOWEST_PORT} up; lower ones need rights, and browsers leave 80 out of "
+            "the address that the lab answers to"
+        )
     for number in range(FIRST_PORT, FIRST_PORT + _PORTS) if port is None else (port,):
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((HOST, number))
-            except PermissionError as error:
-                raise UsageError(f"--port {number}: expected one above 1023, which need no rights") from error
             except OSError:
                 continue
             return number
