@@ -20,8 +20,8 @@ DOCS = SOURCE.parents[1] / "docs" / "architecture.md"
 #: Rooms may import from those above them only.
 ORDER = (
     "_version",
-    "errors",
     "texts",
+    "errors",
     "config",
     "monitor",
     "files",

@@ -17,11 +17,21 @@ A message is one line: what, what was expected, what was found, what to do.
 
 from __future__ import annotations
 
+from abliterate.texts import printable
+
+#: Characters of a message: it may quote what comes from outside. Of a longer one the beginning and the end are kept.
+_HEAD, _TAIL = 1500, 400
+
 
 class AbliterateError(Exception):
-    """Root of the tree; `exit_code` is what the command line returns."""
+    """Root of the tree; `exit_code` is what the command line returns. A message is one line that any terminal shows."""
 
     exit_code: int = 1
+
+    def __init__(self, message: str = "") -> None:
+        """With a message, of which what does not print is written as an escape."""
+        text = printable(message)
+        super().__init__(text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]} […] {text[-_TAIL:]}")
 
 
 class UsageError(AbliterateError):

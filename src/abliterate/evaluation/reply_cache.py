@@ -16,9 +16,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 
 from abliterate._version import __version__
 from abliterate.files.cache import DiskCache, digest
@@ -35,6 +36,17 @@ _REPLIES = DiskCache("answers", 200_000_000)
 _HASHES = DiskCache("hashes", 1_000_000)  # each about a hundred bytes
 #: What a model is made from besides its weights.
 _DESCRIPTIONS = ("*.json", "*.model", "*.txt")
+
+
+class _Kept(BaseModel):
+    """What is kept of the replies to a list of prompts."""
+
+    model_config = ConfigDict(strict=True)
+
+    format: int
+    tokens: list[Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(strict=False)]]
+    ended: list[bool]
+    stopped: list[bool]
 
 
 def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, *, stopping: str = "") -> str | None:
@@ -65,13 +77,14 @@ def kept_replies(key: str | None, tokenizer: Any) -> list[Reply] | None:
     """The replies kept under `key`, or None where there are none (or no key)."""
     if key is None:
         return None
-    kept = _REPLIES.read(key)
-    if kept is None or kept.get("format") != _FORMAT:
+    try:
+        kept = _Kept.model_validate(_REPLIES.read(key))
+        rows = list(zip(kept.tokens, kept.ended, kept.stopped, strict=True))
+    except ValueError:
         return None
-    return [
-        Reply(tuple(tokens), reply_text(tokenizer, tokens), ended, stopped)
-        for tokens, ended, stopped in zip(kept["tokens"], kept["ended"], kept["stopped"], strict=True)
-    ]
+    if kept.format != _FORMAT:
+        return None
+    return [Reply(tokens, reply_text(tokenizer, tokens), ended, stopped) for tokens, ended, stopped in rows]
 
 
 def keep(key: str | None, replies: Iterable[Reply]) -> None:
