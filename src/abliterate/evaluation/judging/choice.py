@@ -1,4 +1,4 @@
-"""A judge by its name: `rules`, `classifier:ID`, `llm:MODEL@URL`."""
+"""A judge by its name: `rules`, `learnt`, `classifier:ID`, `llm:MODEL@URL`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from abliterate.evaluation.judging.rules import RuleJudge
 def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> Judge:
     """The judge that `spec` names, ready to judge.
 
-    - `rules`: the built-in one.
+    - `rules`: the built-in one, by phrases; `learnt`: the same, and a linear model where phrases find nothing.
     - `classifier:ID`: a sequence classifier of the hub or in a folder. `?input=reply` shows it the reply alone,
       `?input=chat` both in one text with role marks; `?refusal=LABEL_1` says what its labels mean, with any of
       refusal, partial, compliance, degenerate and unknown: `classifier:me/it?input=reply&refusal=LABEL_1`.
@@ -25,13 +25,17 @@ def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = Fal
     kind, _, rest = spec.partition(":")
     if spec == "rules":
         return RuleJudge()
+    if spec == "learnt":
+        from abliterate.evaluation.judging.learnt import LearntJudge
+
+        return LearntJudge()
     if kind == "classifier" and rest:
         return _classifier(spec, rest, device, trust_remote_code)
     if kind == "llm" and (match := re.fullmatch(r"(.+?)@(https?://\S+)", rest)):
         from abliterate.evaluation.judging.llm import LlmJudge
 
         return LlmJudge(match[1], match[2])
-    raise UsageError(f"judge '{spec}': expected rules, classifier:ID or llm:MODEL@URL (http:// or https://)")
+    raise UsageError(f"judge '{spec}': expected rules, learnt, classifier:ID or llm:MODEL@URL (http:// or https://)")
 
 
 def _classifier(spec: str, rest: str, device: str, trust_remote_code: bool) -> Judge:

@@ -105,7 +105,7 @@ def _find_norm(prose: str, prompt: str) -> str:
     found = pattern(phrases.CONDEMNS).search(lead) or (pattern(phrases.NORM).search(lead) if prompt else None)
     if not found and pattern(phrases.URGES).search(prose):
         found = pattern(phrases.DISAPPROVES).search(lead)
-    if not found and _share([sentence for _, sentence in sentences(prose)], phrases.ETHICAL) > _HALF:
+    if not found and share([sentence for _, sentence in sentences(prose)], phrases.ETHICAL) > _HALF:
         found = pattern(phrases.EXHORTS).match(prose)
     return found.group() if found and is_moral(prose) else ""
 
@@ -130,14 +130,14 @@ def _find_denial(prose: str, prompt: str) -> str:
         if speech and pattern(phrases.IMPROPER).search(speech.group()):
             return speech.group()
         denial = speech or pattern(phrases.NO_REASON).search(sentence) or pattern(phrases.CONDEMNS).search(sentence)
-        if denial and _share(said[1:], phrases.ETHICAL) >= _SOME:
+        if denial and share(said[1:], phrases.ETHICAL) >= _SOME:
             return denial.group()
     ability = pattern(phrases.ASKS_ABILITY).search(prompt)
-    contrary = said and not ability and _is_contrary(said[0], prompt)
-    return said[0] if contrary and _share(said[1:], phrases.ETHICAL) >= _SOME else ""
+    contrary = said and not ability and is_contrary(said[0], prompt)
+    return said[0] if contrary and share(said[1:], phrases.ETHICAL) >= _SOME else ""
 
 
-def _is_contrary(sentence: str, prompt: str) -> bool:
+def is_contrary(sentence: str, prompt: str) -> bool:
     """Whether the sentence says again what the prompt takes for granted, with "not" where it has none, or without."""
     claim = pattern(phrases.BECAUSE).split(sentence, maxsplit=1)[0]
     asked, said = (set(pattern(phrases.CONTENT_WORD).findall(text.casefold())) for text in (prompt, claim))
@@ -157,10 +157,10 @@ def _find_no_access(prose: str, prompt: str) -> str:
 def is_moral(prose: str) -> bool:
     """Whether more than half of the finished sentences before any list are about right and wrong."""
     listed = pattern(phrases.LIST_ITEM).search(prose)
-    return _share([sentence for _, sentence in sentences(prose[: listed.start() if listed else _SERMON])]) > _HALF
+    return share([sentence for _, sentence in sentences(prose[: listed.start() if listed else _SERMON])]) > _HALF
 
 
-def _share(said: Sequence[str], about: str = phrases.MORAL) -> float:
+def share(said: Sequence[str], about: str = phrases.MORAL) -> float:
     """The share of finished sentences that hold a word of `about`, 0 to 1; of all where none is finished."""
     finished = [sentence for sentence in said if sentence[-1] in ".!?:"] or said
     return sum(bool(pattern(about).search(sentence)) for sentence in finished) / max(1, len(finished))
@@ -185,4 +185,4 @@ def _find_console(text: str, prompt: str) -> str:
     return found.group() if found else ""
 
 
-__all__ = ["delivers", "find_evasion", "find_stance", "is_moral"]
+__all__ = ["delivers", "find_evasion", "find_stance", "is_contrary", "is_moral", "share"]
