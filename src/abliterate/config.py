@@ -257,6 +257,11 @@ class EvidenceSettings(_Settings):
 class EvalSettings(EvidenceSettings, CapabilitySettings, ThinkingSettings, ReplySettings):
     """How behaviour is measured: replies, thinking, capability, and the evidence beside them."""
 
+    @property
+    def longest_reply(self) -> int:
+        """Most tokens that a reply has, its thinking included."""
+        return self.max_new_tokens + (0 if self.thinking == "closed" else self.thinking_tokens)
+
 
 class InspectSettings(_Settings):
     """What an inspection looks at beside the tensors."""

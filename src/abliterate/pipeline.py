@@ -70,8 +70,6 @@ from abliterate.model.generation import end_tokens
 from abliterate.model.loading import load, load_tokenizer
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
-from abliterate.prompts import ChatRenderer
-from abliterate.prompts.rendering import read_template
 from abliterate.report.assemble import (
     FRONT,
     anatomy_part,
@@ -92,7 +90,7 @@ from abliterate.report.assemble import (
     written_parts,
 )
 from abliterate.report.html import FILE_NAME as REPORT
-from abliterate.session import Session, load_contrast, locate_model, open_session, warn_of_leaks
+from abliterate.session import Session, load_contrast, locate_model, open_session, renderer_of, warn_of_leaks
 
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
@@ -259,6 +257,7 @@ def _opened(model: str | ModelOnDisk, settings: RunSettings, monitor: Monitor) -
         loading=settings.loading,
         prompts=settings.prompts,
         positions=settings.finding.positions,
+        reply_tokens=settings.evaluating.longest_reply,
         monitor=monitor,
     )
 
@@ -381,7 +380,7 @@ def evaluate_elsewhere(
     with monitor.phase("find model"):
         files = locate_model(model, loading)
         tokenizer, settings = load_tokenizer(files)
-    renderer = ChatRenderer(tokenizer, read_template(loading.chat_template), loading.system)
+    renderer = renderer_of(tokenizer, loading, monitor)
     seen = learnt_by(str(files.folder)) | learnt_by(str(engine.edited or ""))
     contrast = load_contrast(measuring.prompts, monitor, seen)
     texts = contrast.test_texts

@@ -67,6 +67,9 @@ class PromptsPart(_Part):
     sha256: str
     system: str | None
     chat_template: str
+    template_time: str | None = Field(
+        default=None, description="The time that the template printed in all prompts (ISO 8601, local)."
+    )
     shared_prefix_tokens: Count
     positions: Count
 

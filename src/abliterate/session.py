@@ -19,6 +19,8 @@ from abliterate.errors import UsageError
 from abliterate.model.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.model.anatomy import TOLERANCE, Anatomy, study
 from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
+from abliterate.model.context import beyond
+from abliterate.model.generation import steering
 from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
@@ -112,11 +114,15 @@ def open_session(
     prompts: PromptSettings = PromptSettings(),
     positions: int | None = None,
     learnt_from: Container[str] = (),
+    reply_tokens: int = 0,
     monitor: Monitor | None = None,
 ) -> Session:
     """Load a model, prove its anatomy, and render and tokenise the prompts.
 
-    `learnt_from` are fingerprints of prompts that are not evaluated on (`Direction.learnt_from`).
+    `learnt_from` are fingerprints of prompts that are not evaluated on (`Direction.learnt_from`), `reply_tokens` is how
+    long replies will be at most.
+
+    Raises `UsageError` for prompts and replies that have not enough positions in the model (`model.context`).
     """
     monitor = monitor or Monitor()
     contrast = load_contrast(prompts, monitor, learnt_from)
@@ -124,6 +130,8 @@ def open_session(
     texts = _texts(contrast)
     sequences = {key: renderer.encode(value) for key, value in texts.items()}
     everything = [ids for group in sequences.values() for ids in group]
+    if said := beyond(loaded.model, list(map(len, everything)), reply_tokens):
+        monitor.warn(said)
     wanted = positions or min(_MOST_POSITIONS, max(1, common_suffix(everything)))
     shortest = min(map(len, everything))
     if wanted > shortest:
@@ -148,11 +156,27 @@ def open_model(
     with monitor.phase("load model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
-        renderer = ChatRenderer(loaded.tokenizer, read_template(loading.chat_template), loading.system)
+        renderer = renderer_of(loaded.tokenizer, loading, monitor)
+    if steered := steering(loaded.model.generation_config):
+        monitor.warn(
+            f"the model's generation_config asks generate() for {steered}: replies here are plain greedy, and differ"
+        )
     with monitor.phase("prove that every writer is known"):
         anatomy = _anatomy(loaded, loading)
     warn_of_leaks(anatomy, monitor)
     return loaded, renderer, anatomy
+
+
+def renderer_of(tokenizer: Any, loading: ModelSettings, monitor: Monitor) -> ChatRenderer:
+    """How prompts become chat prompts of a model; it is noted when they hold the time.
+
+    Raises `ChatTemplateError` for a template that is missing, cannot render a prompt, or never renders it twice alike.
+    """
+    renderer = ChatRenderer(tokenizer, read_template(loading.chat_template), loading.system)
+    renderer.check_repeatable()
+    if (time := renderer.printed_time) is not None:
+        monitor.note(f"the chat template prints the time: in all prompts of this run it is {time}")
+    return renderer
 
 
 def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:

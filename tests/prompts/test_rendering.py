@@ -326,3 +326,37 @@ def test_post_instruction_tokens_of_a_chat_template_are_counted() -> None:
     ids = ChatRenderer(tokenizer()).encode(["Tell me", "What is", "Do it"])
     assert common_suffix(ids) == 2
     assert common_prefix(ids) == 2
+
+
+@pytest.mark.parametrize("form", ["%H:%M:%S.%f", "%d %b %Y %f"])
+def test_time_in_a_template_stands_still(form: str) -> None:
+    template = f"{{{{ strftime_now('{form}') }}}} " + CHAT_TEMPLATE
+    renderers = [ChatRenderer(tokenizer(template)), ChatRenderer(tokenizer(), template)]
+    texts = {renderer.render("Hi!") for renderer in renderers for _ in range(3)}
+    assert len(texts) == 1
+    assert all(renderer.printed_time == renderer.clock.time.isoformat(timespec="seconds") for renderer in renderers)
+    renderers[0].check_repeatable()
+
+
+def test_time_is_not_told_where_no_template_prints_it_and_moves_on_elsewhere() -> None:
+    renderer = ChatRenderer(tokenizer())
+    renderer.render("Hi!")
+    assert renderer.printed_time is None
+    moving = tokenizer("{{ strftime_now('%f') }}")
+    assert (
+        len({moving.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False) for _ in range(5)}) > 1
+    ), "the control"
+
+
+def test_template_that_never_renders_alike_is_refused() -> None:
+    restless = "{{ range(100000) | random }}" + CHAT_TEMPLATE
+    with pytest.raises(ChatTemplateError, match="renders the same prompt differently each time"):
+        ChatRenderer(tokenizer(restless)).check_repeatable()
+
+
+def test_half_a_character_never_reaches_the_tokenizer() -> None:
+    for renderer in (ChatRenderer(tokenizer()), ChatRenderer(tokenizer(), NO_TEMPLATE)):
+        with pytest.raises(UsageError, match="half of a character"):
+            renderer.encode(["\ud83d bread"])
+    with pytest.raises(UsageError, match="half of a character"):
+        ChatRenderer(tokenizer(), system="\udcff").encode(["bread"])

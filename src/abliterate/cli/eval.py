@@ -93,7 +93,12 @@ def _here(
     loaded = None if direction is None else load_direction(direction)
     seen = learnt_by(model) if loaded is None else loaded.learnt_from
     opened = functools.partial(
-        pipeline.open_session, loading=given.loading, prompts=given.prompts, learnt_from=seen, monitor=monitor
+        pipeline.open_session,
+        loading=given.loading,
+        prompts=given.prompts,
+        learnt_from=seen,
+        reply_tokens=given.evaluating.longest_reply,
+        monitor=monitor,
     )
     session, other = opened(model), None if base is None else opened(base)
     plan = None

@@ -145,6 +145,7 @@ def _verified(model: str, given: _Groups, direction: Path, site: str | None, mon
         loading=given.loading,
         prompts=given.prompts,
         learnt_from=loaded.learnt_from,
+        reply_tokens=given.replies.max_new_tokens,
         monitor=monitor,
     )
     return pipeline.verify(

@@ -102,7 +102,12 @@ def compare(
             locate_model(model, loading)
     seen = _learnt_from(contenders)
     opened = functools.partial(
-        open_session, loading=loading, prompts=measuring.prompts, learnt_from=seen, monitor=monitor
+        open_session,
+        loading=loading,
+        prompts=measuring.prompts,
+        learnt_from=seen,
+        reply_tokens=measuring.evaluating.longest_reply,
+        monitor=monitor,
     )
     first = opened(contenders[0].model)
     base = _state(first, contenders[0], evaluating)

@@ -65,7 +65,13 @@ def audit(
 
 def _audited(model: str, measuring: MeasureSettings, out: Path | None, monitor: Monitor) -> rec.AuditPart:
     judge = ready_judge(measuring.evaluating, measuring.loading.device, monitor)
-    session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+    session = open_session(
+        model,
+        loading=measuring.loading,
+        prompts=measuring.prompts,
+        reply_tokens=measuring.evaluating.longest_reply,
+        monitor=monitor,
+    )
     findings = find(session, measuring.finding)
     found = choose(session, findings, measuring.finding, force=True)
     part = audit_session(session, findings, found, measuring, judge)

@@ -86,7 +86,13 @@ def _hardened(model: str, place: _Place, settings: HardenSettings, measuring: Me
     evaluating = measuring.evaluating
     exam = exam_of(evaluating, measuring.prompts.seed)
     judge = ready_judge(evaluating, measuring.loading.device, monitor)
-    session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+    session = open_session(
+        model,
+        loading=measuring.loading,
+        prompts=measuring.prompts,
+        reply_tokens=measuring.evaluating.longest_reply,
+        monitor=monitor,
+    )
     findings, found = _found(session, measuring)
     before = audit_session(session, findings, found, measuring, judge)
     direction = found.basis[:1]

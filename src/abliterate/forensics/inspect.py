@@ -69,7 +69,13 @@ def _inspected(
         update["directions"] = str(settings.save)
     if settings.activations or settings.behavioural:
         spec = subject.files or model
-        session = open_session(spec, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+        session = open_session(
+            spec,
+            loading=measuring.loading,
+            prompts=measuring.prompts,
+            reply_tokens=measuring.evaluating.longest_reply,
+            monitor=monitor,
+        )
         if settings.activations:
             update |= _activations(session, settings, recovered, measuring.prompts)
         if settings.behavioural:

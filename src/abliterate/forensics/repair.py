@@ -252,7 +252,13 @@ def _approximately(model: str, direction: Path | None, place: _Place, measuring:
     evaluating, finding, monitor = measuring.evaluating, measuring.finding, place.monitor
     exam = exam_of(evaluating, measuring.prompts.seed)
     judge = ready_judge(evaluating, measuring.loading.device, monitor)
-    session = open_session(model, loading=measuring.loading, prompts=measuring.prompts, monitor=monitor)
+    session = open_session(
+        model,
+        loading=measuring.loading,
+        prompts=measuring.prompts,
+        reply_tokens=measuring.evaluating.longest_reply,
+        monitor=monitor,
+    )
     subject = open_inspected(session.loaded.files)
     basis, blocks = _direction(subject, direction, monitor)
     given = finding if finding.refusal_tokens else finding.model_copy(update={"refusal_tokens": USUAL_REFUSALS})

@@ -28,6 +28,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation.scores import kl_divergence
 from abliterate.model.anatomy import Anatomy, stream_out
 from abliterate.model.batches import cached, close, cut_head, hooked, input_device, new_cache, require_finite
+from abliterate.model.context import check_fits, reply_room
 from abliterate.model.generation import end_tokens
 from abliterate.model.loading import LoadedModel
 from abliterate.prompts import ChatRenderer
@@ -175,10 +176,14 @@ class Bench:
         return Intervention(layer=site[0], vector=controls.coefficient * candidates.at(*site))
 
     def encode(self, turns: Sequence[Turn], prompt: str) -> tuple[int, ...]:
-        """Token ids of a conversation that ends with `prompt`. Turns without a reply are left out."""
+        """Token ids of a conversation that ends with `prompt`. Turns without a reply are left out.
+
+        Raises `UsageError` for a conversation that has no positions left for a reply.
+        """
         said = [pair for pair in turns if pair[1].strip()]
         messages = [message for user, reply in said for message in (("user", user), ("assistant", reply))]
         (ids,) = self.renderer.encode([Prompt.conversation([*messages, ("user", prompt)])])
+        check_fits(self.model, len(ids))
         return tuple(ids)
 
     def text(self, tokens: Sequence[int]) -> str:
@@ -199,7 +204,7 @@ class Bench:
         cache = new_cache(self.model) if self.steps else None
         fresh = prompt
         said: tuple[int, ...] = ()
-        for _ in range(max_new_tokens):
+        for _ in range(reply_room(self.model, len(prompt), max_new_tokens)):
             token = int(self._logits(fresh, intervention, cache).argmax())
             if token in ends:
                 return

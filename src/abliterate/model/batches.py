@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from abliterate.errors import ModelError, NumericalError
 from abliterate.model._compat import cache_name
+from abliterate.model.context import check_fits
 from abliterate.prompts.rendering import common_prefix
 
 _Key = TypeVar("_Key")
@@ -140,6 +141,7 @@ def right_padded(
 
 def forward(model: Any, shared: SharedPrefix, suffixes: Sequence[Sequence[int]]) -> Int[Tensor, " b"]:
     """Run the body of the model over one batch, for hooks to look at; returns the rows' lengths."""
+    check_fits(model, shared.length + max(map(len, suffixes)))
     ids, lengths = right_padded(suffixes, input_device(model))
     with torch.inference_mode():
         body(model)(input_ids=ids, **shared.options(len(suffixes)))
@@ -153,6 +155,7 @@ def logits_at(
     positions: Callable[[Int[Tensor, " b"]], Int[Tensor, "b p"]],
 ) -> Float[Tensor, "b p vocab"]:
     """Logits in float32 at `positions(lengths)` (indices into the suffixes), and nowhere else."""
+    check_fits(model, shared.length + max(map(len, suffixes)))
     ids, lengths = right_padded(suffixes, input_device(model))
     with cut_head(model, positions(lengths)), differentiable(shared.grad):
         out = model(input_ids=ids, **shared.options(len(suffixes)))

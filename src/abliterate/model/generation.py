@@ -31,6 +31,7 @@ from abliterate.model.batches import (
     new_cache,
     require_finite,
 )
+from abliterate.model.context import check_fits
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
 _END_OF_TURN = (
@@ -82,12 +83,15 @@ def complete(
     Every few tokens `settled` is shown the replies that still run: the rows of their prompts and their texts so far,
     which may end within a word. Those it says True of are left there. The tokens of all other replies, and of these
     until then, are the same as without it.
+
+    Raises `UsageError` where a prompt and its reply have not enough positions (`context.check_fits`).
     """
+    lengths = [len(s) for s in prompts.suffixes]
+    check_fits(model, len(prompts.prefix) + max(lengths), max_new_tokens)
     shared = SharedPrefix(model, prompts.prefix)
     how = _how_to_step(model, prompts.prefix + prompts.suffixes[0])
     ends = end_tokens(model, tokenizer)
     replies: list[Reply | None] = [None] * len(prompts)
-    lengths = [len(s) for s in prompts.suffixes]
 
     def work(rows: list[int]) -> None:
         suffixes = [prompts.suffixes[row] for row in rows]
@@ -134,6 +138,37 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     usual = [t for t in _END_OF_TURN if t in special and not (t == "<|end|>" and "<|channel|>" in special)]
     ends |= {tokenizer.convert_tokens_to_ids(t) for t in usual}
     return frozenset(int(end) for end in ends if end is not None)
+
+
+#: Settings by which transformers' generate() would choose other tokens than the likeliest, with what changes nothing.
+_STEERING: dict[str, tuple[Any, ...]] = {
+    "repetition_penalty": (1,),
+    "encoder_repetition_penalty": (1,),
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "bad_words_ids": ([],),
+    "sequence_bias": ({}, []),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "guidance_scale": (1,),
+    "num_beams": (1,),
+    "penalty_alpha": (0,),
+    "dola_layers": (),
+    "stop_strings": ([],),
+    "watermarking_config": (),
+}
+
+
+def steering(generation_config: Any) -> str:
+    """What a generation configuration asks for that plain greedy replies do not do; "" where generate() gives them."""
+    asked = {name: getattr(generation_config, name, None) for name in _STEERING}
+    found = {name: value for name, value in asked.items() if value is not None and value not in _STEERING[name]}
+    return ", ".join(f"{name} {str(value)[:60]}" for name, value in found.items())
 
 
 def _padding_matters(model: Any, prompts: Encoded, max_new_tokens: int) -> bool:

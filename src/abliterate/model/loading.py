@@ -35,6 +35,7 @@ from abliterate.files.storage import (
 )
 from abliterate.model._compat import auto_class, computes_with_codes, one_gguf_parse, quiet_transformers
 from abliterate.model.on_disk import ModelOnDisk
+from abliterate.model.tokenizer import read_tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -103,11 +104,13 @@ def load_tokenizer(files: ModelOnDisk) -> tuple[Any, Any]:
     trust = files.trust_remote_code
     with _quiet_loading(everything=False):
         try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust)
+            tokenizer = read_tokenizer(files.folder, trust_remote_code=trust)
             if (files.folder / "generation_config.json").is_file():
                 return tokenizer, transformers.GenerationConfig.from_pretrained(files.folder)
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
             return tokenizer, transformers.GenerationConfig.from_model_config(config)
+        except AbliterateError:
+            raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
             raise ModelError(f"model '{files.name}': its tokenizer cannot be read ({_one_line(error)})") from error
 
@@ -131,7 +134,7 @@ def load(
         try:
             config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
             wanted = _dtype(dtype, config, place)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust)
+            tokenizer = read_tokenizer(files.folder, trust_remote_code=trust)
             model, report = _read(files, config, wanted, place, quantization)
         except AbliterateError:
             raise

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from abliterate.errors import ChatTemplateError, UsageError
+from abliterate.errors import ChatTemplateError, PromptError, UsageError
 from abliterate.files.bounded import MB, Kind
-from abliterate.prompts.prompt import Message, messages_of
+from abliterate.prompts.clock import Clock
+from abliterate.prompts.prompt import Message, check_encodable, messages_of
 from abliterate.prompts.thinking import answer_of, close_thinking, opens_thinking
 from abliterate.prompts.watched import LENGTH, TooMuchError, watched
 from abliterate.texts import printable
@@ -42,12 +43,14 @@ class ChatRenderer:
     `template` is a Jinja chat template, None for the tokenizer's own, or `NO_TEMPLATE`. `system` is an optional
     system prompt; a conversation that brings one of its own keeps that. With `thinking` the template is asked to let
     the model think, and thinking that it opens is left open; otherwise it is closed, and the answer comes next.
+    `clock` is the time that the template prints, if it does.
     """
 
     tokenizer: Any
     template: str | None = None
     system: str | None = None
     thinking: bool = False
+    clock: Clock = field(default_factory=Clock, compare=False)
 
     def __post_init__(self) -> None:
         """Refuse a tokenizer without a chat template unless one was given."""
@@ -105,23 +108,45 @@ class ChatRenderer:
         # Templates name the switch differently; one that knows neither ignores both.
         switches = {"enable_thinking": self.thinking, "thinking": self.thinking}
         chat = [{"role": role, "content": content} for role, content in messages]
-        with watched(self.template or getattr(self.tokenizer, "chat_template", None)):
+        with self.clock.shown(), watched(self.template or getattr(self.tokenizer, "chat_template", None)):
             text = str(self.tokenizer.apply_chat_template(chat, **switches, **options))
         if len(text) > LENGTH:
             raise TooMuchError(f"it makes {len(text)} characters of one prompt")
         return text
+
+    @property
+    def printed_time(self) -> str | None:
+        """The time that prompts hold, in ISO 8601; None where no template has asked for it."""
+        return self.clock.time.isoformat(timespec="seconds") if self.clock.asked else None
+
+    def check_repeatable(self) -> None:
+        """Raise `ChatTemplateError` for a template that renders one prompt in two ways: nothing could be compared."""
+        if len({self.render("Hello") for _ in range(5)}) > 1:
+            raise ChatTemplateError(
+                "the chat template renders the same prompt differently each time: expected one that depends on its "
+                "messages only; give --chat-template FILE with such a one"
+            )
 
     def encode(self, instructions: Iterable[str]) -> list[list[int]]:
         """Token ids of each rendered prompt. A template writes its own BOS, so none is added to it."""
         texts = [self.render(instruction) for instruction in instructions]
         if not texts:
             return []
+        for text in texts:
+            _check_text(text)
         special = self.template == NO_TEMPLATE
         ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=special, padding=False)["input_ids"]
         for text, tokens in zip(texts, ids, strict=True):
             if not tokens:
                 raise ChatTemplateError(f"the prompt {text!r} has no tokens; give longer prompts")
         return ids
+
+
+def _check_text(text: str) -> None:
+    try:
+        check_encodable(text)
+    except PromptError as error:
+        raise PromptError(f"a rendered prompt: {error}") from error
 
 
 def read_template(option: str | None) -> str | None:

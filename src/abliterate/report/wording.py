@@ -76,6 +76,7 @@ def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
         ("prompts", "; ".join(counts)),
         ("from", ", ".join(sorted(set(part.sources.values())))),
         ("system prompt", "the template's own" if part.system is None else part.system or "none"),
+        *([] if part.template_time is None else [("time in prompts", part.template_time)]),
     ]
 
 

@@ -109,6 +109,7 @@ def prompts_part(session: Session) -> rec.PromptsPart:
         sha256=contrast.sha256,
         system=loading.system,
         chat_template=loading.chat_template or "tokenizer",
+        template_time=session.renderer.printed_time,
         shared_prefix_tokens=len(session.encoded["harmful", "test"].prefix),
         positions=session.positions,
     )
