@@ -19,7 +19,7 @@ from abliterate.errors import UsageError
 from abliterate.model.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.model.anatomy import TOLERANCE, Anatomy, study
 from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
-from abliterate.model.context import beyond
+from abliterate.model.context import beyond, check_fits, context_of
 from abliterate.model.generation import steering
 from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.model.on_disk import ModelOnDisk
@@ -130,8 +130,7 @@ def open_session(
     texts = _texts(contrast)
     sequences = {key: renderer.encode(value) for key, value in texts.items()}
     everything = [ids for group in sequences.values() for ids in group]
-    if said := beyond(loaded.model, list(map(len, everything)), reply_tokens):
-        monitor.warn(said)
+    _check_context(loaded.model, list(map(len, everything)), reply_tokens, monitor)
     wanted = positions or min(_MOST_POSITIONS, max(1, common_suffix(everything)))
     shortest = min(map(len, everything))
     if wanted > shortest:
@@ -147,6 +146,18 @@ def open_session(
         f"{len(prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
     )
     return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, prompts.seed, monitor)
+
+
+def _check_context(model: Any, lengths: list[int], reply: int, monitor: Monitor) -> None:
+    """Refuse what has no positions; say what goes beyond those that were trained, or may do so with a long reply."""
+    check_fits(model, max(lengths), reply)
+    if said := beyond(model, lengths):
+        monitor.warn(said)
+    elif beyond(model, [length + reply for length in lengths]):
+        monitor.note(
+            f"replies may go beyond the {context_of(model).positions} positions that this model was trained on: the "
+            f"longest prompt has {max(lengths)} tokens, a reply up to {reply}"
+        )
 
 
 def open_model(

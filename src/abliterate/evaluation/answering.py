@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from abliterate.config import ReplySettings
 from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
 from abliterate.model.batches import Encoded
+from abliterate.model.context import beyond
 from abliterate.model.generation import Reply, Settled, complete
 from abliterate.record import FILE_NAME
 from abliterate.session import Session
@@ -70,7 +71,16 @@ class ModelState:
             settled = None if stopping is None else stopping.settled
             replies = complete(self.model, tokenizer, prompts, max_new_tokens, session.size, progress, settled)
             keep(key, replies)
+        self._say_beyond(prompts, replies)
         return replies
+
+    def _say_beyond(self, prompts: Encoded, replies: list[Reply]) -> None:
+        """Warn of replies that went beyond what the model was trained on, once for as many."""
+        pairs = zip(prompts.suffixes, replies, strict=True)
+        lengths = [len(prompts.prefix) + len(suffix) + len(reply.tokens) for suffix, reply in pairs]
+        said, monitor = beyond(self.model, lengths), self.session.monitor
+        if said and said not in monitor.warnings:
+            monitor.warn(said)
 
 
 def as_loaded(session: Session, settings: ReplySettings | None = None) -> ModelState:

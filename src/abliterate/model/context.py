@@ -9,6 +9,7 @@ is said.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -67,20 +68,15 @@ def reply_room(model: Any, prompt: int, wanted: int) -> int:
     return wanted if context.positions is None or not context.learnt else min(wanted, context.positions - prompt + 1)
 
 
-def beyond(model: Any, lengths: list[int], reply: int) -> str:
-    """What to say of prompts of these lengths with replies of so many tokens; "" where all stay within the context.
-
-    Raises `UsageError` as `check_fits` does, for the longest.
-    """
-    check_fits(model, max(lengths), reply)
+def beyond(model: Any, lengths: Sequence[int]) -> str:
+    """What to say of texts of these lengths; "" where all stay within the positions that a model was trained on."""
     positions = context_of(model).positions
-    over = [] if positions is None else [length for length in lengths if _needed(length, reply) > positions]
+    over = [] if positions is None else [length for length in lengths if length > positions]
     if not over:
         return ""
     return (
-        f"{len(over)} of {len(lengths)} prompts with replies of up to {reply} tokens go beyond the {positions} "
-        f"positions that this model was trained on (the longest has {max(over)} tokens): what is measured there means "
-        "little"
+        f"{len(over)} of {len(lengths)} prompts with their replies go beyond the {positions} positions that this model "
+        f"was trained on (the longest has {max(over)} tokens): what is measured there means little"
     )
 
 
