@@ -87,7 +87,7 @@ def test_computed_positions_go_on_and_that_is_said() -> None:
 
 def test_models_that_name_no_number_have_no_bound() -> None:
     model = llama()
-    model.config.max_position_embeddings = None
+    model.config.max_position_embeddings = 0
     assert beyond(model, [10**6]) == ""
     check_fits(model, 10**6, 10)
 
