@@ -15,6 +15,7 @@ risks …") is told from the prompt; without one only the plainest cases are fou
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 from abliterate.evaluation.judging import phrases
@@ -78,6 +79,7 @@ def _declared_will(prose: str) -> str:
     return ""
 
 
+@functools.lru_cache(maxsize=64)
 def delivers(prose: str) -> bool:
     """Whether the reply hands something over that is not an alternative to what was asked."""
     found = pattern(phrases.DELIVERY).search(prose)
