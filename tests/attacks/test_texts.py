@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -10,9 +11,11 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -186,6 +189,18 @@ def test_page_has_the_same_elements_and_nothing_hidden(text: str) -> None:
     assert not HIDDEN.search(re.sub(r"(?s)<script>.*?</script>", "", pages[1]))
 
 
+@pytest.mark.parametrize("text", [*WORDS, *HOSTILE, "x\n---\n# y", "--- "])
+def test_front_matter_of_a_card_ends_where_it_ends(text: str) -> None:
+    licence = {"license": "other", "license_name": text, "license_link": text, "language": [text]}
+    record = full_record(text)
+    record = record.model_copy(update={"model": record.model.model_copy(update={"kind": "hub"})})
+    card = render_card(record, licence)
+    head = re.match(r"\A---\n(.*?)\n---\n\n?# ", card, re.DOTALL)
+    assert head is not None
+    assert yaml.safe_load(head[1])["license_name"] == printable(text)
+    assert not HIDDEN.search(card)
+
+
 # --- consoles and streams
 
 
@@ -292,6 +307,37 @@ def test_signs_are_replaced_by_signs_as_wide() -> None:
     assert terminals._in_ascii("é") == "e"
     assert "".join(map(terminals._in_ascii, "│→✓–▃r̂")) == "|>+-3r"
     assert terminals._in_ascii("你") == "\\u4f60"
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+@pytest.mark.parametrize("as_json", [False, True])
+def test_chat_shows_what_models_say_as_text(
+    text: str, as_json: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from abliterate.cli import chat
+    from abliterate.model import batches, generation
+
+    reply = generation.Reply((1,), text, ended=True)
+    monkeypatch.setattr(generation, "complete", lambda *_: [reply])
+    monkeypatch.setattr(batches, "auto_batch_size", lambda _: None)
+    monkeypatch.setattr("abliterate.edit.hooks.ablation", lambda *_: contextlib.nullcontext())
+    renderer: Any = SimpleNamespace(encode=lambda prompts: [[1, 2] for _ in prompts])
+    loaded: Any = SimpleNamespace(model=None, tokenizer=None)
+    plan: Any = None
+    chat.converse(loaded, renderer, plan, [text.replace("\ud800", "")], 5, as_json=as_json)
+    out = capsys.readouterr().out
+    assert not HIDDEN.search(out)
+    if as_json:
+        assert json.loads(out)["original"] == text
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_lab_shows_what_models_say_as_text(text: str) -> None:
+    from abliterate.lab import markup
+
+    shown = markup.tokens([("plan", [text], [0.5])], 3)
+    assert not HIDDEN.search(shown)
+    assert "<script" not in markup.escape("<script>")
 
 
 def test_half_a_character_is_no_prompt() -> None:

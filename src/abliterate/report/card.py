@@ -170,15 +170,22 @@ def _is_plain(value: object) -> bool:
 def _front_matter(record: Record, licence: dict[str, Any]) -> str:
     from huggingface_hub import ModelCardData
 
-    base = record.model.name if record.model.kind == "hub" else None
+    base = printable(record.model.name) if record.model.kind == "hub" else None
     data = ModelCardData(
         base_model=base,
         library_name=_LIBRARIES["weights" if record.plan is None else record.plan.realisation],
         pipeline_tag="text-generation",
         tags=["activation-steering", "interpretability", *(["abliterated", "uncensored"] if _weakened(record) else [])],
-        **licence,
+        **{name: _printable(value) for name, value in licence.items()},
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _printable(value: object) -> object:
+    """A value of front matter, a text or a list of such, as texts that can be seen."""
+    if isinstance(value, list):
+        return [_printable(one) for one in value]
+    return printable(value) if isinstance(value, str) else value
 
 
 def _what_was_done(record: Record) -> list[str]:
