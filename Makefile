@@ -2,42 +2,57 @@
 # make test   environment, all checks and tests
 # make check  formatting, lint, types (part of make test)
 # make oldest tests on the oldest transformers that is allowed (part of make test)
+# make newest tests on the newest releases of everything that the ranges of pyproject.toml allow
 
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 OUT    ?= demo-out
 READY  := $(VENV)/.ready
+# Versions and hashes of what is installed; empty: the newest that the ranges allow.
+LOCK   ?= requirements/dev.txt
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OLDEST := $(VENV)/oldest
 # Tests that share one long run, or a port: in one process, which has all cores.
 ALONE  := tests/test_real_model.py tests/lab/test_lab_browser.py
 # One process per core, with one torch thread each.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test oldest check format benchmarks clean
+.PHONY: demo test tests oldest newest check format benchmarks clean
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+ifdef LOCK
+	$(PIP) --require-hashes --no-deps --requirement $(LOCK)
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --no-deps --no-build-isolation --editable .
+else
+	$(PIP) --upgrade --upgrade-strategy eager --editable '.[dev]'
+endif
 	touch $@
 
 demo: $(READY)
 	model=$$($(BIN)/python scripts/demo_model.py qwen) && $(BIN)/abliterate run "$$model" --out $(OUT) --overwrite
 
-test: check
+test: check tests
+	$(MAKE) oldest
+
+tests: $(READY)
 	scripts/chromium.sh
 	$(BIN)/python scripts/demo_model.py qwen
 	$(PYTEST) --durations 25 $(ALONE:%=--ignore %)
 	$(BIN)/python -m pytest --durations 8 $(ALONE)
-	$(MAKE) oldest
+
+newest:
+	$(MAKE) tests VENV=$(VENV)-newest LOCK=
 
 oldest: $(OLDEST)/.ready
 	PYTHONPATH=$(OLDEST) $(PYTEST) tests/model tests/edit/test_realisations.py tests/edit/test_lora.py \
 		--ignore tests/model/test_zoo.py
 
 $(OLDEST)/.ready: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(OLDEST) \
+	$(PIP) --no-deps --upgrade --target $(OLDEST) \
 		"$$($(BIN)/python scripts/oldest.py transformers)"
 	touch $@
 

