@@ -8,7 +8,6 @@ it; what comes back is its content, or one line that says what was expected and 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import reprlib
@@ -26,6 +25,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 #: Containers within containers; what is read is walked by functions that call themselves.
 DEPTH = 64
+#: Decimal numbers are smaller than this: squares of them, and sums of many, are still finite.
+LARGEST = 1e150
 #: Digits of a whole number: enough for one of 128 bits.
 DIGITS = 40
 
@@ -266,8 +267,8 @@ def _integer(text: str) -> int:
 
 def _decimal(text: str) -> float:
     value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:DIGITS]}, which is beyond all that a computer's numbers hold")
+    if not abs(value) < LARGEST:
+        raise ValueError(f"the number {text[:DIGITS]}, which is beyond all that can be computed with")
     return value
 
 
