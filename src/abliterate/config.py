@@ -64,7 +64,7 @@ class ModelSettings(FileSettings):
     @classmethod
     def _auto_or_positive(cls, value: str) -> str:
         if value != "auto" and not 0 < (as_natural(value) or 0) <= 10**6:
-            raise ValueError(f"expected auto or a positive whole number, found '{value}'")
+            raise ValueError(f"expected auto or a positive whole number, found '{value[:40]}'")
         return value
 
     quantization: Literal["bnb-4bit", "bnb-8bit"] | None = Field(
@@ -333,7 +333,7 @@ class OutputSettings(FolderSettings):
     @classmethod
     def _size(cls, value: str | None) -> str | None:
         if value is not None and _bytes(value) is None:
-            raise ValueError(f"expected a size such as 4GB or 500MB, found '{value}'")
+            raise ValueError(f"expected a size such as 4GB or 500MB, found '{value[:40]}'")
         return value
 
     @property
