@@ -144,9 +144,7 @@ def _adapter() -> bytes:
     return save({f"{name}.lora_A.weight": torch.ones(2, 4), f"{name}.lora_B.weight": torch.ones(8, 2)})
 
 
-ADAPTER_TOKENIZER = byte_tokenizer()
-
-CONFIG = {
+ADAPTER_CONFIG = {
     "peft_type": "LORA",
     "r": 2,
     "lora_alpha": 4,

@@ -25,7 +25,8 @@ def _socket(path: Path) -> None:
     here = os.open(".", os.O_RDONLY)
     os.chdir(path.parent)  # the address of a socket is short
     try:
-        socket.socket(socket.AF_UNIX).bind(path.name)
+        with socket.socket(socket.AF_UNIX) as end:
+            end.bind(path.name)
     finally:
         os.fchdir(here)
         os.close(here)

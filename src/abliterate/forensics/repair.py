@@ -171,9 +171,10 @@ def _as_in(base: Checkpoint, name: str, rows: Tensor, axis: int, weight: Float[T
 
 def _from_adapter(model: str, adapter: Path, place: _Place, trust: bool) -> rec.RepairPart:
     """W − B A of every tensor that a merged LoRA adapter (PEFT) changed: the original to within rounding, twice."""
+    factors = read_adapter(adapter)
     subject = open_inspected(model, trust_remote_code=trust)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
-    for name, (down, up) in read_adapter(adapter).items():
+    for name, (down, up) in factors.items():
         tensor = _tensor_named(subject.checkpoint, name)
         shape = subject.checkpoint.tensors[tensor].shape
         if shape != (up.shape[0], down.shape[1]):
