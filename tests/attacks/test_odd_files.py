@@ -42,7 +42,10 @@ def _huge(path: Path) -> None:
 
 
 def _bytes(data: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(data) and None
+    def write(path: Path) -> None:
+        path.write_bytes(data)
+
+    return write
 
 
 ODD: dict[str, Callable[[Path], None]] = {
