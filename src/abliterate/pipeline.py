@@ -90,7 +90,15 @@ from abliterate.report.assemble import (
     written_parts,
 )
 from abliterate.report.html import FILE_NAME as REPORT
-from abliterate.session import Session, load_contrast, locate_model, open_session, renderer_of, warn_of_leaks
+from abliterate.session import (
+    Session,
+    load_contrast,
+    locate_model,
+    open_session,
+    renderer_of,
+    warn_of_files,
+    warn_of_leaks,
+)
 
 
 def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
@@ -309,6 +317,7 @@ def apply(
         files = _located(model, loading, output, monitor)
         with monitor.phase("prove that every writer is known"):
             anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
+        warn_of_files(files, monitor)
         warn_of_leaks(anatomy, monitor)
         plan = plan_for(anatomy, chosen, editing)
         say_caveat(plan, editing, monitor)
@@ -380,6 +389,7 @@ def evaluate_elsewhere(
     with monitor.phase("find model"):
         files = locate_model(model, loading)
         tokenizer, settings = load_tokenizer(files)
+    warn_of_files(files, monitor)
     renderer = renderer_of(tokenizer, loading, monitor)
     seen = learnt_by(str(files.folder)) | learnt_by(str(engine.edited or ""))
     contrast = load_contrast(measuring.prompts, monitor, seen)

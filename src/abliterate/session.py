@@ -168,6 +168,7 @@ def open_model(
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
         renderer = renderer_of(loaded.tokenizer, loading, monitor)
+    warn_of_files(files, monitor)
     if steered := steering(loaded.model.generation_config):
         monitor.warn(
             f"the model's generation_config asks generate() for {steered}: replies here are plain greedy, and differ"
@@ -195,6 +196,12 @@ def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
     return (
         loaded.files.anatomy(loading.max_leak) if loaded.quantised else study(loaded.model, max_leak=loading.max_leak)
     )
+
+
+def warn_of_files(files: ModelOnDisk, monitor: Monitor) -> None:
+    """Say what is odd about a model's files; raises what `ModelOnDisk.description` raises."""
+    for text in files.description.warnings:
+        monitor.warn(text)
 
 
 def warn_of_leaks(anatomy: Anatomy, monitor: Monitor) -> None:

@@ -9,14 +9,27 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from packaging.specifiers import SpecifierSet
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from abliterate.model import _compat
-from abliterate.model._compat import auto_class, cache_name, fuses_experts, loading_table, natural_key, takes_positions
+from abliterate.model._compat import (
+    auto_class,
+    cache_name,
+    fuses_experts,
+    generation_settings,
+    has_adapter,
+    loading_report,
+    loading_table,
+    natural_key,
+    takes_positions,
+    tied_names,
+    without_adapter,
+)
 from abliterate.model.batches import cached, new_cache
 from families import BY_NAME
 from zoo import Entry
@@ -111,6 +124,47 @@ def test_a_model_is_built_by_the_class_that_its_configuration_names() -> None:
     assert takes_positions(model)
     assert not _compat.computes_with_codes(model)
     assert isinstance(_compat.attention_kernel(model), str)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_report_on_loading_needs_no_numbers(tied: bool) -> None:
+    """What transformers says of tensors on the meta device is what it would say of those in files."""
+    with torch.device("meta"):
+        skeleton = BY_NAME["llama-tied" if tied else "llama"].model()
+    name = "model.layers.1.mlp.down_proj.weight"
+    stored = {key: torch.empty_like(value, device="meta") for key, value in skeleton.state_dict().items()}
+    if tied:
+        assert tied_names(skeleton) == {"lm_head.weight": "model.embed_tokens.weight"}
+        del stored["lm_head.weight"]
+    assert not any(loading_report(skeleton, skeleton.config, stored).values())
+    del stored[name]
+    stored |= {"more.weight": stored["model.norm.weight"], "model.norm.weight": torch.empty(3, device="meta")}
+    report = loading_report(skeleton, skeleton.config, stored)
+    assert report["missing_keys"] == {name}
+    assert report["unexpected_keys"] == {"more.weight"}
+    ((odd, found, expected),) = report["mismatched_keys"]
+    assert (odd, tuple(found), tuple(expected)) == ("model.norm.weight", (3,), (48,))
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_an_adapter_in_the_folder_is_loaded_unless_that_is_said(auto: bool, tmp_path: Path) -> None:
+    model = BY_NAME["llama"].model()
+    model.save_pretrained(tmp_path)
+    peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"])).save_pretrained(str(tmp_path))
+    cls: Any = transformers.AutoModelForCausalLM if auto else type(model)
+    assert has_adapter(cls.from_pretrained(tmp_path))
+    with without_adapter():
+        assert not has_adapter(cls.from_pretrained(tmp_path))
+    assert has_adapter(cls.from_pretrained(tmp_path))
+
+
+def test_generation_settings_are_those_of_the_folder(tmp_path: Path) -> None:
+    model = BY_NAME["llama"].model()
+    model.save_pretrained(tmp_path)
+    GenerationConfig(max_new_tokens=7, eos_token_id=5).save_pretrained(tmp_path)
+    assert generation_settings(tmp_path).max_new_tokens == 7
+    (tmp_path / "generation_config.json").unlink()
+    assert generation_settings(tmp_path).eos_token_id == model.config.eos_token_id
 
 
 def test_quiet_transformers_puts_back_what_it_found() -> None:

@@ -54,7 +54,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
     """A hub that gives the same model for every id and remembers what it was asked for."""
     seen = SimpleNamespace(asked=[], error=None)
 
-    def snapshot_download(identifier: str, *, allow_patterns: list[str]) -> str:
+    def snapshot_download(identifier: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        seen.left_out = ignore_patterns
         seen.asked.append((identifier, allow_patterns))
         if seen.error:
             raise seen.error

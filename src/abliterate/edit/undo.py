@@ -103,7 +103,7 @@ def verify_files(out: Path, source: Path | None = None, monitor: Monitor | None 
     if not origin.is_dir():
         raise UsageError(f"{out}: its original is not at {origin} any more; give its folder with --source")
     with (monitor or Monitor()).phase("compare with the original"):
-        original = open_checkpoint(origin)
+        original = open_checkpoint(origin, stale_index=True)
         for shard in original.shards:
             if sha256(shard.path) != record.model.source_sha256.get(str(shard.path.relative_to(origin))):
                 raise CheckpointError(f"{shard.path}: expected the file that was edited, found another; see --source")

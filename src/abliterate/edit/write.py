@@ -27,7 +27,8 @@ from abliterate.edit.weights import Surgery, edit_checkpoint, planned_parameters
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint import Changes, Staging, bytes_to_write, ensure_space, resumable
 from abliterate.files.configuration import read_config
-from abliterate.model.anatomy import Anatomy, Stored, names_on_disk, unclaimed
+from abliterate.model.anatomy import Anatomy, Stored, names_on_disk
+from abliterate.model.gguf_source import gguf_parts
 from abliterate.model.loading import LoadedModel
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
@@ -157,11 +158,6 @@ def realise(
     refuse(plan, target.anatomy, output)
     for name, why in grouped(dict(plan.left_alone)):
         monitor.note(f"{name} left alone: {why}")
-    if (others := unclaimed(target.model, target.files.checkpoint.tensors)) and output.realisation == "weights":
-        monitor.warn(
-            f"{len(others)} stored matrices are no part of the model as transformers loads it and stay as they are: "
-            f"{', '.join(others[:3])}{' …' if len(others) > 3 else ''}"
-        )
     if output.realisation == "weights":
         return _weights(plan, target, staging, output, monitor)
     if output.realisation == "control-vector":
@@ -260,7 +256,7 @@ def _base_model(files: ModelOnDisk) -> str:
 
 def _architecture(target: EditTarget) -> str:
     if target.files.kind == "gguf":
-        return stored_architecture(Path(os.path.expanduser(target.files.name)))
+        return stored_architecture(gguf_parts(Path(os.path.expanduser(target.files.name)))[0])
     return architecture_of(str(target.model.config.get_text_config().model_type))
 
 

@@ -35,7 +35,9 @@ from abliterate.evaluation.parts import (
     shift_part,
 )
 from abliterate.evaluation.results import Shift, degenerate, manner
+from abliterate.files.checkpoint import ADAPTER_CONFIG, ADAPTER_NAME
 from abliterate.model._compat import load_adapter
+from abliterate.model.completeness import check_adapter
 from abliterate.monitor import Monitor
 from abliterate.record import ComparisonPart, ContenderPart, versions
 from abliterate.session import Session, locate_model, open_session
@@ -74,11 +76,11 @@ def contender(spec: str) -> Contender:
     path = Path(os.path.expanduser(extra))
     if path.is_file():
         return Contender(spec, model, "direction", path)
-    if (path / "adapter_config.json").is_file():
+    if (path / ADAPTER_CONFIG).is_file() and (path / ADAPTER_NAME).is_file():
         return Contender(spec, model, "adapter", path)
     raise UsageError(
         f"compare '{spec}': expected MODEL, MODEL+DIRECTION.safetensors, MODEL+ADAPTER_FOLDER or MODEL+random, found "
-        f"no such file at {path}, nor an adapter_config.json in it"
+        f"no such file at {path}, nor {ADAPTER_CONFIG} and {ADAPTER_NAME} in it"
     )
 
 
@@ -187,7 +189,7 @@ def _state(session: Session, one: Contender, kept: ReplySettings | None = None) 
     if one.kind == "model":
         return as_loaded(session, kept)
     if one.kind == "adapter":
-        load_adapter(session.model, str(one.extra))
+        check_adapter(str(one.extra), load_adapter(session.model, str(one.extra)))
         return ModelState(session)
     width = session.anatomy.d_model
     plan = session.plan(random_direction(1, width, session.seed) if one.extra is None else load_direction(one.extra))

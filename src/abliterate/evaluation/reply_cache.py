@@ -6,9 +6,9 @@ early. Token ids are kept, not text, in `answers` of the cache folder, readable 
 damaged, cut off or of another format are ignored, and the ones unused for longest are removed beyond 200 MB. A cache
 that cannot be written is done without.
 
-Keys are of models as loaded from their files. Edited states have none: a model with hooks gets no key, but weights
-changed in place are not seen, so do not ask for one after that. No key either for live models that compute with codes
-(their kernels vary with libraries this package does not know), nor for code from outside transformers.
+Keys are of models as loaded from their files. Edited states have none: a model with hooks or an adapter gets no key,
+but weights changed in place are not seen, so do not ask for one after that. No key either for live models that compute
+with codes (their kernels vary with libraries this package does not know), nor for code from outside transformers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from abliterate._version import __version__
 from abliterate.files.cache import DiskCache, digest
 from abliterate.files.checkpoint import sha256
-from abliterate.model._compat import attention_kernel
+from abliterate.model._compat import attention_kernel, has_adapter
 from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel
@@ -59,7 +59,7 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, *, stoppi
     import transformers
 
     model = loaded.model
-    if loaded.quantised or _is_foreign(model) or _has_hooks(model):
+    if loaded.quantised or _is_foreign(model) or _has_hooks(model) or has_adapter(model):
         return None
     parts = {
         "files": _hashes(loaded.files),

@@ -41,6 +41,11 @@ _SCALES = (
 
 #: Methods whose tensors decide; None is a checkpoint that names no method.
 _BY_BYTES = (None, "fp8", "fbgemm_fp8", "modelopt", "mxfp4", "compressed-tensors")
+#: What is known of methods that transformers does not read.
+_FITTED = {
+    "MLX": "of MLX: bits and group_size without a quant_method",
+    "unknown": "a quantization_config without a quant_method",
+}
 #: Last parts of names that hold weights, where no configuration says that a tensor is a code.
 _WEIGHTS = ("weight", "qweight", "weight_packed")
 #: Whole numbers that count or point are not weights.
@@ -75,7 +80,7 @@ def how_stored(checkpoint: Checkpoint) -> Storage:
     config = _quantisation(checkpoint)
     method = _method(config)
     if method not in _BY_BYTES:
-        return _fitted(method or "unknown", "scales, zero points or codebooks")
+        return _fitted(method or "unknown", _FITTED.get(method or "", "scales, zero points or codebooks"))
     if method == "compressed-tensors" and (what := _more_than_codes(config)):
         return _fitted(method, what)
     codes = _codes(checkpoint)
@@ -107,16 +112,18 @@ def _quantisation(checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The part of config.json that says how weights are quantised; empty when nothing does."""
     config = configuration(checkpoint)
     for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and isinstance(found := part.get("quantization_config"), dict):
-            return found
+        for key in ("quantization_config", "quantization"):  # MLX writes the second, or both
+            if isinstance(part, dict) and isinstance(found := part.get(key), dict):
+                return found
     return {}
 
 
 def _method(config: Mapping[str, Any]) -> str | None:
     if config.get("load_in_4bit") or config.get("load_in_8bit"):
         return "bitsandbytes"
-    method = config.get("quant_method")
-    return str(method) if method else ("unknown" if config else None)
+    if method := config.get("quant_method"):
+        return str(method)
+    return "MLX" if {"bits", "group_size"} <= config.keys() else ("unknown" if config else None)
 
 
 def _more_than_codes(config: Mapping[str, Any]) -> str | None:
@@ -153,6 +160,31 @@ def _is_weight(info: TensorInfo, method: str | None) -> bool:
         return False
     named = info.name.rpartition(".")[2] in _WEIGHTS
     return named or (method is not None and len(info.shape) > 1) or info.dtype.startswith("F")
+
+
+def stored_shapes(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """What `stored_numbers` gives as tensors on the meta device: every name and shape, and no numbers."""
+    codes = _codes(checkpoint)
+    scales = _scales(codes)
+    shapes: dict[str, Tensor] = {}
+    for info in checkpoint.tensors.values():
+        how = codes.get(info.name)
+        if how is not None:
+            packed = how.format == "MXFP4"
+            shape = (*how.shape[:-2], how.shape[-1], how.shape[-2]) if packed else how.shape
+            shapes[info.name.removesuffix("_blocks")] = torch.empty(shape, device="meta")
+        elif info.name not in scales:
+            shapes[info.name] = torch.empty(info.shape, dtype=PLAIN.get(info.dtype, torch.int64), device="meta")
+    return shapes
+
+
+def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that most of the numbers of a checkpoint are stored in; of codes alone that of their companions."""
+    held: dict[str, int] = {}
+    for info in checkpoint.tensors.values():
+        if info.dtype in PLAIN:
+            held[info.dtype] = held.get(info.dtype, 0) + info.nbytes
+    return PLAIN[max(held, key=held.__getitem__)] if held else torch.float32
 
 
 class StoredNumbers:
@@ -230,8 +262,13 @@ def check_quantization(name: str, storage: Storage, quantization: str | None) ->
     """Refuse what cannot be asked of model `name`, and say which library is missing before anything is read.
 
     Raises `UsageError` for an unknown `quantization` or one of a model that is quantised already, `ModelError` for
-    a library that is not installed.
+    a library that is not installed and for weights that none can read.
     """
+    if storage.method in _FITTED and not storage.editable:
+        raise ModelError(
+            f"model '{name}': expected weights that transformers reads, found {storage.why}; give the checkpoint that "
+            "they were made from, in full precision"
+        )
     if quantization is not None and quantization not in QUANTIZATIONS:
         raise UsageError(f"--quantization {quantization}: expected {' or '.join(QUANTIZATIONS)}")
     if quantization is not None and not storage.editable:

@@ -25,7 +25,7 @@ from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
 from abliterate.report.assemble import check_beside, write_beside
-from abliterate.session import Session, open_session
+from abliterate.session import Session, open_session, warn_of_files
 
 _PLAIN = InspectSettings()
 
@@ -100,6 +100,8 @@ def _look(
     for opened in (subject, base):
         if opened is not None and not opened.proved:
             monitor.note(f"{opened.name}: writers known by the names of their tensors only")
+        elif opened is not None and opened.files is not None:
+            warn_of_files(opened.files, monitor)
     total = sum(place.info.nbytes for place in subject.places)
     if base is None:
         with monitor.phase("look at what is not written", total) as advance:

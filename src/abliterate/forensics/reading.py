@@ -107,6 +107,11 @@ def _by_anatomy(files: ModelOnDisk) -> InspectedModel:
 def _by_name(name: str, checkpoint: Checkpoint, files: ModelOnDisk | None = None) -> InspectedModel:
     """Output maps by their names; the width of the stream is the one that most of them share."""
     found = {key: info for key, info in checkpoint.tensors.items() if _OUTPUTS.search(key) and len(info.shape) == 2}
+    if checkpoint.absent:
+        raise CheckpointError(
+            f"{name}: its index lists {len(checkpoint.absent)} tensors that no file holds, {checkpoint.absent[0]}; "
+            "download it again"
+        )
     widths = Counter(size for info in found.values() for size in set(info.shape))
     if not widths:
         raise CheckpointError(

@@ -12,6 +12,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 #: Names under which models take the state to go on from: those of state-space models, of today's, and of older ones.
@@ -80,6 +81,21 @@ def loading_table(model: Any) -> LoadingTable:
     return LoadingTable(renamings, converters, model.base_model_prefix)
 
 
+def tied_names(model: Any) -> Mapping[str, str]:
+    """Parameters that are another parameter of the model, by their names."""
+    found: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    return found
+
+
+def generation_settings(folder: Path) -> Any:
+    """The generation configuration in a model's folder, or what its configuration says of it. No code is loaded."""
+    from transformers import GenerationConfig
+
+    if (folder / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(folder)
+    return GenerationConfig.from_pretrained(folder, config_file_name="config.json", _from_model_config=True)
+
+
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sorts names of tensors with their numbers as numbers, which is the order in which experts are stacked."""
     return tuple(
@@ -128,6 +144,46 @@ def auto_class(config: Any) -> Any:
 
 
 @contextlib.contextmanager
+def without_adapter() -> Iterator[None]:
+    """Inside, `from_pretrained` loads what it is told to: transformers would put an adapter that lies in the model's
+    folder on the model, without a word.
+    """
+    from transformers.integrations import peft
+    from transformers.models.auto import auto_factory
+
+    modules: tuple[Any, ...] = (peft, auto_factory)
+    originals = [module.find_adapter_config_file for module in modules]
+    for module in modules:
+        module.find_adapter_config_file = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for module, original in zip(modules, originals, strict=True):
+            module.find_adapter_config_file = original
+
+
+def loading_report(skeleton: Any, config: Any, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers reports on loading `stored` (names and tensors on the meta device) as this kind of model.
+
+    `missing_keys`, `unexpected_keys`, `mismatched_keys` (name, shape found, shape expected), as a live model is loaded
+    with them, at no cost: everything stays on the meta device.
+    """
+    import torch
+
+    _, report = type(skeleton).from_pretrained(
+        None,
+        config=config,
+        state_dict=dict(stored),
+        dtype=torch.float32,
+        device_map={"": "meta"},
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    found: dict[str, Any] = report
+    return found
+
+
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and advice of transformers on the user's screen while it loads."""
     from transformers.utils import logging as hf_logging
@@ -143,11 +199,20 @@ def quiet_transformers() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def load_adapter(model: Any, folder: str) -> None:
-    """Put a PEFT adapter on the live model; what PEFT and transformers warn each other of is not shown."""
+def load_adapter(model: Any, folder: str) -> dict[str, Any]:
+    """Put a PEFT adapter on the live model, and return transformers' report on its tensors.
+
+    What PEFT and transformers warn each other of is not shown.
+    """
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model.load_adapter(folder)
+        report: dict[str, Any] = model.load_adapter(folder, ignore_mismatched_sizes=True).to_dict()
+        return report
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether an adapter was put on the live model: then it is not the one in its files."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
 @contextlib.contextmanager

@@ -7,9 +7,9 @@ hub's own cache, a GGUF file is dequantised once into this package's cache.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import io
+import json
 import logging
 import os
 import warnings
@@ -22,8 +22,11 @@ import torch
 from torch import nn
 
 from abliterate.config import cache_folder
-from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
-from abliterate.files.checkpoint import staged
+from abliterate.errors import AbliterateError, ModelError, UsageError
+from abliterate.files.atomic import write_atomically
+from abliterate.files.bounded import line
+from abliterate.files.cache import digest
+from abliterate.files.checkpoint import ADAPTER_CONFIG, staged
 from abliterate.files.configuration import check_descriptions, read_config
 from abliterate.files.local import reserved
 from abliterate.files.storage import (
@@ -33,14 +36,24 @@ from abliterate.files.storage import (
     stored_numbers,
     without_quantization,
 )
-from abliterate.model._compat import auto_class, computes_with_codes, one_gguf_parse, quiet_transformers
-from abliterate.model.on_disk import ModelOnDisk
+from abliterate.model._compat import (
+    auto_class,
+    computes_with_codes,
+    generation_settings,
+    quiet_transformers,
+    without_adapter,
+)
+from abliterate.model.completeness import check_report
+from abliterate.model.configuration import build_skeleton, one_line, unreadable
+from abliterate.model.gguf_source import dequantise as _dequantise
+from abliterate.model.gguf_source import gguf_parts
+from abliterate.model.hub import hub_id, no_hub_id, snapshot
+from abliterate.model.on_disk import ModelOnDisk, adapter_base
 from abliterate.model.tokenizer import read_tokenizer
 
+#: Of how GGUF files become folders: to be raised when that changes.
+_CONVERSION = 2
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-#: What a snapshot of the hub needs to hold: never pickles, never other frameworks' weights.
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.md", "LICENSE*"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +88,35 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
     Raises `ModelError` when it cannot be had, `CheckpointError` when its files are damaged.
     """
     path = Path(os.path.expanduser(spec))
-    if path.suffix.lower() == ".gguf":
+    if path.suffix.lower() == ".gguf" and hub_id(spec) is None:
         if not path.is_file():
             raise ModelError(f"model '{spec}': expected a GGUF file, found no such file")
         files = ModelOnDisk(spec, "gguf", _dequantised(path, dtype))
     elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(f"model '{spec}': expected a folder with config.json, found none in it")
         files = ModelOnDisk(spec, "folder", path, trust_remote_code)
     elif path.exists():
         raise ModelError(f"model '{spec}': expected a hub id, a folder or a .gguf file, found another file")
-    elif spec.count("/") == 1 and not spec.startswith((".", "/", "~")):
-        files = ModelOnDisk(spec, "hub", _snapshot(spec, trust_remote_code), trust_remote_code)
+    elif (identifier := hub_id(spec)) is not None:
+        files = ModelOnDisk(identifier, "hub", snapshot(identifier, trust_remote_code), trust_remote_code)
     else:
-        raise ModelError(f"model '{spec}': no such folder or file, and not a hub id (owner/name)")
+        raise ModelError(line(f"model '{spec}': {no_hub_id(spec)}"))
+    _check_model(files)
     _ = files.checkpoint, read_config(files.folder)  # damaged files are an error now and not later
     check_descriptions(files.folder)
     return files
+
+
+def _check_model(files: ModelOnDisk) -> None:
+    """Raise `ModelError` for a folder without a model."""
+    if (files.folder / "config.json").is_file():
+        return
+    if (files.folder / ADAPTER_CONFIG).is_file():
+        base = adapter_base(files.folder) or "its base"
+        raise ModelError(
+            f"model '{files.name}': expected a model, found only an adapter ({ADAPTER_CONFIG}) for {base}; give "
+            f"{base}, or merge the adapter into it; `abliterate compare BASE BASE+{files.folder}` shows what it does"
+        )
+    raise ModelError(f"model '{files.name}': expected a folder with config.json, found none in it")
 
 
 def load_tokenizer(files: ModelOnDisk) -> tuple[Any, Any]:
@@ -99,20 +124,15 @@ def load_tokenizer(files: ModelOnDisk) -> tuple[Any, Any]:
 
     Raises `ModelError` when they cannot be read.
     """
-    import transformers
 
     trust = files.trust_remote_code
     with _quiet_loading(everything=False):
         try:
-            tokenizer = read_tokenizer(files.folder, trust_remote_code=trust)
-            if (files.folder / "generation_config.json").is_file():
-                return tokenizer, transformers.GenerationConfig.from_pretrained(files.folder)
-            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
-            return tokenizer, transformers.GenerationConfig.from_model_config(config)
+            return read_tokenizer(files.folder, trust_remote_code=trust), generation_settings(files.folder)
         except AbliterateError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
-            raise ModelError(f"model '{files.name}': its tokenizer cannot be read ({_one_line(error)})") from error
+            raise unreadable(files.name, "its tokenizer cannot be read", error) from error
 
 
 def load(
@@ -125,29 +145,25 @@ def load(
     dequantised to `dtype`; weights of other quantisations stay as their own library loads them. `quantization` (one
     of `storage.QUANTIZATIONS`) quantises a model while it is loaded, to measure on less memory.
     """
-    import transformers
 
     storage, trust = files.storage, files.trust_remote_code
     check_quantization(files.name, storage, quantization)
     place = _device(device)
+    wanted = _dtype(dtype, files.description.config, place)
     with _quiet_loading(everything=not storage.editable):
         try:
-            config = transformers.AutoConfig.from_pretrained(files.folder, trust_remote_code=trust)
-            wanted = _dtype(dtype, config, place)
             tokenizer = read_tokenizer(files.folder, trust_remote_code=trust)
-            model, report = _read(files, config, wanted, place, quantization)
+            model, report = _read(files, wanted, place, quantization)
         except AbliterateError:
             raise
         except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
-            raise ModelError(f"model '{files.name}': cannot be loaded ({_one_line(error)})") from error
-    _check_complete(files, report)
+            raise unreadable(files.name, "it cannot be loaded", error) from error
     check_codes_read(files.name, storage, model, report["unexpected_keys"])
+    check_report(files.name, report, model)
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
 
 
-def _read(
-    files: ModelOnDisk, config: Any, dtype: torch.dtype, place: str, quantization: str | None
-) -> tuple[Any, dict[str, Any]]:
+def _read(files: ModelOnDisk, dtype: torch.dtype, place: str, quantization: str | None) -> tuple[Any, dict[str, Any]]:
     """The live model at `place`, and transformers' report on its tensors."""
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     in_place = place == "auto" or quantization is not None or not files.storage.editable
@@ -155,34 +171,35 @@ def _read(
         options["device_map"] = place if place == "auto" else {"": place}
     if (method := quantization_config(files.storage, quantization, dtype)) is not None:
         options["quantization_config"] = method
-    config = without_quantization(config) if files.storage.editable else config
-    if files.storage.dequantised:
-        model, report = _read_dequantised(files, config, options)
-    else:
-        options |= {"use_safetensors": True, "trust_remote_code": files.trust_remote_code}
-        model, report = auto_class(config).from_pretrained(files.folder, config=config, **options)
+    # What has no skeleton, and what may not all fit in memory, is left to transformers to find in the folder.
+    listed = files.storage.dequantised or (files.description.skeleton is not None and place != "auto")
+    model, report = (_read_listed if listed else _read_folder)(files, options)
     return model if in_place else model.to(place), report
 
 
-def _read_dequantised(files: ModelOnDisk, config: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The model that the numbers behind the stored codes make up, as if they had been stored."""
-    import transformers
-
-    with torch.device("meta"):
-        skeleton = auto_class(config).from_config(config, trust_remote_code=files.trust_remote_code)
+def _read_listed(files: ModelOnDisk, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model that the checkpoint's own list of tensors makes up, codes as the numbers behind them: no other file
+    that lies in the folder is looked at.
+    """
+    skeleton = files.description.skeleton
+    config = without_quantization(files.description.config)
+    if skeleton is None:
+        skeleton = build_skeleton(files.name, config, trust_remote_code=files.trust_remote_code)
     numbers = stored_numbers(files.checkpoint, options["dtype"])
-    model, report = type(skeleton).from_pretrained(None, config=skeleton.config, state_dict=numbers, **options)
-    if (files.folder / "generation_config.json").is_file():
-        model.generation_config = transformers.GenerationConfig.from_pretrained(files.folder)
+    model, report = type(skeleton).from_pretrained(None, config=config, state_dict=numbers, **options)
+    model.config.name_or_path = str(files.folder)
+    model.generation_config = generation_settings(files.folder)
     return model, report
 
 
-def _check_complete(files: ModelOnDisk, report: dict[str, Any]) -> None:
-    if missing := sorted(report["missing_keys"]):
-        raise CheckpointError(
-            f"model '{files.name}': {len(missing)} tensors that its configuration asks for are not in its files, "
-            f"{', '.join(missing[:3])}; download the model again"
-        )
+def _read_folder(files: ModelOnDisk, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model as transformers finds it in the folder, without an adapter that may lie there too."""
+    config = files.description.config
+    config = without_quantization(config) if files.storage.editable else config
+    options |= {"use_safetensors": True, "trust_remote_code": files.trust_remote_code}
+    with without_adapter():
+        found: tuple[Any, dict[str, Any]] = auto_class(config).from_pretrained(files.folder, config=config, **options)
+    return found
 
 
 def _device(device: str) -> str:
@@ -190,7 +207,7 @@ def _device(device: str) -> str:
         try:
             torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {device}: not usable on this machine ({_one_line(error)})") from error
+            raise UsageError(f"--device {device}: not usable on this machine ({one_line(error)})") from error
         return device
     if torch.cuda.is_available():
         several = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
@@ -203,22 +220,8 @@ def _dtype(dtype: str, config: Any, place: str) -> torch.dtype:
         if dtype not in DTYPES:
             raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
-    stored = getattr(config, "dtype", None) or torch.float32
-    if isinstance(stored, str):
-        stored = DTYPES.get(stored, torch.float32)
+    stored: torch.dtype = config.dtype
     return torch.bfloat16 if stored == torch.float16 and place == "cpu" else stored
-
-
-def _snapshot(identifier: str, trust_remote_code: bool) -> Path:
-    import huggingface_hub
-
-    patterns = [*_HUB_PATTERNS, "*.py"] if trust_remote_code else _HUB_PATTERNS
-    try:
-        return Path(huggingface_hub.snapshot_download(identifier, allow_patterns=patterns))
-    except Exception as error:  # network, authentication and cache errors of several libraries
-        raise ModelError(
-            f"model '{identifier}': not a folder here and cannot be fetched from the hub ({_one_line(error)})"
-        ) from error
 
 
 def _dequantised(path: Path, dtype: str) -> Path:
@@ -226,43 +229,35 @@ def _dequantised(path: Path, dtype: str) -> Path:
     stored = "bfloat16" if dtype == "auto" else dtype
     if stored not in DTYPES:
         raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
-    stat = path.resolve().stat()
-    key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stored}"
-    folder = cache_folder() / "gguf" / f"{path.stem}-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
-    if (folder / "config.json").is_file():
+    key = digest(json.dumps([_CONVERSION, stored, [(str(part.resolve()), _state(part)) for part in gguf_parts(path)]]))
+    folder = cache_folder() / "gguf" / f"{path.stem}-{key[:12]}"
+    seal = folder.with_name(f"{folder.name}.json")
+    if _is_sealed(folder, seal):
         return folder
     with reserved(folder, wait=True):
-        if not (folder / "config.json").is_file():  # else another process has made it meanwhile
+        if not _is_sealed(folder, seal):  # else another process has made it meanwhile
             with staged(folder, overwrite=True) as partial:
                 _dequantise(path, partial, DTYPES[stored])
+            write_atomically(seal, json.dumps(_states(folder)))
     return folder
 
 
-def _dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
-    import transformers
-
+def _is_sealed(folder: Path, seal: Path) -> bool:
+    """Whether a cached folder holds what was written into it, untouched, and nothing else."""
     try:
-        # The bar of the GGUF reader knows no switch.
-        with quiet_transformers(), one_gguf_parse(), contextlib.redirect_stderr(io.StringIO()):
-            options = {"gguf_file": path.name}
-            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, **options)
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                path.parent,
-                dtype=dtype,
-                quantization_config=transformers.GgufConfig(dequantize=True),
-                **options,
-            )
-            model.config._name_or_path = ""
-            model.save_pretrained(target)
-            tokenizer.save_pretrained(target)
-            for file in target.glob("*.safetensors"):  # safetensors makes them unreadable to others
-                file.chmod((target / "config.json").stat().st_mode)
-    except ImportError as error:
-        raise ModelError(f"model '{path}': reading GGUF needs an extra; pip install 'abliterate[gguf]'") from error
-    except AbliterateError:
-        raise
-    except Exception as error:  # a damaged file shows as any error of numpy, gguf or transformers
-        raise ModelError(f"model '{path}': cannot be dequantised ({_one_line(error)})") from error
+        return bool(json.loads(seal.read_bytes()) == _states(folder))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _states(folder: Path) -> dict[str, list[int]]:
+    return {path.name: _state(path) for path in sorted(folder.iterdir())}
+
+
+def _state(path: Path) -> list[int]:
+    """What changes when a file is replaced or written to, whatever its times are set to."""
+    stat = path.stat()
+    return [stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 @contextlib.contextmanager
@@ -276,7 +271,3 @@ def _quiet_loading(*, everything: bool) -> Iterator[None]:
             for redirect in (contextlib.redirect_stdout, contextlib.redirect_stderr):
                 stack.enter_context(redirect(io.StringIO()))
         yield
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:240] or type(error).__name__

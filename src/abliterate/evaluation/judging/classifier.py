@@ -23,7 +23,7 @@ from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.evaluation.judging.text import strip_machinery
 from abliterate.files.checkpoint.reading import open_source
-from abliterate.model._compat import quiet_transformers
+from abliterate.model._compat import quiet_transformers, without_adapter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -248,7 +248,7 @@ def _load(model_id: str, folder: Path, config: Any, trust_remote_code: bool) -> 
     import transformers
 
     try:
-        with quiet_transformers():
+        with quiet_transformers(), without_adapter():
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder,

@@ -16,6 +16,8 @@ UsageError where what was asked for is not allowed.
 from abliterate.files.checkpoint.journal import Finished, Journal, Note
 from abliterate.files.checkpoint.outputs import CARD, DIRECTION, FRONT, JOURNAL, Changes
 from abliterate.files.checkpoint.reading import (
+    ADAPTER_CONFIG,
+    ADAPTER_NAME,
     BITS,
     INDEX_NAME,
     OWN_RESULTS,
@@ -27,12 +29,15 @@ from abliterate.files.checkpoint.reading import (
     open_checkpoint,
     open_tensor,
     read_shard,
+    same_bytes,
     sha256,
 )
 from abliterate.files.checkpoint.staging import Staging, check_output, ensure_space, left_bytes, resumable, staged
 from abliterate.files.checkpoint.writing import Chunk, EditedFiles, Noter, Rewriter, bytes_to_write, write_edited
 
 __all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_NAME",
     "BITS",
     "CARD",
     "DIRECTION",
@@ -62,6 +67,7 @@ __all__ = [
     "open_tensor",
     "read_shard",
     "resumable",
+    "same_bytes",
     "sha256",
     "staged",
     "write_edited",

@@ -14,6 +14,7 @@ from abliterate.errors import UsageError
 from abliterate.files.checkpoint.links import leads_out
 from abliterate.files.checkpoint.messages import OUR_FAULT, error, line, short
 from abliterate.files.checkpoint.reading import (
+    ADAPTER_CONFIG,
     BITS,
     INDEX,
     INDEX_NAME,
@@ -113,11 +114,14 @@ def plan_outputs(source: Checkpoint, changes: Changes) -> Outputs:
     shards = _shards(source, changes)
     content = dict(changes.replaced)
     others, left_out, links = other_files(source)
-    if source.index is None or changes.shard_bytes is not None or changes.extra:
+    if source.index is None or source.misplaced or changes.shard_bytes is not None or changes.extra:
         others = [path for path in others if path != source.index]
         if changes.indexed or len(shards) > 1 or (source.index and changes.shard_bytes is None):
             tensors = {**source.tensors, **changes.extra}
             content[INDEX_NAME] = _index(source.index, {shard.name: shard.tensors for shard in shards}, tensors)
+    if (adapter := source.folder / ADAPTER_CONFIG) in others:  # readers would look for the adapter, which is left out
+        others.remove(adapter)
+        left_out = (ADAPTER_CONFIG, *left_out)
     copies = [Output(str(path.relative_to(source.folder)), b"", (_whole_file(path),), path) for path in others]
     copies = [copy for copy in copies if changes.only is None or copy.name in changes.only]
     kept = [copy for copy in copies if copy.name not in content]

@@ -32,6 +32,8 @@ BITS: Mapping[str, int] = {
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+ADAPTER_NAME, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+"""A PEFT adapter, by itself or beside a model of which it is no part."""
 OWN_RESULTS = frozenset({"abliteration.json", "direction.safetensors", "report.html", "undo.safetensors"})
 """Files an earlier run of this package left in the source: they describe that run, not the next one."""
 
@@ -75,12 +77,21 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """All shards of a model folder and all their tensors; `index` is the index file, where there is one."""
+    """All shards of a model folder and all their tensors; `index` is the index file, where there is one.
+
+    `misplaced` are tensors that the index lists in a file which does not hold them: it was written for other shards.
+    """
 
     folder: Path
     shards: tuple[Shard, ...]
     tensors: Mapping[str, TensorInfo]
     index: Path | None
+    misplaced: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """Tensors that the index lists and no shard holds."""
+        return tuple(name for name in self.misplaced if name not in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,11 +220,12 @@ def _check_layout(tensors: Iterable[TensorInfo], path: Path, data_start: int, si
         raise damaged(path, f"its tensors end at byte {position}, the file has {size} bytes")
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, stale_index: bool = False) -> Checkpoint:
     """Find and check the safetensors files of a model folder: the same ones that transformers would load.
 
     `model.safetensors` if it is there and no index names it, else the shards of the index, else the only
-    `*.safetensors` file.
+    `*.safetensors` file. An index that lists a tensor in a shard without it is an error, unless a `stale_index` is
+    taken: whether the model needs that tensor is then for the caller to say (`Checkpoint.misplaced`).
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -237,11 +249,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 both = f"{tensors[name].file} and {info.file}"
                 raise error(f"tensor {short(name)} is in two files, {both}; download the model again")
             tensors[name] = info
-    for name, file in listed.items():
-        if name not in tensors or tensors[name].file != folder / file:
-            missing = f"lists tensor {short(name)} in {file}, which does not hold it"
-            raise error(f"{folder / INDEX_NAME} {missing}; download the model again")
-    return Checkpoint(folder, shards, tensors, index)
+    misplaced = tuple(n for n, file in listed.items() if n not in tensors or tensors[n].file != folder / file)
+    if misplaced and not stale_index:
+        missing = f"lists tensor {short(misplaced[0])} in {listed[misplaced[0]]}, which does not hold it"
+        raise error(f"{folder / INDEX_NAME} {missing}; download the model again")
+    return Checkpoint(folder, shards, tensors, index, misplaced)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -268,7 +280,7 @@ def _single_file(folder: Path) -> str:
     if (folder / SINGLE_NAME).exists():
         return SINGLE_NAME
     names = sorted(path.name for path in folder.glob("*.safetensors"))
-    names = [name for name in names if name not in OWN_RESULTS and name != "adapter_model.safetensors"]
+    names = [name for name in names if name not in OWN_RESULTS and name != ADAPTER_NAME]
     if len(names) == 1:
         return names[0]
     if names:
@@ -288,6 +300,16 @@ def open_tensor(info: TensorInfo) -> Iterator[TensorReader]:
         yield TensorReader(info, fd)
     finally:
         os.close(fd)
+
+
+def same_bytes(a: TensorInfo, b: TensorInfo) -> bool:
+    """Whether two tensors have one dtype, shape and content."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    step = 1 << 20
+    with open_tensor(a) as mine, open_tensor(b) as theirs:
+        pieces = ((start, min(step, a.nbytes - start)) for start in range(0, a.nbytes, step))
+        return all(mine.read(*piece) == theirs.read(*piece) for piece in pieces)
 
 
 def sha256(path: Path) -> str:

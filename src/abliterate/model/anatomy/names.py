@@ -5,13 +5,14 @@ transformers renames, stacks and transposes on loading: its own tables are asked
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from abliterate.errors import CheckpointError
-from abliterate.model._compat import loading_table, natural_key
+from abliterate.model._compat import loading_table, natural_key, tied_names
 
 #: Endings of stored tensors that hold the numbers of a parameter packed: the stream is on the first of the two axes
 #: of each expert, whatever the order in memory (transformers transposes when it unpacks).
@@ -46,13 +47,13 @@ def names_on_disk(
 
     Raises `CheckpointError` when a parameter has no tensor, or tensors that do not fit it.
     """
-    sources = _sources(model, stored)
+    found_sources = sources(model, stored)
     aliases = _aliases(model)
     mapping: dict[str, tuple[Stored, ...]] = {}
     for name, axis in axes.items():
         shape = tuple(model.get_parameter(name).shape)
-        found = [group for alias in aliases[name] for group in sources.get(alias, [])]
-        if len(own := sources.get(name, [])) == 1:  # tied in memory, and stored for each all the same
+        found = [group for alias in aliases[name] for group in found_sources.get(alias, [])]
+        if len(own := found_sources.get(name, [])) == 1:  # tied in memory, and stored for each all the same
             found = own
         mapping[name] = _layout(name, axis % len(shape), shape, found, stored)
     _refuse_shared(mapping, aliases)
@@ -65,32 +66,74 @@ def unclaimed(model: Any, stored: Mapping[str, _HasShape]) -> list[str]:
     packed = ("_scale", "_scale_inv", "_scales", "_blocks", "_zero_point", "_packed")
     return [
         source.tensor
-        for name, group in _sources(model, stored).items()
+        for name, group in sources(model, stored).items()
         if name not in known
         for source in group
         if len(stored[source.tensor].shape) > 1 and not source.tensor.endswith(packed)
     ]
 
 
+def stored_twice(found: Mapping[str, Sequence[Source]]) -> dict[str, list[str]]:
+    """Parameters that several tensors of `sources` would be loaded into, one over the other, and those tensors."""
+    whole = {name: [source.tensor for source in group if source.whole] for name, group in found.items()}
+    return {name: tensors for name, tensors in whole.items() if len(tensors) > 1}
+
+
+def without_tensors(model: Any, found: Mapping[str, Sequence[Source]]) -> list[str]:
+    """Parameters of the model that no tensor of `sources` goes into, under none of their names."""
+    return [name for name, aliases in _aliases(model).items() if not any(found.get(alias) for alias in aliases)]
+
+
+def uneven_parts(found: Mapping[str, Sequence[Source]], stored: Mapping[str, _HasShape]) -> list[str]:
+    """Parameters stacked of several kinds of tensors of `sources`, of which one has fewer or other shapes."""
+    uneven = []
+    for name, group in found.items():
+        kinds: dict[str, list[tuple[int, ...]]] = defaultdict(list)
+        for source in group:
+            if source.merged:
+                kinds[re.sub(r"(?<=\.)\d+(?=\.)", "*", source.tensor)].append(tuple(stored[source.tensor].shape))
+        if len({len(parts) for parts in kinds.values()}) > 1 or any(len(set(parts)) > 1 for parts in kinds.values()):
+            uneven.append(f"{name} from {len(group)} tensors")
+    return uneven
+
+
+def tied_and_stored(model: Any, found: Mapping[str, Sequence[Source]]) -> list[tuple[str, str]]:
+    """Pairs of tensors of `sources` for parameters that the model ties and that are stored each for itself.
+
+    Empty unless that is so of all that are tied.
+    """
+    pairs = []
+    for target, origin in tied_names(model).items():
+        mine, theirs = found.get(target, ()), found.get(origin, ())
+        if len(mine) != 1 or len(theirs) != 1:
+            return []
+        pairs.append((theirs[0].tensor, mine[0].tensor))
+    return pairs
+
+
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """A stored tensor that goes into a parameter; `merged` when many become one, `transposed` when always turned."""
+class Source:
+    """A stored tensor that goes into a parameter; `merged` when many become one, `transposed` when always turned,
+    `whole` when it is the parameter as it is.
+    """
 
     tensor: str
     merged: bool
     transposed: bool
+    whole: bool
 
 
-def _sources(model: Any, stored: Iterable[str]) -> dict[str, list[_Source]]:
+def sources(model: Any, stored: Iterable[str]) -> dict[str, list[Source]]:
     """Stored tensors by the parameter they are loaded into, in the order in which experts are stacked."""
     table = loading_table(model)
     known: dict[str, Any] = dict(model.state_dict())
     known |= {name + _PACKED: value for name, value in known.items()}
-    found: dict[str, list[_Source]] = defaultdict(list)
+    found: dict[str, list[Source]] = defaultdict(list)
     for tensor in sorted(stored, key=natural_key):
         name, operations = table.parameter(tensor, known)
         turned = "Transpose" in operations and not getattr(operations["Transpose"], "check_dims", False)
-        found[name.removesuffix(_PACKED)].append(_Source(tensor, "MergeModulelist" in operations, turned))
+        merged = "MergeModulelist" in operations
+        found[name.removesuffix(_PACKED)].append(Source(tensor, merged, turned, whole=not operations))
     return found
 
 
@@ -103,7 +146,7 @@ def _aliases(model: Any) -> dict[str, list[str]]:
 
 
 def _layout(
-    name: str, axis: int, shape: tuple[int, ...], found: Sequence[_Source], stored: Mapping[str, _HasShape]
+    name: str, axis: int, shape: tuple[int, ...], found: Sequence[Source], stored: Mapping[str, _HasShape]
 ) -> tuple[Stored, ...]:
     """The stream's axis in every stored tensor of one parameter."""
     if len(found) == 1 and found[0].tensor.endswith(_PACKED) and not name.endswith(_PACKED):
@@ -126,7 +169,7 @@ def _layout(
     )
 
 
-def _stored_axis(source: _Source, shape: tuple[int, ...], axis: int, on_disk: tuple[int, ...]) -> int:
+def _stored_axis(source: Source, shape: tuple[int, ...], axis: int, on_disk: tuple[int, ...]) -> int:
     swapped = (*shape[:-2], shape[-1], shape[-2]) if len(shape) > 1 else shape
     if len(shape) > 1 and on_disk == swapped and (source.transposed or on_disk != shape):
         return {len(shape) - 1: len(shape) - 2, len(shape) - 2: len(shape) - 1}.get(axis, axis)

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from abliterate.errors import AbliterateError, AnatomyError, ModelError
 from abliterate.files.checkpoint import Checkpoint, open_tensor
 from abliterate.files.formats import layout
+from abliterate.files.storage import without_quantization
 from abliterate.model._compat import auto_class, quiet_transformers
 from abliterate.model.anatomy import TOLERANCE, Anatomy, Writer, names_on_disk, norms_gain, study
 
@@ -37,13 +38,20 @@ _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", 
 
 
 def study_files(
-    name: str, checkpoint: Checkpoint, *, trust_remote_code: bool = False, max_leak: float = TOLERANCE
+    name: str,
+    checkpoint: Checkpoint,
+    *,
+    trust_remote_code: bool = False,
+    max_leak: float = TOLERANCE,
+    config: Any = None,
 ) -> tuple[Anatomy, Any]:
     """Every writer of the model in a checkpoint's folder, and its skeleton on the meta device. Errors call it `name`.
 
+    `config` is its configuration where that is read already.
+
     Raises `AnatomyError` when a writer is not known, `ModelError` when the configuration makes no model.
     """
-    config = _config(name, checkpoint.folder, trust_remote_code)
+    config = _config(name, checkpoint.folder, trust_remote_code) if config is None else without_quantization(config)
     auto = auto_class(config)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     try:
