@@ -155,7 +155,7 @@ def test_damaged_gguf_is_one_line_and_leaves_no_cache(tmp_path: Path, monkeypatc
     with pytest.raises(ModelError, match="cannot be dequantised") as caught:
         locate(str(tmp_path / "x.gguf"))
     assert str(caught.value).isprintable()
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert not [path for path in (tmp_path / "cache" / "gguf").rglob("*") if path.is_file()]
     with pytest.raises(ModelError, match="expected a GGUF file, found no such file"):
         locate(str(tmp_path / "none.gguf"))
 
