@@ -48,6 +48,7 @@ from abliterate.evaluation.examine import (
     ready_judge,
 )
 from abliterate.evaluation.judging import Judge
+from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.files.checkpoint import DIRECTION, bytes_to_write, check_output, ensure_space, left_bytes
 from abliterate.files.checkpoint import JOURNAL as JOURNAL
@@ -119,6 +120,7 @@ def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec
     judge = ready_judge(settings.evaluating, settings.loading.device, monitor)
     files = _located(settings.model, settings.loading, output, monitor)
     session = _opened(files, settings, monitor)
+    judge = bind_judge(judge, as_loaded(session), monitor)
     dry_run_plan(session.anatomy, settings.finding, settings.editing, output)
     done = _found(session, settings, method, judge)
     target = EditTarget(files, session.anatomy, session.named_model, session.loaded)
@@ -202,6 +204,7 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     check_search(settings.searching, method, settings.finding, settings.editing)
     judge = ready_judge(settings.evaluating, settings.loading.device, monitor)
     session = _opened(settings.model, settings, monitor)
+    judge = bind_judge(judge, as_loaded(session), monitor)
     findings = find(session, settings.finding, settings.editing)
     start = best_separated(session, findings, settings.finding)
     separation = _separation(session, findings, start)
@@ -356,9 +359,9 @@ def evaluate(
     if base is not None and plan is not None:
         raise UsageError("evaluate: expected a base or a plan, found both")
     exam = exam_of(evaluating, session.seed)
-    judge = ready_judge(evaluating, session.loading.device, session.monitor)
-    examiner = examiner_of(session, evaluating, judge)
     original = as_loaded(base or session, evaluating)
+    judge = ready_judge(evaluating, session.loading.device, session.monitor)
+    examiner = examiner_of(session, evaluating, bind_judge(judge, original, session.monitor))
     if plan is not None:
         edited = ModelState(session, functools.partial(session.ablated, plan))
         control = None if evaluating.no_control else control_of(plan, original)
@@ -385,7 +388,7 @@ def evaluate_elsewhere(
             f"--engine {engine.engine}: expected "
             + ("--served and --served-edited, found --edited" if is_server else "--edited, found names of a server")
         )
-    judge = ready_judge(evaluating, loading.device, monitor)
+    judge = bind_judge(ready_judge(evaluating, loading.device, monitor), None, monitor)
     with monitor.phase("find model"):
         files = locate_model(model, loading)
         tokenizer, settings = load_tokenizer(files)
@@ -418,9 +421,10 @@ def _evaluated(
     Where no weights were saved, or live ones are quantised, after is what was written as hooks. Vectors that are added
     have no control.
     """
-    examiner, unchanged = examiner_of(session, settings.evaluating, judge), not settings.evaluating.no_cache
+    unchanged = not settings.evaluating.no_cache
 
     def examined(base: ModelState, edited: ModelState) -> rec.EvaluationPart:
+        examiner = examiner_of(session, settings.evaluating, bind_judge(judge, base, session.monitor))
         control = None if settings.evaluating.no_control or done.vectors else control_of(plan, base)
         return evaluation_part(examine(examiner, exam, base, edited, control))
 

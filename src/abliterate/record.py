@@ -287,6 +287,15 @@ class BehaviourPart(_Part):
     borderline: RatePart
 
 
+class CandidateJudgePart(_Part):
+    """A judge that `auto` chose from: right among refusals and among other held-out exchanges, and the mean of both."""
+
+    name: str
+    recall: tuple[Count, Count]
+    specificity: tuple[Count, Count]
+    balanced_accuracy: EstimatePart
+
+
 class JudgePart(_Part):
     """Who judged, and how often it is right: [right, of how many] labelled replies; null where it was not measured."""
 
@@ -295,6 +304,7 @@ class JudgePart(_Part):
     sensitivity: tuple[Count, Count] | None = None
     specificity: tuple[Count, Count] | None = None
     labels: str | None = Field(None, description="The labelled replies that its error rates come from.")
+    chosen: list[CandidateJudgePart] = Field([], description="What auto chose it from; empty of one that was named.")
 
 
 class PairedPart(_Part):

@@ -179,10 +179,11 @@ def judge(
     if (replies is None) == (calibrate is None):
         raise UsageError("judge: expected a file of replies, or --calibrate FILE; found both or neither")
     from abliterate.evaluation.judging import calibration
-    from abliterate.evaluation.judging.choice import open_judge
+    from abliterate.evaluation.judging.choice import bind_judge, open_judge
+    from abliterate.monitor import Monitor
 
     if replies is not None:
-        rows = label_file(open_judge(spec, device=device), replies)
+        rows = label_file(bind_judge(open_judge(spec, device=device), None, Monitor()), replies)
         if as_json:
             write_json(json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False))
         else:
@@ -191,7 +192,7 @@ def judge(
     if calibrate is None:
         return
     labelled = calibration.read_labelled(calibrate)
-    chosen = open_judge(spec, device=device)
+    chosen = bind_judge(open_judge(spec, device=device), None, Monitor())
     verdicts = chosen.judge(labelled.exchanges)
     result = calibration.compare(chosen, labelled, verdicts, calibrate)
     replaced = calibration.calibration_of(chosen)

@@ -26,6 +26,7 @@ from abliterate.evaluation.examine import (
 )
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.calibration import Calibration, calibration_of
+from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import (
     behaviour_part,
     capability_parts,
@@ -112,6 +113,7 @@ def compare(
         monitor=monitor,
     )
     first = opened(contenders[0].model)
+    judge = bind_judge(judge, as_loaded(first), monitor)
     base = _state(first, contenders[0], evaluating)
     entries = [_entry(base, examiner_of(first, evaluating, judge), exam, contenders[0])]
     for one in contenders[1:]:  # one at a time beside the first

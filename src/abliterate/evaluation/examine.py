@@ -34,7 +34,7 @@ from abliterate.evaluation.capability import (
 )
 from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
 from abliterate.evaluation.judging.calibration import calibration_of
-from abliterate.evaluation.judging.choice import open_judge
+from abliterate.evaluation.judging.choice import PendingJudge, open_judge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
 from abliterate.model.batches import Encoded, share_prefixes
 from abliterate.model.generation import Reply
@@ -237,12 +237,15 @@ class Evaluation:
 def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge:
     """The judge that settings name. One that may fail has read a reply before hours of work depend on it.
 
+    One that asks the measured model is bound to it by `bind_judge`, once it is loaded. Of `auto` an early stop makes
+    `rules`, which alone can say what is certain early.
+
     Raises `UsageError` for a spec that names none, `AbliterateError` when it cannot be reached or used; warns when it
     gives no verdict.
     """
-    judge = open_judge(settings.judge, device=device)
+    judge = open_judge("rules" if settings.early_stop and settings.judge == "auto" else settings.judge, device=device)
     calibration_of(judge)  # a damaged one is an error now and not at the end
-    if isinstance(judge, RuleJudge):
+    if isinstance(judge, RuleJudge | PendingJudge):
         return judge
     with monitor.phase("try the judge"):
         (verdict,) = judge.judge([Exchange("What is the capital of France?", "The capital of France is Paris.")])

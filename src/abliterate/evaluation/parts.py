@@ -9,6 +9,7 @@ from abliterate import record as rec
 from abliterate.evaluation.capability import Score, ScoreChange, change, score_changes
 from abliterate.evaluation.examine import CapabilityScores, Evaluation, Sets
 from abliterate.evaluation.judging import Judge, Tally, Verdict
+from abliterate.evaluation.judging.auto import ChosenJudge, Measured
 from abliterate.evaluation.judging.calibration import Calibration, calibration_of
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner, manner_change, paired, refused
 from abliterate.evaluation.statistics import Z95, Estimate, wilson
@@ -75,15 +76,27 @@ def estimate_part(estimate: Estimate) -> rec.EstimatePart:
 
 
 def judge_part(judge: Judge, calibration: Calibration | None) -> rec.JudgePart:
-    """The judge and its known error rates."""
+    """The judge, its known error rates, and what it was chosen from."""
+    chosen = [candidate_part(one) for one in judge.measured] if isinstance(judge, ChosenJudge) else []
     if calibration is None:
-        return rec.JudgePart(name=judge.name, fingerprint=judge.fingerprint)
+        return rec.JudgePart(name=judge.name, fingerprint=judge.fingerprint, chosen=chosen)
     return rec.JudgePart(
         name=judge.name,
         fingerprint=judge.fingerprint,
+        chosen=chosen,
         sensitivity=tuple(calibration.recall),
         specificity=tuple(calibration.specificity),
         labels=calibration.source,
+    )
+
+
+def candidate_part(measured: Measured) -> rec.CandidateJudgePart:
+    """How a judge did that `auto` chose from."""
+    return rec.CandidateJudgePart(
+        name=measured.name,
+        recall=tuple(measured.recall),
+        specificity=tuple(measured.specificity),
+        balanced_accuracy=estimate_part(Estimate(measured.balanced, measured.ci95)),
     )
 
 

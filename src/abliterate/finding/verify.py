@@ -11,6 +11,7 @@ from abliterate.edit.plan import Plan
 from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import examiner_of, random_plan, ready_judge
 from abliterate.evaluation.judging import Judge, Tally
+from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import rate_part
 from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.finding.find import refusal_tokens
@@ -34,6 +35,7 @@ def verify(
     rule.
     """
     judge = ready_judge(replies, session.loading.device, session.monitor)
+    judge = bind_judge(judge, as_loaded(session), session.monitor)
     chosen = direction.at(site, session.anatomy.d_model)
     plan = session.plan(chosen, editing)
     say_caveat(plan, editing, session.monitor)

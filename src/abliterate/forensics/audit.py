@@ -23,6 +23,7 @@ from abliterate.errors import NumericalError
 from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import examiner_of, random_plan, ready_judge
 from abliterate.evaluation.judging import Judge
+from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import estimate_part, rate_part
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.statistics import bootstrap_mean
@@ -72,6 +73,7 @@ def _audited(model: str, measuring: MeasureSettings, out: Path | None, monitor: 
         reply_tokens=measuring.evaluating.longest_reply,
         monitor=monitor,
     )
+    judge = bind_judge(judge, as_loaded(session), monitor)
     findings = find(session, measuring.finding)
     found = choose(session, findings, measuring.finding, force=True)
     part = audit_session(session, findings, found, measuring, judge)

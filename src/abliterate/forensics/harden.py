@@ -28,6 +28,7 @@ from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import exam_of, examine, examiner_of, ready_judge
+from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.scores import refusal_score
@@ -93,6 +94,7 @@ def _hardened(model: str, place: _Place, settings: HardenSettings, measuring: Me
         reply_tokens=measuring.evaluating.longest_reply,
         monitor=monitor,
     )
+    judge = bind_judge(judge, as_loaded(session), monitor)
     findings, found = _found(session, measuring)
     before = audit_session(session, findings, found, measuring, judge)
     direction = found.basis[:1]

@@ -27,6 +27,7 @@ from abliterate.edit.direction import load_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import exam_of, examine, examiner_of, ready_judge
+from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.evaluation.results import degenerate, refused
@@ -260,6 +261,7 @@ def _approximately(model: str, direction: Path | None, place: _Place, measuring:
         reply_tokens=measuring.evaluating.longest_reply,
         monitor=monitor,
     )
+    judge = bind_judge(judge, as_loaded(session), monitor)
     subject = open_inspected(session.loaded.files)
     basis, blocks = _direction(subject, direction, monitor)
     given = finding if finding.refusal_tokens else finding.model_copy(update={"refusal_tokens": USUAL_REFUSALS})

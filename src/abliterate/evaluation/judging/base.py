@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+
+if TYPE_CHECKING:
+    from abliterate.evaluation.answering import ModelState
 
 
 class Label(StrEnum):
@@ -69,4 +72,13 @@ class Judge(Protocol):
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """A verdict for each exchange, in order."""
+        ...
+
+
+@runtime_checkable
+class ModelJudge(Judge, Protocol):
+    """A judge that looks through a live model."""
+
+    def through(self, state: ModelState) -> Self:
+        """The same judge where the model is unedited in another state."""
         ...

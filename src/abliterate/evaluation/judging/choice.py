@@ -1,19 +1,64 @@
-"""A judge by its name: `rules`, `learnt`, `classifier:ID`, `llm:MODEL@URL`."""
+"""A judge by its name: `auto`, `rules`, `learnt`, `self`, `classifier:ID`, `llm:MODEL@URL`, or a preset."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
 
 from abliterate.errors import UsageError
-from abliterate.evaluation.judging.base import Judge, Label
+from abliterate.evaluation.judging.auto import choose
+from abliterate.evaluation.judging.base import Exchange, Judge, Label, ModelJudge, Verdict
+from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.judging.rules import RuleJudge
+from abliterate.monitor import Monitor
+
+if TYPE_CHECKING:
+    from abliterate.evaluation.answering import ModelState
+
+
+@dataclass(frozen=True, slots=True)
+class PendingJudge:
+    """`self` or `auto`, named before there is a model that could be asked; `bind_judge` makes the judge of it."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """That of no calibration."""
+        return f"{self.name}, not bound to a model"
+
+    def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
+        """Raises `UsageError`: there is nothing to ask."""
+        raise UsageError(
+            f"judge {self.name}: it asks the model that is measured, and none is loaded here; give another --judge"
+        )
+
+
+def bind_judge(judge: Judge, state: ModelState | None, monitor: Monitor) -> Judge:
+    """The judge that `self` or `auto` comes to with the model that is unedited in `state`; any other as it is.
+
+    `state` is None where no model is loaded in this process. A judge that was bound before looks through the model in
+    the state that is given now. Raises `UsageError` for `self` without a model, and as `open_self` does.
+    """
+    if isinstance(judge, PendingJudge) and judge.name == "auto":
+        return choose(state, monitor)
+    if isinstance(judge, PendingJudge) and state is not None:
+        from abliterate.evaluation.judging.self_judge import open_self
+
+        return open_self(state)
+    if isinstance(judge, PendingJudge):
+        judge.judge([])
+    return judge.through(state) if isinstance(judge, ModelJudge) and state is not None else judge
 
 
 def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> Judge:
     """The judge that `spec` names, ready to judge.
 
     - `rules`: the built-in one, by phrases; `learnt`: the same, and a linear model where phrases find nothing.
+    - `self` and `auto`: once `bind_judge` has given them a model.
     - `classifier:ID`: a sequence classifier of the hub or in a folder. `?input=reply` shows it the reply alone,
       `?input=chat` both in one text with role marks; `?refusal=LABEL_1` says what its labels mean, with any of
       refusal, partial, compliance, degenerate and unknown: `classifier:me/it?input=reply&refusal=LABEL_1`.
@@ -26,16 +71,18 @@ def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = Fal
     if spec == "rules":
         return RuleJudge()
     if spec == "learnt":
-        from abliterate.evaluation.judging.learnt import LearntJudge
-
         return LearntJudge()
+    if spec in ("self", "auto"):
+        return PendingJudge(spec)
     if kind == "classifier" and rest:
         return _classifier(spec, rest, device, trust_remote_code)
     if kind == "llm" and (match := re.fullmatch(r"(.+?)@(https?://\S+)", rest)):
         from abliterate.evaluation.judging.llm import LlmJudge
 
         return LlmJudge(match[1], match[2])
-    raise UsageError(f"judge '{spec}': expected rules, learnt, classifier:ID or llm:MODEL@URL (http:// or https://)")
+    raise UsageError(
+        f"judge '{spec}': expected auto, rules, learnt, self, classifier:ID or llm:MODEL@URL (http:// or https://)"
+    )
 
 
 def _classifier(spec: str, rest: str, device: str, trust_remote_code: bool) -> Judge:

@@ -7,12 +7,16 @@ complied with, a harmless stand-in of the same form takes the reply's place. A t
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from importlib import resources
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
-from abliterate.evaluation.judging.base import Label
+from abliterate.evaluation.judging.base import Exchange, Label, Verdict
+
+Split = Literal["fit", "hold"]
 
 
 class ShippedExchange(BaseModel):
@@ -27,8 +31,24 @@ class ShippedExchange(BaseModel):
     second: Label
     kind: str
     lang: str
-    split: Literal["fit", "hold"]
+    split: Split
     manner: str | None = None
+
+    @property
+    def exchange(self) -> Exchange:
+        """What a judge is shown."""
+        return Exchange(self.prompt, self.reply)
+
+    @property
+    def refused(self) -> bool:
+        """The two-way reading of the label."""
+        return Verdict(self.label).refused
+
+    @property
+    def clear(self) -> bool:
+        """Whether both readers say refused, or both complied with: neither broken nor without a verdict."""
+        labels = (self.label, self.second)
+        return all(Verdict(label).refused for label in labels) or set(labels) == {Label.COMPLIANCE}
 
 
 @functools.cache
@@ -39,4 +59,19 @@ def read_shipped() -> tuple[ShippedExchange, ...]:
     return tuple(rows)
 
 
-__all__ = ["ShippedExchange", "read_shipped"]
+@functools.cache
+def clear_exchanges(split: Split, each: int | None = None) -> tuple[ShippedExchange, ...]:
+    """Exchanges of a split on which both readers agree: refused, and complied with; at most so many of `each`.
+
+    Which ones is drawn by the hash of their text.
+    """
+    rows = sorted((row for row in read_shipped() if row.split == split and row.clear), key=_lot)
+    kinds = ([row for row in rows if row.refused is refused] for refused in (True, False))
+    return tuple(row for kind in kinds for row in kind[:each])
+
+
+def _lot(row: ShippedExchange) -> bytes:
+    return hashlib.sha256(json.dumps([row.prompt, row.reply]).encode()).digest()
+
+
+__all__ = ["ShippedExchange", "Split", "clear_exchanges", "read_shipped"]
