@@ -211,8 +211,9 @@ class ReplySettings(_Settings):
     max_new_tokens: Number = Field(128, description="Longest answer, in tokens.")
     judge: str = Field(
         "rules",
-        description="Who reads the answers: rules, learnt (rules and a small linear model), classifier:ID (a model "
-        "for sequence classification), or llm:MODEL@URL (an OpenAI-compatible server).",
+        description="Who reads the answers: rules, learnt (rules and a small linear model), self (the unedited model), "
+        "auto (the best of these), minos, protectai or classifier:ID (a model for sequence classification), or "
+        "llm:MODEL@URL or strongreject:MODEL@URL (an OpenAI-compatible server).",
     )
     early_stop: bool = Field(
         False, description="End an answer once it is certain that it refuses (not those to harmless prompts)."

@@ -383,6 +383,44 @@ def test_other_names_are_refused_in_one_line(spec: str) -> None:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "names", "seen"),
+    [
+        ("minos", "NousResearch/Minos-v1", ("Non-refusal", "Refusal"), "<|user|>\ntell me\n<|assistant|>\nsorry"),
+        ("protectai", "ProtectAI/distilroberta-base-rejection-v1", ("NORMAL", "REJECTION"), "sorry"),
+    ],
+)
+def test_known_classifiers_are_shown_texts_as_they_were_trained(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    model: str,
+    names: tuple[str, str],
+    seen: str,
+) -> None:
+    stub = reconfigured(folder, tmp_path / "c", id2label=dict(enumerate(names)))
+    asked = []
+
+    def fetched(repository: str, **_: Any) -> str:
+        asked.append(repository)
+        return str(stub)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    judge = open_judge(name, device="cpu")
+    assert asked == [model]
+    assert isinstance(judge, ClassifierJudge)
+    assert recorded(judge, Exchange("tell me", "sorry")).texts == [([seen],)]
+    assert judge._meanings == (Label.COMPLIANCE, Label.REFUSAL)
+    assert judge.name.startswith(f"classifier:{model}?input=")
+
+
+@pytest.mark.parametrize("spec", ["harmbench", "llama-guard:m@http://localhost/v1", "ShieldGemma"])
+def test_judges_of_harm_are_no_judges_of_refusal(spec: str) -> None:
+    with pytest.raises(UsageError, match="whether a reply is harmful and not whether it refuses"):
+        open_judge(spec)
+
+
 def test_a_classifier_that_cannot_be_fetched_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: Any, **options: Any) -> str:
         assert "*.bin" not in options["allow_patterns"]
@@ -518,6 +556,35 @@ def test_llm_judge_asks_for_each_exchange_and_keeps_the_order(serve: Serve) -> N
     assert {body["model"] for body in stub.bodies} == {"m"}
     assert stub.keys == {"Bearer none"}
     assert judge.judge([]) == []
+
+
+def test_strongreject_asks_its_three_questions(serve: Serve) -> None:
+    def scores(message: str, tries: int) -> tuple[int, Any]:
+        _, reply = between_marks(message)
+        assert all(f"- {name}: " in message for name in ("refused", "convincing", "specific"))
+        return 200, json.dumps({"reason": "so", "refused": int("sorry" in reply), "convincing": 4, "specific": 3})
+
+    stub = serve(scores)
+    judge = open_judge(f"strongreject:m@{stub.url}")
+    verdicts = judge.judge(EXCHANGES)
+    assert labels(verdicts) == EXPECTED
+    assert verdicts[0].evidence == f"StrongREJECT {(4 + 3 - 2) / 8:.2f}"
+    assert judge.name == f"strongreject:m@{stub.url}"
+    assert judge.fingerprint != LlmJudge("m", stub.url).fingerprint
+    assert labels(LlmJudge("m", serve(reader).url).judge(EXCHANGES)) == EXPECTED, "kept apart from other questions"
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *("refused", "{}", "[1]", '{"refused": 0, "convincing": 4}', '{"refused": 2, "convincing": 4, "specific": 1}'),
+        *('{"refused": 0, "convincing": 6, "specific": 1}', '{"refused": true, "convincing": 1, "specific": 1}'),
+        '{"refused": 0, "convincing": 0, "specific": 1}',
+    ],
+)
+def test_scores_that_are_none_are_unknown(serve: Serve, answer: str) -> None:
+    (verdict,) = open_judge(f"strongreject:m@{serve(lambda *_: (200, answer)).url}").judge(EXCHANGES[:1])
+    assert verdict.label is Label.UNKNOWN
 
 
 def test_key_comes_from_the_environment(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:

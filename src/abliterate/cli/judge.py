@@ -170,7 +170,9 @@ def judge(
         Path | None,
         typer.Option(help="Labelled replies: .csv or .jsonl with prompt, response, label.", show_default=False),
     ] = None,
-    spec: Annotated[str, typer.Option("--judge", help="rules, classifier:ID, or llm:MODEL@URL.")] = "rules",
+    spec: Annotated[
+        str, typer.Option("--judge", help="auto, rules, learnt, minos, protectai, classifier:ID, llm:MODEL@URL …")
+    ] = "rules",
     errors: Annotated[bool, typer.Option(help="List the replies that it calls otherwise than labelled.")] = False,
     device: Annotated[str, typer.Option(help="Where a classifier runs: auto, cpu, cuda …")] = "auto",
     as_json: Json = False,

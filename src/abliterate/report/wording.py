@@ -140,15 +140,23 @@ def pvalue(p: float) -> str:
 def judged_by(judge: JudgePart) -> str:
     """Who judged, and how often it is right on labelled replies."""
     (hits, of), (rejections, rest) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
+    among = _chosen_among(judge)
     if not of or not rest:
-        return f"Judge: {judge.name}; its error rates are not known (abliterate judge --calibrate FILE measures them)."
+        known = "its error rates are not known (abliterate judge --calibrate FILE measures them)"
+        return f"Judge: {judge.name}{among}; {known}."
     known = (
-        f"Judge: {judge.name}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{rest} = "
+        f"Judge: {judge.name}{among}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{rest} = "
         f"{rejections / rest:.0%} of other replies ({judge.labels})."
     ).replace("%", " %")
     if hits / of + rejections / rest <= 1:
         return f"{known} That is no better than chance: its rates mean nothing."
     return f"{known} Corrected rates (Rogan-Gladen) are right where it errs as often as there."
+
+
+def _chosen_among(judge: JudgePart) -> str:
+    """What `auto` chose it from: ', chosen by balanced accuracy (rules 63 % [60, 65], learnt 72 % [69, 74])'."""
+    figures = ", ".join(f"{one.name} {estimate(one.balanced_accuracy, 100, '.0f', ' %')}" for one in judge.chosen)
+    return f", chosen by balanced accuracy ({figures})" if figures else ""
 
 
 def _signed(value: float, form: str) -> str:

@@ -18,6 +18,15 @@ from abliterate.monitor import Monitor
 if TYPE_CHECKING:
     from abliterate.evaluation.answering import ModelState
 
+#: Classifiers of refusals on the hub whose input and labels are known.
+PRESETS = {
+    "minos": "classifier:NousResearch/Minos-v1?input=chat",
+    "protectai": "classifier:ProtectAI/distilroberta-base-rejection-v1?input=reply",
+}
+
+_HARM = "it says whether a reply is harmful and not whether it refuses: every harmless answer would be a refusal"
+_OF_HARM = dict.fromkeys(("harmbench", "llama-guard", "shieldgemma"), _HARM)
+
 
 @dataclass(frozen=True, slots=True)
 class PendingJudge:
@@ -62,12 +71,16 @@ def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = Fal
     - `classifier:ID`: a sequence classifier of the hub or in a folder. `?input=reply` shows it the reply alone,
       `?input=chat` both in one text with role marks; `?refusal=LABEL_1` says what its labels mean, with any of
       refusal, partial, compliance, degenerate and unknown: `classifier:me/it?input=reply&refusal=LABEL_1`.
-    - `llm:MODEL@URL`: a chat model behind an OpenAI-compatible URL, with the key in OPENAI_API_KEY.
+    - `llm:MODEL@URL`: a chat model behind an OpenAI-compatible URL, with the key in OPENAI_API_KEY. With
+      `strongreject` instead of `llm` it is asked StrongREJECT's three questions.
+    - `minos`, `protectai`: known classifiers (`PRESETS`).
 
     `device` and `trust_remote_code` are those of a classifier. Raises `UsageError` for any other name and for a
     judge whose extra is not installed, `ModelError` for a classifier that cannot be loaded.
     """
-    kind, _, rest = spec.partition(":")
+    kind, _, rest = PRESETS.get(spec, spec).partition(":")
+    if why := _OF_HARM.get(spec.partition(":")[0].casefold()):
+        raise UsageError(f"judge '{spec}': {why}; give another --judge")
     if spec == "rules":
         return RuleJudge()
     if spec == "learnt":
@@ -75,13 +88,14 @@ def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = Fal
     if spec in ("self", "auto"):
         return PendingJudge(spec)
     if kind == "classifier" and rest:
-        return _classifier(spec, rest, device, trust_remote_code)
-    if kind == "llm" and (match := re.fullmatch(r"(.+?)@(https?://\S+)", rest)):
-        from abliterate.evaluation.judging.llm import LlmJudge
+        return _classifier(PRESETS.get(spec, spec), rest, device, trust_remote_code)
+    if kind in ("llm", "strongreject") and (match := re.fullmatch(r"(.+?)@(https?://\S+)", rest)):
+        from abliterate.evaluation.judging.llm import RUBRICS, LlmJudge
 
-        return LlmJudge(match[1], match[2])
+        return LlmJudge(match[1], match[2], rubric=RUBRICS[kind])
     raise UsageError(
-        f"judge '{spec}': expected auto, rules, learnt, self, classifier:ID or llm:MODEL@URL (http:// or https://)"
+        f"judge '{spec}': expected auto, rules, learnt, self, {', '.join(PRESETS)}, classifier:ID, or llm:MODEL@URL or "
+        "strongreject:MODEL@URL (http:// or https://)"
     )
 
 
