@@ -10,13 +10,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import MB, Kind, short
 from abliterate.files.checkpoint import sha256
 from abliterate.files.checkpoint.links import leads_out
+from abliterate.texts import encodable
 
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "abliteration.json"
@@ -33,6 +34,12 @@ Whole = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _encodable(cls, data: Any) -> Any:
+        """Names of files that are no text (not UTF-8) are written with escapes: JSON holds text only."""
+        return encodable(data)
 
 
 class ModelPart(_Part):

@@ -8,6 +8,7 @@ shown as it is stands there as an escape, so that one sees that it was there.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 #: What has no glyph: C0 and C1 controls, lone surrogates, marks and overrides of direction, separators of lines, spaces
 #: of no width, tags. Joiners (U+200C, U+200D) stay: scripts and emoji need them.
@@ -15,6 +16,8 @@ _HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
     "\U000e0000-\U000e007f]"
 )
+#: Half of a character each; in names of files, what stands for a byte that is not UTF-8.
+_HALF = re.compile("[\ud800-\udfff]")
 _BREAKS = re.compile(r"[\t\n\x0b\x0c\r\x85\u2028\u2029]+")
 
 
@@ -31,6 +34,17 @@ def printable_lines(text: str) -> str:
 def _escaped(found: re.Match[str]) -> str:
     number = ord(found[0])
     return f"\\x{number:02x}" if number < 0x100 else f"\\u{number:04x}" if number < 0x10000 else f"\\U{number:08x}"
+
+
+def encodable(value: Any) -> Any:
+    """Texts, alone or in lists and dictionaries, that can be written: half characters in them become escapes."""
+    if isinstance(value, str):
+        return value if value.isascii() else _HALF.sub(_escaped, value)
+    if isinstance(value, dict):
+        return {encodable(key): encodable(one) for key, one in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(encodable(one) for one in value)
+    return value
 
 
 def shown_json(text: str, encoding: str = "utf-8") -> str:

@@ -15,11 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from rich.console import Console
+from safetensors.torch import save_file
 
 from abliterate.cli import terminal as terminals
 from abliterate.cli.live import Screen
@@ -27,11 +29,13 @@ from abliterate.cli.show import show_record
 from abliterate.cli.terminal import Steady, plain, terminal, write, write_csv, write_json
 from abliterate.cli.verify import show_integrity
 from abliterate.errors import PromptError
+from abliterate.files.checkpoint import open_checkpoint
+from abliterate.files.checkpoint.outputs import other_files
 from abliterate.prompts import Prompt
-from abliterate.record import FILE_NAME, IntegrityPart, Record
+from abliterate.record import FILE_NAME, IntegrityPart, Record, read_record
 from abliterate.report.card import render_card
 from abliterate.report.html import render
-from abliterate.texts import markdown, markdown_code, printable, printable_lines, shown_json
+from abliterate.texts import encodable, markdown, markdown_code, printable, printable_lines, shown_json
 from records import full_record
 
 #: What a terminal obeys, what nobody sees, what turns letters around.
@@ -331,6 +335,17 @@ def test_chat_shows_what_models_say_as_text(
         assert json.loads(out)["original"] == text
 
 
+@pytest.mark.parametrize("text", ["caf\udce9", "\ud83d x", "mod\udcff\x1b[31m"])
+def test_names_that_are_no_text_can_be_recorded(text: str, tmp_path: Path) -> None:
+    record = full_record(text)
+    (tmp_path / FILE_NAME).write_text(record.model_dump_json(), encoding="utf-8")
+    again = read_record(tmp_path)
+    assert again == record
+    assert again.model.name == encodable(text) != text
+    assert render_card(record).encode()
+    assert render(record).encode()
+
+
 @pytest.mark.parametrize("text", HOSTILE)
 def test_lab_shows_what_models_say_as_text(text: str) -> None:
     from abliterate.lab import markup
@@ -352,3 +367,13 @@ def test_nothing_is_printed_past_the_terminal() -> None:
             text = path.read_text(encoding="utf-8")
             found = re.findall(r"console\.print\(|Console\(\)|rich\.(?:table|markup) import|sys\.stdout\.write", text)
             assert found == [], path.name
+
+
+def test_files_whose_names_are_no_text_stay_where_they_are(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "caf\udce9.txt").write_text("x")
+    (tmp_path / "café.txt").write_text("x")
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    found = other_files(open_checkpoint(tmp_path))
+    assert sorted(path.name for path in found.paths) == ["café.txt", "config.json"]
+    assert found.left_out == ("caf\udce9.txt",)

@@ -33,6 +33,7 @@ from abliterate.model.loading import LoadedModel
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.record import grouped
+from abliterate.texts import encodable
 
 GGUF_LORA = "abliteration-lora.gguf"
 CONTROL_VECTOR = "control-vector.gguf"
@@ -186,8 +187,11 @@ def _weights(plan: Plan, target: EditTarget, staging: Staging, output: OutputSet
         )
     if surgery.files.kept:
         monitor.note(f"taken up from a run that was killed: {', '.join(surgery.files.kept)}")
-    if copies := [name for name in surgery.files.left_out if name not in surgery.files.links]:
+    left_out = [name for name in surgery.files.left_out if name not in surgery.files.links]
+    if copies := [name for name in left_out if encodable(name) == name]:
         monitor.warn(f"not copied, they would still hold the unedited model: {', '.join(copies)}")
+    if odd := [encodable(name) for name in left_out if encodable(name) != name]:
+        monitor.warn(f"not copied, their names are not UTF-8 and no record could hold them: {', '.join(odd)}")
     if surgery.files.links:
         monitor.warn(f"not followed, they are links out of the model's folder: {', '.join(surgery.files.links)}")
     copied = {name: info.name for name, info in changes.extra.items()}

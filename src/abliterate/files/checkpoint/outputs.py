@@ -23,6 +23,7 @@ from abliterate.files.checkpoint.reading import (
     Checkpoint,
     TensorInfo,
 )
+from abliterate.texts import encodable
 
 _OTHER_WEIGHTS = re.compile(
     r"\.(bin|pth?|pt2|ckpt|gguf|ggml|h5|keras|msgpack|onnx|pkl|pickle|safetensors|npz|ot|tflite|nemo|pdparams)"
@@ -158,7 +159,7 @@ def other_files(source: Checkpoint) -> Others:
         name = str(path.relative_to(source.folder))
         if path in shards:
             continue
-        if _is_ours(name) or (path != source.index and _OTHER_WEIGHTS.search(path.name)):
+        if _is_ours(name) or encodable(name) != name or (path != source.index and _OTHER_WEIGHTS.search(path.name)):
             left_out.append(name)
         elif leads_out(path, source.folder) and os.path.exists(path):
             links.append(name)
