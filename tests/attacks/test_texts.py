@@ -375,5 +375,5 @@ def test_files_whose_names_are_no_text_stay_where_they_are(tmp_path: Path) -> No
     (tmp_path / "café.txt").write_text("x")
     save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
     found = other_files(open_checkpoint(tmp_path))
-    assert sorted(path.name for path in found.paths) == ["café.txt", "config.json"]
+    assert sorted(path.name for path in found.files) == ["café.txt", "config.json"]
     assert found.left_out == ("caf\udce9.txt",)
