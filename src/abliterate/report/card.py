@@ -181,7 +181,7 @@ def _front_matter(record: Record, licence: dict[str, Any]) -> str:
     return f"---\n{data.to_yaml()}\n---\n"
 
 
-def _printable(value: object) -> object:
+def _printable(value: Any) -> Any:
     """A value of front matter, a text or a list of such, as texts that can be seen."""
     if isinstance(value, list):
         return [_printable(one) for one in value]
