@@ -787,9 +787,11 @@ def write_record(record: Record, folder: Path) -> Path:
 def read_record(folder: Path) -> Record:
     """Read the record of a run.
 
-    Raises `UsageError` when there is none, it is damaged, or of another version.
+    Raises `UsageError` when there is none, it is damaged, of another version, or a link out of the folder.
     """
     path = Path(folder) / FILE_NAME
+    if leads_out(path, Path(folder)):
+        raise UsageError(f"{path} is a link out of the folder and is not followed; put the file itself there")
     content = _RECORD.fields(path)
     if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         found = short(content["schema_version"])

@@ -17,14 +17,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
-from abliterate.config import cache_folder
+from abliterate.cli.app import app
+from abliterate.config import FolderSettings, InspectSettings, cache_folder
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.files import checkpoint as ck
 from abliterate.files.atomic import new_file, real_folder, replacing, write_atomically
 from abliterate.files.checkpoint import staging
 from abliterate.files.interrupts import one_interrupt
 from abliterate.files.local import is_sealed, reserved, seal
+from abliterate.lab.serving import free_port
+from abliterate.record import read_record
 from abliterate.report.assemble import check_beside, check_results
 
 PRECIOUS = "precious"
@@ -390,3 +394,40 @@ def test_an_interrupt_that_has_to_wait_is_heeded_at_the_end() -> None:
         reached.append(True)
     assert reached
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- names that a shell would have made others
+
+
+def test_paths_at_home_and_an_empty_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert FolderSettings(out=Path("~/x")).out == tmp_path / "x"
+    assert InspectSettings(save=Path("~/d.safetensors")).save == tmp_path / "d.safetensors"
+    assert FolderSettings(out=Path("x~/~")).out == Path("x~/~")
+    for empty in ("", None):
+        monkeypatch.delenv("ABLITERATE_CACHE", raising=False)
+        if empty is not None:
+            monkeypatch.setenv("ABLITERATE_CACHE", empty)
+        assert cache_folder() == tmp_path / ".cache" / "abliterate"
+
+
+def test_commands_take_paths_at_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for given in (["show", "~/out"], ["undo", "~/out"], ["report", "~/out"]):
+        result = CliRunner().invoke(app, given)
+        assert str(tmp_path / "out" / "abliteration.json") in str(result.exception)
+
+
+def test_a_record_that_is_a_link_elsewhere_is_not_read(victim: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "abliteration.json").symlink_to(victim / "diary.txt")
+    with pytest.raises(UsageError, match=r"abliteration\.json is a link out of the folder"):
+        read_record(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"abliteration\.json is a link out of the folder"):
+        check_beside(tmp_path / "out")
+
+
+def test_low_ports_are_one_line() -> None:
+    for port in (1, 80, 1023):
+        with pytest.raises(UsageError, match=f"--port {port}: expected one from 1024 up"):
+            free_port(port)

@@ -103,9 +103,19 @@ def scale_of(config: AdapterConfig, module: str, rank: int, path: Path) -> float
 
 
 def _of_pattern(patterns: Mapping[str, float] | None, module: str, default: float, path: Path) -> float:
-    """The value of the first pattern that a module's name is or ends with."""
+    """The value of the pattern that a module's name is or ends with.
+
+    PEFT takes the first one, in an order that saving may change: several that say different things are refused.
+    """
     for pattern in patterns or {}:
         if not _NAME.fullmatch(pattern):
             raise UsageError(f"{path}: expected patterns that are names of modules, found {short(pattern)}; use --base")
-    ends = ((pattern.removeprefix("^").replace("\\.", "."), value) for pattern, value in (patterns or {}).items())
-    return next((value for end, value in ends if module == end or module.endswith(f".{end}")), default)
+    found = {value for pattern, value in (patterns or {}).items() if _fits(pattern, module)}
+    if len(found) > 1:
+        raise UsageError(f"{path}: expected one value for '{module}' among the patterns, found several; use --base")
+    return found.pop() if found else default
+
+
+def _fits(pattern: str, module: str) -> bool:
+    name = pattern.removeprefix("^").replace("\\.", ".")
+    return module == name or (not pattern.startswith("^") and module.endswith(f".{name}"))
