@@ -94,6 +94,16 @@ def test_a_hard_link_in_the_place_of_a_file_keeps_its_other_name(victim: Path, t
     assert (tmp_path / "report.html").read_text() == "ours"
 
 
+def test_a_link_to_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for number, target in enumerate((Path("/dev/null"), tmp_path / "pipe")):
+        link = tmp_path / f"{number}.csv"
+        link.symlink_to(target)
+        with pytest.raises(CheckpointError, match="expected a file or nothing, found a pipe, socket or device"):
+            write_atomically(link, "x")
+        assert link.is_symlink()
+
+
 @pytest.mark.parametrize("kind", ["folder", "pipe"])
 def test_what_no_file_can_replace_is_named_before_anything_is_written(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "report.html"

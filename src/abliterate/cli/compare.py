@@ -131,7 +131,10 @@ def compare(
     if csv is not None and (csv.is_dir() or not csv.absolute().parent.is_dir()):
         raise UsageError(f"--csv {csv}: expected a file in a folder that exists")
     from abliterate.evaluation.compare import compare as compare_models
-    from abliterate.files.atomic import write_atomically
+    from abliterate.files.atomic import refuse_other_kinds, write_atomically
+
+    if csv is not None:
+        refuse_other_kinds(csv)
 
     evaluating = joined(given.replies, given.thinking, given.capability)
     measuring = MeasureSettings(loading=given.loading, prompts=given.prompts, evaluating=evaluating)

@@ -74,9 +74,16 @@ def real_folder(path: Path) -> Path:
 
 
 def refuse_other_kinds(path: Path) -> None:
-    """Raise `CheckpointError` when `path` is there and no file could take its place: a folder, a pipe, a device."""
+    """Raise `CheckpointError` when `path` is there and no file could take its place: a folder, a pipe, a device.
+
+    A link is no such thing, unless it leads to a pipe or a device (as /dev/stdout does).
+    """
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            with contextlib.suppress(OSError):
+                target = os.stat(path).st_mode
+                mode = mode if stat.S_ISREG(target) or stat.S_ISDIR(target) else target
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
             raise CheckpointError(

@@ -489,7 +489,11 @@ def _written(source: Checkpoint, out: Path, overwrite: bool, changes: _Changes, 
         total = bytes_to_write(source)
         ensure_space(folder, total)
         with monitor.phase("write", total) as advance:
-            write_additions(source, folder, changes.changed, changes.axes, whole=changes.whole, progress=advance)
+            files = write_additions(
+                source, folder, changes.changed, changes.axes, whole=changes.whole, progress=advance
+            )
+        if files.links:
+            monitor.warn(f"not followed, they are links out of the model's folder: {', '.join(files.links)}")
         yield folder
 
 

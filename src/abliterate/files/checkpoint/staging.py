@@ -232,7 +232,7 @@ def _check_free(out: Path, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise UsageError(line(f"{out} exists; give another -o or --overwrite"))
-    if not (out / "config.json").exists() and not (out / "abliteration.json").exists():
+    if not any(os.path.isfile(out / name) for name in ("config.json", "abliteration.json")):
         raise UsageError(line(f"{out} exists and holds no model, so --overwrite is refused; give another -o"))
 
 
