@@ -278,7 +278,7 @@ def test_the_second_writer_is_told_at_the_start(source: Path, tmp_path: Path) ->
     for attempt in (lambda: copy(source, out), lambda: ck.check_output(out), lambda: _reserve(out)):
         with pytest.raises(UsageError, match="another abliterate is writing it now"):
             attempt()
-    assert len(partials(out)) == 1
+    assert len(partials(out)) <= 1
     done.set()
     first.join(30)
     assert first.exitcode == 0

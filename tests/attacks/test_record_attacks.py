@@ -24,7 +24,7 @@ from abliterate.files.local import seal
 from abliterate.model.anatomy import Kind, Stored, Writer
 from abliterate.monitor import Monitor
 from abliterate.report.assemble import check_beside, write_all, write_beside, write_record_and_report
-from abliterate.report.card import render_card
+from abliterate.report.card import _licence, render_card
 
 D, NAMES = 16, ("o.0", "o.1", "o.2")
 
@@ -330,11 +330,14 @@ def test_names_in_a_record_stay_in_the_folder(name: str, out: Path, tmp_path: Pa
         b"---\nlicense: 2024-01-01\nlanguage: {a: b}\n---\n",
         b"---\na: &a [1]\nlicense: [*a, *a]\n---\n",
         b"---\n" + b"[" * 20_000 + b"\n---\n",
+        b"---\nlicense: " + b"[" * 20_000 + b"\n---\n",
+        b"---\nlicense: " + b"- " * 2_000 + b"x\n---\n",
+        b"---\nlicense:\n  ? a\n  : b\n---\n",
         b"\xff\xfe---\n\x00",
         b"---\nlicense: mit\n",
         b"",
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_no_card_of_the_original_ends_a_job(card: bytes, made: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(made / "source", tmp_path / "source"))
@@ -344,8 +347,21 @@ def test_no_card_of_the_original_ends_a_job(card: bytes, made: Path, tmp_path: P
     assert verify_files(out).intact
 
 
-def test_a_good_card_still_tells_the_licence(made: Path) -> None:
-    assert "license: mit" in (made / "out" / CARD).read_text()
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        ("license: mit\ntags: [x, y]", {"license": "mit"}),
+        ("tags:\n- {a: b}\nlicense: other\nlicense_name: own\nlicense_link: LICENSE", ...),
+        ("language:\n- en\n- de\nlicense:  'apache-2.0'", {"language": ["en", "de"], "license": "apache-2.0"}),
+        ("language: [en, de]\nmodel-index:\n- name: x", {"language": ["en", "de"]}),
+        ("license_link: https://x.org/y", {"license_link": "https://x.org/y"}),
+    ],
+)
+def test_a_good_card_still_tells_the_licence(said: str, kept: Any, tmp_path: Path) -> None:
+    (tmp_path / CARD).write_text(f"---\n{said}\n---\n# A model\nlicense: none of it\n")
+    if kept is ...:
+        kept = {"license": "other", "license_name": "own", "license_link": "LICENSE"}
+    assert _licence(tmp_path / CARD) == kept
 
 
 def test_what_is_optional_and_fails_is_a_warning(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

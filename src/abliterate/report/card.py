@@ -38,9 +38,12 @@ ways that were measured only as far as this card says. Keep the licence of the o
 
 
 #: Of a card, in bytes and characters: what is longer tells no licence.
-_LONGEST_CARD, _LONGEST_VALUE, _MOST_VALUES = 1 << 18, 300, 200
+_LONGEST_CARD, _LONGEST_ENTRY, _LONGEST_VALUE, _MOST_VALUES = 1 << 18, 1 << 12, 300, 200
 
 _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+
+#: An entry that is wanted, with the lines that belong to it. All others are left unread: YAML can take for ever.
+_ENTRY = re.compile(r"^(?:license|license_name|license_link|language):(?=\s).*(?:\n(?:[ \t]+\S|- ).*)*", re.MULTILINE)
 
 _LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "control-vector": "gguf"}
 
@@ -145,18 +148,16 @@ def _licence(readme: Path) -> dict[str, Any]:
     """Licence and languages from the original's card, which stay true; nothing of a card that cannot be read."""
     import yaml
 
+    found: dict[str, Any] = {}
     try:
         with open(open_source(readme), "rb") as file:
             text = file.read(_LONGEST_CARD).decode(errors="replace")
         match = _FRONT_MATTER.match(text)
-        if match is None or any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(match[1])):
-            return {}  # a name for what stands elsewhere can make a few lines endless
-        data = yaml.safe_load(match[1])
+        for entry in _ENTRY.finditer(match[1]) if match else ():
+            if len(entry[0]) <= _LONGEST_ENTRY and entry[0].count("[") < 2 and not re.search("[{&*!]", entry[0]):
+                found |= yaml.safe_load(entry[0])
     except (AbliterateError, OSError, ValueError, RecursionError, yaml.YAMLError):
         return {}
-    if not isinstance(data, dict):
-        return {}
-    found = {key: data.get(key) for key in ("license", "license_name", "license_link", "language")}
     return {key: value for key, value in found.items() if value and _is_plain(value)}
 
 
