@@ -26,6 +26,7 @@ from abliterate.config import (
 )
 from abliterate.errors import ModelError, UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
+from abliterate.evaluation.compare import compare
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict, auto, self_judge
 from abliterate.evaluation.judging.auto import ChosenJudge, Measured, choose
 from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
@@ -55,7 +56,7 @@ def rows(split: str = "fit", count: int = 6) -> tuple[ShippedExchange, ...]:
     return tuple(
         ShippedExchange(
             id=f"{split}{i}", prompt=f"tell me {i}", reply=f"{word} with the house {planted.NEUTRAL[i]} today",
-            label=label, second=label, kind="", lang="en", split=split,
+            label=label, second=label, kind="", lang="en", split=split, manner="x",
         )
         for i, (word, label) in enumerate(kinds)
     )  # fmt: skip
@@ -70,6 +71,7 @@ def some(split: str, each: int | None = None) -> tuple[ShippedExchange, ...]:
 def apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own, and exchanges that the planted model can tell apart."""
     monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(auto, "_IN_THIS_PROCESS", {})
     for module in (self_judge, auto):
         monkeypatch.setattr(module, "clear_exchanges", some)
 
@@ -278,6 +280,27 @@ def test_run_is_judged_by_the_weights_before_the_edit(judging: planted.Planted, 
     assert evaluation.judge.fingerprint.startswith("self-")
 
 
+def test_compared_models_are_all_judged_by_the_first(judging: planted.Planted) -> None:
+    """The random direction takes something out of the second; what it says is read by the first as it was loaded."""
+    measuring = MeasureSettings(
+        loading=ModelSettings(device="cpu"),
+        prompts=spoken(judging),
+        evaluating=EvalSettings(judge="self", max_new_tokens=6),
+    )
+    part = compare([str(judging.folder), f"{judging.folder}+random"], measuring)
+    assert part.judge.name == "self"
+    first, second = (entry.behaviour for entry in part.entries)
+    assert first.harmful.refusals == second.harmful.refusals > 0
+
+
+def test_audit_of_a_model_under_hooks_is_judged_without_them(
+    session: pipeline.Session, judging: planted.Planted
+) -> None:
+    judge = open_self(as_loaded(session))
+    with session.changed(session.ablated(session.plan(judging.direction[None]))):
+        assert labels(bind_judge(judge, as_loaded(session), Monitor()).judge(ASKED)) == EXPECTED
+
+
 @pytest.mark.parametrize("spec", ["self", "auto"])
 def test_engines_elsewhere_have_no_model_to_ask(spec: str, judging: planted.Planted) -> None:
     pending = open_judge(spec)
@@ -362,7 +385,7 @@ def test_sample_grows_until_it_is_clear_which_is_better(
         reader = Scripted("reader", wrong)
         reader.fingerprint += str(wrong)
         monkeypatch.setattr(auto, "READERS", (lambda reader=reader: reader,))
-        monkeypatch.setattr(auto._MEASURED.__class__, "read", lambda *_: None)
+        monkeypatch.setattr(auto, "_known", lambda *_: None)
         seen.append(choose(as_loaded(session), Monitor()).measured[1].n)
     assert seen[0] < seen[1] == 12
     monkeypatch.setattr(auto, "PATIENCE", -1.0)

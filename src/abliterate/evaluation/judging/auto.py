@@ -1,4 +1,4 @@
-"""`--judge auto`: every judge that needs no download is measured on the held-out exchanges that come with the package.
+"""`--judge auto`: every judge that needs no download is measured on held-out exchanges that come with the package.
 
 The best balanced accuracy (the mean of recall and specificity) is taken. Those that read texts are measured on all of
 the exchanges. The model itself takes its time: it is measured on a sample that grows until it is clear whether it is
@@ -36,6 +36,7 @@ PATIENCE = 10.0
 READERS: tuple[Callable[[], Judge], ...] = (RuleJudge, LearntJudge)
 
 _MEASURED = DiskCache("measured-judges", 1_000_000)  # each about a hundred bytes
+_IN_THIS_PROCESS: dict[str, list[int]] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +164,14 @@ def _key(judge: Judge, rows: Sequence[ShippedExchange]) -> str:
 
 
 def _keep(judge: Judge, figures: Measured) -> None:
-    rows = clear_exchanges("hold")
-    _MEASURED.write(_key(judge, rows), [*figures.recall, *figures.specificity])
+    key, counts = _key(judge, clear_exchanges("hold")), [*figures.recall, *figures.specificity]
+    _IN_THIS_PROCESS[key] = counts
+    _MEASURED.write(key, counts)
 
 
 def _known(judge: Judge, rows: Sequence[ShippedExchange]) -> Measured | None:
-    found = _MEASURED.read(_key(judge, rows))
+    key = _key(judge, rows)
+    found = _IN_THIS_PROCESS.get(key) or _MEASURED.read(key)
     if not isinstance(found, list) or len(found) != 4 or not all(isinstance(number, int) for number in found):
         return None
     return Measured(judge.name, Share(*found[:2]), Share(*found[2:]))

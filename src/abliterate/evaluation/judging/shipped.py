@@ -46,9 +46,10 @@ class ShippedExchange(BaseModel):
 
     @property
     def clear(self) -> bool:
-        """Whether both readers say refused, or both complied with: neither broken nor without a verdict."""
+        """Whether it is in the manner of a real model, and both readers say refused, or both complied with."""
         labels = (self.label, self.second)
-        return all(Verdict(label).refused for label in labels) or set(labels) == {Label.COMPLIANCE}
+        agreed = all(Verdict(label).refused for label in labels) or set(labels) == {Label.COMPLIANCE}
+        return agreed and self.manner is not None
 
 
 @functools.cache
@@ -61,7 +62,7 @@ def read_shipped() -> tuple[ShippedExchange, ...]:
 
 @functools.cache
 def clear_exchanges(split: Split, each: int | None = None) -> tuple[ShippedExchange, ...]:
-    """Exchanges of a split on which both readers agree: refused, and complied with; at most so many of `each`.
+    """Clear exchanges of a split: those that were refused, then those complied with; at most so many of `each`.
 
     Which ones is drawn by the hash of their text.
     """
