@@ -449,6 +449,15 @@ def test_metadata_of_another_kind_is_ignored(tmp_path: Path, stored: str) -> Non
     assert load_direction(tmp_path / "x.safetensors").facts == {}
 
 
+@pytest.mark.parametrize("strength", ["Infinity", "NaN", "-1e400", "1e200", "1" * 5000, "1}", '1, "w": 2'])
+def test_a_recipe_that_cannot_be_read_is_not_left_out(tmp_path: Path, strength: str) -> None:
+    said = f'{{"strengths": {{"w": {strength}}}, "norm_preserving": false, "biprojected": false, "untie": false}}'
+    save_file({"basis": torch.eye(1, D)}, tmp_path / "x.safetensors", {"abliterate": f'{{"recipe": {said}}}'})
+    with pytest.raises(UsageError, match="expected JSON as its metadata") as caught:
+        load_direction(tmp_path / "x.safetensors")
+    assert "\n" not in str(caught.value)
+
+
 def test_direction_that_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(CheckpointError, match="cannot be written"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -226,7 +227,7 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     apart = (basis.double() @ basis.double().T - torch.eye(len(basis), dtype=torch.float64)).abs().max()
     if reader is not None or float(apart) < ROUNDING:
         rows = basis  # as it was saved, to the last bit
-    metadata = _metadata(shard.metadata)
+    metadata = _metadata(path, shard.metadata)
     per_site = tensors.get("per_site")
     if per_site is not None and (per_site.shape[1:] != basis.shape or not bool(per_site.isfinite().all())):
         raise UsageError(
@@ -313,9 +314,18 @@ def _recipe(path: Path, metadata: dict[str, Any]) -> Recipe | None:
     )
 
 
-def _metadata(stored: Mapping[str, str]) -> dict[str, Any]:
+def _metadata(path: Path, stored: Mapping[str, str]) -> dict[str, Any]:
+    """What is said beside the tensors; what is no object is nobody's.
+
+    An object that cannot be used is an error: without its recipe a direction would be taken out in another way.
+    """
+    text = stored.get("abliterate", "{}")
     try:
-        value = parse_json(stored.get("abliterate", "{}"))
-    except ValueError:
-        return {}
+        value = parse_json(text)
+    except ValueError as error:
+        if not re.match(r'\s*\{\s*"', text):
+            return {}
+        raise UsageError(
+            f"direction file '{path}': expected JSON as its metadata, found some that cannot be used ({error})"
+        ) from error
     return value if isinstance(value, dict) else {}
