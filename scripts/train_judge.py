@@ -57,10 +57,12 @@ def fit(rows: list[ShippedExchange]) -> np.ndarray:
 
 
 def usable(split: str) -> list[ShippedExchange]:
+    """The exchanges of a split that have a verdict."""
     return [row for row in read_shipped() if row.split == split and row.label is not Label.CUT_OFF]
 
 
 def main() -> None:
+    """Train, or compare with the weights that are there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="Compare with the weights that are there; write nothing.")
     path = Path(judging.__file__).with_name(learnt.FILE)

@@ -87,7 +87,8 @@ def refuse_other_kinds(path: Path) -> None:
         if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):
             found = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
             raise CheckpointError(
-                f"{path}: expected a file or nothing, found {found}; remove it or choose another place"
+                f"{path}: expected a file or nothing, found {found}; it cannot be written: remove that or choose "
+                "another place"
             )
 
 
