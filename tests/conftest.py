@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 from abliterate.config import cache_folder
 
+pytest_plugins = ["calling"]
+
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it, and so would what tests start
 logging.disable_progress_bar()

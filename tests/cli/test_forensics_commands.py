@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from abliterate import run
+from abliterate.config import OutputSettings, PromptSettings, RunSettings, SearchSettings
 from abliterate.record import read_record
+from calling import Cli
 from planted import Planted, plant
 
 
@@ -32,72 +34,72 @@ def prompts(planted: Planted) -> list[str]:
     ]
 
 
-def abliterate(*arguments: object, cache: Path) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "ABLITERATE_CACHE": str(cache), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-    command = [sys.executable, "-m", "abliterate", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env, timeout=300)
-
-
 @pytest.fixture(scope="module")
-def edited(planted: Planted, prompts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("edited")
-    made = abliterate(
-        *("run", planted.folder, *prompts, "-o", place / "out", "--method", "closed-form", "-q"), cache=place / "cache"
+def edited(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("edited") / "out"
+    prompts = PromptSettings(
+        harmful=str(planted.harmful), harmless=str(planted.harmless), borderline=str(planted.borderline), limit=32
     )
-    assert made.returncode == 0, made.stderr
-    return place / "out"
+    run(
+        RunSettings(
+            model=str(planted.folder),
+            prompts=prompts,
+            searching=SearchSettings(method="closed-form"),
+            output=OutputSettings(out=out),
+        )
+    )
+    return out
 
 
-def test_audit_says_how_brittle_refusal_is(planted: Planted, prompts: list[str], tmp_path: Path) -> None:
-    done = abliterate("audit", planted.folder, *prompts, "-o", tmp_path / "audit", cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
-    assert "refused" in done.stdout
+def test_audit_says_how_brittle_refusal_is(cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path) -> None:
+    done = cli("audit", planted.folder, *prompts, "-o", tmp_path / "audit")
+    assert done.code == 0, done.err
+    assert "refused" in done.out
     part = read_record(tmp_path / "audit").audit
     assert part is not None
     assert part.directions_needed == 1
     assert (tmp_path / "audit" / "report.html").is_file()
-    again = abliterate("audit", planted.folder, *prompts, "--json", "-q", cache=tmp_path / "cache")
-    assert json.loads(again.stdout) == part.model_dump(mode="json")
-    assert again.stderr == ""
-    unknown = abliterate("audit", planted.folder, "--keep-completions", cache=tmp_path / "cache")
-    assert unknown.returncode == 2
-    assert "No such option" in unknown.stderr
+    again = cli("audit", planted.folder, *prompts, "--json", "-q")
+    assert json.loads(again.out) == part.model_dump(mode="json")
+    assert again.err == ""
+    unknown = cli("audit", planted.folder, "--keep-completions")
+    assert unknown.code == 2
+    assert "No such option" in unknown.err
 
 
-def test_harden_writes_a_model_and_what_it_is_worth(planted: Planted, prompts: list[str], tmp_path: Path) -> None:
-    done = abliterate(
+def test_harden_writes_a_model_and_what_it_is_worth(
+    cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path
+) -> None:
+    done = cli(
         *("harden", planted.folder, *prompts, "-o", tmp_path / "out", "--detectors", 0, "--strengthen", 1),
         *("--json", "-q"),
-        cache=tmp_path / "cache",
     )
-    assert done.returncode == 0, done.stderr
-    part = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    part = json.loads(done.out)
     assert (tmp_path / "out" / "config.json").is_file()
     record = read_record(tmp_path / "out")
     assert record.hardening is not None
     assert record.hardening.model_dump(mode="json") == part
     assert record.evaluation == record.hardening.evaluation
     assert part["before"]["protocol"] == part["after"]["protocol"]
-    shown = abliterate("show", tmp_path / "out", cache=tmp_path / "cache")
-    assert shown.returncode == 0, shown.stderr
+    shown = cli("show", tmp_path / "out")
+    assert shown.code == 0, shown.err
     for said in ("Before:", "After:", "tensors have an addition"):
-        assert said in shown.stdout
+        assert said in shown.out
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "hardened" in page.lower()
 
 
-def test_repair_leaves_a_record_of_how_exact_it_is(planted: Planted, edited: Path, tmp_path: Path) -> None:
-    done = abliterate(
-        "repair", edited, "--base", planted.folder, "-o", tmp_path / "out", "--json", "-q", cache=tmp_path / "cache"
-    )
-    assert done.returncode == 0, done.stderr
-    part = json.loads(done.stdout)
+def test_repair_leaves_a_record_of_how_exact_it_is(cli: Cli, planted: Planted, edited: Path, tmp_path: Path) -> None:
+    done = cli("repair", edited, "--base", planted.folder, "-o", tmp_path / "out", "--json", "-q")
+    assert done.code == 0, done.err
+    part = json.loads(done.out)
     assert part["how"] == "base"
     record = read_record(tmp_path / "out")
     assert record.repair is not None
     assert record.repair.model_dump(mode="json") == part
-    shown = abliterate("show", tmp_path / "out", cache=tmp_path / "cache")
-    assert "Restored from the base" in shown.stdout
+    shown = cli("show", tmp_path / "out")
+    assert "Restored from the base" in shown.out
 
 
 _KILLED = """
@@ -121,7 +123,7 @@ inspect(sys.argv[1], InspectSettings(out=Path(sys.argv[1])))
 
 @pytest.mark.parametrize("file", ["abliteration.json", "report.html"])
 def test_an_inspection_killed_while_it_writes_leaves_the_record_that_undo_needs(
-    planted: Planted, edited: Path, tmp_path: Path, file: str
+    cli: Cli, edited: Path, tmp_path: Path, file: str
 ) -> None:
     before = {name: (edited / name).read_bytes() for name in ("abliteration.json", "report.html")}
     done = subprocess.run(
@@ -133,20 +135,20 @@ def test_an_inspection_killed_while_it_writes_leaves_the_record_that_undo_needs(
     record = read_record(edited)
     assert record.plan is not None
     assert record.inspection is None
-    undone = abliterate("undo", edited, "-o", tmp_path / "back", "--json", cache=tmp_path / "cache")
-    assert undone.returncode == 0, undone.stderr
-    assert json.loads(undone.stdout)["exact"] is True
+    undone = cli("undo", edited, "-o", tmp_path / "back", "--json")
+    assert undone.code == 0, undone.err
+    assert json.loads(undone.out)["exact"] is True
     for left in edited.glob(".abliteration.json.*"):
         left.unlink()
     for left in edited.glob(".report.html.*"):
         left.unlink()
 
 
-def test_an_inspection_that_ends_adds_itself_to_the_record(edited: Path, tmp_path: Path) -> None:
+def test_an_inspection_that_ends_adds_itself_to_the_record(cli: Cli, edited: Path) -> None:
     before = read_record(edited)
-    done = abliterate("inspect", edited, "--out", edited, "--json", "-q", cache=tmp_path / "cache")
-    assert done.returncode == 3, done.stderr
+    done = cli("inspect", edited, "--out", edited, "--json", "-q")
+    assert done.code == 3, done.err
     after = read_record(edited)
     assert after.inspection is not None
-    assert after.inspection.model_dump(mode="json") == json.loads(done.stdout)
+    assert after.inspection.model_dump(mode="json") == json.loads(done.out)
     assert after.model_copy(update={"inspection": None}) == before
