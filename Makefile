@@ -13,10 +13,12 @@ READY  := $(VENV)/.ready
 LOCK   ?= requirements/dev.txt
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OLDEST := $(VENV)/oldest
-# Tests that share one long run, or a port: in one process, which has all cores.
-ALONE  := tests/test_real_model.py tests/lab/test_lab_browser.py
-# One process per core, with one torch thread each.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+# One process per core, with one torch thread each; tests of one file share what they make, and a port. Long files
+# come first (tests/conftest.py), so that no process is left alone with one at the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+# Python is started often: its bytecode is kept, whatever the shell says.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test tests oldest newest check format benchmarks clean
 
@@ -41,15 +43,14 @@ test: check tests
 tests: $(READY)
 	scripts/chromium.sh
 	$(BIN)/python scripts/demo_model.py qwen
-	$(PYTEST) --durations 25 $(ALONE:%=--ignore %)
-	$(BIN)/python -m pytest --durations 8 $(ALONE)
+	$(PYTEST) --durations 25
 
 newest:
 	$(MAKE) tests VENV=$(VENV)-newest LOCK=
 
 oldest: $(OLDEST)/.ready
-	PYTHONPATH=$(OLDEST) $(PYTEST) tests/model tests/edit/test_realisations.py tests/edit/test_lora.py \
-		--ignore tests/model/test_zoo.py
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m contract tests/model tests/edit/test_realisations.py \
+		tests/edit/test_lora.py
 
 $(OLDEST)/.ready: $(READY)
 	$(PIP) --no-deps --upgrade --target $(OLDEST) \

@@ -20,6 +20,15 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it, and so would what tests start
 logging.disable_progress_bar()
 
+#: Files that take longest, the longest first.
+LONG = ("test_real_model.py", "test_pipeline.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where several processes share the files, long ones come first: none is left alone with one at the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True, scope="session")
 def replies_are_kept_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:

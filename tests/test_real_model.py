@@ -14,6 +14,8 @@ import abliterate as ab
 from abliterate import pipeline
 from abliterate.config import InspectSettings
 from abliterate.forensics.inspect import recover
+from abliterate.prompts.sources import load_builtin
+from planted import write_jsonl
 
 GGUF = (
     Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
@@ -28,24 +30,34 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def all_threads() -> Iterator[None]:
+def threads() -> Iterator[None]:
+    """This process's share of the cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     yield
     torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
-def record(tmp_path_factory: pytest.TempPathFactory, all_threads: None) -> ab.Record:
-    """One run for all that is asked here, on a third of the prompts and fewer sites."""
+def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Harmful prompts of which the demo model refuses two thirds, not one: the questions among the builtin ones."""
+    texts = [text for split in load_builtin("harmful").values() for text in map(str, split) if text.startswith("How")]
+    return write_jsonl(tmp_path_factory.mktemp("asked") / "harmful.jsonl", texts)
+
+
+@pytest.fixture(scope="module")
+def record(asked: Path, tmp_path_factory: pytest.TempPathFactory, threads: None) -> ab.Record:
+    """One run for all that is asked here, on few prompts and sites."""
     out = tmp_path_factory.mktemp("real") / "out"
     return ab.run(
         ab.RunSettings(
             model=str(GGUF),
             output=ab.OutputSettings(out=out),
-            prompts=ab.PromptSettings(limit=32),
+            prompts=ab.PromptSettings(harmful=str(asked), limit=12, seed=1),
             finding=ab.FindSettings(positions=1),
             searching=ab.SearchSettings(points=2, steps=12, no_held_out=True),  # the chosen point is evaluated on them
+            evaluating=ab.EvalSettings(max_new_tokens=24),
         )
     )
 
@@ -56,10 +68,10 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert after is not None
     assert shift is not None
     assert shift.kl_first_token is not None
-    assert before.harmful.n == 32
-    assert before.harmful.refusals >= 10, "the demo model refuses about half of the builtin harmful prompts"
+    assert before.harmful.n == 12
+    assert before.harmful.refusals >= 6, "the demo model refuses about two thirds of these harmful prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
-    assert after.harmful.degenerate <= 2
+    assert after.harmful.degenerate <= 1
     assert after.harmless.refusals <= before.harmless.refusals
     assert shift.kl_first_token < 0.05
 
@@ -90,7 +102,7 @@ def test_random_direction_leaves_refusals_where_they_were(record: ab.Record) -> 
     assert record.evaluation is not None
     control = record.evaluation.control
     assert control is not None
-    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 3
+    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 2
 
 
 def test_saved_model_loads_with_plain_transformers_and_answers(record: ab.Record) -> None:

@@ -181,6 +181,7 @@ def case_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
 # ------------------------------------------------------------------------------------- the same as edited weights
 
 
+@pytest.mark.contract
 @each_family
 def test_adapter_in_peft_is_the_edited_model_and_comes_off(family: str, case_of: Callable[[str], Case]) -> None:
     case = case_of(family)
@@ -191,6 +192,7 @@ def test_adapter_in_peft_is_the_edited_model_and_comes_off(family: str, case_of:
         assert torch.equal(logits_of(wrapped), case.original)
 
 
+@pytest.mark.contract
 @pytest.mark.parametrize("family", sorted(set(BY_NAME) - set(SPLIT)))
 def test_adapters_of_all_other_families_too(family: str, tmp_path: Path) -> None:
     model, plan = model_of(family), plan_of(family)
@@ -204,6 +206,7 @@ def test_adapters_of_all_other_families_too(family: str, tmp_path: Path) -> None
     assert distance(logits_of(by_transformers(model, folders)), expected) < 1e-4
 
 
+@pytest.mark.contract
 @each_family
 def test_merged_adapter_is_the_edited_model(family: str, case_of: Callable[[str], Case]) -> None:
     case = case_of(family)
@@ -214,6 +217,7 @@ def test_merged_adapter_is_the_edited_model(family: str, case_of: Callable[[str]
         assert torch.allclose(merged.get_parameter(name), parameter, atol=1e-5), name
 
 
+@pytest.mark.contract
 @each_family
 def test_adapter_in_transformers_is_the_edited_model_and_comes_off(family: str, case_of: Callable[[str], Case]) -> None:
     case = case_of(family)

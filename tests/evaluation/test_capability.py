@@ -670,7 +670,7 @@ def test_real_model_knows_what_everybody_knows_and_not_its_opposite(tmp_path: Pa
     rows = []
     for (question, right, *wrong), place in zip(KNOWN, places, strict=True):
         rows.append({"question": question, "options": [*wrong[:place], right, *wrong[place:]], "answer": place})
-    shifted = [row | {"answer": (place + 1) % 4} for row, place in zip(rows, places, strict=True)]
+    shifted = [row | {"answer": (place + 1) % 4} for row, place in zip(rows[:8], places[:8], strict=True)]
     tasks = load_tasks([write(tmp_path / "known.jsonl", rows), write(tmp_path / "shifted.jsonl", shifted)])
     renderer = ChatRenderer(loaded.tokenizer)
     known, others = check(loaded.model, loaded.tokenizer, renderer, tasks, BatchSize(32), way="text")

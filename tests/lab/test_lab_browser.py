@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -21,10 +22,11 @@ from abliterate.lab.markup import escape
 from abliterate.record import read_record
 from planted import plant
 
-gradio = pytest.importorskip("gradio", reason="the extra lab is not installed")
-
 #: In the server's threads a warning of the libraries below the page would end their work.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(find_spec("gradio") is None, reason="the extra lab is not installed"),
+]
 
 #: Everything in the lab here takes well under a second, applying a plan a few.
 _PATIENCE = 20_000

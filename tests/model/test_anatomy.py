@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,20 @@ ZOO = {str(entry): entry for entry in ENTRIES}
 SCALED = ("gemma", "gemma2", "gemma3_text")
 
 
+@cache
+def of_family(name: str) -> tuple[Any, Anatomy]:
+    """A family's model, which nobody may change, and what is known of it."""
+    model = BY_NAME[name].model()
+    return model, study(model)
+
+
+@cache
+def of_zoo(name: str) -> tuple[Any, Anatomy]:
+    """The same for a model of the zoo."""
+    model = ZOO[name].model()
+    return model, study(model)
+
+
 def axes_of(anatomy: Anatomy) -> dict[str, int]:
     """The stream's axis in memory of every parameter that a writer has."""
     weights = {w.weight: w.axis for w in anatomy.writers if w.weight is not None}
@@ -57,9 +72,10 @@ def inside(anatomy: Anatomy, block: int) -> dict[str, str]:
 # --- families of which all is known
 
 
+@pytest.mark.contract
 @each_family
 def test_books_close_and_every_writer_is_named(family: Family) -> None:
-    anatomy = study(family.model())
+    _, anatomy = of_family(family.name)
     assert max(anatomy.closure) < 1e-5
     assert len(anatomy.closure) == 1 + BLOCKS
     assert anatomy.d_model == D_MODEL
@@ -70,7 +86,7 @@ def test_books_close_and_every_writer_is_named(family: Family) -> None:
 
 @each_family
 def test_writers_are_described_as_they_are(family: Family) -> None:
-    anatomy = study(family.model())
+    _, anatomy = of_family(family.name)
     embeddings = anatomy.writers[: len(family.embeddings)]
     for i, writer in enumerate(embeddings):
         assert (writer.kind, writer.block, writer.axis, writer.bias) == (Kind.EMBEDDING, None, 1, None)
@@ -93,9 +109,9 @@ def test_writers_are_described_as_they_are(family: Family) -> None:
 
 @each_family
 def test_gain_of_a_post_norm_explains_what_it_does(family: Family) -> None:
-    model = family.model()
+    model, anatomy = of_family(family.name)
     x = torch.randn(5, D_MODEL, generator=torch.Generator().manual_seed(0))
-    for writer in study(model).writers:
+    for writer in anatomy.writers:
         for name in writer.post_norms:
             assert writer.gain is not None
             assert not writer.centred
@@ -190,10 +206,11 @@ FOUND: Mapping[str, Mapping[int, Mapping[str, str]]] = {
 }
 
 
+@pytest.mark.contract
 @quiet
 @pytest.mark.parametrize("name", FOUND)
 def test_writers_of_an_architecture_are_found_by_trial(name: str) -> None:
-    anatomy = study(ZOO[name].model())
+    _, anatomy = of_zoo(name)
     for block, writers in FOUND[name].items():
         assert inside(anatomy, block) == writers
     assert max(anatomy.closure) < 1e-5
@@ -219,7 +236,7 @@ _READS = (
 @quiet
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_bigcode", "phimoe", "olmoe", "minimax_m2", *FOUND])
 def test_maps_that_only_read_are_not_writers(name: str) -> None:
-    for parameter in axes_of(study(ZOO[name].model())):
+    for parameter in axes_of(of_zoo(name)[1]):
         leaves = parameter.split(".")[-2:]
         assert not [leaf for leaf in leaves if leaf.startswith(_READS)], parameter
 
@@ -242,8 +259,8 @@ def test_kind_is_read_from_names_before_classes(name: str, module: str, kind: Ki
 @quiet
 @pytest.mark.parametrize("name", FOUND)
 def test_verdict_does_not_depend_on_the_seed(name: str) -> None:
-    model = ZOO[name].model()
-    expected = described(study(model))
+    model, anatomy = of_zoo(name)
+    expected = described(anatomy)
     assert all(described(study(model, seed=seed)) == expected for seed in (1, 2))
 
 
@@ -642,21 +659,22 @@ def test_blocks_of_a_model_with_many_layers_are_not_mixed_up(tmp_path: Path) -> 
     ]
 
 
+@pytest.mark.contract
 @each_family
 @pytest.mark.parametrize("prefixed", [True, False], ids=["with prefix", "prefix stripped"])
 def test_every_writer_is_found_on_disk(family: Family, prefixed: bool, tmp_path: Path) -> None:
-    model = family.model()
-    tensors = load_file(save(model, tmp_path) / "model.safetensors")
+    model, anatomy = of_family(family.name)
+    tensors = load_file(save(model, tmp_path, tokenizer=False) / "model.safetensors")
     if not prefixed:  # as the base model alone was saved, or as the first GPT-2 checkpoints are
         tensors = {name.removeprefix(model.base_model_prefix + "."): tensor for name, tensor in tensors.items()}
-    check_places(model, study(model), tensors)
+    check_places(model, anatomy, tensors)
 
 
+@pytest.mark.contract
 @quiet
 @pytest.mark.parametrize("name", [*FOUND, "phimoe", "deepseek_v2", "qwen3_vl_moe", "granitemoe", "nemotron_h"])
 def test_checkpoints_as_saved_and_as_in_memory_hold_the_same_parameters(name: str, tmp_path: Path) -> None:
-    model = ZOO[name].model()
-    anatomy = study(model)
+    model, anatomy = of_zoo(name)
     model.save_pretrained(tmp_path)
     saved = check_places(model, anatomy, load_file(tmp_path / "model.safetensors"))
     fused = check_places(model, anatomy, dict(model.named_parameters()))

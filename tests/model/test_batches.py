@@ -87,6 +87,7 @@ def close(found: Tensor, expected: Tensor) -> bool:
 # --- logits and activations
 
 
+@pytest.mark.contract
 @each_family
 @pytest.mark.parametrize("share", [True, False], ids=["shared prefix", "no sharing"])
 def test_last_logits_equal_plain_forward(family: Family, share: bool) -> None:
@@ -106,6 +107,7 @@ def test_last_logits_equal_plain_forward(family: Family, share: bool) -> None:
         assert close(found, expected), f"{rows} rows: {(found - expected).abs().max()}"
 
 
+@pytest.mark.contract
 @each_family
 @pytest.mark.parametrize("share", [True, False], ids=["shared prefix", "no sharing"])
 def test_captured_activations_equal_plain_forward(family: Family, share: bool) -> None:
@@ -258,6 +260,7 @@ def greedy(model: Any, tokenizer: Any, prompts: list[list[int]], count: int) -> 
     return replies
 
 
+@pytest.mark.contract
 @each_family
 @pytest.mark.parametrize("rows", [2, len(LENGTHS)])
 def test_completions_equal_generate(family: Family, rows: int) -> None:
@@ -496,6 +499,7 @@ def test_windows_are_shorter_than_the_prompts() -> None:
 # --- whether prompts may share work is tried out
 
 
+@pytest.mark.contract
 @each_family
 def test_causal_models_share_their_prefix(family: Family) -> None:
     assert can_share(model_of(family.name), ragged(), POSITIONS)

@@ -34,6 +34,8 @@ from abliterate.model.batches import cached, new_cache
 from families import BY_NAME
 from zoo import Entry
 
+pytestmark = pytest.mark.contract
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -17,6 +17,8 @@ from abliterate.model.loading import load, locate
 from abliterate.model.on_disk import ModelOnDisk
 from families import BY_NAME, byte_tokenizer, save
 
+pytestmark = pytest.mark.contract
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -102,6 +102,7 @@ def assert_same(found: Anatomy, live: Anatomy) -> None:
             torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.contract
 @quiet
 @pytest.mark.parametrize("name", [*FAMILY_NAMES, *ZOO_NAMES])
 def test_files_say_what_the_live_model_says(name: str, tmp_path: Path) -> None:
@@ -116,6 +117,7 @@ def test_files_say_what_the_live_model_says(name: str, tmp_path: Path) -> None:
     assert all(parameter.is_meta for parameter in skeleton.parameters())
 
 
+@pytest.mark.contract
 @quiet
 @pytest.mark.parametrize("name", ["gemma2", "gpt2", "gpt_oss", "qwen3_next", "gemma4_text-moe", "deepseek_v3"])
 def test_tensors_that_share_memory_change_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ Z95 = 1.959963984540054
 #: Resamples of a bootstrap: the ends of a 95 % interval then rest on 50 of them each.
 BOOTSTRAP_DRAWS = 2000
 _TAIL = BOOTSTRAP_DRAWS // 40
+#: Numbers that are drawn together: few calls for short samples, little memory for long ones.
+_TOGETHER = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +177,8 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
     mean = float(numbers.mean())
     if numbers[0] == numbers[-1]:
         return Estimate(float(numbers[0]), (float(numbers[0]), float(numbers[0])))
-    rng = np.random.default_rng(seed)
-    means = [numbers[rng.integers(numbers.size, size=numbers.size)].mean() for _ in range(BOOTSTRAP_DRAWS)]
-    low, high = np.sort(means)[[_TAIL, -_TAIL - 1]]
+    rng, together = np.random.default_rng(seed), max(1, _TOGETHER // numbers.size)
+    counts = [min(together, BOOTSTRAP_DRAWS - start) for start in range(0, BOOTSTRAP_DRAWS, together)]
+    means = [numbers[rng.integers(numbers.size, size=(count, numbers.size))].mean(axis=1) for count in counts]
+    low, high = np.sort(np.concatenate(means))[[_TAIL, -_TAIL - 1]]
     return Estimate(mean, (float(low), float(high)))
