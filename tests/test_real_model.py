@@ -14,8 +14,6 @@ import abliterate as ab
 from abliterate import pipeline
 from abliterate.config import InspectSettings
 from abliterate.forensics.inspect import recover
-from abliterate.prompts.sources import load_builtin
-from planted import write_jsonl
 
 GGUF = (
     Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
@@ -40,24 +38,16 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Harmful prompts of which the demo model refuses two thirds, not one: the questions among the builtin ones."""
-    texts = [text for split in load_builtin("harmful").values() for text in map(str, split) if text.startswith("How")]
-    return write_jsonl(tmp_path_factory.mktemp("asked") / "harmful.jsonl", texts)
-
-
-@pytest.fixture(scope="module")
-def record(asked: Path, tmp_path_factory: pytest.TempPathFactory, threads: None) -> ab.Record:
-    """One run for all that is asked here, on few prompts and sites."""
+def record(tmp_path_factory: pytest.TempPathFactory, threads: None) -> ab.Record:
+    """One run for all that is asked here, on a third of the prompts and fewer sites."""
     out = tmp_path_factory.mktemp("real") / "out"
     return ab.run(
         ab.RunSettings(
             model=str(GGUF),
             output=ab.OutputSettings(out=out),
-            prompts=ab.PromptSettings(harmful=str(asked), limit=12, seed=1),
+            prompts=ab.PromptSettings(limit=32),
             finding=ab.FindSettings(positions=1),
             searching=ab.SearchSettings(points=2, steps=12, no_held_out=True),  # the chosen point is evaluated on them
-            evaluating=ab.EvalSettings(max_new_tokens=24),
         )
     )
 
@@ -68,10 +58,10 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert after is not None
     assert shift is not None
     assert shift.kl_first_token is not None
-    assert before.harmful.n == 12
-    assert before.harmful.refusals >= 6, "the demo model refuses about two thirds of these harmful prompts"
+    assert before.harmful.n == 32
+    assert before.harmful.refusals >= 10, "the demo model refuses about half of the builtin harmful prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
-    assert after.harmful.degenerate <= 1
+    assert after.harmful.degenerate <= 2
     assert after.harmless.refusals <= before.harmless.refusals
     assert shift.kl_first_token < 0.05
 
@@ -102,7 +92,7 @@ def test_random_direction_leaves_refusals_where_they_were(record: ab.Record) -> 
     assert record.evaluation is not None
     control = record.evaluation.control
     assert control is not None
-    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 2
+    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 3
 
 
 def test_saved_model_loads_with_plain_transformers_and_answers(record: ab.Record) -> None:

@@ -792,12 +792,17 @@ def test_help_and_import_do_not_import_torch() -> None:
 
 
 def test_help_answers_at_once() -> None:
-    def seconds() -> float:
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "abliterate", "--help"], capture_output=True, check=True)
-        return time.perf_counter() - started
+    def computed() -> float:
+        used = os.times()
+        return used.children_user + used.children_system
 
-    assert min(seconds() for _ in range(5)) < 0.6
+    def seconds() -> float:
+        """Of computing, which other processes do not add to."""
+        before = computed()
+        subprocess.run([sys.executable, "-m", "abliterate", "--help"], capture_output=True, check=True)
+        return computed() - before
+
+    assert min(seconds() for _ in range(3)) < 0.6
 
 
 def test_installed_command_exits_with_its_code(tmp_path: Path) -> None:
