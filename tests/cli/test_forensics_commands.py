@@ -151,4 +151,5 @@ def test_an_inspection_that_ends_adds_itself_to_the_record(cli: Cli, edited: Pat
     after = read_record(edited)
     assert after.inspection is not None
     assert after.inspection.model_dump(mode="json") == json.loads(done.out)
-    assert after.model_copy(update={"inspection": None}) == before
+    pages = {"report.html": after.files["report.html"]}  # which shows the inspection
+    assert after.model_copy(update={"inspection": None}) == before.model_copy(update={"files": before.files | pages})
