@@ -22,6 +22,7 @@ ORDER = (
     "_version",
     "texts",
     "errors",
+    "natural",
     "config",
     "monitor",
     "files",

@@ -6,6 +6,7 @@ Names are loaded when first used: importing this package does not import torch.
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
 from abliterate._version import __version__ as __version__
@@ -84,10 +85,11 @@ __all__ = sorted(name for names in _HOMES.values() for name in names)
 
 
 def __getattr__(name: str) -> Any:
-    """Load a public name from its module on first use."""
+    """Load a public name from its module on first use; functions take natural types."""
     for module, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f"abliterate.{module}"), name)
+            found = getattr(import_module(f"abliterate.{module}"), name)
+            return import_module("abliterate.natural").natural(found) if isfunction(found) else found
     raise AttributeError(f"module 'abliterate' has no attribute '{name}'")
 
 

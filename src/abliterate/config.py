@@ -4,10 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from abliterate.errors import UsageError
 
 DEFAULT_STRENGTH = 1.0
 
@@ -28,20 +40,69 @@ def as_natural(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
+def _as_text(value: Any) -> Any:
+    """A path, a number, or a type or device of torch, as it is written in a shell."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value).__module__ == "torch" and type(value).__name__ in ("dtype", "device"):
+        return str(value).removeprefix("torch.")
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _as_list(value: Any) -> Any:
+    """Several texts or numbers, or strengths by what they are of, as they are written in a shell."""
+    if isinstance(value, Mapping):
+        return ",".join(f"{name}={strength}" for name, strength in value.items())
+    if isinstance(value, list | tuple | set | frozenset | range):
+        return ",".join(str(_as_text(item)) for item in value)
+    return _as_text(value)
+
+
+Text = Annotated[str, BeforeValidator(_as_text)]
+List = Annotated[str, BeforeValidator(_as_list)]
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _said(cls, value: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What does not fit is an error of this package, which names the field."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            reason = first["msg"].removeprefix("Value error, ")
+            found = f", found {str(first['input'])[:60]}" if "found" not in reason else ""
+            where = ".".join(map(str, (cls.__name__, *first["loc"])))
+            raise UsageError(f"{where}: {reason[:1].lower()}{reason[1:]}{found}") from error
+
+    @classmethod
+    def natural(cls, value: Any) -> Self:
+        """Settings as they are, or made of a mapping."""
+        if not isinstance(value, Mapping):
+            raise UsageError(f"expected {cls.__name__} or a mapping, found {type(value).__name__}")
+        return cls.model_validate(dict(value))
 
     @field_validator("*")
     @classmethod
     def _at_home(cls, value: Any) -> Any:
-        """A path that begins with ~ is in a user's home, wherever it comes from; shells see to that only at times."""
+        """A path that begins with ~ is in a user's home, wherever it comes from; shells see to that only at times.
+
+        A name that is not UTF-8 can be written into no record.
+        """
+        try:
+            str(value).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError("expected a text or name that is UTF-8, found another; rename the file") from error
         return Path(os.path.expanduser(value)) if isinstance(value, Path) else value
 
 
 class FileSettings(_Settings):
     """How a model's files are read."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Annotated[Literal["auto", "float32", "bfloat16", "float16"], BeforeValidator(_as_text)] = Field(
         "auto", description="What to measure in; auto is the stored one (bfloat16 for float16 on a CPU)."
     )
     max_leak: Annotated[float, Field(ge=1e-3, le=1)] = Field(
@@ -53,9 +114,9 @@ class FileSettings(_Settings):
 class ModelSettings(FileSettings):
     """How a model is loaded and run."""
 
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps …")
-    batch_size: str = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
-    chat_template: str | None = Field(
+    device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps …")
+    batch_size: Text = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
+    chat_template: Text | None = Field(
         None, description="A Jinja file instead of the tokenizer's template, or 'none' for bare prompts."
     )
     system: str | None = Field(None, description="System prompt.")
@@ -80,11 +141,11 @@ class ModelSettings(FileSettings):
 class PromptSettings(_Settings):
     """Which prompts are used."""
 
-    harmful: str = Field("builtin", description="Harmful prompts: builtin, FILE[:column] or id[:config]:split:column.")
-    harmless: str = Field("builtin", description="Harmless prompts, named the same way.")
-    eval_harmful: str | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
-    eval_harmless: str | None = Field(None, description="Harmless prompts to evaluate on, instead of a held-out part.")
-    borderline: str = Field("builtin", description="Safe prompts that sound dangerous, to evaluate on.")
+    harmful: Text = Field("builtin", description="Harmful prompts: builtin, FILE[:column] or id[:config]:split:column.")
+    harmless: Text = Field("builtin", description="Harmless prompts, named the same way.")
+    eval_harmful: Text | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
+    eval_harmless: Text | None = Field(None, description="Harmless prompts to evaluate on, instead of a held-out part.")
+    borderline: Text = Field("builtin", description="Safe prompts that sound dangerous, to evaluate on.")
     limit: Number | None = Field(None, description="Use at most this many prompts per split.")
     seed: Seed = Field(0, description="Seed of everything random (shuffling prompts, the control direction).")
 
@@ -92,7 +153,7 @@ class PromptSettings(_Settings):
 class RefusalSettings(_Settings):
     """How refusals of this model are recognised by their first token."""
 
-    refusal_tokens: str | None = Field(
+    refusal_tokens: List | None = Field(
         None, description="First tokens of a refusal, comma-separated (e.g. 'I,As'), instead of finding them."
     )
     min_refusal_rate: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -150,14 +211,14 @@ class SearchSettings(_Settings):
     trials: Number = Field(60, description="Trials of the black box.")
     sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Sampler of the black box.")
     keep_direction: bool = Field(False, description="Search strengths only; the direction stays the mean difference.")
-    objectives: str = Field("refusals,kl", description="What is minimised, two or more.")
-    constraints: str = Field(
+    objectives: List = Field("refusals,kl", description="What is minimised, two or more.")
+    constraints: List = Field(
         "over-refusals<=+0.02", description="NAME<=VALUE, or NAME<=+VALUE above the unedited model; comma-separated."
     )
     max_refusals: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Choose the point with least damage among those that refuse at most this share."
     )
-    pick: str | None = Field(
+    pick: Text | None = Field(
         None, description="Choose 'knee' (the best trade-off) or a point by its number, without asking."
     )
     search_tokens: Number = Field(
@@ -176,11 +237,13 @@ class SearchSettings(_Settings):
 class WriterSettings(_Settings):
     """Which writers are edited."""
 
-    layers: str | None = Field(None, description="Edit only these blocks, counted from 0, e.g. 8-20,22 (no embedding).")
-    components: str | None = Field(
+    layers: List | None = Field(
+        None, description="Edit only these blocks, counted from 0, e.g. 8-20,22 (no embedding)."
+    )
+    components: List | None = Field(
         None, description="Edit only these: embedding, attention, state_space, mlp, experts; comma-separated."
     )
-    strengths: str | None = Field(
+    strengths: List | None = Field(
         None,
         description="Strengths of single writers, e.g. 'attention=0.8,mlp@10-20=1.2,*.o_proj=0'; the last that fits.",
     )
@@ -233,10 +296,10 @@ class ThinkingSettings(_Settings):
 class CapabilitySettings(_Settings):
     """What else a model is asked, to see what it still can do."""
 
-    capability: str | None = Field(
+    capability: List | None = Field(
         None, description="Local questions to ask before and after: .jsonl or .csv files, comma-separated."
     )
-    tasks: str | None = Field(
+    tasks: List | None = Field(
         None, description="lm-eval tasks, comma-separated: names, or .yaml files (needs the extra eval)."
     )
     trust_task_code: bool = Field(
@@ -267,13 +330,13 @@ class EvalSettings(EvidenceSettings, CapabilitySettings, ThinkingSettings, Reply
 class InspectSettings(_Settings):
     """What an inspection looks at beside the tensors."""
 
-    base: str | None = Field(None, description="The model that it was made from: compare tensor by tensor.")
+    base: Text | None = Field(None, description="The model that it was made from: compare tensor by tensor.")
     activations: bool = Field(
         False,
         description="Also run models: does the recovered direction separate harmful from harmless prompts (in the "
         "base, --reference, or the model itself), and does the inspected model still tell them apart.",
     )
-    reference: str | None = Field(
+    reference: Text | None = Field(
         None, description="A model with the same stream (say, the original) for --activations."
     )
     behavioural: bool = Field(False, description="Also measure how often the model refuses held-out prompts.")
@@ -286,7 +349,7 @@ class InspectSettings(_Settings):
 class RepairSettings(_Settings):
     """What is known of the edit that is taken back; one of these, or nothing."""
 
-    base: str | None = Field(None, description="The original, or another model that it was made from: exact.")
+    base: Text | None = Field(None, description="The original, or another model that it was made from: exact.")
     adapter: Path | None = Field(None, description="The LoRA adapter (PEFT) that was merged: exact to rounding.")
     direction: Path | None = Field(None, description="The direction that was taken out: approximate.")
 
@@ -327,7 +390,7 @@ class OutputSettings(FolderSettings):
         "weights",
         description="A model; a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).",
     )
-    shard_size: str | None = Field(None, description="Largest file of weights, e.g. 4GB; default: the source's files.")
+    shard_size: Text | None = Field(None, description="Largest file of weights, e.g. 4GB; default: the source's files.")
     force: bool = Field(False, description="Save even when a gate is not met.")
 
     @field_validator("shard_size")
@@ -363,7 +426,7 @@ class MeasureSettings(_Settings):
 class RunSettings(MeasureSettings):
     """Everything one run needs."""
 
-    model: str = Field(description="Hub id, folder, or .gguf file.")
+    model: Text = Field(description="Hub id, folder, or .gguf file.")
     editing: EditSettings = EditSettings()
     searching: SearchSettings = SearchSettings()
     output: OutputSettings | None = None

@@ -106,8 +106,10 @@ def _plain(annotation: Any) -> Any:
 def _build(group: type[BaseModel], values: dict[str, Any]) -> BaseModel:
     try:
         return group(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
+    except UsageError as error:
+        if not isinstance(error.__cause__, ValidationError):
+            raise
+        first = error.__cause__.errors()[0]
         flag = flag_of(str(first["loc"][0]))
         reason = first["msg"].removeprefix("Value error, ")
         found = str(first["input"])

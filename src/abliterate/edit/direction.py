@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -19,6 +20,7 @@ from abliterate.errors import UsageError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import parse_json, readable_size
 from abliterate.files.checkpoint import Shard, read_shard
+from abliterate.natural import as_type, tensors
 
 #: How far rows that were orthonormalised in float64 and kept in float32 are from orthonormal, at most.
 ROUNDING = 1e-6
@@ -116,6 +118,24 @@ class Direction(TensorValue):
     learnt_from: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        """Lists and arrays of numbers become tensors, one vector a basis of one row, a pair a site.
+
+        Raises `UsageError`, naming the field, for anything else.
+        """
+        tensors(self, {"basis": 2, "reader": 2, "mean": 1, "per_site": 3})
+        if self.reader is not None and self.reader.shape != self.basis.shape:
+            raise UsageError(
+                f"Direction: reader: expected {list(self.basis.shape)} like the basis, found {list(self.reader.shape)}"
+            )
+        object.__setattr__(self, "site", as_type("Direction: site", self.site, Site | None))
+        object.__setattr__(self, "learnt_from", frozenset(self.learnt_from))
+
+    @classmethod
+    def natural(cls, value: Any) -> Direction:
+        """A direction as it is, or made of a vector, several, or a file."""
+        return load_direction(Path(value)) if isinstance(value, str | os.PathLike) else cls(value)
+
     def at(self, site: Site | None, d_model: int | None = None) -> Direction:
         """The direction to use: this one, or its candidate at `site`.
 
@@ -169,6 +189,7 @@ def save_direction(path: Path, direction: Direction) -> None:
     """
     from safetensors.torch import save
 
+    path = Path(path)
     candidates = direction.candidates
     held = {
         "basis": direction.basis,

@@ -39,6 +39,7 @@ def ablation(model: Any, *plans: Plan) -> Iterator[None]:
 
     Raises `UsageError` for an edit that hooks cannot hold exactly, or plans that differ in more than their basis.
     """
+    _refuse_other(model)
     _refuse_different(plans)
     for plan in plans:
         refuse_hooks(plan)
@@ -51,6 +52,11 @@ def ablation(model: Any, *plans: Plan) -> Iterator[None]:
             if edits[0].changes:
                 handles += _hooks(model, edits, rows)
         yield
+
+
+def _refuse_other(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"ablation: expected a live model of transformers, found {type(model).__name__}")
 
 
 def _refuse_different(plans: Sequence[Plan]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from abliterate.algebra import before_norm, orthonormal
 from abliterate.errors import NumericalError, UsageError
 from abliterate.model.anatomy import Anatomy, Kind, Writer
+from abliterate.natural import tensors
 
 #: Strength of the edit of each writer; None leaves it alone.
 Profile = Callable[[Writer], float | None]
@@ -37,6 +38,10 @@ class Edit:
     reader: Float[Tensor, "k d"] | None = None
     norm_preserving: bool = False
     offset: Float[Tensor, " d"] | None = None
+
+    def __post_init__(self) -> None:
+        """Lists and arrays of numbers become tensors. Raises `UsageError`, naming the field, for anything else."""
+        tensors(self, {"basis": 2, "reader": 2, "offset": 1})
 
     @property
     def reads(self) -> Float[Tensor, "k d"]:
@@ -66,6 +71,13 @@ class Plan:
     strength: float
     left_alone: tuple[tuple[str, str], ...]
     untie: bool = False
+
+    def __post_init__(self) -> None:
+        """Lists become tuples or tensors. Raises `UsageError`, naming the field, for anything else."""
+        tensors(self, {"direction": 2})
+        if not isinstance(self.edits, list | tuple) or not all(isinstance(edit, Edit) for edit in self.edits):
+            raise UsageError("Plan: edits: expected a list of Edit, found something else")
+        object.__setattr__(self, "edits", tuple(self.edits))
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +135,11 @@ def make_plan(
 
 
 def _check_strength(strength: float) -> None:
-    if not -1e3 < strength < 1e3:
+    try:
+        fits = bool(-1e3 < strength < 1e3)
+    except (TypeError, ValueError, RuntimeError):
+        fits = False
+    if not fits:
         raise UsageError(f"strength: expected a finite number around 1, found {strength}")
 
 

@@ -274,7 +274,10 @@ def _study(storage: BaseStorage | None, objectives: int, said: Mapping[str, Any]
     said = json.loads(json.dumps(said))
     if "said" not in study.user_attrs and not study.get_trials(deepcopy=False):
         study.set_user_attr("said", said)
-    _refuse_another(study.user_attrs.get("said") or {}, said, journal)
+    begun_with = study.user_attrs.get("said") or {}
+    if not isinstance(begun_with, dict):
+        raise CheckpointError(f"'{journal and journal.path}': damaged, it does not say what was searched; delete it")
+    _refuse_another(begun_with, said, journal)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
     return study

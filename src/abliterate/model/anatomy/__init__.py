@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from abliterate.errors import AnatomyError
 from abliterate.model.anatomy.accounting import TOLERANCE, close_block, random_subspace
 from abliterate.model.anatomy.blocks import check_between, find_blocks, probe, probe_ids, stream_out
 from abliterate.model.anatomy.front import study_front
@@ -38,6 +41,8 @@ def study(model: Any, *, seed: int = 0, max_leak: float = TOLERANCE) -> Anatomy:
 
     Raises `AnatomyError`, naming the block, for anything that is not fully understood.
     """
+    if not isinstance(model, nn.Module):
+        raise AnatomyError(f"study: expected a live model of transformers, found {type(model).__name__}")
     names, blocks = find_blocks(model)
     ids = probe_ids(model, seed)
     calls = probe(model, blocks, ids)

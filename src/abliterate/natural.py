@@ -1,0 +1,146 @@
+"""The types that people have at hand, at the public functions: what a parameter needs is made of them, or named.
+
+A path may be a string, a vector a list or an array, settings a mapping, a site a pair. What cannot become what a
+parameter is annotated with is an error that says so, before anything is begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import os
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, ParamSpec, TypeVar
+
+from abliterate.errors import UsageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.cache
+def natural(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, whose arguments may be of natural types. Raises `UsageError`, naming the parameter, for others."""
+    signature = inspect.signature(function)
+    hints = typing.get_type_hints(inspect.unwrap(function))
+    variadic = {name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_POSITIONAL}
+
+    @functools.wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            what = f"{function.__name__}: {name}"
+            if name in variadic:
+                bound.arguments[name] = tuple(as_type(what, one, hints[name]) for one in value)
+            elif name in hints:
+                bound.arguments[name] = as_type(what, value, hints[name])
+        return function(*bound.args, **bound.kwargs)
+
+    return called
+
+
+def as_type(what: str, value: Any, wanted: Any) -> Any:
+    """A value as the type `wanted`, which is as annotations write it. Raises `UsageError`, beginning with `what`."""
+    options = typing.get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)
+    if value is None and NoneType in options:
+        return None
+    if any(isinstance(option, type) and option is not Any and _is(value, option) for option in options):
+        return value
+    option = options[0]
+    origin = typing.get_origin(option)
+    if origin is Sequence:
+        if isinstance(value, str | bytes) or not isinstance(value, Sequence):
+            raise UsageError(f"{what}: expected a list, found {type(value).__name__}")
+        return [as_type(what, one, typing.get_args(option)[0]) for one in value]
+    if option is Any or not isinstance(option, type) or origin is not None or getattr(option, "_is_protocol", False):
+        return value  # Any, callables and other forms: the function sees for itself
+    try:
+        made = _made(value, option)
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise _other(what, value, option) from error
+    if made is None:
+        raise _other(what, value, option)
+    return made
+
+
+def _other(what: str, value: object, option: type) -> UsageError:
+    return UsageError(f"{what}: expected {_name(option)}, found {type(value).__name__}")
+
+
+def _is(value: object, option: type) -> bool:
+    """Whether a value may stay as it is; a number is no flag, and what is to be a float may be whole."""
+    if isinstance(value, bool):
+        return option is bool
+    if hasattr(option, "array_type"):
+        return (
+            isinstance(value, option.array_type)
+            and value.ndim == len(getattr(option, "dims", ()))
+            and value.is_floating_point()
+        )
+    return isinstance(value, (int, float) if option is float else option)
+
+
+def _made(value: Any, option: type) -> Any:
+    """What `value` becomes as an `option`; None where nothing can be made of it."""
+    if option is Path or option is str:
+        return option(os.fspath(value)) if not isinstance(value, bytes) else None
+    if option in (int, float):
+        return _number(value, option)
+    if hasattr(option, "array_type"):
+        return tensor(value, len(getattr(option, "dims", ())))
+    if (make := getattr(option, "natural", None)) is not None:
+        return make(value)
+    if hasattr(option, "_fields") and isinstance(value, tuple | list):  # a named tuple
+        return option(*(as_type(name, one, int) for name, one in zip(option._fields, value, strict=True)))
+    return None
+
+
+def _number(value: Any, option: type) -> Any:
+    """A number of numpy or torch as Python's; texts and flags are none."""
+    if isinstance(value, str | bytes | bool) or (option is int and float(value) != int(value)):
+        return None
+    return option(value)
+
+
+def tensor(value: Any, dims: int) -> Any:
+    """Numbers as a floating-point tensor with `dims` axes; one vector is a row of a matrix."""
+    import torch
+
+    if isinstance(value, Mapping | str | bytes | NoneType):
+        raise TypeError(type(value).__name__)
+    found = value if isinstance(value, torch.Tensor) else torch.as_tensor(value)
+    if found.is_complex():
+        raise TypeError("complex")
+    found = found if found.is_floating_point() else found.float()
+    found = found[None] if found.ndim == 1 and dims == 2 else found
+    if found.ndim != dims:
+        raise UsageError(f"expected numbers along {dims} axes, found {found.ndim}")
+    return found
+
+
+def tensors(owner: object, dims: Mapping[str, int]) -> None:
+    """Make tensors of fields of a frozen value, each with so many axes; None stays."""
+    optional = {field.name for field in dataclasses.fields(owner) if field.default is None}  # type: ignore[arg-type]
+    for name, axes in dims.items():
+        value = getattr(owner, name)
+        if value is None and name in optional:
+            continue
+        what = f"{type(owner).__name__}: {name}"
+        try:
+            object.__setattr__(owner, name, tensor(value, axes))
+        except UsageError as error:
+            raise UsageError(f"{what}: {error}") from error
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise UsageError(f"{what}: expected numbers, found {type(value).__name__}") from error
+
+
+def _name(option: type) -> str:
+    return {"Path": "a path", "str": "a text", "float": "a number", "int": "a whole number"}.get(
+        option.__name__, "numbers" if hasattr(option, "array_type") else option.__name__
+    )
