@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +56,9 @@ def show_run(record: Record, console: Console) -> None:
     if record.output is not None:
         what = "Search" if record.plan is None else _WHAT[record.plan.realisation]
         write(console, f"{what}: ", plain(str(Path(record.output)), "bold"), whole=True)
-        if (report := Path(record.output, "report.html")).is_file():
-            write(console, "Report: ", plain(str(report), "bold"), whole=True)
+        report = os.path.join(record.output, "report.html")
+        if os.path.isfile(report):  # no name is too long for it
+            write(console, "Report: ", plain(report, "bold"), whole=True)
 
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
