@@ -282,11 +282,12 @@ def test_the_same_head_stored_twice_is_tied(folder: Path) -> None:
 # --- what a configuration asks for
 
 
+@pytest.mark.parametrize("said", [..., None, "float8_e4m3fn", "int8"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_without_a_dtype_it_is_the_stored_one(dtype: str, folder: Path) -> None:
+def test_without_a_dtype_to_compute_in_it_is_the_stored_one(dtype: str, said: Any, folder: Path) -> None:
     kind = getattr(torch, dtype)
     change(folder, lambda found: found.update({name: value.to(kind) for name, value in found.items()}))
-    configure(folder, dtype=..., torch_dtype=...)
+    configure(folder, dtype=said, torch_dtype=...)
     assert live(folder).dtype == kind
     assert locate(str(folder)).skeleton().config.dtype == kind
 
@@ -303,6 +304,7 @@ def test_without_a_dtype_it_is_the_stored_one(dtype: str, folder: Path) -> None:
         {"num_hidden_layers": 4},
         {"hidden_size": 2**30},
         {"vocab_size": 2**30},
+        {"head_dim": 10**9},
         {"dtype": "cat"},
         {"dtype": "nn"},
     ],

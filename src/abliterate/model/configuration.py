@@ -11,11 +11,15 @@ import torch
 from abliterate.errors import AbliterateError, CheckpointError, ModelError
 from abliterate.files.checkpoint import Checkpoint
 from abliterate.files.checkpoint.messages import short
+from abliterate.files.formats import PLAIN
 from abliterate.files.storage import configuration, stored_dtype, without_quantization
 from abliterate.model._compat import auto_class, quiet_transformers
 
-#: Fields that say how many modules there are of a kind: each is built, and each has a tensor of its own.
-_COUNT = re.compile(r"(^|_)(n|num)_(\w+_)?(layers?|blocks|routed_experts|experts)$|^(encoder|decoder)_layers$|^depth$")
+#: Fields that say how many modules there are of a kind (each is built, and each has a tensor of its own), and those by
+#: which tables are computed that are not stored.
+_COUNT = re.compile(
+    r"(^|_)(n|num)_(\w+_)?(layers?|blocks|routed_experts|experts)$|^(encoder|decoder)_layers$|^depth$|(^|_)head_dim$"
+)
 #: As many modules as this are built without asking what is stored.
 _FEW = 1000
 
@@ -35,14 +39,15 @@ def transformers_config(name: str, checkpoint: Checkpoint, *, trust_remote_code:
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         except Exception as error:  # configurations are checked by many hands in many ways
-            raise unreadable(name, "its configuration cannot be used", error) from error
+            raise unreadable(name, "it cannot be loaded, for its configuration cannot be used", error) from error
     if getattr(config, "transformers_weights", None) is not None:
         del config.transformers_weights  # another file than the ones that are listed, edited and hashed
-    if config.dtype is None:
-        config.dtype = getattr(config.get_text_config(), "dtype", None) or stored_dtype(checkpoint)
-    if not isinstance(config.dtype, torch.dtype):
+    config.dtype = config.dtype or getattr(config.get_text_config(), "dtype", None)
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
         found = f"found dtype {short(config.dtype)}"
         raise CheckpointError(f"model '{name}': config.json: expected a dtype of torch, {found}; correct it")
+    if config.dtype not in PLAIN.values():  # none, or that of codes
+        config.dtype = stored_dtype(checkpoint)
     return config
 
 
@@ -78,13 +83,14 @@ def build_skeleton(name: str, config: Any, *, trust_remote_code: bool = False) -
 
 def _check_counts(name: str, checkpoint: Checkpoint) -> None:
     """Check that no more is built than could be stored: it might take for ever, or all memory."""
-    sizes = [max(info.shape, default=0) for info in checkpoint.tensors.values()]
+    count = len(checkpoint.tensors)
+    widest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
     for key, value in _counts(configuration(checkpoint)):
-        most = max(_FEW, len(sizes), max(sizes, default=0) if "expert" in key else 0)
+        most = max(_FEW, count, widest if key.endswith(("experts", "dim")) else 0)
         if value > most:
             raise CheckpointError(
-                f"model '{name}': config.json asks for {short(value)} modules ({key}), its files hold {len(sizes)} "
-                "tensors; correct it or download the model again"
+                f"model '{name}': config.json has {key} {short(value)}, its files hold {count} tensors of at most "
+                f"{widest} rows or columns; correct it or download the model again"
             )
 
 
