@@ -33,10 +33,10 @@ class _Phase:
 
     name: str
     total: int | None
+    spinner: Spinner
     done: int = 0
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
-    spinner: Spinner = field(default_factory=lambda: Spinner("dots"))
 
     @property
     def seconds(self) -> float:
@@ -55,12 +55,13 @@ class Screen(Monitor):
         super().__init__()
         self.console = console
         self._redraws = console.is_interactive and console.file.isatty()  # FORCE_COLOR makes no terminal of a pipe
+        self._spins = "dots" if console.encoding.startswith("utf") else "line"
         self._phases: list[_Phase] = []
         self._live: Live | None = None
 
     def begin(self, name: str, total: int | None) -> None:
         """Show the phase below those that it is a part of."""
-        self._phases.append(_Phase(name, total))
+        self._phases.append(_Phase(name, total, spinner=Spinner(self._spins)))
         if self._redraws and self._live is None:
             self._live = Live(get_renderable=self._drawn, console=self.console, transient=True, refresh_per_second=5)
             self._live.start()

@@ -99,7 +99,8 @@ def _load_known(known: KnownSet, path: Path | None, role: SetName) -> list[Promp
 
 
 def _load_hub(source: HubSource, where: str) -> list[Prompt]:
-    table = load_hub(source.identifier, source.config, source.split, where, files=source.files)
+    instead = "" if source.files is None else "nor is there such a file here: give a path that exists"
+    table = load_hub(source.identifier, source.config, source.split, where, instead, source.files)
     column = source.column or _column_of(table.column_names, where)
     if column not in table.column_names:
         raise PromptError(f"{where}: no column '{column}'; found {', '.join(table.column_names)}")
