@@ -346,15 +346,6 @@ def test_names_that_are_no_text_can_be_recorded(text: str, tmp_path: Path) -> No
     assert render(record).encode()
 
 
-@pytest.mark.parametrize("text", HOSTILE)
-def test_lab_shows_what_models_say_as_text(text: str) -> None:
-    from abliterate.lab import markup
-
-    shown = markup.tokens([("plan", [text], [0.5])], 3)
-    assert not HIDDEN.search(shown)
-    assert "<script" not in markup.escape("<script>")
-
-
 def test_half_a_character_is_no_prompt() -> None:
     with pytest.raises(PromptError, match="half of a character"):
         Prompt("\ud83d bread")

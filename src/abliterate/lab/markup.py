@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from abliterate.edit.direction import Site
 from abliterate.lab.bench import FirstToken, Heat
-from abliterate.texts import printable_lines
 
 #: Cells of the map, and sites to choose from: a page stays small whatever a plan holds.
 _MOST_SITES = 2000
@@ -18,7 +17,7 @@ _TEMPLATE = str.maketrans({character: f"&#{ord(character)};" for character in "{
 
 def escape(text: str) -> str:
     """Text that is only ever text, in elements and in quoted attributes."""
-    return html.escape(printable_lines(text), quote=True).translate(_TEMPLATE)
+    return html.escape(text, quote=True).translate(_TEMPLATE)
 
 
 def note(text: str) -> str:
