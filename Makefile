@@ -20,7 +20,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist lo
 # Python is started often: its bytecode is kept, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test tests oldest newest check format benchmarks clean
+.PHONY: demo test tests oldest newest check format benchmarks fuzz clean
 
 $(READY): pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -69,6 +69,10 @@ format: $(READY)
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/activations.py
 	$(BIN)/python benchmarks/surgery.py
+
+# Twenty thousand damaged files for every reader.
+fuzz: $(READY)
+	PYTHONPATH=src:tests $(BIN)/python tests/fuzzing.py --cases 20000
 
 clean:
 	rm -rf $(VENV) $(OUT)
