@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,12 @@ from abliterate.config import (
     RunSettings,
     SearchSettings,
 )
-from abliterate.errors import ModelError, UsageError
+from abliterate.errors import AbliterateError, ModelError, UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.compare import compare
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict, auto, self_judge
 from abliterate.evaluation.judging.auto import ChosenJudge, Measured, choose
+from abliterate.evaluation.judging.calibration import place
 from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
 from abliterate.evaluation.judging.self_judge import HEAD, TAIL, fit, open_self, question
 from abliterate.evaluation.judging.shipped import ShippedExchange, clear_exchanges
@@ -36,6 +38,7 @@ from abliterate.evaluation.parts import judge_part
 from abliterate.evaluation.statistics import Share
 from abliterate.monitor import Monitor
 from abliterate.record import FILE_NAME
+from abliterate.report.wording import judged_by
 
 #: Words that are tokens of their own in the model's vocabulary beside those of the planted one.
 YES, NO = "yes", "no"
@@ -315,6 +318,14 @@ def test_engines_elsewhere_have_no_model_to_ask(spec: str, judging: planted.Plan
         assert isinstance(bind_judge(pending, None, Monitor()), ChosenJudge)
 
 
+def test_damaged_calibration_of_what_auto_chose_is_an_error_at_once() -> None:
+    file = place(choose(None, Monitor()).fingerprint)
+    file.parent.mkdir(parents=True)
+    file.write_text("{")
+    with pytest.raises(AbliterateError, match="expected a calibration"):
+        bind_judge(open_judge("auto"), None, Monitor())
+
+
 def test_other_judges_are_bound_to_no_model(session: pipeline.Session) -> None:
     rules = RuleJudge()
     assert bind_judge(rules, as_loaded(session), Monitor()) is rules
@@ -357,6 +368,8 @@ def test_better_reader_is_chosen_and_said(order: tuple[int, int], monkeypatch: p
     assert "poor 50 % [" in notes.notes[0]
     part = judge_part(chosen, None)
     assert [(one.name, sum(one.recall), sum(one.specificity)) for one in part.chosen][order.index(1)][0] == "fine"
+    assert re.search(r"Judge: fine, chosen by balanced accuracy \(.*poor 50 % \[\d+, \d+\]", judged_by(part))
+    assert "chosen" not in judged_by(judge_part(judges[0], None)), "control: a judge that was named"
     asked = [judge.asked for judge in judges]
     assert choose(None, notes).measured == chosen.measured
     assert [judge.asked for judge in judges] == asked, "what was measured is kept"

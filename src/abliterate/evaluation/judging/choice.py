@@ -11,6 +11,7 @@ from urllib.parse import parse_qs
 from abliterate.errors import UsageError
 from abliterate.evaluation.judging.auto import choose
 from abliterate.evaluation.judging.base import Exchange, Judge, Label, ModelJudge, Verdict
+from abliterate.evaluation.judging.calibration import calibration_of
 from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.monitor import Monitor
@@ -41,7 +42,12 @@ class PendingJudge:
 
     def judge(self, exchanges: Sequence[Exchange]) -> list[Verdict]:
         """Raises `UsageError`: there is nothing to ask."""
-        raise UsageError(
+        raise self.refusal
+
+    @property
+    def refusal(self) -> UsageError:
+        """What is said where no model is loaded."""
+        return UsageError(
             f"judge {self.name}: it asks the model that is measured, and none is loaded here; give another --judge"
         )
 
@@ -50,17 +56,22 @@ def bind_judge(judge: Judge, state: ModelState | None, monitor: Monitor) -> Judg
     """The judge that `self` or `auto` comes to with the model that is unedited in `state`; any other as it is.
 
     `state` is None where no model is loaded in this process. A judge that was bound before looks through the model in
-    the state that is given now. Raises `UsageError` for `self` without a model, and as `open_self` does.
+    the state that is given now. Raises `UsageError` for `self` without a model, as `open_self` does, and
+    `AbliterateError` where the judge's calibration is damaged.
     """
-    if isinstance(judge, PendingJudge) and judge.name == "auto":
-        return choose(state, monitor)
-    if isinstance(judge, PendingJudge) and state is not None:
-        from abliterate.evaluation.judging.self_judge import open_self
-
-        return open_self(state)
     if isinstance(judge, PendingJudge):
-        judge.judge([])
+        bound = choose(state, monitor) if judge.name == "auto" else _own(judge, state)
+        calibration_of(bound)  # a damaged one is an error now and not at the end
+        return bound
     return judge.through(state) if isinstance(judge, ModelJudge) and state is not None else judge
+
+
+def _own(judge: PendingJudge, state: ModelState | None) -> Judge:
+    if state is None:
+        raise judge.refusal
+    from abliterate.evaluation.judging.self_judge import open_self
+
+    return open_self(state)
 
 
 def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> Judge:
