@@ -27,7 +27,7 @@ from abliterate.config import SearchSettings
 from abliterate.edit.direction import Direction
 from abliterate.errors import CheckpointError, NumericalError, UsageError
 from abliterate.evaluation.probe import Level
-from abliterate.files.bounded import MB, Kind
+from abliterate.files.bounded import MB, Kind, check_plain
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 
@@ -338,6 +338,7 @@ def _mend(journal: Path) -> None:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             entry = json.loads(line)
+            check_plain(entry, texts=False)  # Optuna's own reader goes no deeper than Python does
         except (ValueError, RecursionError):
             entry = None
         if not isinstance(entry, dict) or "op_code" not in entry:
@@ -361,7 +362,7 @@ def _opened(journal: Path) -> BaseStorage:
 
     try:
         return JournalStorage(JournalFileBackend(str(journal), lock_obj=Held(str(journal))))
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError) as error:
         raise CheckpointError(f"'{journal}': damaged, it cannot be replayed; give another OUT, or delete it") from error
 
 
