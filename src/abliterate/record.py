@@ -796,7 +796,19 @@ def read_record(folder: Path) -> Record:
     if content.get("schema_version", SCHEMA_VERSION) != SCHEMA_VERSION:
         found = short(content["schema_version"])
         raise UsageError(f"{path}: expected a record of schema version {SCHEMA_VERSION}, found version {found}")
-    return _RECORD.checked(path, content, Record)
+    record = _RECORD.checked(path, content, Record)
+    if not _is_finite(record.model_dump()):
+        raise _RECORD.refused(path, "a number that is not finite, written as a text")
+    return record
+
+
+def _is_finite(value: object) -> bool:
+    """Whether all numbers in it are finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, list | tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def companion(folder: Path, record: Record, name: str) -> Path:
