@@ -83,6 +83,14 @@ def test_what_a_record_has_not_is_left_out(left_out: list[str], gone: set[str]) 
     assert page.ids("section") == [name for name in ALL if name not in gone]
 
 
+def test_a_chosen_site_that_is_no_candidate_is_drawn_all_the_same() -> None:
+    record = full_record()
+    assert record.selection is not None
+    other = record.selection.chosen.model_copy(update={"layer": 99})
+    odd = record.model_copy(update={"selection": record.selection.model_copy(update={"chosen": other})})
+    assert Parsed(render(odd)).ids("section") == ALL
+
+
 def test_a_page_of_hostile_texts_has_the_elements_of_a_harmless_one() -> None:
     harmless, hostile = render(full_record("Name a fruit.")), render(full_record(HOSTILE))
     assert [tag for tag, _ in Parsed(hostile).tags] == [tag for tag, _ in Parsed(harmless).tags]

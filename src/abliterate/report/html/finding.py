@@ -103,8 +103,9 @@ def direction_found(record: Record) -> Section | None:
 
 def _heat_maps(part: SelectionPart) -> list[Figure]:
     figures = []
-    layers = sorted({site.layer for site in part.candidates})
-    positions = sorted({site.position for site in part.candidates})
+    sites = part.candidates if part.chosen is None else [*part.candidates, part.chosen]
+    layers = sorted({site.layer for site in sites})
+    positions = sorted({site.position for site in sites})
     for name, title in (
         ("bypass", "Bypass (less is better)"),
         ("induce", "Induce (more is better)"),
