@@ -13,6 +13,8 @@ READY  := $(VENV)/.ready
 LOCK   ?= requirements/dev.txt
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OLDEST := $(VENV)/oldest
+# The real model's run wants all cores, and a browser waits for nobody: in one process, after the others.
+ALONE  := tests/test_real_model.py tests/lab/test_lab_browser.py
 # One process per core, with one torch thread each; tests of one file share what they make, and a port. Long files
 # come first (tests/conftest.py), so that no process is left alone with one at the end.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
@@ -43,7 +45,8 @@ test: check tests
 tests: $(READY)
 	scripts/chromium.sh
 	$(BIN)/python scripts/demo_model.py qwen
-	$(PYTEST) --durations 25
+	$(PYTEST) --durations 25 $(ALONE:%=--ignore %)
+	$(BIN)/python -m pytest --durations 8 $(ALONE)
 
 newest:
 	$(MAKE) tests VENV=$(VENV)-newest LOCK=

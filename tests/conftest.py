@@ -21,7 +21,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ig
 logging.disable_progress_bar()
 
 #: Files that take longest, the longest first.
-LONG = ("test_real_model.py", "test_pipeline.py")
+LONG = ("test_pipeline.py", "test_zoo.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

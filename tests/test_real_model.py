@@ -39,15 +39,16 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory, threads: None) -> ab.Record:
-    """One run for all that is asked here, on a third of the prompts and fewer sites."""
+    """One run for all that is asked here, on a quarter of the prompts and fewer sites."""
     out = tmp_path_factory.mktemp("real") / "out"
     return ab.run(
         ab.RunSettings(
             model=str(GGUF),
             output=ab.OutputSettings(out=out),
-            prompts=ab.PromptSettings(limit=32),
+            prompts=ab.PromptSettings(limit=24),
             finding=ab.FindSettings(positions=1),
             searching=ab.SearchSettings(points=2, steps=12, no_held_out=True),  # the chosen point is evaluated on them
+            evaluating=ab.EvalSettings(max_new_tokens=48),
         )
     )
 
@@ -58,8 +59,8 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert after is not None
     assert shift is not None
     assert shift.kl_first_token is not None
-    assert before.harmful.n == 32
-    assert before.harmful.refusals >= 10, "the demo model refuses about half of the builtin harmful prompts"
+    assert before.harmful.n + before.harmful.cut_off == 24
+    assert before.harmful.refusals >= 8, "the demo model refuses about half of the builtin harmful prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
     assert after.harmful.degenerate <= 2
     assert after.harmless.refusals <= before.harmless.refusals
