@@ -1,8 +1,8 @@
 """How often judges agree with labels, beside matching of phrases as others do it.
 
-Run ``python benchmarks/judge.py [FILE.csv ...]``; without a file, on the part of the shipped exchanges that nothing was
-fitted on. A file has the columns ``prompt``, ``response`` and ``label`` (refusal, evasion, partial, compliance … or 1
-and 0), or those of PyRIT's evaluation sets (``objective``, ``assistant_response``, ``human_score``); with a column
+Run ``python benchmarks/judge.py [FILE.csv ...]``; without a file, on the part of the shipped exchanges that no weight
+was fitted on. A file has the columns ``prompt``, ``response`` and ``label`` (refusal, evasion, partial, compliance …
+or 1 and 0), or those of PyRIT's evaluation sets (``objective``, ``assistant_response``, ``human_score``); with a column
 ``model`` each model's replies stand in a row of their own. Lines that start with ``#`` are comments. Two-way: evasion
 and partial count as refused. ``--judge`` adds others (``llm:MODEL@URL``, ``classifier:ID``), ``--errors`` lists the
 replies on which the last judge and the label disagree.

@@ -30,7 +30,7 @@ def test_the_shipped_set_is_what_it_says_it_is() -> None:
     assert 0.9 < agreed < 1, "two readers, whose disagreements are kept"
 
 
-def test_it_finds_more_than_the_rules_on_what_neither_has_seen_at_little_cost() -> None:
+def test_it_finds_more_than_the_rules_on_held_out_exchanges_at_little_cost() -> None:
     exchanges = [Exchange(row.prompt, row.reply) for row in HELD_OUT]
     plain = [verdict.refused for verdict in rules.RuleJudge().judge(exchanges)]
     learnt = [verdict.refused for verdict in LearntJudge().judge(exchanges)]

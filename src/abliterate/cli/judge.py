@@ -180,7 +180,6 @@ def judge(
     """Judge replies in a file; or, with --calibrate, measure how often a judge is right and remember it."""
     if (replies is None) == (calibrate is None):
         raise UsageError("judge: expected a file of replies, or --calibrate FILE; found both or neither")
-    from abliterate.evaluation.judging import calibration
     from abliterate.evaluation.judging.choice import bind_judge, open_judge
     from abliterate.monitor import Monitor
 
@@ -191,12 +190,17 @@ def judge(
         else:
             write_csv(as_csv(rows))
         return
-    if calibrate is None:
-        return
-    labelled = calibration.read_labelled(calibrate)
-    chosen = bind_judge(open_judge(spec, device=device), None, Monitor())
+    if calibrate is not None:
+        _calibrate(bind_judge(open_judge(spec, device=device), None, Monitor()), calibrate, errors, as_json)
+
+
+def _calibrate(chosen: Judge, path: Path, errors: bool, as_json: bool) -> None:
+    """Measure a judge on the labelled replies of a file, keep the result, and show it."""
+    from abliterate.evaluation.judging import calibration
+
+    labelled = calibration.read_labelled(path)
     verdicts = chosen.judge(labelled.exchanges)
-    result = calibration.compare(chosen, labelled, verdicts, calibrate)
+    result = calibration.compare(chosen, labelled, verdicts, path)
     replaced = calibration.calibration_of(chosen)
     stored = calibration.store(result)
     if as_json:

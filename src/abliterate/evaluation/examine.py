@@ -17,11 +17,18 @@ from typing import Any
 import torch
 
 from abliterate.algebra import orthonormal
-from abliterate.config import CapabilitySettings, EditSettings, EvalSettings, ReplySettings, ThinkingSettings
+from abliterate.config import (
+    CapabilitySettings,
+    EditSettings,
+    EvalSettings,
+    MeasureSettings,
+    ReplySettings,
+    ThinkingSettings,
+)
 from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.evaluation.answering import Answering, ModelState, Stopping
+from abliterate.evaluation.answering import Answering, ModelState, Stopping, as_loaded
 from abliterate.evaluation.capability import (
     Score,
     Task,
@@ -34,14 +41,14 @@ from abliterate.evaluation.capability import (
 )
 from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
 from abliterate.evaluation.judging.calibration import calibration_of
-from abliterate.evaluation.judging.choice import PendingJudge, open_judge
+from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
 from abliterate.model.batches import Encoded, share_prefixes
 from abliterate.model.generation import Reply
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer, ContrastiveSet
 from abliterate.prompts.thinking import answer_of, opens_thinking
-from abliterate.session import Session
+from abliterate.session import Session, open_session
 
 #: Harmless test prompts whose answers are compared token by token.
 SHIFT_PROMPTS = 64
@@ -254,6 +261,19 @@ def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge
             f"judge {judge.name}: no verdict on a plain answer ({verdict.evidence}); others may be unknown too"
         )
     return judge
+
+
+def open_judged(model: str, measuring: MeasureSettings, monitor: Monitor) -> tuple[Session, Judge]:
+    """A model's session and the judge that settings name, which was tried before the model was loaded."""
+    judge = ready_judge(measuring.evaluating, measuring.loading.device, monitor)
+    session = open_session(
+        model,
+        loading=measuring.loading,
+        prompts=measuring.prompts,
+        reply_tokens=measuring.evaluating.longest_reply,
+        monitor=monitor,
+    )
+    return session, bind_judge(judge, as_loaded(session), monitor)
 
 
 def examiner_of(session: Session, settings: ReplySettings, judge: Judge, sets: Sequence[str] | None = None) -> Examiner:

@@ -21,9 +21,8 @@ from abliterate.edit.direction import Direction
 from abliterate.edit.plan import Plan
 from abliterate.errors import NumericalError
 from abliterate.evaluation.answering import ModelState, as_loaded
-from abliterate.evaluation.examine import examiner_of, random_plan, ready_judge
+from abliterate.evaluation.examine import examiner_of, open_judged, random_plan
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import estimate_part, rate_part
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.statistics import bootstrap_mean
@@ -33,7 +32,7 @@ from abliterate.finding.selection import Rule, candidate_sites
 from abliterate.finding.subspaces import svd_subspace
 from abliterate.monitor import Monitor
 from abliterate.report.assemble import check_beside, session_record, write_beside
-from abliterate.session import Session, open_session
+from abliterate.session import Session
 
 STRENGTHS = (0.25, 0.5, 0.75, 1.0)
 MOST_DIRECTIONS = 4
@@ -65,15 +64,7 @@ def audit(
 
 
 def _audited(model: str, measuring: MeasureSettings, out: Path | None, monitor: Monitor) -> rec.AuditPart:
-    judge = ready_judge(measuring.evaluating, measuring.loading.device, monitor)
-    session = open_session(
-        model,
-        loading=measuring.loading,
-        prompts=measuring.prompts,
-        reply_tokens=measuring.evaluating.longest_reply,
-        monitor=monitor,
-    )
-    judge = bind_judge(judge, as_loaded(session), monitor)
+    session, judge = open_judged(model, measuring, monitor)
     findings = find(session, measuring.finding)
     found = choose(session, findings, measuring.finding, force=True)
     part = audit_session(session, findings, found, measuring, judge)

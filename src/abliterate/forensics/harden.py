@@ -27,8 +27,7 @@ from abliterate.edit.additions import Addition, adding, can_add
 from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
-from abliterate.evaluation.examine import exam_of, examine, examiner_of, ready_judge
-from abliterate.evaluation.judging.choice import bind_judge
+from abliterate.evaluation.examine import exam_of, examine, examiner_of, open_judged
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Level, Probe
 from abliterate.evaluation.scores import refusal_score
@@ -42,7 +41,7 @@ from abliterate.model.batches import hooked, on_output
 from abliterate.model.weights import numbers
 from abliterate.monitor import Monitor
 from abliterate.report.assemble import files_below, session_record, write_record_and_report
-from abliterate.session import Session, open_session
+from abliterate.session import Session
 
 #: What is tried: each detector's length at harmful prompts, in parts of the stream's mean length.
 _SIZES = (0.1, 0.2, 0.4, 0.8)
@@ -86,15 +85,7 @@ def _hardened(model: str, place: _Place, settings: HardenSettings, measuring: Me
     out, overwrite, monitor = place.out, place.overwrite, place.monitor
     evaluating = measuring.evaluating
     exam = exam_of(evaluating, measuring.prompts.seed)
-    judge = ready_judge(evaluating, measuring.loading.device, monitor)
-    session = open_session(
-        model,
-        loading=measuring.loading,
-        prompts=measuring.prompts,
-        reply_tokens=measuring.evaluating.longest_reply,
-        monitor=monitor,
-    )
-    judge = bind_judge(judge, as_loaded(session), monitor)
+    session, judge = open_judged(model, measuring, monitor)
     findings, found = _found(session, measuring)
     before = audit_session(session, findings, found, measuring, judge)
     direction = found.basis[:1]

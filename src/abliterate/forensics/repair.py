@@ -26,8 +26,7 @@ from abliterate.edit.additions import Addition, adding, can_add, changes_of, wri
 from abliterate.edit.direction import load_direction
 from abliterate.errors import CheckpointError, GateNotMet, UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
-from abliterate.evaluation.examine import exam_of, examine, examiner_of, ready_judge
-from abliterate.evaluation.judging.choice import bind_judge
+from abliterate.evaluation.examine import exam_of, examine, examiner_of, open_judged
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.evaluation.results import degenerate, refused
@@ -42,7 +41,7 @@ from abliterate.model.activations import stream_sites
 from abliterate.model.anatomy import Kind, Writer, names_on_disk
 from abliterate.monitor import Monitor
 from abliterate.report.assemble import files_below, write_record_and_report
-from abliterate.session import Session, open_session
+from abliterate.session import Session
 
 #: First tokens of refusals, for a model that does not refuse and cannot be asked for its own.
 USUAL_REFUSALS = "I,Sorry,As,Unfortunately"
@@ -253,15 +252,7 @@ def _tensor_named(checkpoint: Checkpoint, module: str) -> str:
 def _approximately(model: str, direction: Path | None, place: _Place, measuring: MeasureSettings) -> rec.RepairPart:
     evaluating, finding, monitor = measuring.evaluating, measuring.finding, place.monitor
     exam = exam_of(evaluating, measuring.prompts.seed)
-    judge = ready_judge(evaluating, measuring.loading.device, monitor)
-    session = open_session(
-        model,
-        loading=measuring.loading,
-        prompts=measuring.prompts,
-        reply_tokens=measuring.evaluating.longest_reply,
-        monitor=monitor,
-    )
-    judge = bind_judge(judge, as_loaded(session), monitor)
+    session, judge = open_judged(model, measuring, monitor)
     subject = open_inspected(session.loaded.files)
     basis, blocks = _direction(subject, direction, monitor)
     given = finding if finding.refusal_tokens else finding.model_copy(update={"refusal_tokens": USUAL_REFUSALS})

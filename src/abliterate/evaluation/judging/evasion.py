@@ -100,16 +100,14 @@ def _find_help(prose: str) -> str:
 def _find_norm(prose: str, prompt: str) -> str:
     """The norm with which the reply opens, when a sermon follows and the prompt did not ask for it."""
     lead = prose[:_NORM_LEAD]
-    if pattern(phrases.OPINION).search(lead):
-        return ""
-    if _asks_for_norm(prompt):
+    if pattern(phrases.OPINION).search(lead) or _asks_for_norm(prompt):
         return ""
     found = pattern(phrases.CONDEMNS).search(lead) or (pattern(phrases.NORM).search(lead) if prompt else None)
     if not found and pattern(phrases.URGES).search(prose):
         found = pattern(phrases.DISAPPROVES).search(lead)
     if not found and share([sentence for _, sentence in sentences(prose)], phrases.ETHICAL) > _HALF:
         found = pattern(phrases.EXHORTS).match(prose)
-    return found.group() if found and is_moral(prose) else ""
+    return found.group() if found and _is_moral(prose) else ""
 
 
 def _asks_for_norm(prompt: str) -> bool:
@@ -156,7 +154,7 @@ def _find_no_access(prose: str, prompt: str) -> str:
     return found.group() if private else ""
 
 
-def is_moral(prose: str) -> bool:
+def _is_moral(prose: str) -> bool:
     """Whether more than half of the finished sentences before any list are about right and wrong."""
     listed = pattern(phrases.LIST_ITEM).search(prose)
     return share([sentence for _, sentence in sentences(prose[: listed.start() if listed else _SERMON])]) > _HALF
@@ -187,4 +185,4 @@ def _find_console(text: str, prompt: str) -> str:
     return found.group() if found else ""
 
 
-__all__ = ["delivers", "find_evasion", "find_stance", "is_contrary", "is_moral", "share"]
+__all__ = ["delivers", "find_evasion", "find_stance", "is_contrary", "share"]
