@@ -213,6 +213,7 @@ def full_record(text: str = "Name a fruit.", *, redacted: bool = True) -> rec.Re
         output_sha256={text: "ef" * 32},
         timings_s={"find model": 1.5},
         peak_memory_bytes={"find model": 10**9},
+        work={"find model": rec.WorkPart(forward=123_456_789, backward=1, head=7)},
     )
 
 

@@ -267,6 +267,25 @@ def test_record_keeps_the_contract_with_other_programs(out: Path) -> None:
     assert {"find model", "load model", "edit weights", "answers before", "answers after"} <= data["timings_s"].keys()
     assert all(seconds >= 0 for seconds in data["timings_s"].values())
     assert all(peak > 1e6 for peak in data["peak_memory_bytes"].values())
+    assert all(work.keys() == {"forward", "backward", "head"} for work in data["work"].values())
+
+
+def test_work_is_counted_by_phase_and_equal_in_every_run(done: Record, planted: Planted, tmp_path: Path) -> None:
+    asks = {"evaluating": EvalSettings(no_cache=True)}
+    first, again = (abliterate.run(settings(planted, tmp_path / name, **asks)) for name in ("first", "again"))
+    assert again.work == first.work
+    assert again.work.items() >= done.work.items(), "its answers before may have come from the cache"
+    phases = {name for name, work in first.work.items() if work.forward}
+    assert phases == {
+        *("prove that every writer is known", "check that prompts may share work", "find refusal tokens"),
+        *("collect activations", "first tokens of validation prompts", "separate validation prompts"),
+        *("select by intervention", "activations of harmful prompts", "activations of harmless prompts"),
+        *("answers before", "answers after", "answers: random direction", "shift on harmless prompts"),
+    }
+    assert all(work.backward == 0 for work in done.work.values())
+    searching = SearchSettings(points=2, steps=4)
+    searched = abliterate.run(settings(planted, tmp_path / "searched", searching=searching)).work
+    assert {name for name, work in searched.items() if work.backward} == {"descend the gradient"}
 
 
 def test_record_says_what_was_measured_and_written(done: Record, out: Path, planted: Planted) -> None:

@@ -1,4 +1,4 @@
-"""Progress, and what each phase cost. The command line draws it; the library is silent."""
+"""Progress, and what each phase cost: seconds, memory, work. The command line draws it; the library is silent."""
 
 from __future__ import annotations
 
@@ -6,7 +6,23 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+
+#: What is done outside all phases (imports, prompts, writing the record).
+BETWEEN = "between phases"
+
+
+@dataclass(slots=True)
+class Work:
+    """What passed through a model: tokens × blocks, `forward` and `backward`, and tokens through its `head`.
+
+    Padding that was computed counts (see `model.meter`).
+    """
+
+    forward: int = 0
+    backward: int = 0
+    head: int = 0
 
 
 class Monitor:
@@ -17,7 +33,14 @@ class Monitor:
         self._started = time.perf_counter()
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.work_by_phase: dict[str, Work] = {}
         self.warnings: list[str] = []
+        self._under_way = [BETWEEN]
+
+    @property
+    def work(self) -> Work:
+        """The work of the innermost phase under way, which whoever computes adds to."""
+        return self.work_by_phase.setdefault(self._under_way[-1], Work())
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -25,19 +48,21 @@ class Monitor:
         _reset_peak()
         started = time.perf_counter()
         self.begin(name, total)
+        self._under_way.append(name)
         done = False
         try:
             yield self.advance
             done = True
         finally:
+            self._under_way.pop()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory())
             self.end(name, done=done)
 
     def timings(self) -> dict[str, float]:
-        """Seconds per phase so far, and what lay between the phases (imports, prompts, writing the record)."""
+        """Seconds per phase so far, and what lay between the phases."""
         other = time.perf_counter() - self._started - sum(self.seconds.values())
-        return {name: round(value, 3) for name, value in {**self.seconds, "between phases": other}.items()}
+        return {name: round(value, 3) for name, value in {**self.seconds, BETWEEN: other}.items()}
 
     def warn(self, text: str) -> None:
         """Say something the user must know, and keep it for the record."""

@@ -736,6 +736,17 @@ class HardeningPart(_Part):
     evaluation: EvaluationPart
 
 
+class WorkPart(_Part):
+    """What a phase passed through the model: tokens × blocks, forwards and backwards; tokens through the head.
+
+    Padding that was computed counts, a prefix that prompts share counts once.
+    """
+
+    forward: Count = 0
+    backward: Count = 0
+    head: Count = 0
+
+
 class Record(_Part):
     """What a command leaves behind."""
 
@@ -769,6 +780,7 @@ class Record(_Part):
     )
     timings_s: dict[str, float] = {}
     peak_memory_bytes: dict[str, Count] = {}
+    work: dict[str, WorkPart] = {}
 
 
 def sealed_parts(model: ModelPart) -> tuple[str, ...]:

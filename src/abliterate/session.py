@@ -22,6 +22,7 @@ from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_sh
 from abliterate.model.context import beyond, check_fits, context_of
 from abliterate.model.generation import steering
 from abliterate.model.loading import LoadedModel, load, locate
+from abliterate.model.meter import count_passes
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set, describe
@@ -174,6 +175,7 @@ def open_model(
             f"the model's generation_config asks generate() for {steered}: replies here are plain greedy, and differ"
         )
     with monitor.phase("prove that every writer is known"):
+        count_passes(loaded.model, monitor)
         anatomy = _anatomy(loaded, loading)
     warn_of_leaks(anatomy, monitor)
     return loaded, renderer, anatomy

@@ -89,17 +89,30 @@ def _selection(part: SelectionPart, layers: int | None = None, **looks: Any) -> 
 
 
 def show_timings(record: Record, console: Console) -> None:
-    """Seconds per phase and the highest peak of memory."""
+    """Seconds and work per phase, and the highest peak of memory."""
     if not record.timings_s:
         return
-    table = Table(title="Seconds per phase", title_justify="left", show_header=False)
-    table.add_column("phase")
-    table.add_column("seconds", justify="right")
+    table = Table(title="Seconds per phase", title_justify="left", show_header=bool(record.work))
+    for column in ("phase", "seconds", *(["work"] if record.work else [])):
+        table.add_column(column, justify="left" if column == "phase" else "right", no_wrap=column != "phase")
+    works = {name: work.forward + work.backward for name, work in record.work.items()}
     for name, seconds in record.timings_s.items():
-        table.add_row(name, f"{seconds:.1f}")
-    table.add_row("together", f"{sum(record.timings_s.values()):.1f}", style="bold")
+        table.add_row(name, f"{seconds:.1f}", *([_millions(works.get(name, 0))] if works else []))
+    together = [f"{sum(record.timings_s.values()):.1f}", *([_millions(sum(works.values()))] if works else [])]
+    table.add_row("together", *together, style="bold")
     write(console, table)
+    if works:
+        backward, head = (sum(getattr(work, name) for work in record.work.values()) for name in ("backward", "head"))
+        write(
+            console,
+            f"Work: millions of tokens × blocks passed, padding included ({_millions(backward)} of them backwards; "
+            f"beside that {_millions(head)} million tokens through the head).",
+        )
     write(console, f"Peak memory {max(record.peak_memory_bytes.values(), default=0) / 1e9:.2f} GB.")
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:.2f}" if count else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from abliterate.model._compat import attention_kernel, has_adapter
 from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel
+from abliterate.model.meter import changes_nothing
 from abliterate.model.on_disk import ModelOnDisk
 
 #: Of what is kept of a reply: to be raised when that changes.
@@ -102,7 +103,8 @@ def _is_foreign(model: Any) -> bool:
 
 
 def _has_hooks(model: Any) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    hooks = (hooks for one in model.modules() for hooks in (one._forward_hooks, one._forward_pre_hooks))
+    return any(not changes_nothing(hook) for some in hooks for hook in some.values())
 
 
 def _hashes(files: ModelOnDisk) -> list[tuple[str, str]]:

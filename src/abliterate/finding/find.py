@@ -98,7 +98,9 @@ def find(session: Session, settings: SelectSettings, writers: WriterSettings = W
     moments = _moments(session, [token.token for token in tokens], settings)
     candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
     probe = Probe(session, [token.token for token in tokens])
-    separated = _separation(session, candidates, probe.behaving(all_prompts=settings.all_prompts))
+    with monitor.phase("first tokens of validation prompts"):
+        behaving = probe.behaving(all_prompts=settings.all_prompts)
+    separated = _separation(session, candidates, behaving)
     trained_on = {name: moment.count for name, moment in moments.items()}
     monitor.note(
         f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +46,7 @@ def build_record(model: rec.ModelPart, monitor: Monitor, settings: Mapping[str, 
         warnings=monitor.warnings,
         timings_s=monitor.timings(),
         peak_memory_bytes=monitor.peak_bytes,
+        work={name: rec.WorkPart(**asdict(work)) for name, work in monitor.work_by_phase.items()},
         **parts,
     )
 

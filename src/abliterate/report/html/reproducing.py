@@ -42,13 +42,19 @@ def reproduce(record: Record) -> Section:
     if record.timings_s:
         peaks = record.peak_memory_bytes
         phases = [
-            [name, f"{seconds:.1f}", f"{peaks[name] / 1e9:.2f} GB" if name in peaks else ""]
+            [name, f"{seconds:.1f}", f"{peaks[name] / 1e9:.2f} GB" if name in peaks else "", *_work(record, name)]
             for name, seconds in record.timings_s.items()
         ]
-        table = Table(["phase", "seconds", "peak memory"], phases)
-        figures.append(Figure("times", "Time and memory", table))
+        columns = ["tokens × blocks forwards", "backwards", "tokens through the head"]
+        table = Table(["phase", "seconds", "peak memory", *columns], phases)
+        figures.append(Figure("times", "Time, memory and work", table))
     text = [] if record.command else ["It was started from Python; the settings below are those of abliterate.run."]
     return Section("reproduce", "How to see it again?", text, figures, code=record.command[:_LONGEST])
+
+
+def _work(record: Record, phase: str) -> list[str]:
+    work = record.work.get(phase)
+    return ["", "", ""] if work is None else [f"{n:,}" for n in (work.forward, work.backward, work.head)]
 
 
 def _flat(prefix: str, settings: dict[str, object]) -> list[tuple[str, object]]:
