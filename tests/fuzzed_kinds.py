@@ -27,7 +27,10 @@ from abliterate.errors import AbliterateError
 from abliterate.evaluation import servers
 from abliterate.evaluation.capability.tasks import load_tasks
 from abliterate.evaluation.engines.vllm import read_adapter as read_for_vllm
-from abliterate.evaluation.judging.calibration import Calibration, calibration_of, read_exchanges, read_labelled
+from abliterate.evaluation.judging.calibration import Calibration
+from abliterate.evaluation.judging.calibration import read as read_calibration
+from abliterate.evaluation.judging.drift import Profile
+from abliterate.evaluation.judging.labelled import read_exchanges, read_labelled
 from abliterate.evaluation.judging.llm import read_answer
 from abliterate.evaluation.reply_cache import kept_replies
 from abliterate.files.cache import DiskCache, digest
@@ -164,16 +167,8 @@ def _adapter_files(path: Path) -> None:
     read_shard(path.parent / "adapter_model.safetensors")
 
 
-class _Judge:
-    name, fingerprint = "scripted", "scripted-1"
-
-    def judge(self, exchanges: Any) -> list[Any]:
-        return []
-
-
 def _calibration(path: Path) -> None:
-    with mock.patch("abliterate.evaluation.judging.calibration.place", return_value=path):
-        calibration_of(_Judge())
+    read_calibration(path, "scripted-1")
 
 
 def _calibration_file() -> bytes:
@@ -184,6 +179,7 @@ def _calibration_file() -> bytes:
         source_sha256="ab" * 32,
         two_way=False,
         confusion={"refusal": {"refusal": 3, "compliance": 1}, "compliance": {"compliance": 4}},
+        profile=Profile(refused={"refusal": 3, "answer, longer": 1}, answered={"answer, longer": 4}),
     )
     return made.model_dump_json().encode()
 

@@ -194,7 +194,20 @@ def full_record(text: str = "Name a fruit.", *, redacted: bool = True) -> rec.Re
                 }
                 for state, label in (("before", "refusal"), ("after", "compliance"))
             },
-            judge=rec.JudgePart(name=text, fingerprint="1", sensitivity=(9, 10), specificity=(9, 10), labels=text),
+            judge=rec.JudgePart(
+                name=text,
+                fingerprint="1",
+                calibrations=[
+                    rec.UsedCalibrationPart(
+                        rates=["harmful", text],
+                        labels=text,
+                        sensitivity=(9, 10),
+                        specificity=(9, 10),
+                        model=text,
+                        why=text,
+                    )
+                ],
+            ),
             paired={"harmful": _paired()},
             categories={"before": {text: _rate(5), "other": _rate(6)}, "after": {text: _rate(0), "other": _rate(1)}},
             paired_categories={text: _paired()},

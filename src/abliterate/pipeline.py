@@ -410,7 +410,7 @@ def evaluate_elsewhere(
     with monitor.phase(f"open engine {engine.engine}"):
         opened_engine = open_engine(engine.engine, pair)
     states = states_of(opened_engine, edited=bool(engine.edited or engine.served_edited))
-    return evaluation_part(examine_engine(examiner, opened_engine.name, *states))
+    return evaluation_part(examine_engine(examiner, opened_engine.name, *states, model=model))
 
 
 def _evaluated(

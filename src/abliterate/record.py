@@ -264,13 +264,28 @@ class EstimatePart(_Part):
     ci95: tuple[float | None, float | None]
 
 
+class DriftPart(_Part):
+    """How far replies are unlike the labelled ones of the calibration that corrects their rate.
+
+    `unexplained` is the share of them that no mixture of labelled refusals and other labelled replies accounts for,
+    `by_chance` the median of that where nothing has changed, `p` how often it is as much by chance. `widening` is by
+    how much both ends of the corrected interval were moved out: the difference where p < 0.05, else 0.
+    """
+
+    unexplained: float
+    by_chance: float
+    p: float
+    widening: float
+
+
 class RatePart(_Part):
     """Refusals among `n` judged replies with a 95 % Wilson interval; `degenerate` replies count as not refused.
 
     Of the `refusals`, `partial` ones turn down only a part and an `evasion` delivers nothing without turning it down.
     Replies `cut_off` by length before they came to anything, and `unknown` ones, have no verdict and are not in `n`.
     `corrected` is the rate with the judge's known errors taken out (Rogan and Gladen 1978), null where they are not
-    known.
+    known. `drift` says whether the replies look unlike those that the errors were measured on; where they do the
+    interval of `corrected` is wider.
     """
 
     refusals: Count
@@ -284,6 +299,7 @@ class RatePart(_Part):
     evasion: Count = 0
     cut_off: Count = 0
     corrected: EstimatePart | None = None
+    drift: DriftPart | None = None
 
 
 class BehaviourPart(_Part):
@@ -303,14 +319,33 @@ class CandidateJudgePart(_Part):
     balanced_accuracy: EstimatePart
 
 
+class UsedCalibrationPart(_Part):
+    """Labelled replies that rates are corrected by: how often the judge was right on them, [right, of how many]."""
+
+    rates: list[str] = Field(description="Sets of prompts that it corrects; in a comparison with the entry's number.")
+    labels: str = Field(description="The labelled replies.")
+    sensitivity: tuple[Count, Count]
+    specificity: tuple[Count, Count]
+    model: str = Field("", description="Whose replies they are; empty of several models or unknown ones.")
+    prompts: str = Field("", description="Which set of prompts they answer; empty of a mixture.")
+    why: str = Field(description="Why it was chosen.")
+
+
 class JudgePart(_Part):
-    """Who judged, and how often it is right: [right, of how many] labelled replies; null where it was not measured."""
+    """Who judged, and how often it is right: [right, of how many] labelled replies.
+
+    `sensitivity`, `specificity` and `labels` stand in records of earlier versions, where one calibration corrected all
+    rates.
+    """
 
     name: str
     fingerprint: str
     sensitivity: tuple[Count, Count] | None = None
     specificity: tuple[Count, Count] | None = None
     labels: str | None = Field(None, description="The labelled replies that its error rates come from.")
+    calibrations: list[UsedCalibrationPart] = Field(
+        [], description="What rates are corrected by; empty where nothing is known."
+    )
     chosen: list[CandidateJudgePart] = Field([], description="What auto chose it from; empty of one that was named.")
 
 
@@ -688,6 +723,8 @@ class CalibrationPart(_Part):
     fingerprint: str
     source: str
     source_sha256: str
+    model: str = ""
+    prompts: str = ""
     n: Count
     unknown: Count
     accuracy: float | None

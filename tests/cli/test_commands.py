@@ -120,6 +120,27 @@ def test_show_prints_what_the_run_printed_and_where_it_comes_from(
     cli("show", planted.folder).failed(2, "expected the record of a run, found none")
 
 
+def test_calibration_is_kept_for_a_model_and_its_set(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path / "cache"))
+    file = tmp_path / "labelled.csv"
+    file.write_text("prompt,response,label\np,\"I'm sorry, but I can't help with that.\",1\np,Paris is in France.,0\n")
+    said = cli("judge", "--calibrate", file, "--model", "org/one", "--set", "harmful").out
+    assert "Corrects rates of org/one to harmful prompts." in said
+    again = cli("judge", "--calibrate", file, "--model", "one", "--set", "harmful").out
+    assert "It takes the place of the one on labelled.csv." in again
+    other = cli("judge", "--calibrate", file, "--model", "org/two").out
+    assert "Corrects rates of org/two." in other
+    assert "takes the place" not in other
+    told = json.loads(cli("judge", "--calibrate", file, "--json").out)
+    assert (told["model"], told["prompts"], told["counts"]["accuracy"]) == ("", "", [2, 2])
+    assert len(list((tmp_path / "cache" / "judges").glob("*/*.json"))) == 3
+    cli("judge", "--calibrate", file, "--model", "m", "--set", "rude").failed(
+        2, "expected harmful, harmless or borderline"
+    )
+    cli("judge", "--calibrate", file, "--set", "harmful").failed(2, "expected --model with it")
+    cli("judge", file, "--model", "m").failed(2, "expected them with --calibrate only")
+
+
 def test_json_is_the_record_and_quiet_says_nothing(
     cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path
 ) -> None:
@@ -153,7 +174,11 @@ def test_found_direction_is_verified_applied_and_evaluated(
     for part in (compared, hooked):
         assert (part["before"]["harmful"]["refusals"], part["after"]["harmful"]["refusals"]) == (24, 0)
     alone = json.loads(cli("eval", out, *prompts, "--json", "-q").out)["evaluation"]
-    assert alone["before"] == compared["after"]
+    counted = [
+        {name: {k: v for k, v in one.items() if k not in ("corrected", "drift")} for name, one in sets.items()}
+        for sets in (alone["before"], compared["after"])
+    ]
+    assert counted[0] == counted[1], "what corrects them is chosen by all replies that are compared"
 
 
 def test_answers_to_harmful_prompts_are_printed_only_when_asked_for(

@@ -23,13 +23,15 @@ from abliterate.errors import AbliterateError, PromptError
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict
 from abliterate.evaluation.judging.calibration import (
     Calibration,
-    Labelled,
-    calibration_of,
+    SetName,
+    builtin_calibrations,
     compare,
-    read_exchanges,
-    read_labelled,
+    folder_of,
+    own_calibrations,
     store,
 )
+from abliterate.evaluation.judging.labelled import Labelled, read_exchanges, read_labelled
+from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.statistics import rogan_gladen, wilson
 from abliterate.record import JudgedPart
 
@@ -195,15 +197,17 @@ R, P, C, D, U = Label.REFUSAL, Label.PARTIAL, Label.COMPLIANCE, Label.DEGENERATE
 E, CUT = Label.EVASION, Label.CUT_OFF
 
 
-def calibrate(judge: Judge, path: Path) -> Calibration:
+def calibrate(judge: Judge, path: Path, model: str = "", prompts: SetName = "") -> Calibration:
     labelled = read_labelled(path)
-    return compare(judge, labelled, judge.judge(labelled.exchanges), path)
+    return compare(judge, labelled, judge.judge(labelled.exchanges), path, model=model, prompts=prompts)
 
 
-def calibration(tmp_path: Path, pairs: Sequence[tuple[Label, Label]], fingerprint: str = "scripted-1") -> Calibration:
+def calibration(
+    tmp_path: Path, pairs: Sequence[tuple[Label, Label]], *, model: str = "", prompts: SetName = ""
+) -> Calibration:
     """The calibration of a judge that calls replies (label, verdict)."""
     path = write(tmp_path, HEADER + "".join(f"p,r,{label.value}\n" for label, _ in pairs))
-    return calibrate(Scripted([verdict for _, verdict in pairs], fingerprint=fingerprint), path)
+    return calibrate(Scripted([verdict for _, verdict in pairs]), path, model, prompts)
 
 
 def test_figures_are_two_way_and_unknown_is_neither(tmp_path: Path) -> None:
@@ -251,40 +255,38 @@ def test_a_verdict_too_few_is_an_error_of_the_judge(tmp_path: Path) -> None:
 # Keeping
 
 
-def test_stored_calibration_comes_back_for_the_same_state_only(tmp_path: Path, cache: Path) -> None:
+def test_stored_calibrations_come_back_for_the_same_state_only(tmp_path: Path, cache: Path) -> None:
     found = calibration(tmp_path, [(R, R), (C, R), (C, C)])
-    assert calibration_of(Scripted([])) is None
+    assert own_calibrations(Scripted([])) == []
     path = store(found)
-    assert path.parent == cache / "judges"
-    assert path.stem == hashlib.sha256(b"scripted-1").hexdigest()
+    assert path.parent == folder_of("scripted-1") == cache / "judges" / hashlib.sha256(b"scripted-1").hexdigest()
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert calibration_of(Scripted([])) == found
-    assert calibration_of(Scripted([], fingerprint="scripted-2")) is None
+    assert own_calibrations(Scripted([])) == [found]
+    assert own_calibrations(Scripted([], fingerprint="scripted-2")) == []
     newer = calibration(tmp_path, [(R, C), (C, C)])
     store(newer)
-    assert calibration_of(Scripted([])) == newer
+    assert own_calibrations(Scripted([])) == [newer]
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_the_users_own_calibration_stands_before_the_builtin_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours = calibration(tmp_path, [(R, R), (C, C)], fingerprint="rules-x")
-    theirs = calibration(tmp_path, [(R, C), (C, C)], fingerprint="rules-x")
-    monkeypatch.setattr("abliterate.evaluation.judging.calibration._builtin", lambda: {"rules-x": ours})
-    judge = Scripted([], fingerprint="rules-x")
-    assert calibration_of(judge) == ours
-    assert calibration_of(Scripted([])) is None
-    store(theirs)
-    assert calibration_of(judge) == theirs
+def test_each_model_and_set_of_prompts_has_a_calibration_of_its_own(tmp_path: Path) -> None:
+    of: list[tuple[str, SetName]] = [("", ""), ("org/one", ""), ("org/one", "harmful"), ("org/two", "harmful")]
+    made = [calibration(tmp_path, [(R, R), (C, C)], model=model, prompts=prompts) for model, prompts in of]
+    assert len({store(one) for one in made}) == 4
+    again = calibration(tmp_path, [(R, C), (C, C)], model="/models/One/", prompts="harmful")
+    store(again)
+    kept = own_calibrations(Scripted([]))
+    assert len(kept) == 4
+    assert again in kept
+    assert made[2] not in kept, "the same model, named by its folder"
 
 
-def test_builtin_table_reads_and_speaks_of_its_keys() -> None:
-    from abliterate.evaluation.judging.calibration import _builtin
-
-    assert all(found.fingerprint == key for key, found in _builtin().items())
-    found = calibration_of(RuleJudge())
-    assert found is None or found.judge == "rules"
+def test_builtin_calibrations_are_of_the_judges_as_they_are() -> None:
+    for judge in (RuleJudge(), LearntJudge()):
+        found = builtin_calibrations(judge)
+        assert len(found) == 3, "run scripts/calibrate_judges.py after a change of the judge"
+        assert {one.judge for one in found} == {judge.name}
+    assert builtin_calibrations(Scripted([])) == []
 
 
 @pytest.mark.parametrize(
@@ -301,11 +303,11 @@ def test_builtin_table_reads_and_speaks_of_its_keys() -> None:
 )
 def test_damaged_file_is_one_clear_line(tmp_path: Path, change: object, message: str) -> None:
     path = store(calibration(tmp_path, [(R, R), (C, C)]))
-    assert calibration_of(Scripted([])) is not None
+    assert own_calibrations(Scripted([]))
     assert callable(change)
     path.write_bytes(change(path.read_bytes()))
     with pytest.raises(AbliterateError, match=message) as caught:
-        calibration_of(Scripted([]))
+        own_calibrations(Scripted([]))
     assert "\n" not in str(caught.value)
     assert "delete it and calibrate again" in str(caught.value)
 
@@ -327,7 +329,7 @@ def test_a_write_that_fails_leaves_the_earlier_file(tmp_path: Path, monkeypatch:
     with pytest.raises(AbliterateError, match="No space left"):
         store(calibration(tmp_path, [(R, C)]))
     assert os.listdir(path.parent) == [path.name]
-    assert calibration_of(Scripted([])) == earlier
+    assert own_calibrations(Scripted([])) == [earlier]
 
 
 # Showing

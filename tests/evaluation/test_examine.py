@@ -48,7 +48,7 @@ from abliterate.evaluation.examine import (
     shift_of,
 )
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
-from abliterate.evaluation.judging.calibration import place
+from abliterate.evaluation.judging.calibration import folder_of
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.results import Answers
 from abliterate.model.batches import Encoded
@@ -617,7 +617,7 @@ def test_compare_asks_with_the_thinking_open(thinker: Thinker, tmp_path: Path) -
 @pytest.fixture
 def damaged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path / "cache"))
-    path = place(RuleJudge.fingerprint)
+    path = folder_of(RuleJudge.fingerprint) / "any.json"
     path.parent.mkdir(parents=True)
     path.write_text("{")
     return path

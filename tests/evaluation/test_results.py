@@ -39,7 +39,7 @@ R, C, D, U = Label.REFUSAL, Label.COMPLIANCE, Label.DEGENERATE, Label.UNKNOWN
 def answers(labels: Sequence[Label], prompts: Sequence[str] | None = None, tokens: Sequence[int] = (1,)) -> Answers:
     names = tuple(prompts or (f"prompt {i}" for i in range(len(labels))))
     reply = Reply(tuple(tokens), "text", ended=True)
-    return Answers(names, (reply,) * len(labels), tuple(Verdict(label) for label in labels))
+    return Answers(names, (reply,) * len(labels), tuple(map(Verdict, labels)), ("text",) * len(labels))
 
 
 # --- pairs

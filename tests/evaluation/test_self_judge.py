@@ -30,7 +30,7 @@ from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.compare import compare
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict, auto, self_judge
 from abliterate.evaluation.judging.auto import ChosenJudge, Measured, choose
-from abliterate.evaluation.judging.calibration import place
+from abliterate.evaluation.judging.calibration import folder_of
 from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
 from abliterate.evaluation.judging.self_judge import HEAD, TAIL, fit, open_self, question
 from abliterate.evaluation.judging.shipped import ShippedExchange, clear_exchanges
@@ -319,7 +319,7 @@ def test_engines_elsewhere_have_no_model_to_ask(spec: str, judging: planted.Plan
 
 
 def test_damaged_calibration_of_what_auto_chose_is_an_error_at_once() -> None:
-    file = place(choose(None, Monitor()).fingerprint)
+    file = folder_of(choose(None, Monitor()).fingerprint) / "any.json"
     file.parent.mkdir(parents=True)
     file.write_text("{")
     with pytest.raises(AbliterateError, match="expected a calibration"):
@@ -366,10 +366,10 @@ def test_better_reader_is_chosen_and_said(order: tuple[int, int], monkeypatch: p
     assert len(notes.notes) == 1
     assert notes.notes[0].startswith("judge auto: fine (balanced accuracy")
     assert "poor 50 % [" in notes.notes[0]
-    part = judge_part(chosen, None)
+    part = judge_part(chosen)
     assert [(one.name, sum(one.recall), sum(one.specificity)) for one in part.chosen][order.index(1)][0] == "fine"
     assert re.search(r"Judge: fine, chosen by balanced accuracy \(.*poor 50 % \[\d+, \d+\]", judged_by(part))
-    assert "chosen" not in judged_by(judge_part(judges[0], None)), "control: a judge that was named"
+    assert "chosen" not in judged_by(judge_part(judges[0])), "control: a judge that was named"
     asked = [judge.asked for judge in judges]
     assert choose(None, notes).measured == chosen.measured
     assert [judge.asked for judge in judges] == asked, "what was measured is kept"

@@ -25,7 +25,7 @@ from abliterate.config import (
     ThinkingSettings,
 )
 from abliterate.errors import UsageError
-from abliterate.report.wording import SETS, judged_by
+from abliterate.report.wording import SETS, drifted, judged_by, replies_of
 
 if TYPE_CHECKING:
     from abliterate.record import ComparisonPart, ContenderPart, EstimatePart, RatePart, ShiftPart
@@ -76,7 +76,9 @@ def show_comparison(part: ComparisonPart, console: Console) -> None:
         write(console, f"{number}  {entry.name}", whole=True)
     states = [(str(number), entry.behaviour, entry.paired) for number, entry in enumerate(part.entries, 1)]
     print_rates("Refusals on held-out prompts; change from 1", states, console)
-    write(console, judged_by(part.judge), style="dim")
+    write(console, f"{replies_of(part.settings['max_new_tokens'])}. {judged_by(part.judge)}", style="dim")
+    if unlike := drifted(states):
+        write(console, unlike, style="dim")
     table = Table(title="Harmless prompts: shift from 1 in nats per token, length", title_justify="left", **PLAIN)
     for column in ("", "KL, first token", "KL, reply", "ΔNLL of own replies", "tokens", "repeated"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)

@@ -6,9 +6,10 @@ import csv
 import io
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -20,7 +21,8 @@ from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
     from abliterate.evaluation.judging.base import Exchange, Judge, Label, Verdict
-    from abliterate.evaluation.judging.calibration import Calibration, Labelled
+    from abliterate.evaluation.judging.calibration import Calibration, SetName
+    from abliterate.evaluation.judging.labelled import Labelled
     from abliterate.evaluation.statistics import Share
     from abliterate.record import CalibrationPart, JudgedPart
 
@@ -34,7 +36,7 @@ def label_file(judge: Judge, path: Path) -> list[JudgedPart]:
 
     Written as CSV or JSON lines, the rows are a labelled file that a person can correct. Raises PromptError.
     """
-    from abliterate.evaluation.judging.calibration import read_exchanges
+    from abliterate.evaluation.judging.labelled import read_exchanges
     from abliterate.record import JudgedPart
 
     exchanges = read_exchanges(path)
@@ -64,7 +66,7 @@ def calibration_part(calibration: Calibration, stored: Path | None = None) -> Ca
     for name, share in shares.items():
         figures |= {name: finite(share.value), f"{name}_ci95": share.ci95}
     return CalibrationPart(
-        **calibration.model_dump(mode="json"),
+        **calibration.model_dump(mode="json", exclude={"profile"}),
         **figures,
         n=calibration.n,
         unknown=calibration.unknown,
@@ -83,7 +85,15 @@ def show_calibration(calibration: Calibration, console: Console, stored: Path | 
     if calibration.two_way:
         _say(console, "Labels of 1 and 0 say refused or not: a partial refusal counts as 1, broken text as 0.")
     if stored is not None:
-        _say(console, f"Stored: {stored}")
+        _say(console, f"Corrects {_what_it_corrects(calibration)}. Stored: {stored}")
+
+
+def _what_it_corrects(calibration: Calibration) -> str:
+    """For which rates the calibration will be taken."""
+    if not calibration.model:
+        return "rates whose replies are nearest to these (name their model with --model)"
+    to = f" to {calibration.prompts} prompts" if calibration.prompts else ""
+    return f"rates of {calibration.model}{to}"
 
 
 def _show_figures(calibration: Calibration, console: Console) -> None:
@@ -173,6 +183,17 @@ def judge(
     spec: Annotated[
         str, typer.Option("--judge", help="auto, rules, learnt, minos, protectai, classifier:ID, llm:MODEL@URL …")
     ] = "rules",
+    model: Annotated[
+        str | None, typer.Option(help="With --calibrate: the model whose replies they are.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--set",
+            help="With --calibrate: which prompts they answer (harmful, harmless, borderline); default: a mixture.",
+            show_default=False,
+        ),
+    ] = None,
     errors: Annotated[bool, typer.Option(help="List the replies that it calls otherwise than labelled.")] = False,
     device: Annotated[str, typer.Option(help="Where a classifier runs: auto, cpu, cuda …")] = "auto",
     as_json: Json = False,
@@ -184,6 +205,8 @@ def judge(
     from abliterate.monitor import Monitor
 
     if replies is not None:
+        if model is not None or prompts is not None:
+            raise UsageError("--model, --set: expected them with --calibrate only")
         rows = label_file(bind_judge(open_judge(spec, device=device), None, Monitor()), replies)
         if as_json:
             write_json(json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False))
@@ -191,17 +214,29 @@ def judge(
             write_csv(as_csv(rows))
         return
     if calibrate is not None:
-        _calibrate(bind_judge(open_judge(spec, device=device), None, Monitor()), calibrate, errors, as_json)
+        of = _whose(model, prompts)
+        _calibrate(bind_judge(open_judge(spec, device=device), None, Monitor()), calibrate, of, errors, as_json)
 
 
-def _calibrate(chosen: Judge, path: Path, errors: bool, as_json: bool) -> None:
+def _whose(model: str | None, prompts: str | None) -> tuple[str, SetName]:
+    """The model and the set of prompts that a calibration is for; "" where that is not said."""
+    if prompts not in (None, "harmful", "harmless", "borderline"):
+        raise UsageError(f"--set {prompts[:60]}: expected harmful, harmless or borderline")
+    if prompts is not None and model is None:
+        raise UsageError("--set: expected --model with it")
+    return model or "", cast("SetName", prompts or "")
+
+
+def _calibrate(chosen: Judge, path: Path, of: tuple[str, SetName], errors: bool, as_json: bool) -> None:
     """Measure a judge on the labelled replies of a file, keep the result, and show it."""
     from abliterate.evaluation.judging import calibration
+    from abliterate.evaluation.judging.labelled import read_labelled
 
-    labelled = calibration.read_labelled(path)
+    labelled = read_labelled(path)
     verdicts = chosen.judge(labelled.exchanges)
-    result = calibration.compare(chosen, labelled, verdicts, path)
-    replaced = calibration.calibration_of(chosen)
+    result = calibration.compare(chosen, labelled, verdicts, path, model=of[0], prompts=of[1])
+    place = calibration.place(result)
+    replaced = calibration.read(place, result.fingerprint) if os.path.lexists(place) else None
     stored = calibration.store(result)
     if as_json:
         write_json(calibration_part(result, stored).model_dump_json(indent=1))
@@ -209,7 +244,6 @@ def _calibrate(chosen: Judge, path: Path, errors: bool, as_json: bool) -> None:
     console = terminal()
     show_calibration(result, console, stored)
     if replaced is not None:
-        text = f"It takes the place of the one on {replaced.source}; remove that file to have the built-in one again."
-        _say(console, text)
+        _say(console, f"It takes the place of the one on {replaced.source}.")
     if errors:
         show_errors(labelled, verdicts, console)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from abliterate.cli.terminal import Table, plain, write
-from abliterate.report.wording import SETS, estimate, judged_by, others, pvalue, rate, states_of
+from abliterate.report.wording import SETS, drifted, estimate, judged_by, others, pvalue, rate, replies_of, states_of
 
 if TYPE_CHECKING:
     from abliterate.record import (
@@ -53,8 +53,11 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
 def _show_rates(part: EvaluationPart, console: Console) -> None:
     measured = states_of(part) if part.after is not None else [("", part.before, {})]
     print_rates("Refusals on held-out prompts", measured, console)
+    write(console, f"{replies_of(part.max_new_tokens)}.", style="dim")
     if part.judge is not None:
         write(console, judged_by(part.judge), style="dim")
+    if unlike := drifted(measured):
+        write(console, unlike, style="dim")
 
 
 def print_rates(title: str, states: list[State], console: Console) -> None:

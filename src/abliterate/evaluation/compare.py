@@ -25,11 +25,12 @@ from abliterate.evaluation.examine import (
     shift_of,
 )
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.judging.calibration import Calibration, calibration_of
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import (
+    Corrections,
     behaviour_part,
     capability_parts,
+    corrections_of,
     estimate_part,
     judge_part,
     paired_parts,
@@ -145,9 +146,14 @@ def _beside(
 
 
 def _part(entries: Sequence[_Entry], judge: Judge, first: Session, evaluating: EvalSettings) -> ComparisonPart:
-    calibration = calibration_of(judge)
+    corrections = [corrections_of(judge, entry.contender.model, [entry.answers]) for entry in entries]
+    named = {
+        f"{name} {number}": chosen  # as tables name the entries
+        for number, found in enumerate(corrections, 1)
+        for name, chosen in found.items()
+    }
     return ComparisonPart(
-        judge=judge_part(judge, calibration),
+        judge=judge_part(judge, named),
         versions=versions(),
         settings=evaluating.model_dump(mode="json"),
         sources=first.prompts.sources,
@@ -155,15 +161,15 @@ def _part(entries: Sequence[_Entry], judge: Judge, first: Session, evaluating: E
         dropped=dict(first.prompts.dropped),
         prompts_sha256=first.prompts.sha256,
         reference=entries[0].contender.name,
-        entries=[_contender_part(entry, entries[0], calibration) for entry in entries],
+        entries=[_contender_part(entry, entries[0], found) for entry, found in zip(entries, corrections, strict=True)],
     )
 
 
-def _contender_part(entry: _Entry, first: _Entry, calibration: Calibration | None) -> ContenderPart:
+def _contender_part(entry: _Entry, first: _Entry, corrections: Corrections) -> ContenderPart:
     style, other = manner(entry.answers["harmless"]), None if entry is first else entry
     return ContenderPart(
         name=entry.contender.name,
-        behaviour=behaviour_part(entry.answers, calibration),
+        behaviour=behaviour_part(entry.answers, corrections),
         tokens=estimate_part(style.tokens),
         repetition=estimate_part(style.repetition),
         capability=capability_parts(first.scores, None if other is None else other.scores),

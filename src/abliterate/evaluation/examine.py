@@ -40,7 +40,7 @@ from abliterate.evaluation.capability import (
     load_tasks,
 )
 from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
-from abliterate.evaluation.judging.calibration import calibration_of
+from abliterate.evaluation.judging.calibration import own_calibrations
 from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
 from abliterate.model.batches import Encoded, share_prefixes
@@ -227,8 +227,9 @@ class ControlEffect:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """All that was measured; of one model alone only `before`. `thinking` has the answers with open thinking."""
+    """All that was measured of `model`; alone only `before`. `thinking` has the answers with open thinking."""
 
+    model: str
     settings: EvalSettings
     judge: Judge
     prompts: ContrastiveSet
@@ -251,7 +252,7 @@ def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge
     gives no verdict.
     """
     judge = open_judge("rules" if settings.early_stop and settings.judge == "auto" else settings.judge, device=device)
-    calibration_of(judge)  # a damaged one is an error now and not at the end
+    own_calibrations(judge)  # a damaged one is an error now and not at the end
     if isinstance(judge, RuleJudge | PendingJudge):
         return judge
     with monitor.phase("try the judge"):
@@ -321,6 +322,7 @@ def examine(
     thinking = _answered(examiner, base, edited, thinking=True) if examiner.settings.thinking == "both" else None
     scores = exam.take(base, "capability before")
     return Evaluation(
+        base.session.loaded.files.name,
         examiner.settings,
         examiner.judge,
         examiner.prompts,
@@ -333,12 +335,14 @@ def examine(
     )
 
 
-def examine_engine(examiner: Examiner, name: str, base: Answering, edited: Answering | None = None) -> Evaluation:
-    """Ask the models behind the engine `name`. It gives replies only: there is no shift and no control."""
+def examine_engine(
+    examiner: Examiner, name: str, base: Answering, edited: Answering | None = None, *, model: str = ""
+) -> Evaluation:
+    """Ask `model`, and an edited one, behind the engine `name`. It gives replies only: no shift and no control."""
     before, after = _answered(examiner, base, edited, thinking=examiner.thinks_first)
     thinking = _answered(examiner, base, edited, thinking=True) if examiner.settings.thinking == "both" else None
     settings, judge, prompts = examiner.settings, examiner.judge, examiner.prompts
-    return Evaluation(settings, judge, prompts, before, after, thinking=thinking, engine=name)
+    return Evaluation(model, settings, judge, prompts, before, after, thinking=thinking, engine=name)
 
 
 def _answered(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from abliterate import record as rec
@@ -10,23 +12,29 @@ from abliterate.evaluation.capability import Score, ScoreChange, change, score_c
 from abliterate.evaluation.examine import CapabilityScores, Evaluation, Sets
 from abliterate.evaluation.judging import Judge, Tally, Verdict
 from abliterate.evaluation.judging.auto import ChosenJudge, Measured
-from abliterate.evaluation.judging.calibration import Calibration, calibration_of
+from abliterate.evaluation.judging.calibration import Calibration
+from abliterate.evaluation.judging.correction import ChosenCalibration, choose_calibration
+from abliterate.evaluation.judging.drift import Drift, bins_of, drift
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner, manner_change, paired, refused
 from abliterate.evaluation.statistics import Z95, Estimate, wilson
+
+#: What corrects the rates of each set of prompts.
+Corrections = Mapping[str, ChosenCalibration]
 
 
 def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
     """The evaluation as it stands in the record, with answers to harmful prompts redacted unless asked for."""
-    settings, calibration = evaluation.settings, calibration_of(evaluation.judge)
+    settings = evaluation.settings
     states = {"before": evaluation.before} | ({} if evaluation.after is None else {"after": evaluation.after})
-    behaviour = {name: behaviour_part(sets, calibration) for name, sets in states.items()}
+    corrections = corrections_of(evaluation.judge, evaluation.model, list(states.values()))
+    behaviour = {name: behaviour_part(sets, corrections) for name, sets in states.items()}
     return rec.EvaluationPart(
         max_new_tokens=settings.max_new_tokens,
         before=behaviour["before"],
         after=behaviour.get("after"),
         shift=None if evaluation.shift is None else shift_part(evaluation.shift),
         answers={name: answer_parts(sets, keep=settings.keep_completions) for name, sets in states.items()},
-        judge=judge_part(evaluation.judge, calibration),
+        judge=judge_part(evaluation.judge, corrections),
         thinking_open=settings.thinking == "open",
         engine=evaluation.engine,
         sources=evaluation.prompts.sources,
@@ -35,25 +43,54 @@ def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
         paired=paired_parts(evaluation.before, evaluation.after),
         degenerate=paired_parts(evaluation.before, evaluation.after, degenerate),
         categories={
-            name: {key: rate_part(one.tally, calibration) for key, one in sets["harmful"].by_category().items()}
+            name: {
+                key: _corrected(one, corrections.get("harmful")) for key, one in sets["harmful"].by_category().items()
+            }
             for name, sets in states.items()
         },
         paired_categories=paired_parts(_categories(evaluation.before), _categories(evaluation.after)),
         manner=manner_parts(evaluation.before, evaluation.after),
-        control=_control_part(evaluation, calibration),
-        thinking=_thinking_part(evaluation, calibration),
+        control=_control_part(evaluation, corrections),
+        thinking=_thinking_part(evaluation, corrections),
         capability=capability_parts(*evaluation.capability),
     )
 
 
-def behaviour_part(answers: Sets, calibration: Calibration | None = None) -> rec.BehaviourPart:
+def corrections_of(judge: Judge, model: str, states: Sequence[Sets]) -> dict[str, ChosenCalibration]:
+    """What corrects the rates of each set of prompts: one calibration for all states of a model, chosen by them all.
+
+    Raises `AbliterateError` when a calibration is damaged.
+    """
+    found = {}
+    for name in states[0]:
+        bins = sum((_bins(sets[name]) for sets in states), Counter[str]())
+        if (chosen := choose_calibration(judge, model, name, bins)) is not None:
+            found[name] = chosen
+    return found
+
+
+def _bins(answers: Answers) -> Counter[str]:
+    return bins_of(answers.verdicts, answers.texts)
+
+
+def behaviour_part(answers: Sets, corrections: Corrections = MappingProxyType({})) -> rec.BehaviourPart:
     """Counts, rates and intervals of every set."""
-    return rec.BehaviourPart(**{name: rate_part(group.tally, calibration) for name, group in answers.items()})
+    return rec.BehaviourPart(**{name: _corrected(group, corrections.get(name)) for name, group in answers.items()})
 
 
-def rate_part(tally: Tally, calibration: Calibration | None = None) -> rec.RatePart:
-    """A tally with its rate and interval; corrected where the judge's errors are known."""
-    corrected = None if calibration is None else calibration.corrected(tally.refusals, tally.n)
+def _corrected(group: Answers, chosen: ChosenCalibration | None) -> rec.RatePart:
+    if chosen is None:
+        return rate_part(group.tally)
+    return rate_part(group.tally, chosen.calibration, drift(chosen.calibration.profile, _bins(group)))
+
+
+def rate_part(tally: Tally, calibration: Calibration | None = None, moved: Drift | None = None) -> rec.RatePart:
+    """A tally with its rate and interval; corrected where the judge's errors are known.
+
+    `moved` says how far the replies are unlike those of the calibration.
+    """
+    widening = 0.0 if moved is None else moved.widening
+    corrected = None if calibration is None else calibration.corrected(tally.refusals, tally.n, widening)
     return rec.RatePart(
         refusals=tally.refusals,
         degenerate=tally.degenerate,
@@ -66,7 +103,13 @@ def rate_part(tally: Tally, calibration: Calibration | None = None) -> rec.RateP
         evasion=tally.evasion,
         cut_off=tally.cut_off,
         corrected=None if corrected is None else estimate_part(corrected),
+        drift=None if corrected is None or moved is None else drift_part(moved),
     )
+
+
+def drift_part(moved: Drift) -> rec.DriftPart:
+    """How far replies are unlike those of a calibration."""
+    return rec.DriftPart(unexplained=moved.unexplained, by_chance=moved.by_chance, p=moved.p, widening=moved.widening)
 
 
 def estimate_part(estimate: Estimate) -> rec.EstimatePart:
@@ -75,18 +118,27 @@ def estimate_part(estimate: Estimate) -> rec.EstimatePart:
     return rec.EstimatePart(value=rec.finite(estimate.value), ci95=(rec.finite(low), rec.finite(high)))
 
 
-def judge_part(judge: Judge, calibration: Calibration | None) -> rec.JudgePart:
-    """The judge, its known error rates, and what it was chosen from."""
-    chosen = [candidate_part(one) for one in judge.measured] if isinstance(judge, ChosenJudge) else []
-    if calibration is None:
-        return rec.JudgePart(name=judge.name, fingerprint=judge.fingerprint, chosen=chosen)
-    return rec.JudgePart(
-        name=judge.name,
-        fingerprint=judge.fingerprint,
-        chosen=chosen,
+def judge_part(judge: Judge, corrections: Corrections = MappingProxyType({})) -> rec.JudgePart:
+    """The judge, its known error rates by what they correct, and what it was chosen from."""
+    rates: dict[tuple[str, str], list[str]] = {}
+    for name, chosen in corrections.items():
+        rates.setdefault((chosen.calibration.model_dump_json(), chosen.why), []).append(name)
+    used = [used_part(corrections[names[0]], names) for names in rates.values()]
+    candidates = [candidate_part(one) for one in judge.measured] if isinstance(judge, ChosenJudge) else []
+    return rec.JudgePart(name=judge.name, fingerprint=judge.fingerprint, calibrations=used, chosen=candidates)
+
+
+def used_part(chosen: ChosenCalibration, rates: list[str]) -> rec.UsedCalibrationPart:
+    """The calibration that corrects `rates`, and why."""
+    calibration = chosen.calibration
+    return rec.UsedCalibrationPart(
+        rates=rates,
+        labels=calibration.source,
         sensitivity=tuple(calibration.recall),
         specificity=tuple(calibration.specificity),
-        labels=calibration.source,
+        model=calibration.model,
+        prompts=calibration.prompts,
+        why=chosen.why,
     )
 
 
@@ -165,13 +217,13 @@ def shift_part(shift: Shift) -> rec.ShiftPart:
     )
 
 
-def _control_part(evaluation: Evaluation, calibration: Calibration | None) -> rec.ControlEffectPart | None:
+def _control_part(evaluation: Evaluation, corrections: Corrections) -> rec.ControlEffectPart | None:
     effect = evaluation.control
     if effect is None:
         return None
     return rec.ControlEffectPart(
         seed=effect.control.seed,
-        behaviour=behaviour_part(effect.answers, calibration),
+        behaviour=behaviour_part(effect.answers, corrections),
         paired=paired_parts(evaluation.before, effect.answers),
         degenerate=paired_parts(evaluation.before, effect.answers, degenerate),
         manner=manner_parts(evaluation.before, effect.answers),
@@ -181,14 +233,14 @@ def _control_part(evaluation: Evaluation, calibration: Calibration | None) -> re
     )
 
 
-def _thinking_part(evaluation: Evaluation, calibration: Calibration | None) -> rec.ThinkingPart | None:
+def _thinking_part(evaluation: Evaluation, corrections: Corrections) -> rec.ThinkingPart | None:
     if evaluation.thinking is None:
         return None
     before, after = evaluation.thinking
     return rec.ThinkingPart(
         max_new_tokens=evaluation.settings.max_new_tokens + evaluation.settings.thinking_tokens,
-        before=behaviour_part(before, calibration),
-        after=None if after is None else behaviour_part(after, calibration),
+        before=behaviour_part(before, corrections),
+        after=None if after is None else behaviour_part(after, corrections),
         paired=paired_parts(before, after),
     )
 

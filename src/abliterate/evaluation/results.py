@@ -23,11 +23,15 @@ _WORST = 3
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Replies to one set of prompts, judged. A prompt may know its `category`."""
+    """Replies to one set of prompts, judged. A prompt may know its `category`.
+
+    `texts` is what the judge read of each reply: without its thinking, "" where that never ended.
+    """
 
     prompts: tuple[str, ...]
     replies: tuple[Reply, ...]
     verdicts: tuple[Verdict, ...]
+    texts: tuple[str, ...]
 
     @property
     def tally(self) -> Tally:
@@ -43,9 +47,8 @@ class Answers:
         return {category: self._take(chosen) for category, chosen in rows.items()}
 
     def _take(self, rows: Sequence[int]) -> Answers:
-        groups = (self.prompts, self.replies, self.verdicts)
-        prompts, replies, verdicts = (tuple(group[row] for row in rows) for group in groups)
-        return Answers(prompts, replies, verdicts)  # type: ignore[arg-type]
+        groups = (self.prompts, self.replies, self.verdicts, self.texts)
+        return Answers(*(tuple(group[row] for row in rows) for group in groups))  # type: ignore[arg-type]
 
 
 def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str | None], judge: Judge) -> Answers:
@@ -59,7 +62,7 @@ def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str
     for row, verdict in zip(rows, judge.judge(exchanges), strict=True):
         cut = verdict.label is Label.COMPLIANCE and _was_cut(replies[row]) and is_cut_off(texts[row] or "")
         verdicts[row] = Verdict(Label.CUT_OFF, "ended by length before it came to anything") if cut else verdict
-    return Answers(tuple(prompts), tuple(replies), tuple(verdicts))
+    return Answers(tuple(prompts), tuple(replies), tuple(verdicts), tuple(text or "" for text in texts))
 
 
 def _was_cut(reply: Reply) -> bool:

@@ -21,7 +21,7 @@ from abliterate.record import (
     Record,
     grouped,
 )
-from abliterate.report.wording import SETS, _between, edited, estimate, judged_by, rate, states_of
+from abliterate.report.wording import SETS, _between, drifted, edited, estimate, judged_by, rate, replies_of, states_of
 from abliterate.texts import markdown, markdown_code, printable
 
 NOTICE = """\
@@ -232,8 +232,9 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
             for name in SETS
         ),
         "",
-        f"Greedy replies of at most {evaluation.max_new_tokens} tokens; brackets are 95 % Wilson intervals. "
-        + ("" if evaluation.judge is None else markdown(judged_by(evaluation.judge))),
+        f"{replies_of(evaluation.max_new_tokens)}; brackets are 95 % Wilson intervals. "
+        + ("" if evaluation.judge is None else markdown(judged_by(evaluation.judge)))
+        + markdown(f" {drifted(measured)}".rstrip()),
         "",
     ]
     return [*lines, *_shifted(evaluation), *_capable(evaluation)]

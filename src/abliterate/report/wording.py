@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         Record,
         RepairPart,
         ThinkingPart,
+        UsedCalibrationPart,
     )
 
     #: One state of a model: its name, its rates, and how each prompt changed.
@@ -137,20 +138,52 @@ def pvalue(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
+def replies_of(max_new_tokens: int) -> str:
+    """How the replies that rates speak of were made: 'Greedy replies of at most 128 tokens'."""
+    return f"Greedy replies of at most {max_new_tokens} tokens"
+
+
 def judged_by(judge: JudgePart) -> str:
-    """Who judged, and how often it is right on labelled replies."""
-    (hits, of), (rejections, rest) = judge.sensitivity or (0, 0), judge.specificity or (0, 0)
-    among = _chosen_among(judge)
-    if not of or not rest:
-        known = "its error rates are not known (abliterate judge --calibrate FILE measures them)"
-        return f"Judge: {judge.name}{among}; {known}."
-    known = (
-        f"Judge: {judge.name}{among}; finds {hits}/{of} = {hits / of:.0%} of refusals, clears {rejections}/{rest} = "
-        f"{rejections / rest:.0%} of other replies ({judge.labels})."
-    ).replace("%", " %")
-    if hits / of + rejections / rest <= 1:
-        return f"{known} That is no better than chance: its rates mean nothing."
-    return f"{known} Corrected rates (Rogan-Gladen) are right where it errs as often as there."
+    """Who judged, and how often it is right on labelled replies; of each calibration what it corrects, and why."""
+    from abliterate.record import UsedCalibrationPart
+
+    name, used = f"Judge: {judge.name}{_chosen_among(judge)}", judge.calibrations
+    if not used and judge.sensitivity and judge.specificity:
+        known = {"sensitivity": judge.sensitivity, "specificity": judge.specificity, "labels": judge.labels or ""}
+        used = [UsedCalibrationPart(rates=["all sets"], why="the only one there is", **known)]
+    if not all(one.sensitivity[1] and one.specificity[1] for one in used) or not used:
+        return f"{name}; its error rates are not known (abliterate judge --calibrate FILE measures them)."
+    lines = [f"{name}. Corrected (Rogan-Gladen) by labelled replies, right where it errs as often as there:"]
+    lines += [f"{', '.join(one.rates)}: {_errors(one)}." for one in used]
+    return " ".join(lines)
+
+
+def _errors(one: UsedCalibrationPart) -> str:
+    """'finds 60/66 = 91 % of refusals, clears 204/204 = 100 % of other replies (FILE; the nearest of 3)'."""
+    (hits, of), (rejections, rest) = one.sensitivity, one.specificity
+    found = f"finds {hits}/{of} = {hits / of:.0%} of refusals"
+    said = f"{found}, clears {rejections}/{rest} = {rejections / rest:.0%} of other replies".replace("%", " %")
+    chance = ", which is no better than chance: the rates mean nothing" if hits / of + rejections / rest <= 1 else ""
+    return f"{said}{chance} ({one.labels}; {one.why})"
+
+
+def drifted(states: list[State]) -> str:
+    """Which replies are unlike the labelled ones that correct their rate, and what follows; "" where none are."""
+    found = [
+        f"{name} {state}".strip()
+        + f" ({part.drift.unexplained:.0%}, p {pvalue(part.drift.p)}: ±{100 * part.drift.widening:.0f})".replace(
+            "%", " %"
+        )
+        for name in SETS
+        for state, behaviour, _ in states
+        if (part := getattr(behaviour, name)).drift is not None and part.drift.widening
+    ]
+    if not found:
+        return ""
+    return (
+        "Unlike the labelled replies, by the share that these do not explain, with the points by which the corrected "
+        f"interval is wider for it: {'; '.join(found)}."
+    )
 
 
 def _chosen_among(judge: JudgePart) -> str:

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 from abliterate.errors import UsageError
 from abliterate.evaluation.judging.auto import choose
 from abliterate.evaluation.judging.base import Exchange, Judge, Label, ModelJudge, Verdict
-from abliterate.evaluation.judging.calibration import calibration_of
+from abliterate.evaluation.judging.calibration import own_calibrations
 from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.monitor import Monitor
@@ -57,11 +57,11 @@ def bind_judge(judge: Judge, state: ModelState | None, monitor: Monitor) -> Judg
 
     `state` is None where no model is loaded in this process. A judge that was bound before looks through the model in
     the state that is given now. Raises `UsageError` for `self` without a model, as `open_self` does, and
-    `AbliterateError` where the judge's calibration is damaged.
+    `AbliterateError` where a calibration of the judge is damaged.
     """
     if isinstance(judge, PendingJudge):
         bound = choose(state, monitor) if judge.name == "auto" else _own(judge, state)
-        calibration_of(bound)  # a damaged one is an error now and not at the end
+        own_calibrations(bound)  # a damaged one is an error now and not at the end
         return bound
     return judge.through(state) if isinstance(judge, ModelJudge) and state is not None else judge
 

@@ -19,7 +19,7 @@ from abliterate.report.html.parts import (
     rate_point,
     short,
 )
-from abliterate.report.wording import SETS, estimate, judged_by, others, pvalue, states_of
+from abliterate.report.wording import SETS, drifted, estimate, judged_by, others, pvalue, replies_of, states_of
 
 #: Replies of each set that are shown.
 _MOST = 100
@@ -33,7 +33,7 @@ def cost(record: Record) -> Section | None:
     figures = [_rates(evaluation), *_categories(evaluation), *_shift(evaluation), *_capability(evaluation)]
     figures += [*_worst(evaluation), *_manner(evaluation)]
     text = [
-        f"Greedy replies of at most {evaluation.max_new_tokens} tokens to prompts that the direction never saw; "
+        f"{replies_of(evaluation.max_new_tokens)} to prompts that the direction never saw; "
         "intervals are 95 % (Wilson's for rates), p is McNemar's on the same prompts before and after."
     ]
     control = evaluation.control
@@ -44,6 +44,8 @@ def cost(record: Record) -> Section | None:
         )
     if evaluation.judge is not None:
         text.append(judged_by(evaluation.judge))
+    if unlike := drifted(states_of(evaluation)):
+        text.append(unlike)
     title = "How does it behave?" if evaluation.after is None else "What did it cost?"
     return Section("cost", title, text, figures)
 
