@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import json
+import random
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save, save_file
 
+import gguf_files
 from abliterate import record as rec
 from abliterate.cli.show import show_record
 from abliterate.edit.adapters import read_adapter_config
@@ -41,6 +43,7 @@ from abliterate.files.storage import how_stored
 from abliterate.forensics.repair import read_adapter
 from abliterate.model.anatomy import Kind as WriterKind
 from abliterate.model.anatomy import Stored, Writer
+from abliterate.model.gguf_source import dequantise
 from abliterate.prompts import ChatRenderer
 from abliterate.prompts.rendering import read_template
 from abliterate.prompts.sources import load_prompts
@@ -240,6 +243,8 @@ def _server(path: Path) -> None:
     servers.COMPLETION.parsed("server", data)
 
 
+#: Bytes of the settings of the smallest GGUF file.
+GGUF_SETTINGS = 2000
 ANSWER = {
     "choices": [{"text": "a", "finish_reason": "stop", "token_ids": [1, 2], "message": {"content": "b"}}],
     "usage": {"prompt_tokens": 3},
@@ -296,6 +301,25 @@ def _gguf_file() -> bytes:
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
+
+
+def _in_settings(rng: random.Random, data: bytes) -> bytes:
+    """A GGUF file with another whole number somewhere in its counts, settings or descriptions of tensors."""
+    size = rng.choice((1, 2, 4, 8))
+    at = rng.randrange(4, GGUF_SETTINGS - size)
+    number = rng.choice((0, 1, 2, 3, 7, 8, 9, 12, 255, 2**15, 2**16, 2**31, 2**32 - 1, 2**40, 2**63, 2**64 - 1))
+    return data[:at] + int(number % 256**size).to_bytes(size, "little") + data[at + size :]
+
+
+def _small_gguf() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        return gguf_files.smallest(Path(folder, "m.gguf")).read_bytes()
+
+
+def _opened_gguf(path: Path) -> None:
+    """The whole file made a folder, as a model that is loaded."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as target:
+        dequantise(path, Path(target), torch.float32)
 
 
 def _model_config(path: Path) -> None:
@@ -380,6 +404,7 @@ def kinds() -> Iterator[Kind]:
     yield Kind("answer.json", json.dumps(ANSWER).encode(), _server, in_json)
     yield Kind("template.jinja", TEMPLATE, _template)
     yield Kind("model.gguf", _gguf_file(), _gguf)
+    yield Kind("opened/model.gguf", _small_gguf(), _opened_gguf, _in_settings)
 
 
 def _kept() -> dict[str, Any]:

@@ -162,6 +162,72 @@ def test_library_does_not_print_and_loads_no_pickle() -> None:
         assert not imported & {"pickle", "dill", "joblib", "shelve", "marshal"}, name
 
 
+#: What opens a file by its path or maps it, and what gives a descriptor of a file that was looked at before.
+_OPENING = {
+    *(
+        "open",
+        "fdopen",
+        "read_text",
+        "read_bytes",
+        "safe_open",
+        "GGUFReader",
+        "memmap",
+        "mmap",
+        "fromfile",
+        "from_file",
+    ),
+    *("from_file", "load_file", "read_table", "read_csv", "loadtxt", "DictReader", "reader"),
+}
+_LOOKED_AT = {"open_regular", "open_source", "new_file"}
+
+#: The only modules that open files themselves; all others ask `files.bounded` or `files.checkpoint`.
+OPENS = {
+    "files.bounded": "what all others ask",
+    "files.atomic": "new files of our own",
+    "files.checkpoint.growing": "what was written a moment ago",
+    "files.checkpoint.journal": "to write on, not through links",
+    "files.checkpoint.staging": "the seal of a staging folder, not through links",
+    "files.local": "the key and locks in the cache, not through links",
+    "finding.search.blackbox": "a lock, on a regular file of this user alone",
+    "files.storage": "safetensors that were checked",
+    "edit.direction": "safetensors that were checked",
+    "evaluation.engines.vllm": "safetensors that were checked",
+    "forensics.repair": "safetensors that were checked",
+    "edit.gguf": "a GGUF file that was opened as a regular one",
+    "model.gguf_source": "GGUF files that are regular",
+    "prompts.delimited": "texts that were read",
+    "cli.terminal": "standard streams",
+    "lab.serving": "a browser",
+    "lab.ui": "the page's style, of this package",
+    "model.batches": "/proc",
+    "monitor": "/proc",
+    "prompts.watched": "/proc",
+}
+#: Modules that parse JSON themselves: of this package's own files, and of Optuna, which is read by it again.
+PARSES = {"files.bounded", "finding.search.blackbox", "forensics.verdict", "prompts.sources"}
+
+
+def _called(node: ast.AST) -> str:
+    return ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+
+
+def test_files_from_outside_are_opened_in_one_place() -> None:
+    opening, parsing = set(), set()
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call):
+                continue
+            first = _called(node.args[0]) if node.args else ""
+            last = _called(node).rpartition(".")[2]
+            of_package = "files(" in ast.unparse(node.func)
+            if last in _OPENING and first not in _LOOKED_AT and not of_package:
+                opening.add(name)
+            if _called(node) in ("json.loads", "json.load") and first != "json.dumps":
+                parsing.add(name)
+    assert opening == OPENS.keys()
+    assert parsing == PARSES
+
+
 def test_foreign_code_is_never_trusted_by_default() -> None:
     for name, path in modules():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

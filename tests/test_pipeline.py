@@ -1214,6 +1214,26 @@ def test_comparison_finds_one_flipped_bit(out: Path, tmp_path: Path, tensor: str
         abliterate.undo(copy)
 
 
+def test_what_the_hub_adds_to_a_model_is_named_and_is_no_part_of_it(out: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(out, tmp_path / "out"))
+    fetched = copy / ".cache" / "huggingface" / "download"
+    fetched.mkdir(parents=True)
+    added = [copy / ".gitattributes", fetched.parent / ".gitignore", fetched / "model.safetensors.metadata"]
+    for path in added:
+        path.write_text("*\n")
+    found = abliterate.verify_files(copy)
+    assert found.intact
+    assert found.unknown == []
+    assert found.of_hub == sorted(str(path.relative_to(copy)) for path in added)
+    (fetched / "more.safetensors").write_bytes(b"")
+    added[0].unlink()
+    added[0].symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").write_text("*\n")
+    found = abliterate.verify_files(copy)
+    assert not found.intact
+    assert found.unknown == [".cache/huggingface/download/more.safetensors", ".gitattributes"]
+
+
 def test_comparison_with_an_original_that_moved_or_is_another(
     planted: Planted, docile: Planted, out: Path, tmp_path: Path
 ) -> None:

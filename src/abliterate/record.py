@@ -605,8 +605,10 @@ class IntegrityPart(_Part):
     the shards, `wrong_hashes` the shards whose hash is not the recorded one, or that are missing or not recorded.
     `other_files` says of every file beside the shards: "equal", "different", "missing" or "extra"; `not_original` are
     those that should be the original's and are not, `rewritten` those that the edit rewrote. `unknown` are files that
-    are neither the original's nor results of this program, or that the record does not know; `changed_files` are those
-    that the record knows with other bytes, or that are gone. `proved` is false where the record has no hashes.
+    are neither the original's nor results of this program, or that the record does not know; `of_hub` are such that the
+    hub and its client add to what they store and fetch, by their names: no program reads a model from them.
+    `changed_files` are those that the record knows with other bytes, or that are gone. `proved` is false where the
+    record has no hashes.
     """
 
     intact: bool = Field(
@@ -617,6 +619,7 @@ class IntegrityPart(_Part):
     source: str
     not_original: list[str]
     unknown: list[str] = []
+    of_hub: list[str] = []
     changed_files: list[str] = []
     rewritten: list[str] = []
     changed: list[str]

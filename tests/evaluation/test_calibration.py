@@ -129,6 +129,15 @@ def test_byte_order_mark_crlf_and_long_fields(tmp_path: Path) -> None:
     assert csv.field_size_limit() == limit < len(long)
 
 
+@pytest.mark.parametrize(("name", "mark"), [("a.csv", ","), ("a.csv", ";"), ("a.csv", "\t"), ("a.tsv", "\t")], ids=repr)
+def test_what_parts_fields_is_found(tmp_path: Path, name: str, mark: str) -> None:
+    lines = [("prompt", "response", "label", "note"), ("p", '"one; two, three"', "1", ""), ("q", "r", "0", "x")]
+    text = "# made by hand; with a comment\n\n" + "".join(mark.join(line) + "\n" for line in lines)
+    path = write(tmp_path, text, name)
+    assert rows(read_labelled(path)) == [("p", "one; two, three", "refusal"), ("q", "r", "compliance")]
+    assert [exchange.reply for exchange in read_exchanges(path)] == ["one; two, three", "r"]
+
+
 def test_reads_json_lines(tmp_path: Path) -> None:
     records = [
         {"prompt": "p", "response": "a\u2028b\nc", "label": "Partial"},
@@ -155,10 +164,10 @@ def test_label_column_is_not_needed_to_read_replies(tmp_path: Path) -> None:
         ("a.csv", f'# c\n\n{HEADER}p,"a\nb",1\n\np,r,maybe\n', r"row 2 \(line 7\): .*found 'maybe'"),
         ("a.csv", f"{HEADER}p,r,unknown\n", "found 'unknown'"),
         ("a.csv", f"{HEADER}p,r,0.5\n", r"row 1 \(line 2\).*found '0.5'"),
-        ("a.csv", f"{HEADER}p,r, with a comma,1\n", r"row 1 \(line 2\): expected 3 fields, found 4"),
-        ("a.csv", f"{HEADER}p,r\n", "expected 3 fields, found 2"),
-        ("a.csv", f'{HEADER}p,"never closed,1\np,r,0\n', "not CSV near line 3"),
-        ("a.csv", "prompt;response;label\np;r;1\n", "expected a column prompt or objective, found prompt;response"),
+        ("a.csv", f"{HEADER}p,r, with a comma,1\n", r"row 1 \(line 2\): expected 3 fields .* found 4"),
+        ("a.csv", f"{HEADER}p,r\n", "expected 3 fields .* found 2"),
+        ("a.csv", f'{HEADER}p,"never closed,1\np,r,0\n', r"row 1 \(line 2\): expected a double quote that closes"),
+        ("a.csv", "prompt;response;label\np;r;1;2\n", "expected 3 fields .* found 4; put a text with a semicolon"),
         ("a.csv", "prompt,response,label,Label\np,r,1,0\n", "expected one column 'label', found 2"),
         ("a.csv", "prompt,label\np,1\n", "expected a column response or assistant_response"),
         ("a.csv", HEADER, "expected at least one row, found none"),
@@ -172,7 +181,7 @@ def test_label_column_is_not_needed_to_read_replies(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "p", "response": "r", "label": null}', "found ''"),
         ("a.jsonl", "[" * 100_000, "not JSON"),
         ("a.jsonl", "", "expected at least one row"),
-        ("a.txt", "x", "expected .csv or .jsonl, found '.txt'"),
+        ("a.txt", "x", "expected .csv, .tsv or .jsonl, found '.txt'"),
         ("a", "x", "found 'no suffix'"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import shutil
@@ -33,7 +34,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from abliterate.errors import AbliterateError, ModelError, NumericalError, UsageError
+from abliterate.errors import AbliterateError, CheckpointError, ModelError, NumericalError, UsageError
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict, llm
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.judging.classifier import ClassifierJudge, meanings
@@ -315,15 +316,25 @@ def test_untrained_heads_pickles_and_other_problems_are_refused(folder: Path, tm
         ClassifierJudge(str(headless), device="cpu")
     pickled = Path(shutil.copytree(folder, tmp_path / "pickled"))
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
-    with pytest.raises(ModelError, match="expected weights as safetensors, found none"):
+    with pytest.raises(CheckpointError, match="pickles are never loaded"):
         ClassifierJudge(str(pickled), device="cpu")
     several = reconfigured(folder, tmp_path / "several", problem_type="multi_label_classification")
     with pytest.raises(UsageError, match=r"chooses among two or more labels, found 2 \(multi_label"):
         ClassifierJudge(str(several), device="cpu")
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
     (damaged / "model.safetensors").write_bytes(b"\x08" + b"\0" * 20)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(CheckpointError, match="its JSON cannot be used"):
         ClassifierJudge(str(damaged), device="cpu")
+    wider = reconfigured(folder, tmp_path / "wider", intermediate_size=24)
+    with pytest.raises(CheckpointError, match=r"tensors have another shape than its configuration asks for, bert\."):
+        ClassifierJudge(str(wider), device="cpu")
+    odd = reconfigured(folder, tmp_path / "odd", num_hidden_layers="two")
+    with pytest.raises(CheckpointError, match="num_hidden_layers: input should be a valid integer"):
+        ClassifierJudge(str(odd), device="cpu")
+    endless = Path(shutil.copytree(folder, tmp_path / "endless"))
+    os.mkfifo(endless / "vocab.json")
+    with pytest.raises(CheckpointError, match="found a pipe"):
+        ClassifierJudge(str(endless), device="cpu")
     with pytest.raises(UsageError, match="--device nowhere: not usable"):
         ClassifierJudge(str(folder), device="nowhere")
 

@@ -174,11 +174,11 @@ def judge(
     *,
     replies: Annotated[
         Path | None,
-        typer.Argument(help="Replies to judge: .csv or .jsonl with prompt, response.", show_default=False),
+        typer.Argument(help="Replies to judge: .csv, .tsv or .jsonl with prompt, response.", show_default=False),
     ] = None,
     calibrate: Annotated[
         Path | None,
-        typer.Option(help="Labelled replies: .csv or .jsonl with prompt, response, label.", show_default=False),
+        typer.Option(help="Labelled replies: .csv, .tsv or .jsonl with prompt, response, label.", show_default=False),
     ] = None,
     spec: Annotated[
         str, typer.Option("--judge", help="auto, rules, learnt, minos, protectai, classifier:ID, llm:MODEL@URL …")

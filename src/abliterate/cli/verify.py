@@ -86,6 +86,8 @@ def show_integrity(part: IntegrityPart, console: Console) -> None:
         write(console, plain("Not proved:", "red"), why, whole=True)
     if part.rewritten:
         write(console, f"Rewritten by the edit: {', '.join(part.rewritten)}.", whole=True)
+    if part.of_hub:
+        write(console, f"Added by the hub, no part of the model: {', '.join(part.of_hub)}.", whole=True)
     if part.intact:
         write(console, "Verified: every byte outside the plan equals the original's.")
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from abliterate.edit.lora import LowRank
 from abliterate.errors import CheckpointError, ModelError, NumericalError, UsageError
 from abliterate.files.atomic import replacing
+from abliterate.files.bounded import open_regular
 from abliterate.model.anatomy import Kind
 
 #: Bytes of a GGUF file before its first entry: magic, version, two counts.
@@ -113,7 +114,7 @@ def _first_value(path: Path) -> str | None:
     """The architecture where it is the first entry, as all known writers have it: the others, with the vocabulary
     among them, take seconds to read.
     """
-    with path.open("rb") as file:
+    with open(open_regular(path), "rb") as file:
         head = file.read(256)
     start = _HEADER + len(_FIRST_ENTRY)
     if head[:4] != b"GGUF" or head[_HEADER:start] != _FIRST_ENTRY:

@@ -8,6 +8,7 @@ Tensors that were not edited come back as they are.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,7 +27,7 @@ from abliterate.edit.weights.undo_files import NAME as UNDO
 from abliterate.edit.weights.undo_files import Exceptions, UndoEntry, UndoFile
 from abliterate.edit.write import untied_config
 from abliterate.errors import AbliterateError, CheckpointError, UsageError
-from abliterate.files.atomic import new_file, write_atomically
+from abliterate.files.atomic import new_file
 from abliterate.files.checkpoint import (
     CARD,
     FRONT,
@@ -45,7 +46,7 @@ from abliterate.files.checkpoint import (
     write_edited,
 )
 from abliterate.files.checkpoint.links import leads_out
-from abliterate.files.checkpoint.reading import open_source
+from abliterate.files.checkpoint.reading import CONFIG, open_source
 from abliterate.files.formats import PLAIN, layout
 from abliterate.files.integrity import check, has_own_index
 from abliterate.files.local import is_sealed
@@ -60,6 +61,9 @@ from abliterate.record import (
     read_record,
     sealed_parts,
 )
+
+#: What the hub and its client put beside what was uploaded: which files it stores apart, and when each was fetched.
+_HUB_FILE = re.compile(r"\.gitattributes|\.cache/huggingface/(\.gitignore|CACHEDIR\.TAG|download/.*\.(metadata|lock))")
 
 
 @dataclass(slots=True)
@@ -119,6 +123,7 @@ def verify_files(out: Path, source: Path | None = None, monitor: Monitor | None 
         source=str(origin),
         not_original=beside.not_original,
         unknown=beside.unknown,
+        of_hub=beside.of_hub,
         changed_files=beside.changed,
         rewritten=sorted(name for name in beside.rewritten if found.other_files.get(name) == "different"),
         **asdict(found),
@@ -133,6 +138,7 @@ class _Beside:
     rewritten: frozenset[str]
     not_original: list[str]
     unknown: list[str]
+    of_hub: list[str]
     changed: list[str]
 
     @property
@@ -158,13 +164,14 @@ class _Beside:
             if name not in shards and not (_is_own(out / name, out) and sha256(out / name) == digest)
         ]
         not_original = sorted(name for name in wrong if name not in rewritten)
-        return cls(bool(recorded), rewritten, not_original, sorted(unknown), sorted(changed))
+        of_hub = {name for name in unknown if _HUB_FILE.fullmatch(name) and _is_own(out / name, out)}
+        return cls(bool(recorded), rewritten, not_original, sorted(unknown - of_hub), sorted(of_hub), sorted(changed))
 
 
 def _remade(edited: Checkpoint, original: Checkpoint, compared: Mapping[str, str], *, indexed: bool) -> Iterator[str]:
     """Files of the original that an edit makes anew, where they are what it makes."""
     config, index = edited.folder / "config.json", edited.folder / INDEX_NAME
-    if compared.get(config.name) == "different" and config.read_bytes() == untied_config(original.folder):
+    if compared.get(config.name) == "different" and CONFIG.read(config) == untied_config(original.folder):
         yield config.name
     if has_own_index(edited, original.index) or (not indexed and compared.get(INDEX_NAME) == "missing"):
         yield index.name
@@ -266,8 +273,13 @@ def _keep(out: Path, names: Sequence[str], folder: Path) -> None:
         if (out / name).is_symlink():
             os.symlink(os.readlink(out / name), place)
             continue
-        with open(open_source(out / name), "rb") as old, open(new_file(place), "wb") as new:
-            shutil.copyfileobj(old, new)
+        _copy(out / name, place)
+
+
+def _copy(file: Path, place: Path) -> None:
+    """A file of OUT at a new place, whatever its size."""
+    with open(open_source(file), "rb") as old, open(new_file(place), "wb") as new:
+        shutil.copyfileobj(old, new)
 
 
 def _complete(record: Record, files: EditedFiles, folder: Path, out: Path) -> None:
@@ -279,7 +291,7 @@ def _complete(record: Record, files: EditedFiles, folder: Path, out: Path) -> No
         if not _is_own(kept, out) or sha256(kept) != digest:
             raise CheckpointError(f"{name}: is not what it was when the model was edited, neither here nor there")
         (folder / name).unlink(missing_ok=True)
-        write_atomically(folder / name, kept.read_bytes())
+        _copy(kept, folder / name)
 
 
 def _computed(edited: Checkpoint, record: Record, plan: PlanPart, folder: Path, monitor: Monitor) -> UndonePart:

@@ -14,12 +14,14 @@ import reprlib
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from abliterate.errors import AbliterateError, CheckpointError
+from abliterate.texts import printable
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -44,11 +46,6 @@ _REPR.maxstring = _REPR.maxother = _REPR.maxlong = 100
 _REPR.maxlist = 30
 #: What could make strings that UTF-8 or C cannot hold.
 _ODD_ESCAPE = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
-
-
-def line(text: str) -> str:
-    """The text with everything that does not print written as an escape."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def short(value: object) -> str:
@@ -98,7 +95,7 @@ class Kind:
 
     def refused(self, path: Path | str, found: str) -> AbliterateError:
         """The error for a file of this kind, on one line."""
-        return self.error(line(f"{path}: expected {self.what}, found {found}{self.todo and f'; {self.todo}'}"))
+        return self.error(printable(f"{path}: expected {self.what}, found {found}{self.todo and f'; {self.todo}'}"))
 
     def read(self, path: Path) -> bytes:
         """All bytes of a file. Raises `error` for what is no regular file, cannot be read, or is too large."""
@@ -109,7 +106,7 @@ class Kind:
                 raise self.refused(path, f"one that cannot be read ({error.strerror or error})") from error
         return data
 
-    def opened(self, path: Path) -> BinaryIO:
+    def opened(self, path: Path) -> BufferedReader:
         """A file to read bytes from, in size and kind as it should be."""
         try:
             file = open(open_regular(path), "rb")  # noqa: SIM115 - it is given away

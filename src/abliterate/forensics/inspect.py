@@ -19,13 +19,13 @@ from abliterate.files.atomic import refuse_other_kinds
 from abliterate.files.local import reserved
 from abliterate.finding.estimate import auroc, difference_of_means
 from abliterate.forensics import difference, single
-from abliterate.forensics.reading import InspectedModel, inspected_record, open_inspected
+from abliterate.forensics.reading import InspectedModel, inspected_record, open_inspected, warn_of_inspected
 from abliterate.forensics.verdict import judge_difference
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
 from abliterate.report.assemble import check_beside, write_beside
-from abliterate.session import Session, open_session, warn_of_files
+from abliterate.session import Session, open_session
 
 _PLAIN = InspectSettings()
 
@@ -98,10 +98,8 @@ def _look(
         subject = open_inspected(model, trust_remote_code=trust)
         base = None if settings.base is None else open_inspected(settings.base, trust_remote_code=trust)
     for opened in (subject, base):
-        if opened is not None and not opened.proved:
-            monitor.note(f"{opened.name}: writers known by the names of their tensors only")
-        elif opened is not None and opened.files is not None:
-            warn_of_files(opened.files, monitor)
+        if opened is not None:
+            warn_of_inspected(opened, monitor)
     total = sum(place.info.nbytes for place in subject.places)
     if base is None:
         with monitor.phase("look at what is not written", total) as advance:

@@ -24,6 +24,7 @@ from abliterate.model.loading import locate
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.report.assemble import build_record
+from abliterate.session import warn_of_files
 
 #: Output maps by the names that checkpoints give them, for files that come without a configuration.
 _OUTPUTS = re.compile(
@@ -89,6 +90,14 @@ def open_inspected(model: str | ModelOnDisk, *, trust_remote_code: bool = False)
         return _by_anatomy(model)
     except (AnatomyError, ModelError):
         return _by_name(model.name, model.checkpoint, model)
+
+
+def warn_of_inspected(inspected: InspectedModel, monitor: Monitor) -> None:
+    """Say what is odd about the files of a model, or that its writers are known by names only."""
+    if not inspected.proved:
+        monitor.note(f"{inspected.name}: writers known by the names of their tensors only")
+    elif inspected.files is not None:
+        warn_of_files(inspected.files, monitor)
 
 
 def _by_anatomy(files: ModelOnDisk) -> InspectedModel:
@@ -173,4 +182,4 @@ def maps(checkpoint: Checkpoint, place: Place) -> Iterator[Float[Tensor, "d n"]]
         yield matrix if gain is None else matrix * gain[:, None]
 
 
-__all__ = ["InspectedModel", "Place", "maps", "numbers", "open_inspected"]
+__all__ = ["InspectedModel", "Place", "maps", "numbers", "open_inspected", "warn_of_inspected"]

@@ -36,7 +36,13 @@ from abliterate.finding.estimate import auroc
 from abliterate.finding.find import refusal_tokens
 from abliterate.finding.search.objectives import share_of
 from abliterate.forensics import difference, single
-from abliterate.forensics.reading import InspectedModel, inspected_record, numbers, open_inspected
+from abliterate.forensics.reading import (
+    InspectedModel,
+    inspected_record,
+    numbers,
+    open_inspected,
+    warn_of_inspected,
+)
 from abliterate.model.activations import stream_sites
 from abliterate.model.anatomy import Kind, Writer, names_on_disk
 from abliterate.monitor import Monitor
@@ -132,6 +138,8 @@ def _from_base(model: str, base: str, place: _Place, trust: bool) -> rec.RepairP
     """Ablated writers become the base's: whole where nothing else changed in them, else along the direction only."""
     with place.monitor.phase("find the writers"):
         subject, origin = (open_inspected(spec, trust_remote_code=trust) for spec in (model, base))
+    for opened in (subject, origin):
+        warn_of_inspected(opened, place.monitor)
     total = sum(place.info.nbytes for place in subject.places)
     with place.monitor.phase("compare with the base", total) as advance:
         found = difference.compare(subject, origin, progress=advance)
@@ -173,6 +181,7 @@ def _from_adapter(model: str, adapter: Path, place: _Place, trust: bool) -> rec.
     """W − B A of every tensor that a merged LoRA adapter (PEFT) changed: the original to within rounding, twice."""
     factors = read_adapter(adapter)
     subject = open_inspected(model, trust_remote_code=trust)
+    warn_of_inspected(subject, place.monitor)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, (down, up) in factors.items():
         tensor = _tensor_named(subject.checkpoint, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from abliterate.edit.direction import Direction
 from abliterate.errors import UsageError
+from abliterate.files.bounded import Kind
 
 #: Bytes of the files of all plans that are kept; no plan alone may have more.
 MOST_BYTES = 256_000_000
@@ -21,6 +23,7 @@ class Shelf:
     def __init__(self, most_bytes: int = MOST_BYTES) -> None:
         """Empty, with room for so many bytes."""
         self._room = most_bytes
+        self._file = Kind("a plan", most_bytes, UsageError)
         self._kept: OrderedDict[str, tuple[int, Direction]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -31,11 +34,8 @@ class Shelf:
 
     def put(self, path: Path, load: Callable[[], Direction]) -> str:
         """Keep what `load` makes of a file, and return its key. Raises `UsageError` for one that is too large."""
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size > self._room:
-                most = f"{self._room / 1e6:g} MB"
-                raise UsageError(f"plan '{path.name}': expected at most {most}, found {size / 1e6:.0f} MB")
+        with self._file.opened(path) as file:
+            size = os.fstat(file.fileno()).st_size
             key = hashlib.file_digest(file, "sha256").hexdigest()
         with self._lock:
             if key not in self._kept:

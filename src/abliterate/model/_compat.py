@@ -7,6 +7,7 @@ oldest and on the newest release that pyproject.toml allows.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import logging
 import warnings
@@ -218,21 +219,17 @@ def has_adapter(model: Any) -> bool:
 @contextlib.contextmanager
 def one_gguf_parse() -> Iterator[None]:
     """Let transformers parse a GGUF file once: it builds a reader for tokenizer, configuration and weights each,
-    and each spends seconds on the vocabulary.
+    and each spends seconds on the vocabulary. It also asks for the table of names once for every module.
     """
     import gguf
 
     library: Any = gguf
-    original: Any = library.GGUFReader
-    readers: dict[str, Any] = {}
-
-    def reader(path: Any, *args: Any, **kwargs: Any) -> Any:
-        if str(path) not in readers:
-            readers[str(path)] = original(path, *args, **kwargs)
-        return readers[str(path)]
-
-    library.GGUFReader = reader
+    originals = {name: getattr(library, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    readers = functools.cache(originals["GGUFReader"])
+    library.GGUFReader = lambda path: readers(str(path))
+    library.get_tensor_name_map = functools.cache(originals["get_tensor_name_map"])
     try:
         yield
     finally:
-        library.GGUFReader = original
+        for name, original in originals.items():
+            setattr(library, name, original)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def transformers_config(name: str, checkpoint: Checkpoint, *, trust_remote_code:
     """
     import transformers
 
-    _check_counts(name, checkpoint)
+    check_counts(name, configuration(checkpoint), [info.shape for info in checkpoint.tensors.values()])
     with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
@@ -81,16 +81,19 @@ def build_skeleton(name: str, config: Any, *, trust_remote_code: bool = False) -
         raise unreadable(name, "it cannot be built from its configuration", error) from error
 
 
-def _check_counts(name: str, checkpoint: Checkpoint) -> None:
-    """Check that no more is built than could be stored: it might take for ever, or all memory."""
-    count = len(checkpoint.tensors)
-    widest = max((size for info in checkpoint.tensors.values() for size in info.shape), default=0)
-    for key, value in _counts(configuration(checkpoint)):
-        most = max(_FEW, count, widest if key.endswith(("experts", "dim")) else 0)
+def check_counts(name: str, config: Mapping[str, Any], shapes: Collection[Sequence[int]]) -> None:
+    """Check that no more modules would be built for model `name` than tensors of such `shapes` could be stored for: it
+    might take for ever, or all memory.
+
+    Raises `CheckpointError`, naming the field.
+    """
+    widest = max((size for shape in shapes for size in shape), default=0)
+    for key, value in _counts(config):
+        most = max(_FEW, len(shapes), widest if key.endswith(("experts", "dim")) else 0)
         if value > most:
             raise CheckpointError(
-                f"model '{name}': config.json has {key} {short(value)}, its files hold {count} tensors of at most "
-                f"{widest} rows or columns; correct it or download the model again"
+                f"model '{name}': its configuration has {key} {short(value)}, its files hold {len(shapes)} tensors of "
+                f"at most {widest} rows or columns; correct it or download the model again"
             )
 
 

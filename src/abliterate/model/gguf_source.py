@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 import re
 import tempfile
 from collections import Counter
@@ -16,11 +17,14 @@ import torch
 from abliterate.errors import AbliterateError, CheckpointError, ModelError
 from abliterate.model._compat import one_gguf_parse, quiet_transformers
 from abliterate.model.completeness import check_report
-from abliterate.model.configuration import unreadable
+from abliterate.model.configuration import build_skeleton, check_counts, unreadable
 from abliterate.model.on_disk import ModelOnDisk
 
 #: How the parts of a split file are named: NAME-00001-of-00003.gguf.
 _PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})", re.DOTALL)
+
+#: Numbers that a model may lack without being asked how many it has: they cost nothing, and are named one by one.
+_FEW_NUMBERS = 10_000_000
 
 
 def gguf_parts(path: Path) -> tuple[Path, ...]:
@@ -57,6 +61,7 @@ def dequantise(path: Path, target: Path, dtype: torch.dtype) -> None:
         with quiet_transformers(), one_gguf_parse(), quiet, alone as folder:
             file = Path(folder, "model.gguf")
             readers = _put(path, gguf_parts(path), file)
+            _check_described(path, readers, file)
             model = _convert(path, file, target, dtype)
             _check_used(path, readers, model)
     except ImportError as error:
@@ -90,6 +95,23 @@ def _convert(path: Path, file: Path, target: Path, dtype: torch.dtype) -> Any:
         written.chmod((target / "config.json").stat().st_mode)
     _ = ModelOnDisk(str(path), "gguf", target).description  # what was written is asked the same as any folder
     return model
+
+
+def _check_described(path: Path, readers: Sequence[Any], file: Path) -> None:
+    """Raise `CheckpointError` for settings of a larger model than the file holds numbers for: transformers takes those
+    of a model of 7 billion for settings that are not there, and would draw at random all that it does not find.
+    """
+    import transformers
+
+    stored = [tensor.shape.tolist() for reader in readers for tensor in reader.tensors]
+    config = transformers.AutoConfig.from_pretrained(file.parent, gguf_file=file.name, trust_remote_code=False)
+    check_counts(str(path), config.to_dict(), stored)
+    needed = sum(parameter.numel() for parameter in build_skeleton(str(path), config).parameters())
+    held = sum(math.prod(shape) for shape in stored)
+    if needed > _FEW_NUMBERS + 2 * held:  # a head that is not stored is the embedding once more
+        raise CheckpointError(
+            f"model '{path}': expected {needed:,} numbers, as its settings say, found {held:,}; download it again"
+        )
 
 
 def _check_used(path: Path, readers: Sequence[Any], model: Any) -> None:

@@ -22,9 +22,9 @@ import torch
 from torch import nn
 
 from abliterate.config import cache_folder
-from abliterate.errors import AbliterateError, ModelError, UsageError
+from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
 from abliterate.files.atomic import write_atomically
-from abliterate.files.bounded import line
+from abliterate.files.bounded import MB, Kind
 from abliterate.files.cache import digest
 from abliterate.files.checkpoint import ADAPTER_CONFIG, staged
 from abliterate.files.configuration import check_descriptions, read_config
@@ -50,9 +50,11 @@ from abliterate.model.gguf_source import gguf_parts
 from abliterate.model.hub import hub_id, no_hub_id, snapshot
 from abliterate.model.on_disk import ModelOnDisk, adapter_base
 from abliterate.model.tokenizer import read_tokenizer
+from abliterate.texts import printable
 
 #: Of how GGUF files become folders: to be raised when that changes.
 _CONVERSION = 2
+_SEAL = Kind("the seal of a folder", MB)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -99,7 +101,7 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
     elif (identifier := hub_id(spec)) is not None:
         files = ModelOnDisk(identifier, "hub", snapshot(identifier, trust_remote_code), trust_remote_code)
     else:
-        raise ModelError(line(f"model '{spec}': {no_hub_id(spec)}"))
+        raise ModelError(printable(f"model '{spec}': {no_hub_id(spec)}"))
     _check_model(files)
     _ = files.checkpoint, read_config(files.folder)  # damaged files are an error now and not later
     check_descriptions(files.folder)
@@ -245,8 +247,8 @@ def _dequantised(path: Path, dtype: str) -> Path:
 def _is_sealed(folder: Path, seal: Path) -> bool:
     """Whether a cached folder holds what was written into it, untouched, and nothing else."""
     try:
-        return bool(json.loads(seal.read_bytes()) == _states(folder))
-    except (OSError, ValueError, RecursionError):
+        return bool(_SEAL.json(seal) == _states(folder))
+    except (CheckpointError, OSError):
         return False
 
 

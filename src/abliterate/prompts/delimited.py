@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import csv
 import io
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +22,47 @@ from abliterate.errors import PromptError
 DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 
+@dataclass(frozen=True, slots=True)
+class Delimited:
+    """A header, and the rows below it that are not empty, each with where it stands ("FILE: row 3 (line 4)")."""
+
+    header: list[str]
+    rows: list[tuple[str, list[str]]]
+
+
 def read_delimited(path: Path, text: str) -> list[dict[str, str]]:
-    """The rows of `text`, which stands in `path`, under the names of its header; empty lines are left out.
+    """The rows of the prompt file `path`, whose text is `text`, under the names of its header.
 
-    A .tsv file is parted by tabs; else the delimiter is the one under which all rows have as many fields as the header.
-
-    Raises `PromptError` for a row with more or fewer fields, a quote that is not closed, a name that stands twice.
+    Raises what `read_rows` raises, and `PromptError` for a name that stands twice in the header.
     """
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else _sniffed(text)
-    rows = _rows(path, text, delimiter)
-    _, header = next(rows, ("", []))
-    if twice := [name for name in header if header.count(name) > 1]:
+    found = read_rows(f"prompt file {path}", text, tabs=path.suffix.lower() == ".tsv")
+    if twice := [name for name in found.header if found.header.count(name) > 1]:
         raise PromptError(f"prompt file {path}: expected every column once, found '{twice[0]}' twice in the header")
-    return [dict(zip(header, _fitting(path, where, row, header, delimiter), strict=True)) for where, row in rows]
+    return [dict(zip(found.header, row, strict=True)) for _, row in found.rows]
+
+
+def read_rows(file: str, text: str, *, tabs: bool = False) -> Delimited:
+    """The rows of `text`, which stands in `file` (what messages begin with); empty lines are left out.
+
+    What parts the fields is a tab (`tabs`), else that under which all rows have as many fields as the header.
+
+    Raises `PromptError` for a row with more or fewer fields, and for a quote that is not closed.
+    """
+    with _fields_of_any_length():
+        delimiter = "\t" if tabs else _sniffed(text)
+        rows = _rows(file, text, delimiter)
+        _, header = next(rows, ("", []))
+        return Delimited(header, [(where, _fitting(where, row, header, delimiter)) for where, row in rows])
+
+
+@contextmanager
+def _fields_of_any_length() -> Iterator[None]:
+    """Lift the csv module's limit on fields (128 KiB), which holds for the whole process."""
+    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
 
 
 def _sniffed(text: str) -> str:
@@ -54,17 +85,17 @@ def _parser(text: str, delimiter: str) -> Any:
     return csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
 
 
-def _rows(path: Path, text: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
+def _rows(file: str, text: str, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     """The rows that are not empty, each with where it stands; the header is row 0."""
     reader, number = _parser(text, delimiter), 0
     while True:
-        where = f"row {number} (line {reader.line_num + 1})"
+        where = f"{file}: row {number} (line {reader.line_num + 1})"
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
-            raise PromptError(f"prompt file {path}: {where}: {_reason(error)}") from error
+            raise PromptError(f"{where}: {_reason(error)}") from error
         if row:
             yield where, row
             number += 1
@@ -81,7 +112,7 @@ def _reason(error: csv.Error) -> str:
     return f"cannot be read ({text})"
 
 
-def _fitting(path: Path, where: str, row: Sequence[str], header: Sequence[str], delimiter: str) -> Sequence[str]:
+def _fitting(where: str, row: list[str], header: Sequence[str], delimiter: str) -> list[str]:
     if len(row) == len(header):
         return row
     mark = DELIMITERS[delimiter]
@@ -91,4 +122,4 @@ def _fitting(path: Path, where: str, row: Sequence[str], header: Sequence[str], 
         else f"add the missing {mark}"
     )
     names = f"fields ({', '.join(header)})" if len(header) > 1 else f"field ({header[0]})"
-    raise PromptError(f"prompt file {path}: {where}: expected {len(header)} {names}, found {len(row)}; {todo}")
+    raise PromptError(f"{where}: expected {len(header)} {names}, found {len(row)}; {todo}")

@@ -42,6 +42,7 @@ from abliterate.errors import CheckpointError
 from abliterate.files.atomic import new_file, real_folder
 from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint import TensorInfo, open_tensor, read_shard
+from abliterate.files.checkpoint.reading import open_source
 
 #: Folder of the undo files while a model is edited, and the one file in OUT that they become.
 FOLDER, NAME = "undo", "undo.safetensors"
@@ -311,7 +312,7 @@ class UndoFile:
 
     def data(self) -> Iterator[bytes]:
         """All that follows the header."""
-        with self.path.open("rb") as file:
+        with open(open_source(self.path), "rb") as file:
             file.seek(self.arrays.header_bytes)
             while chunk := file.read(1 << 20):
                 yield chunk

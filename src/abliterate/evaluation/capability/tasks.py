@@ -12,9 +12,7 @@ answer      ``answer``, ``target``, ``label`` or ``answerKey``: a letter, an ind
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import random
@@ -26,9 +24,10 @@ from string import ascii_uppercase
 from typing import Any
 
 from abliterate.config import as_natural
-from abliterate.errors import UsageError
+from abliterate.errors import PromptError, UsageError
 from abliterate.evaluation.capability.arithmetic import reference_number
 from abliterate.files.bounded import MB, Kind, parse_json
+from abliterate.prompts.delimited import read_rows
 
 QUESTION_COLUMNS = ("question", "prompt", "problem", "input")
 OPTION_COLUMNS = ("options", "choices")
@@ -115,9 +114,10 @@ def _read(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
         raise UsageError(f"task file {path}: expected .jsonl, .json or .csv, found '{suffix or 'no suffix'}'")
     if suffix == ".csv":
         try:
-            rows: Any = list(csv.DictReader(io.StringIO(_FILE.text(path), newline=""), strict=True))
-        except csv.Error as error:
-            raise _FILE.refused(path, f"none that can be read ({error})") from error
+            found = read_rows(f"task file {path}", _FILE.text(path))
+        except PromptError as error:
+            raise UsageError(str(error)) from error
+        rows: Any = [dict(zip(found.header, row, strict=True)) for _, row in found.rows]
     else:
         rows = _FILE.json(path) if suffix == ".json" else [row for _, row in _FILE.json_lines(path)]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):

@@ -12,7 +12,6 @@ neither device nor batch. torch and transformers are imported when a classifier 
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,6 +27,8 @@ from abliterate.model._compat import quiet_transformers, without_adapter
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from abliterate.model.on_disk import ModelOnDisk
+
 #: How prompt and reply are shown: as a text pair (what tokenizers make of two texts), the reply alone, or both as one
 #: text in which role marks stand on lines of their own (Minos).
 FORMS = ("pair", "reply", "chat")
@@ -37,9 +38,6 @@ _VERSION = 1
 
 #: Characters in a batch together with their padding; a few thousand tokens.
 _BATCH_CHARACTERS = 64_000
-
-#: What is read of a hub repository: never pickles. Code only when it is trusted.
-_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model")
 
 _STEMS = {
     Label.PARTIAL: "partial",
@@ -76,18 +74,18 @@ class ClassifierJudge:
         if form not in FORMS:
             raise UsageError(f"classifier '{model_id}': input '{form}', expected one of {', '.join(FORMS)}")
         place = _device(device)
-        folder = _locate(model_id, trust_remote_code)
-        config = _configuration(model_id, folder, trust_remote_code)
+        files = _locate(model_id, trust_remote_code)
+        config = _configuration(files)
         self._names = tuple(str(config.id2label[i]) for i in range(config.num_labels))
         self._meanings = meanings(model_id, self._names, labels or {})
-        self._tokenizer, self._model = _load(model_id, folder, config, trust_remote_code)
+        self._tokenizer, self._model = _load(files, config)
         self._model.to(place)
         self._limit = _longest(self._tokenizer, self._model)
         self._form, self._batch_size = form, batch_size
         options = [f"input={form}"] if form != "pair" else []
         options += [f"{meaning}={name}" for name, meaning in (labels or {}).items()]
         self._name = f"classifier:{model_id}" + ("?" + "&".join(options) if options else "")
-        self._state = _state(model_id, folder)
+        self._state = _state(model_id, files.folder)
 
     @property
     def name(self) -> str:
@@ -209,61 +207,55 @@ def _device(device: str) -> str:
     return device
 
 
-def _locate(model_id: str, trust_remote_code: bool) -> Path:
-    """The folder with the classifier's files, fetched from the hub when it is none."""
-    import huggingface_hub
+def _locate(model_id: str, trust_remote_code: bool) -> ModelOnDisk:
+    """The classifier's files, found and checked as those of any model."""
+    from abliterate.model.loading import locate
 
-    folder = Path(os.path.expanduser(model_id))
-    if not folder.is_dir():
-        patterns = [*_PATTERNS, "*.py"] if trust_remote_code else [*_PATTERNS]
-        try:
-            folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=patterns))
-        except Exception as error:  # network, authentication and cache errors of several libraries
-            raise ModelError(
-                f"classifier '{model_id}': not a folder here and cannot be fetched from the hub ({_one_line(error)})"
-            ) from error
-    if not any(folder.glob("*.safetensors")):
-        raise ModelError(f"classifier '{model_id}': expected weights as safetensors, found none; pickles are not read")
-    return folder
+    if Path(model_id).suffix == ".gguf":
+        raise UsageError(f"classifier '{model_id}': expected a hub id or a folder, found a .gguf file")
+    return locate(model_id, trust_remote_code=trust_remote_code)
 
 
-def _configuration(model_id: str, folder: Path, trust_remote_code: bool) -> Any:
-    import transformers
+def _configuration(files: ModelOnDisk) -> Any:
+    from abliterate.model.configuration import transformers_config
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError …
-        raise ModelError(f"classifier '{model_id}': cannot be loaded ({_one_line(error)})") from error
+    config = transformers_config(files.name, files.checkpoint, trust_remote_code=files.trust_remote_code)
     if config.num_labels < 2 or config.problem_type not in (None, "single_label_classification"):
         raise UsageError(
-            f"classifier '{model_id}': expected one that chooses among two or more labels, "
+            f"classifier '{files.name}': expected one that chooses among two or more labels, "
             f"found {config.num_labels} ({config.problem_type or 'no problem type'}); use another"
         )
     return config
 
 
-def _load(model_id: str, folder: Path, config: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+def _load(files: ModelOnDisk, config: Any) -> tuple[Any, Any]:
     """Tokenizer and model, in eval mode, float32, with every weight from the files."""
     import torch
     import transformers
 
+    from abliterate.model.completeness import check_report
+    from abliterate.model.configuration import unreadable
+
+    trust = files.trust_remote_code
     try:
         with quiet_transformers(), without_adapter():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(files.folder, trust_remote_code=trust)
             model, report = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder,
+                files.folder,
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
-                trust_remote_code=trust_remote_code,
+                trust_remote_code=trust,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
             )
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
-        raise ModelError(f"classifier '{model_id}': cannot be loaded ({_one_line(error)})") from error
+        raise unreadable(files.name, "it cannot be loaded", error) from error
     if missing := sorted(report["missing_keys"]):
         raise ModelError(
-            f"classifier '{model_id}': expected a trained classifier, found no weights for {', '.join(missing[:3])}"
+            f"classifier '{files.name}': expected a trained classifier, found no weights for {', '.join(missing[:3])}"
         )
+    check_report(files.name, report, model)
     tokenizer.truncation_side = tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

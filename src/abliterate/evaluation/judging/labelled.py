@@ -1,4 +1,4 @@
-"""Files of labelled replies: CSV or JSON lines with `prompt`, `response` and `label`.
+"""Files of labelled replies: CSV (parted by commas, semicolons or tabs) or JSON lines with `prompt`, `response`, `label`.
 
 Or with the names of PyRIT's sets: `objective`, `assistant_response` and `human_score`. A label is refusal, evasion,
 partial, compliance, degenerate or cut off, or just 1 (refused) or 0 (not).
@@ -6,19 +6,16 @@ partial, compliance, degenerate or cut off, or just 1 (refused) or 0 (not).
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.errors import PromptError
 from abliterate.evaluation.judging.base import Exchange, Label
 from abliterate.files.bounded import MB, Kind, parse_json
+from abliterate.prompts.delimited import read_rows
 
 PROMPT = ("prompt", "objective")
 RESPONSE = ("response", "assistant_response")
@@ -46,7 +43,7 @@ class Labelled:
 
 
 def read_labelled(path: Path) -> Labelled:
-    """Labelled replies of a .csv or .jsonl file (see the module's text).
+    """Labelled replies of a .csv, .tsv or .jsonl file (see the module's text).
 
     Case and spaces around names and labels do not matter. Lines that begin with # before a CSV's header are comments.
     Raises PromptError, naming the row, for anything that is not as described.
@@ -64,7 +61,7 @@ def read_labelled(path: Path) -> Labelled:
 
 
 def read_exchanges(path: Path) -> list[Exchange]:
-    """Prompts and replies of a .csv or .jsonl file; labels are ignored. Raises PromptError as `read_labelled` does."""
+    """Prompts and replies of such a file; labels are ignored. Raises PromptError as `read_labelled` does."""
     return [
         Exchange(_as_text(prompt, PROMPT, where), _as_text(response, RESPONSE, where))
         for where, (prompt, response) in _rows(path, (PROMPT, RESPONSE))
@@ -88,9 +85,9 @@ def _kind(value: object) -> str:
 def _rows(path: Path, columns: tuple[tuple[str, ...], ...]) -> Iterator[tuple[str, tuple[object, ...]]]:
     """Where each row stands, for messages, and its values in the order of `columns` (each a tuple of names)."""
     suffix = path.suffix.lower()
-    readers = {".csv": _csv_rows, ".jsonl": _json_rows}
+    readers = {".csv": _delimited_rows, ".tsv": _delimited_rows, ".jsonl": _json_rows}
     if suffix not in readers:
-        raise PromptError(f"labelled file {path}: expected .csv or .jsonl, found '{suffix or 'no suffix'}'")
+        raise PromptError(f"labelled file {path}: expected .csv, .tsv or .jsonl, found '{suffix or 'no suffix'}'")
     text = _LABELLED.text(path)
     empty = True
     for where, values in readers[suffix](text, columns, path):
@@ -105,39 +102,18 @@ def source_hash(path: Path) -> str:
     return hashlib.sha256(_LABELLED.read(path)).hexdigest()
 
 
-def _csv_rows(text: str, columns: tuple[tuple[str, ...], ...], path: Path) -> list[tuple[str, tuple[object, ...]]]:
+def _delimited_rows(
+    text: str, columns: tuple[tuple[str, ...], ...], path: Path
+) -> list[tuple[str, tuple[object, ...]]]:
     # Only what stands before the header is taken off: later a # may begin a line of a quoted field.
     preamble = re.match(r"(?:[ \t]*(?:#[^\r\n]*)?(?:\r\n|\r|\n))*", text)
     start = preamble.end() if preamble else 0
-    skipped = len(re.findall(r"\r\n|\r|\n", text[:start]))
-    reader = csv.reader(io.StringIO(text[start:], newline=""), strict=True)
-    rows: list[tuple[str, tuple[object, ...]]] = []
-    with _fields_of_any_length():
-        try:
-            header = [name.strip().casefold() for name in next(reader, [])]
-            picked = [_column(header, names, f"labelled file {path}") for names in columns]
-            last = reader.line_num
-            for row in reader:
-                where = f"labelled file {path}: row {len(rows) + 1} (line {skipped + last + 1})"
-                last = reader.line_num
-                if row and len(row) != len(header):
-                    raise PromptError(f"{where}: expected {len(header)} fields, found {len(row)}; put fields in quotes")
-                if row:
-                    rows.append((where, tuple(row[index] for index in picked)))
-        except csv.Error as error:
-            line = skipped + reader.line_num
-            raise PromptError(f"labelled file {path}: not CSV near line {line} ({_one_line(error)})") from error
-    return rows
-
-
-@contextmanager
-def _fields_of_any_length() -> Iterator[None]:
-    """Lift the csv module's limit on fields (128 KiB), which holds for the whole process."""
-    before = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        yield
-    finally:
-        csv.field_size_limit(before)
+    blank = "\n" * len(re.findall(r"\r\n|\r|\n", text[:start]))  # so that lines keep their numbers
+    file = f"labelled file {path}"
+    found = read_rows(file, blank + text[start:], tabs=path.suffix.lower() == ".tsv")
+    header = [name.strip().casefold() for name in found.header]
+    picked = [_column(header, names, file) for names in columns]
+    return [(where, tuple(row[index] for index in picked)) for where, row in found.rows]
 
 
 def _json_rows(text: str, columns: tuple[tuple[str, ...], ...], path: Path) -> Iterator[tuple[str, tuple[object, ...]]]:

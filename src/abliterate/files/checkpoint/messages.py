@@ -8,16 +8,16 @@ import shutil
 from pathlib import Path
 
 from abliterate.errors import CheckpointError
-from abliterate.files.bounded import line as line
 from abliterate.files.bounded import readable_size as readable_size
 from abliterate.files.bounded import short as short
+from abliterate.texts import printable
 
 OUR_FAULT = "this is a fault of the program, please report it"
 
 
 def error(text: str) -> CheckpointError:
     """The error with `text` on one line, whatever the names in it hold."""
-    return CheckpointError(line(text))
+    return CheckpointError(printable(text))
 
 
 def damaged(path: Path, reason: str) -> CheckpointError:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint.links import leads_out
-from abliterate.files.checkpoint.messages import OUR_FAULT, error, line, short
+from abliterate.files.checkpoint.messages import OUR_FAULT, error, short
 from abliterate.files.checkpoint.reading import (
     ADAPTER_CONFIG,
     BITS,
@@ -23,7 +23,7 @@ from abliterate.files.checkpoint.reading import (
     Checkpoint,
     TensorInfo,
 )
-from abliterate.texts import encodable
+from abliterate.texts import encodable, printable
 
 _OTHER_WEIGHTS = re.compile(
     r"\.(bin|pth?|pt2|ckpt|gguf|ggml|h5|keras|msgpack|onnx|pkl|pickle|safetensors|npz|ot|tflite|nemo|pdparams)"
@@ -231,7 +231,7 @@ def _shards(source: Checkpoint, changes: Changes) -> list[_Shard]:
 def _dealt_out(source: Checkpoint, changes: Changes, most: int) -> list[_Shard]:
     """All tensors in order, in new files of at most `most` bytes."""
     if most <= 0:
-        raise UsageError(line(f"shards of {most} bytes cannot be written; give a larger --shard-size"))
+        raise UsageError(printable(f"shards of {most} bytes cannot be written; give a larger --shard-size"))
     metadata = {key: value for shard in reversed(source.shards) for key, value in shard.metadata.items()}
     groups: list[dict[str, TensorInfo]] = []
     free = 0

@@ -22,10 +22,11 @@ from abliterate.files.atomic import new_file
 from abliterate.files.checkpoint.growing import sync_folders, sync_path
 from abliterate.files.checkpoint.journal import MODEL, SCRATCH, Journal, read_key
 from abliterate.files.checkpoint.links import leads_out
-from abliterate.files.checkpoint.messages import error, free_bytes, line, readable_size, write_error
+from abliterate.files.checkpoint.messages import error, free_bytes, readable_size, write_error
 from abliterate.files.checkpoint.outputs import walk
 from abliterate.files.interrupts import one_interrupt
 from abliterate.files.local import is_sealed, reserved, seal
+from abliterate.texts import printable
 
 _REPLACED, _SEAL = "replaced", "seal"
 _LAYOUT_VERSION = 1  # of the folder beside OUT and of what is written into it
@@ -218,22 +219,22 @@ def check_output(out: Path, *, overwrite: bool = False, source: Path | None = No
 
 def _check_apart(out: Path, source: Path | None) -> None:
     if source is not None and overlap(out, source):
-        raise UsageError(line(f"{out} overlaps with the model {source}; choose another -o"))
+        raise UsageError(printable(f"{out} overlaps with the model {source}; choose another -o"))
 
 
 def _check_free(out: Path, *, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return
     if out.is_symlink() or not out.is_dir():
-        raise UsageError(line(f"{out} exists and is not a folder; give another -o"))
+        raise UsageError(printable(f"{out} exists and is not a folder; give another -o"))
     if os.path.ismount(out):
-        raise UsageError(line(f"{out} is a mount point and cannot be replaced; give a folder inside it as -o"))
+        raise UsageError(printable(f"{out} is a mount point and cannot be replaced; give a folder inside it as -o"))
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise UsageError(line(f"{out} exists; give another -o or --overwrite"))
+        raise UsageError(printable(f"{out} exists; give another -o or --overwrite"))
     if not any(os.path.isfile(out / name) for name in ("config.json", "abliteration.json")):
-        raise UsageError(line(f"{out} exists and holds no model, so --overwrite is refused; give another -o"))
+        raise UsageError(printable(f"{out} exists and holds no model, so --overwrite is refused; give another -o"))
 
 
 def _install(place: Path, out: Path, *, overwrite: bool) -> None:
@@ -278,9 +279,8 @@ def _refuse_second(out: Path) -> None:
             try:
                 _unlock(_lock(place))
             except BlockingIOError:
-                raise UsageError(
-                    line(f"{out}: another abliterate is writing it now, in {place}; wait for it or give another -o")
-                ) from None
+                said = f"{out}: another abliterate is writing it now, in {place}; wait for it or give another -o"
+                raise UsageError(printable(said)) from None
             except OSError:
                 continue
 

@@ -15,10 +15,11 @@ from typing import Any, TypeAlias
 from abliterate.errors import UsageError
 from abliterate.files.checkpoint.growing import GrowingFile, Trail, sync_folders, sync_path
 from abliterate.files.checkpoint.journal import Finished, Journal, Note
-from abliterate.files.checkpoint.messages import OUR_FAULT, damaged, error, line, short, write_error
+from abliterate.files.checkpoint.messages import OUR_FAULT, damaged, error, short, write_error
 from abliterate.files.checkpoint.outputs import Changes, Output, Outputs, Span, plan_outputs
 from abliterate.files.checkpoint.reading import Checkpoint, Shard, TensorReader, open_source, sha256
 from abliterate.files.checkpoint.staging import overlap
+from abliterate.texts import printable
 
 Chunk: TypeAlias = bytes | bytearray | memoryview
 Rewriter: TypeAlias = Callable[[TensorReader], Iterable[Chunk]]
@@ -115,7 +116,7 @@ def _check(source: Checkpoint, target: Path, rewriters: Mapping[str, Rewriter], 
     if journal and target != journal.folder:
         raise error(f"{target} is not the folder of the journal in {journal.place}; {OUR_FAULT}")
     if overlap(target, source.folder):
-        raise UsageError(line(f"{target} overlaps with the model {source.folder}; choose another -o"))
+        raise UsageError(printable(f"{target} overlaps with the model {source.folder}; choose another -o"))
 
 
 def _rewritten(output: Output, rewriters: Mapping[str, Rewriter]) -> tuple[str, ...]:
