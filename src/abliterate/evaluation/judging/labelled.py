@@ -1,4 +1,4 @@
-"""Files of labelled replies: CSV (parted by commas, semicolons or tabs) or JSON lines with `prompt`, `response`, `label`.
+"""Files of labelled replies: CSV (commas, semicolons or tabs) or JSON lines with `prompt`, `response` and `label`.
 
 Or with the names of PyRIT's sets: `objective`, `assistant_response` and `human_score`. A label is refusal, evasion,
 partial, compliance, degenerate or cut off, or just 1 (refused) or 0 (not).
