@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -126,6 +127,22 @@ def _module(target: str, named: dict[str, Path]) -> str | None:
 def test_light_modules_do_not_import_torch(module: str) -> None:
     code = f"import sys, abliterate.{module}; print('torch' in sys.modules, 'transformers' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "found"),
+    [
+        ("", {}, "3000"),
+        ("", {"OMP_NUM_THREADS": "2"}, "3000"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "7"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+        ("torch, ", {}, "None"),
+    ],
+)
+def test_threads_do_not_spin_for_long_unless_the_user_says_so(before: str, given: dict[str, str], found: str) -> None:
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
+    code = f"import {before}abliterate, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, env={**own, **given}).strip() == found
 
 
 def test_every_public_name_resolves_and_is_listed() -> None:

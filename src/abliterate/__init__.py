@@ -5,6 +5,8 @@ Names are loaded when first used: importing this package does not import torch.
 
 from __future__ import annotations
 
+import os
+import sys
 from importlib import import_module
 from inspect import isfunction
 from typing import TYPE_CHECKING, Any
@@ -57,6 +59,19 @@ if TYPE_CHECKING:
     from abliterate.pipeline import verify as verify
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
+
+#: How often a thread of torch (GNU OpenMP) that waits looks for work before it sleeps. By default 300,000 times, which
+#: takes cores from whoever has work; so many are as fast alone (benchmarks/contention.py).
+_LOOKS = "3000"
+
+
+def _sleep_soon() -> None:
+    """Let threads that wait sleep soon, unless the user says how they wait. It is read when torch is imported."""
+    if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", _LOOKS)
+
+
+_sleep_soon()
 
 _HOMES = {
     "model.anatomy": ("Anatomy", "study"),
