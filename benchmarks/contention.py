@@ -4,8 +4,8 @@ Run ``python benchmarks/contention.py [--turns N] [--policy NAME=VALUE,...]``. A
 products (bfloat16, 64 tokens, 24 blocks) is timed in a process of its own with a thread for each core, in five
 situations: alone; beside a busy process; beside another torch process with as many threads, which spins; beside both;
 beside that and as many busy ones as make five busy threads. Policies are environments of the measured process,
-"default" (nothing set) first; 3000 is what abliterate sets. Situations and policies take turns, so that a ratio compares
-what ran in the same minute; shown are the medians over turns, in seconds and in fair shares.
+"default" (nothing set) first; 3000 is what abliterate sets. Situations and policies take turns, so that a ratio
+compares what ran in the same minute; shown are the medians over turns, in seconds and in fair shares.
 
 The fair share is what a scheduler that treats threads alike would give: of c cores with k other busy threads, the c
 threads of the chain get c / (c + k) of the machine, and need (c + k) / c of the time they need alone. "Alone" is the
