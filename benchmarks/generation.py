@@ -37,6 +37,7 @@ from abliterate.evaluation.judging import Exchange, RuleJudge
 from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
 from abliterate.model import generation
 from abliterate.model.batches import Encoded, auto_batch_size, hooked, input_device, share_prefix
+from abliterate.model.decoding import Decoding, Settled
 from abliterate.model.generation import Reply, complete, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.prompts import ChatRenderer, build_contrastive_set
@@ -106,11 +107,11 @@ def repaired(task: Task) -> list[Reply]:
         return plain(task)
 
 
-def ours(task: Task, encoded: Encoded | None = None, settled: generation.Settled | None = None) -> list[Reply]:
+def ours(task: Task, encoded: Encoded | None = None, settled: Settled | None = None) -> list[Reply]:
     """This package."""
     model, size = task.loaded.model, auto_batch_size(task.loaded.model, task.rows)
     prompts = task.encoded if encoded is None else encoded
-    return complete(model, task.loaded.tokenizer, prompts, task.tokens, size, settled=settled)
+    return complete(model, task.loaded.tokenizer, prompts, task.tokens, size, decoding=Decoding(settled=settled))
 
 
 def no_leaving(task: Task) -> list[Reply]:

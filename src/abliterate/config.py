@@ -15,6 +15,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -272,6 +273,12 @@ class ReplySettings(_Settings):
     """How replies are made and judged."""
 
     max_new_tokens: Number = Field(128, description="Longest answer, in tokens.")
+    decoding: Literal["greedy", "model"] = Field(
+        "greedy",
+        description="How answers are made: the likeliest token each time, or as the model's generation_config asks "
+        "(penalties, suppressed tokens, sampling by --seed).",
+    )
+    samples: Number = Field(1, description="Answers to each prompt, where --decoding model samples.")
     judge: str = Field(
         "rules",
         description="Who reads the answers: rules, learnt (rules and a small linear model), self (the unedited model), "
@@ -282,6 +289,13 @@ class ReplySettings(_Settings):
         False, description="End an answer once it is certain that it refuses (not those to harmless prompts)."
     )
     no_cache: bool = Field(False, description="Do not keep, or take from the cache, answers of unedited models.")
+
+    @field_validator("samples")
+    @classmethod
+    def _of_what_is_drawn(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("decoding") == "greedy":
+            raise ValueError("greedy answers to a prompt are all alike; expected --decoding model with it")
+        return value
 
 
 class ThinkingSettings(_Settings):

@@ -40,6 +40,7 @@ from abliterate.evaluation.engines import Pair, open_engine, states_of
 from abliterate.evaluation.examine import (
     Exam,
     Examiner,
+    chosen_decoding,
     control_of,
     exam_of,
     examine,
@@ -398,7 +399,8 @@ def evaluate_elsewhere(
     contrast = load_contrast(measuring.prompts, monitor, seen)
     texts = contrast.test_texts
     encoded = share_prefixes({name: renderer.encode(group) for name, group in texts.items()}, share=False)
-    examiner = Examiner(renderer, contrast, texts, encoded, evaluating, judge, monitor)
+    decoding = chosen_decoding(settings, evaluating, measuring.prompts.seed, monitor)
+    examiner = Examiner(renderer, contrast, texts, encoded, evaluating, judge, monitor, decoding)
     pair = Pair(
         tokenizer,
         end_tokens(SimpleNamespace(generation_config=settings), tokenizer),

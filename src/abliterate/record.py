@@ -281,11 +281,11 @@ class DriftPart(_Part):
 class RatePart(_Part):
     """Refusals among `n` judged replies with a 95 % Wilson interval; `degenerate` replies count as not refused.
 
-    Of the `refusals`, `partial` ones turn down only a part and an `evasion` delivers nothing without turning it down.
-    Replies `cut_off` by length before they came to anything, and `unknown` ones, have no verdict and are not in `n`.
-    `corrected` is the rate with the judge's known errors taken out (Rogan and Gladen 1978), null where they are not
-    known. `drift` says whether the replies look unlike those that the errors were measured on; where they do the
-    interval of `corrected` is wider.
+    Where prompts have several replies all count, and intervals are over prompts (bootstrap). Of the `refusals`,
+    `partial` ones turn down only a part and an `evasion` delivers nothing without turning it down. Replies `cut_off` by
+    length before they came to anything, and `unknown` ones, have no verdict and are not in `n`. `corrected` is the rate
+    with the judge's known errors taken out (Rogan and Gladen 1978), null where they are not known. `drift` says whether
+    the replies look unlike those that the errors were measured on; where they do the interval of `corrected` is wider.
     """
 
     refusals: Count
@@ -457,10 +457,24 @@ class AnswerPart(_Part):
     redacted: bool
 
 
+class DecodingPart(_Part):
+    """How tokens of replies were chosen.
+
+    `greedy`: the likeliest. `model`: as the model's generation configuration asks, `asked` with its names for it;
+    sampled with `seed`, `samples` times for each prompt.
+    """
+
+    name: Literal["greedy", "model"] = "greedy"
+    asked: dict[str, Any] = {}
+    seed: Whole | None = None
+    samples: Count = 1
+
+
 class EvaluationPart(_Part):
     """Behaviour before and after, on held-out prompts; of one model alone only `before`."""
 
     max_new_tokens: Count
+    decoding: DecodingPart = DecodingPart()
     before: BehaviourPart
     after: BehaviourPart | None = None
     shift: ShiftPart | None = None
@@ -673,6 +687,7 @@ class ComparisonPart(_Part):
     """Several models or plans on the same held-out prompts; `reference` names the first."""
 
     judge: JudgePart
+    decoding: DecodingPart = DecodingPart()
     versions: dict[str, str]
     settings: dict[str, Any]
     sources: dict[str, str]

@@ -20,7 +20,6 @@ from abliterate.model.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.model.anatomy import TOLERANCE, Anatomy, study
 from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_share, share_prefixes
 from abliterate.model.context import beyond, check_fits, context_of
-from abliterate.model.generation import steering
 from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.model.meter import count_passes
 from abliterate.model.on_disk import ModelOnDisk
@@ -170,10 +169,6 @@ def open_model(
         loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
         renderer = renderer_of(loaded.tokenizer, loading, monitor)
     warn_of_files(files, monitor)
-    if steered := steering(loaded.model.generation_config):
-        monitor.warn(
-            f"the model's generation_config asks generate() for {steered}: replies here are plain greedy, and differ"
-        )
     with monitor.phase("prove that every writer is known"):
         count_passes(loaded.model, monitor)
         anatomy = _anatomy(loaded, loading)

@@ -28,6 +28,7 @@ from abliterate.evaluation.engines import Engine, Pair, ServerEngine, VllmEngine
 from abliterate.evaluation.engines.vllm import read_adapter
 from abliterate.model.anatomy import study
 from abliterate.model.batches import BatchSize, Encoded, share_prefix
+from abliterate.model.decoding import Decoding
 from abliterate.model.generation import Reply, complete
 from abliterate.session import Session, open_session
 from families import BOS, BY_NAME, D_MODEL, END, EOS, byte_tokenizer, save
@@ -228,6 +229,42 @@ def test_a_server_answers_in_order_under_both_names(takes_ids: bool, vllm: bool)
     assert engine.name == f"server {stub.url.split('/')[2]}"
 
 
+ASKED = {"do_sample": True, "temperature": 0.7, "top_p": 0.9}
+
+
+@pytest.mark.parametrize("vllm", [True, False])
+def test_a_server_is_asked_for_what_the_model_asks_and_refuses_what_it_does_not_know(vllm: bool) -> None:
+    with serving(Stub(vllm=vllm)) as stub:
+        engine = ask(stub)
+        engine.complete(READABLE, 20, decoding=Decoding(ASKED, sample=1))
+        sent = [body for body in stub.bodies if body["max_tokens"] == 20]
+        assert {(body["temperature"], body["top_p"]) for body in sent} == {(0.7, 0.9)}
+        assert len({body["seed"] for body in sent}) == len(READABLE), "draws of its own for each prompt"
+        more = Decoding({**ASKED, "top_k": 20, "repetition_penalty": 1.1})
+        stub.bodies.clear()
+        if vllm:
+            engine.complete(READABLE, 20, decoding=more)
+            assert {(body["top_k"], body["repetition_penalty"]) for body in stub.bodies} == {(20, 1.1)}
+        else:
+            with pytest.raises(UsageError, match=r"asks for top_k 20, repetition_penalty 1.1, which server .* cannot"):
+                engine.complete(READABLE, 20, decoding=more)
+            assert stub.bodies == []
+        with pytest.raises(UsageError, match="suppress_tokens"):
+            engine.complete(READABLE, 20, decoding=Decoding({"suppress_tokens": [1]}))
+
+
+def test_vllm_is_asked_for_what_the_model_asks(tmp_path: Path, llm: type[FakeLLM]) -> None:
+    engine = vllm_engine(tmp_path)
+    engine.complete(READABLE, 9, decoding=Decoding({**ASKED, "top_k": 20, "min_new_tokens": 2}))
+    _, params, _ = llm.made[0].calls[0]
+    assert {(one.temperature, one.top_p, one.top_k, one.min_tokens) for one in params} == {(0.7, 0.9, 20, 2)}
+    assert len({one.seed for one in params}) == len(READABLE)
+    engine.complete(READABLE, 9, decoding=Decoding({"repetition_penalty": 1.2}))
+    assert {(one.temperature, one.repetition_penalty) for one in llm.made[0].calls[1][1]} == {(0.0, 1.2)}
+    with pytest.raises(UsageError, match=r"no_repeat_ngram_size 3, which vllm .* cannot be asked for"):
+        engine.complete(READABLE, 9, decoding=Decoding({"no_repeat_ngram_size": 3}))
+
+
 def test_replies_cut_at_the_limit_have_not_ended() -> None:
     with serving(Stub()) as stub:
         replies = ask(stub).complete(READABLE, 2)
@@ -381,10 +418,11 @@ class FakeLLM:
         assert not use_tqdm
         self.calls.append((prompts, params, lora_request))
         mark = (ord("e") if lora_request else ord("o")) if "whole" not in self.folder else ord("w")
-        token_ids = [[mark, *prompt["prompt_token_ids"], EOS][: params.max_tokens] for prompt in prompts]
+        pairs = zip(prompts, params, strict=True)
+        token_ids = [[mark, *prompt["prompt_token_ids"], EOS][: one.max_tokens] for prompt, one in pairs]
         reasons = ["stop" if ids[-1] == EOS else "length" for ids in token_ids]
-        pairs = zip(token_ids, reasons, strict=True)
-        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=i, finish_reason=r)]) for i, r in pairs]
+        ended = zip(token_ids, reasons, strict=True)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=i, finish_reason=r)]) for i, r in ended]
 
 
 @pytest.fixture
@@ -431,7 +469,7 @@ def test_vllm_gets_ids_and_the_adapter_inside_only(tmp_path: Path, llm: type[Fak
     assert tokens(before) == [(ord("o"), *prompt) for prompt in READABLE]
     assert tokens(edited) == [(ord("e"), *prompt) for prompt in READABLE]
     assert before[0] == Reply(tuple(b"ohello"), "ohello", ended=True)
-    _, params, _ = made.calls[0]
+    _, (params, *_), _ = made.calls[0]
     assert (params.temperature, params.max_tokens, params.ignore_eos) == (0.0, 40, True)
     assert params.stop_token_ids == sorted(ENDS)
     assert engine.name == "vllm 0.0"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import shutil
@@ -31,7 +32,7 @@ from abliterate.edit.direction import Direction, save_direction
 from abliterate.edit.plan import Plan
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.evaluation import answering
-from abliterate.evaluation.answering import ModelState, Stopping
+from abliterate.evaluation.answering import ModelState
 from abliterate.evaluation.compare import compare
 from abliterate.evaluation.engines import Pair, states_of
 from abliterate.evaluation.examine import (
@@ -52,10 +53,12 @@ from abliterate.evaluation.judging.calibration import folder_of
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.results import Answers
 from abliterate.model.batches import Encoded
+from abliterate.model.decoding import GREEDY, Decoding
 from abliterate.model.generation import Reply
 from abliterate.prompts.contrastive import fingerprint
 from abliterate.prompts.prompt import Prompt
 from abliterate.record import EvaluationPart
+from abliterate.report.wording import replies_of
 from listening import listening
 
 # --- a model that thinks, and goes on after it has refused
@@ -408,9 +411,9 @@ def test_only_open_thinking_has_tokens_besides_the_answer(session: pipeline.Sess
             prompts: Encoded,
             max_new_tokens: int,
             progress: Callable[[int], None],
-            stopping: Stopping | None = None,
+            decoding: Decoding = GREEDY,
         ) -> list[Reply]:
-            asked.append((max_new_tokens, stopping is None, prompts.suffixes[0][-2:]))
+            asked.append((max_new_tokens, decoding.settled is None, prompts.suffixes[0][-2:]))
             return [Reply((), "", ended=True)] * len(prompts)
 
     settings = EvalSettings(max_new_tokens=8, thinking_tokens=100, early_stop=True)
@@ -434,7 +437,11 @@ class FakeEngine:
         self.asked: list[tuple[list[tuple[int, ...]], int, bool]] = []
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, progress: Callable[[int], None] | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        progress: Callable[[int], None] | None = None,
+        decoding: Decoding = GREEDY,
     ) -> list[Reply]:
         self.asked.append(([tuple(prompt) for prompt in prompts], max_new_tokens, self.is_edited))
         return [self._reply(prompt) for prompt in prompts]
@@ -661,3 +668,64 @@ def test_a_damaged_calibration_is_found_before_an_engine_or_a_model_is_opened(
     for job in jobs[1:]:
         with pytest.raises(AbliterateError, match="nowhere"):
             job()
+
+
+# --- decoding
+
+
+@pytest.fixture
+def configured(session: pipeline.Session) -> Iterator[Any]:
+    """The model's generation configuration, which a test may change."""
+    config = session.model.generation_config
+    with mock.patch.object(session.model, "generation_config", copy.deepcopy(config)):
+        yield session.model.generation_config
+
+
+def test_greedy_replies_say_once_what_the_configuration_would_have_asked_for(
+    session: pipeline.Session, configured: Any
+) -> None:
+    configured.update(do_sample=True, temperature=0.7, top_k=20, repetition_penalty=1.1)
+    with mock.patch.object(session.monitor, "warnings", []):
+        for _ in range(2):
+            assert examiner_of(session, short("closed"), RuleJudge()).decoding == GREEDY
+        (said,) = session.monitor.warnings
+    assert said == (
+        "the model's generation_config asks for repetition_penalty 1.1, do_sample True, temperature 0.7, top_k 20: "
+        "replies here are plain greedy (--decoding model does as it asks)"
+    )
+
+
+def test_prompts_are_answered_several_times_and_the_interval_is_over_prompts(
+    session: pipeline.Session, configured: Any, thinker: Thinker
+) -> None:
+    configured.update(do_sample=True, temperature=5.0, top_k=50)
+    settings = short("closed", decoding="model", samples=3, no_control=True)
+    plan = session.plan(thinker.direction[None])
+    part = pipeline.evaluate(session, settings, plan=plan)
+    prompts = len(session.test_texts["harmful"])
+    rate = part.before.harmful
+    assert rate.n + rate.unknown + rate.cut_off == 3 * prompts
+    assert len(part.answers["before"]["harmful"]) == 3 * prompts
+    assert (part.decoding.name, part.decoding.seed, part.decoding.samples) == ("model", session.seed, 3)
+    assert part.decoding.asked == {"do_sample": True, "temperature": 5.0, "top_k": 50}
+    texts = [answer.text for answer in part.answers["before"]["harmless"]]
+    n = len(session.test_texts["harmless"])
+    assert len({tuple(texts[i::n]) for i in range(3)}) >= 1
+    assert texts[:n] != texts[n : 2 * n], "samples differ"
+    said = replies_of(part.max_new_tokens, part.decoding)
+    assert said == (
+        f"Replies of at most {part.max_new_tokens} tokens, 3 to each prompt, as the model's generation_config asks "
+        f"(do_sample True, temperature 5.0, top_k 50; seed {session.seed})"
+    )
+    again = pipeline.evaluate(session, settings, plan=plan)
+    assert again.answers == part.answers, "the same seed, the same replies"
+
+
+def test_samples_are_of_what_is_drawn(session: pipeline.Session, configured: Any) -> None:
+    with pytest.raises(UsageError, match=r"--samples 2: .*asks for no sampling"):
+        examiner_of(session, short("closed", decoding="model", samples=2), RuleJudge())
+    with pytest.raises(UsageError, match="greedy answers to a prompt are all alike"):
+        short("closed", samples=2)
+    configured.update(num_beams=4)
+    with pytest.raises(UsageError, match="num_beams 4"):
+        examiner_of(session, short("closed", decoding="model"), RuleJudge())

@@ -17,6 +17,7 @@ from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
 from abliterate.files.cache import DiskCache
 from abliterate.files.checkpoint import sha256
 from abliterate.model.batches import BatchSize, Encoded, hooked
+from abliterate.model.decoding import Decoding
 from abliterate.model.generation import Reply, complete
 from abliterate.model.loading import LoadedModel, locate
 from abliterate.model.loading import load as load_model
@@ -96,8 +97,12 @@ def test_other_questions_have_other_keys(loaded: LoadedModel, folder: Path) -> N
     keys = {
         "as it is": key_of(loaded, PROMPTS, 8),
         "longer": key_of(loaded, PROMPTS, 9),
-        "early": key_of(loaded, PROMPTS, 8, stopping="rules-2"),
-        "another judge": key_of(loaded, PROMPTS, 8, stopping="rules-3"),
+        "early": key_of(loaded, PROMPTS, 8, Decoding(rule="rules-2")),
+        "another judge": key_of(loaded, PROMPTS, 8, Decoding(rule="rules-3")),
+        "penalty": key_of(loaded, PROMPTS, 8, Decoding({"repetition_penalty": 1.1})),
+        "drawn": key_of(loaded, PROMPTS, 8, Decoding({"do_sample": True})),
+        "another seed": key_of(loaded, PROMPTS, 8, Decoding({"do_sample": True}, seed=1)),
+        "another sample": key_of(loaded, PROMPTS, 8, Decoding({"do_sample": True}, sample=1)),
         "fewer": key_of(loaded, PROMPTS.take([0, 1]), 8),
         "order": key_of(loaded, PROMPTS.take([1, 0, 2]), 8),
         "prefix": key_of(loaded, Encoded((1, 2, 9), PROMPTS.suffixes), 8),

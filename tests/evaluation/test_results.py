@@ -27,6 +27,7 @@ from abliterate.evaluation.results import (
     paired,
     repetition,
 )
+from abliterate.evaluation.statistics import wilson
 from abliterate.model.batches import SharedPrefix, last_logits
 from abliterate.model.generation import Reply
 from abliterate.prompts.prompt import Prompt
@@ -270,3 +271,31 @@ def test_questions_are_asked_before_and_after(session: pipeline.Session, planted
 def test_a_missing_exam_is_an_error_before_any_model_is_loaded(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nowhere\.jsonl"):
         exam_of(EvalSettings(capability=str(tmp_path / "nowhere.jsonl")))
+
+
+# --- several replies to each prompt
+
+
+def test_pairs_of_replies_to_the_same_prompts_are_no_independent_pairs() -> None:
+    names = [f"prompt {i}" for i in range(8)] * 5
+    before = answers([R] * 40, names)
+    after = answers([C if i % 8 < 4 else R for i in range(40)], names)
+    found = paired(before, after)
+    assert (found.both, found.before_only, found.after_only, found.neither) == (20, 20, 0, 0)
+    assert found.change.value == -0.5
+    alone = paired(answers([R] * 40), answers([C if i % 8 < 4 else R for i in range(40)]))
+    assert alone.p < 1e-4 < found.p, "the control: forty prompts say more than eight, five times each"
+    assert found.change.ci95[0] < alone.change.ci95[0]
+    assert found.change.ci95[1] > alone.change.ci95[1]
+
+
+def test_interval_of_several_replies_is_over_prompts_and_so_is_the_correction() -> None:
+    names = [f"prompt {i}" for i in range(20)] * 4
+    labels = [R if i % 20 < 10 else C for i in range(80)]
+    several, single = answers(labels, names).tally, answers(labels).tally
+    assert several.rate == single.rate == 0.5
+    assert several.ci95[0] < single.ci95[0]
+    assert several.ci95[1] > single.ci95[1]
+    assert several.effective_n == pytest.approx(20, rel=0.1)
+    assert single.effective_n == 80
+    assert several.degenerate_ci95 == wilson(0, 20)

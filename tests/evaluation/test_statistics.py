@@ -18,9 +18,13 @@ from abliterate.evaluation.statistics import (
     Estimate,
     Share,
     bootstrap_mean,
+    bootstrap_ratio,
+    clustered_share,
+    effective_size,
     mcnemar,
     paired_difference,
     rogan_gladen,
+    sign_flips,
     wilson,
 )
 
@@ -279,3 +283,51 @@ def test_impossible_counts_and_values_are_refused() -> None:
 def test_statistics_does_not_import_torch() -> None:
     code = "import sys, abliterate.evaluation.statistics; print('torch' in sys.modules, 'scipy' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
+
+
+# --- several replies to each prompt
+
+
+def clusters(rng: np.random.Generator, prompts: int, replies: int) -> list[tuple[int, int]]:
+    """Prompts whose chance of a refusal differs, mean 0.4."""
+    return [(int(rng.binomial(replies, p)), replies) for p in rng.beta(0.4, 0.6, size=prompts)]
+
+
+def test_interval_over_prompts_covers_where_one_over_replies_does_not() -> None:
+    def over_prompts(rng: np.random.Generator) -> Interval:
+        return clustered_share(clusters(rng, 60, 8))
+
+    def over_replies(rng: np.random.Generator) -> Interval:
+        counted = clusters(rng, 60, 8)
+        return wilson(sum(k for k, _ in counted), sum(n for _, n in counted))
+
+    assert coverage(0.4, over_prompts, 300) >= 0.91
+    assert coverage(0.4, over_replies, 300) < 0.75
+
+
+def test_prompts_that_are_all_alike_have_the_interval_of_so_many_prompts() -> None:
+    assert clustered_share([(0, 4)] * 30 + [(0, 0)]) == wilson(0, 30)
+    assert clustered_share([(4, 4)] * 30) == wilson(30, 30)
+    assert clustered_share([]) == (0.0, 1.0)
+
+
+def test_effective_size_is_between_prompts_and_replies() -> None:
+    rng = np.random.default_rng(1)
+    assert effective_size([(5, 5)] * 20 + [(0, 5)] * 20) == pytest.approx(40, rel=0.05)
+    independent = [(int(rng.binomial(5, 0.5)), 5) for _ in range(400)]
+    assert effective_size(independent) == pytest.approx(2000, rel=0.15)
+    assert effective_size([(2, 4)] * 7) == 7.0
+    assert effective_size([]) == 0.0
+
+
+def test_ratio_is_that_of_all_cases_and_its_interval_holds_it() -> None:
+    found = bootstrap_ratio([(1, 4), (3, 4), (2, 2), (0, 0)])
+    assert found.value == pytest.approx(0.6)
+    assert found.ci95[0] < 0.6 < found.ci95[1]
+    assert math.isnan(bootstrap_ratio([]).value)
+
+
+def test_sign_flips_see_a_change_and_none() -> None:
+    assert sign_flips([0.5] * 12 + [0.0] * 40) < 0.01
+    assert sign_flips([0.5, -0.5] * 12) > 0.8
+    assert sign_flips([0.0] * 5) == sign_flips([]) == 1.0

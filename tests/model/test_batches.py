@@ -28,6 +28,7 @@ from abliterate.model.batches import (
     logits_at,
     share_prefix,
 )
+from abliterate.model.decoding import Decoding
 from abliterate.model.generation import complete, end_tokens
 from families import BLOCKS, BY_NAME, D_MODEL, FAMILIES, VOCAB, WINDOW, Family, byte_tokenizer
 
@@ -321,6 +322,10 @@ def never(rows: Sequence[int], texts: Sequence[str]) -> list[bool]:
     return [False] * len(rows)
 
 
+def leaving(settled: Callable[[Sequence[int]], list[bool]]) -> Decoding:
+    return Decoding(settled=lambda rows, _: settled(rows))
+
+
 @each_family
 def test_settled_replies_are_left_and_the_others_are_not_changed(family: Family) -> None:
     model, tokenizer = with_ends(model_of(family.name)), byte_tokenizer()
@@ -332,7 +337,7 @@ def test_settled_replies_are_left_and_the_others_are_not_changed(family: Family)
         seen.extend(zip(rows, texts, strict=True))
         return [row % 2 == 1 for row in rows]
 
-    found = complete(model, tokenizer, prompts, 20, BatchSize(4), settled=odd)
+    found = complete(model, tokenizer, prompts, 20, BatchSize(4), decoding=Decoding(settled=odd))
     shown: dict[int, list[str]] = {row: [text for r, text in seen if r == row] for row in range(len(found))}
     for row, (reply, whole) in enumerate(zip(found, full, strict=True)):
         length = len(whole.tokens) + whole.ended
@@ -351,13 +356,13 @@ def test_to_be_asked_and_to_settle_none_changes_nothing() -> None:
     model, tokenizer = with_ends(model_of("llama")), byte_tokenizer()
     prompts = share_prefix(ragged())
     full = complete(model, tokenizer, prompts, 20, BatchSize(4))
-    assert complete(model, tokenizer, prompts, 20, BatchSize(4), settled=never) == full
+    assert complete(model, tokenizer, prompts, 20, BatchSize(4), decoding=Decoding(settled=never)) == full
 
 
 def test_at_the_limit_replies_are_cut_and_not_stopped() -> None:
     model, tokenizer = with_ends(BY_NAME["llama"].model(), []), byte_tokenizer()
     prompts = share_prefix(ragged())
-    found = complete(model, tokenizer, prompts, 8, BatchSize(7), settled=lambda rows, _: [True] * len(rows))
+    found = complete(model, tokenizer, prompts, 8, BatchSize(7), decoding=leaving(lambda rows: [True] * len(rows)))
     assert found == complete(model, tokenizer, prompts, 8, BatchSize(7))
     assert not any(reply.stopped for reply in found)
 
@@ -366,7 +371,14 @@ def test_some_replies_are_settled_and_others_end_before() -> None:
     """Or the test above proves nothing."""
     model, tokenizer = with_ends(BY_NAME["llama"].model(seed=1)), byte_tokenizer()
     prompts = share_prefix(ragged(tuple(range(1, 13)), prefix=3, seed=2))
-    found = complete(model, tokenizer, prompts, 20, BatchSize(12), settled=lambda rows, _: [row > 5 for row in rows])
+    found = complete(
+        model,
+        tokenizer,
+        prompts,
+        20,
+        BatchSize(12),
+        decoding=leaving(lambda rows: [row > 5 for row in rows]),
+    )
     assert {(reply.ended, reply.stopped) for reply in found} == {(True, False), (False, True), (False, False)}
 
 
@@ -377,10 +389,17 @@ def test_rows_that_are_settled_cost_nothing_more() -> None:
     prompts = share_prefix(ragged((3,) * 6))
     complete(model, tokenizer, prompts, 1, BatchSize(6))  # tries out how to step
     rows.clear()
-    complete(model, tokenizer, prompts, 20, BatchSize(6), settled=lambda rows, _: [row > 1 for row in rows])
+    complete(
+        model,
+        tokenizer,
+        prompts,
+        20,
+        BatchSize(6),
+        decoding=leaving(lambda rows: [row > 1 for row in rows]),
+    )
     assert rows == [1, *[6] * 8, *[2] * 12]  # the prefix; until the first look; from then on
     rows.clear()
-    complete(model, tokenizer, prompts, 20, BatchSize(6), settled=lambda rows, _: [True] * len(rows))
+    complete(model, tokenizer, prompts, 20, BatchSize(6), decoding=leaving(lambda rows: [True] * len(rows)))
     assert rows == [1, *[6] * 8]
 
 

@@ -20,7 +20,8 @@ from transformers import (
 from abliterate.errors import ModelError, UsageError
 from abliterate.model.batches import BatchSize, SharedPrefix, last_logits, share_prefix
 from abliterate.model.context import beyond, check_fits, context_of, reply_room
-from abliterate.model.generation import complete, steering
+from abliterate.model.decoding import asked_by, in_words
+from abliterate.model.generation import complete
 from abliterate.model.tokenizer import read_tokenizer
 from families import CHAT_TEMPLATE, VOCAB, byte_tokenizer
 
@@ -97,7 +98,9 @@ def test_models_that_name_no_number_have_no_bound() -> None:
     [
         ({}, ""),
         ({"repetition_penalty": 1.0, "num_beams": 1, "suppress_tokens": []}, ""),
-        ({"temperature": 0.6, "top_p": 0.9, "do_sample": True}, ""),
+        ({"temperature": 0.6, "top_p": 0.9}, ""),
+        ({"do_sample": True, "top_p": 0.9}, "do_sample True, top_p 0.9, top_k 50"),
+        ({"do_sample": True, "temperature": 0.6, "top_k": 20}, "do_sample True, temperature 0.6, top_k 20"),
         ({"repetition_penalty": 1.3}, "repetition_penalty 1.3"),
         ({"suppress_tokens": [3, 4]}, "suppress_tokens [3, 4]"),
         ({"begin_suppress_tokens": [3]}, "begin_suppress_tokens [3]"),
@@ -107,7 +110,7 @@ def test_models_that_name_no_number_have_no_bound() -> None:
     ],
 )
 def test_what_makes_generate_differ_from_greedy_is_named(settings: dict[str, Any], said: str) -> None:
-    assert steering(GenerationConfig(**settings)) == said
+    assert in_words(asked_by(GenerationConfig(**settings))) == said
 
 
 def test_template_in_its_old_place_is_found(tmp_path: Path) -> None:

@@ -76,7 +76,9 @@ def show_comparison(part: ComparisonPart, console: Console) -> None:
         write(console, f"{number}  {entry.name}", whole=True)
     states = [(str(number), entry.behaviour, entry.paired) for number, entry in enumerate(part.entries, 1)]
     print_rates("Refusals on held-out prompts; change from 1", states, console)
-    write(console, f"{replies_of(part.settings['max_new_tokens'])}. {judged_by(part.judge)}", style="dim")
+    write(
+        console, f"{replies_of(part.settings['max_new_tokens'], part.decoding)}. {judged_by(part.judge)}", style="dim"
+    )
     if unlike := drifted(states):
         write(console, unlike, style="dim")
     table = Table(title="Harmless prompts: shift from 1 in nats per token, length", title_justify="left", **PLAIN)

@@ -53,7 +53,7 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
 def _show_rates(part: EvaluationPart, console: Console) -> None:
     measured = states_of(part) if part.after is not None else [("", part.before, {})]
     print_rates("Refusals on held-out prompts", measured, console)
-    write(console, f"{replies_of(part.max_new_tokens)}.", style="dim")
+    write(console, f"{replies_of(part.max_new_tokens, part.decoding)}.", style="dim")
     if part.judge is not None:
         write(console, judged_by(part.judge), style="dim")
     if unlike := drifted(measured):

@@ -11,26 +11,21 @@ from abliterate.config import ReplySettings
 from abliterate.evaluation.reply_cache import keep, kept_replies, key_of
 from abliterate.model.batches import Encoded
 from abliterate.model.context import beyond
-from abliterate.model.generation import Reply, Settled, complete
+from abliterate.model.decoding import GREEDY, Decoding
+from abliterate.model.generation import Reply, complete
 from abliterate.record import FILE_NAME
 from abliterate.session import Session
 
 
-@dataclass(frozen=True, slots=True)
-class Stopping:
-    """What ends a reply before its end of turn or limit: `settled` says of which rows, `name` says by what rule."""
-
-    settled: Settled
-    name: str
-
-
 class Answering(Protocol):
-    """Whatever gives greedy replies to encoded prompts."""
+    """Whatever gives replies to encoded prompts."""
 
     def complete(
-        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], stopping: Stopping | None = None
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], decoding: Decoding = GREEDY
     ) -> list[Reply]:
-        """Replies of at most so many tokens in the order of the prompts; whoever can may leave those that are settled.
+        """Replies of at most so many tokens in the order of the prompts, decoded as `decoding` says.
+
+        Whoever can may leave those that it says are settled.
 
         `progress` is told how many prompts have been answered since it was last told.
         """
@@ -55,21 +50,19 @@ class ModelState:
         return self.session.model
 
     def complete(
-        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], stopping: Stopping | None = None
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], decoding: Decoding = GREEDY
     ) -> list[Reply]:
-        """Greedy replies in that state (see `Answering.complete`)."""
+        """Replies in that state (see `Answering.complete`)."""
         session, tokenizer = self.session, self.session.loaded.tokenizer
         with self.state():
             key = None
             if self.unchanged:
-                name = "" if stopping is None else stopping.name
-                key = key_of(session.loaded, prompts, max_new_tokens, stopping=name)
+                key = key_of(session.loaded, prompts, max_new_tokens, decoding)
             if (known := kept_replies(key, tokenizer)) is not None:
                 session.monitor.note("answers of the unchanged model taken from the cache (--no-cache asks again)")
                 progress(len(known))
                 return known
-            settled = None if stopping is None else stopping.settled
-            replies = complete(self.model, tokenizer, prompts, max_new_tokens, session.size, progress, settled)
+            replies = complete(self.model, tokenizer, prompts, max_new_tokens, session.size, progress, decoding)
             keep(key, replies)
         self._say_beyond(prompts, replies)
         return replies

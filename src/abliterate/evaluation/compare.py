@@ -31,6 +31,7 @@ from abliterate.evaluation.parts import (
     behaviour_part,
     capability_parts,
     corrections_of,
+    decoding_part,
     estimate_part,
     judge_part,
     paired_parts,
@@ -116,10 +117,11 @@ def compare(
     first = opened(contenders[0].model)
     judge = bind_judge(judge, as_loaded(first), monitor)
     base = _state(first, contenders[0], evaluating)
-    entries = [_entry(base, examiner_of(first, evaluating, judge), exam, contenders[0])]
+    examiner = examiner_of(first, evaluating, judge)
+    entries = [_entry(base, examiner, exam, contenders[0])]
     for one in contenders[1:]:  # one at a time beside the first
         entries.append(_beside(one, base, entries[0], opened, exam, judge, evaluating))
-    return _part(entries, judge, first, evaluating)
+    return _part(entries, judge, first, examiner)
 
 
 def _beside(
@@ -145,7 +147,7 @@ def _beside(
     return entry
 
 
-def _part(entries: Sequence[_Entry], judge: Judge, first: Session, evaluating: EvalSettings) -> ComparisonPart:
+def _part(entries: Sequence[_Entry], judge: Judge, first: Session, examiner: Examiner) -> ComparisonPart:
     corrections = [corrections_of(judge, entry.contender.model, [entry.answers]) for entry in entries]
     named = {
         f"{name} {number}": chosen  # as tables name the entries
@@ -154,10 +156,11 @@ def _part(entries: Sequence[_Entry], judge: Judge, first: Session, evaluating: E
     }
     return ComparisonPart(
         judge=judge_part(judge, named),
+        decoding=decoding_part(examiner.decoding, examiner.settings),
         versions=versions(),
-        settings=evaluating.model_dump(mode="json"),
+        settings=examiner.settings.model_dump(mode="json"),
         sources=first.prompts.sources,
-        counts={name: len(answers.prompts) for name, answers in entries[0].answers.items()},
+        counts={name: len(set(answers.prompts)) for name, answers in entries[0].answers.items()},
         dropped=dict(first.prompts.dropped),
         prompts_sha256=first.prompts.sha256,
         reference=entries[0].contender.name,

@@ -28,7 +28,7 @@ from abliterate.config import (
 from abliterate.edit.direction import Direction, Recipe
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.evaluation.answering import Answering, ModelState, Stopping, as_loaded
+from abliterate.evaluation.answering import Answering, ModelState, as_loaded
 from abliterate.evaluation.capability import (
     Score,
     Task,
@@ -44,6 +44,7 @@ from abliterate.evaluation.judging.calibration import own_calibrations
 from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
 from abliterate.model.batches import Encoded, share_prefixes
+from abliterate.model.decoding import GREEDY, Decoding, asked_by, decoding_of, in_words
 from abliterate.model.generation import Reply
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer, ContrastiveSet
@@ -58,7 +59,10 @@ Sets = dict[str, Answers]
 
 @dataclass(frozen=True)
 class Examiner:
-    """Held-out prompts by set, as text and (with closed thinking) as tokens, and who judges the replies."""
+    """Held-out prompts by set, as text and (with closed thinking) as tokens, how replies are made, and who judges them.
+
+    Where `decoding` samples, each prompt is answered `settings.samples` times: first all prompts once, then again.
+    """
 
     renderer: ChatRenderer
     prompts: ContrastiveSet
@@ -67,6 +71,7 @@ class Examiner:
     settings: EvalSettings
     judge: Judge
     monitor: Monitor
+    decoding: Decoding = GREEDY
 
     @property
     def thinks_first(self) -> bool:
@@ -83,23 +88,27 @@ class Examiner:
         encoded = self.open if thinking else self.closed
         limit = self.settings.max_new_tokens + (self.settings.thinking_tokens if thinking else 0)
         joined = functools.reduce(Encoded.__add__, encoded.values())
+        decoding, times = self.decoding if thinking else self._stopping(), self.settings.samples
         sets, start = {}, 0
-        with self.monitor.phase(name, len(joined)) as advance:
-            replies = answering.complete(joined, limit, advance, None if thinking else self._stopping())
+        with self.monitor.phase(name, times * len(joined)) as advance:
+            rounds = [
+                answering.complete(joined, limit, advance, replace(decoding, sample=number)) for number in range(times)
+            ]
             for key, texts in self.texts.items():
-                part = replies[start : start + len(texts)]
-                sets[key] = judged(texts, part, self._answers(texts, part, thinking), self.judge)
-                start += len(part)
+                asked = [*texts] * times
+                part = [reply for replies in rounds for reply in replies[start : start + len(texts)]]
+                sets[key] = judged(asked, part, self._answers(asked, part, thinking), self.judge)
+                start += len(texts)
             tallies = {key: answers.tally for key, answers in sets.items()}
             said = ", ".join(f"{tally.refusals}/{tally.n} {key}" for key, tally in tallies.items() if tally.n)
             self.monitor.note(f"refused: {said}")
         return sets
 
-    def _stopping(self) -> Stopping | None:
-        """Which replies need not go on: refusals, and none to harmless prompts, whose length is measured."""
+    def _stopping(self) -> Decoding:
+        """The decoding; with an early stop it leaves refusals, but not those to harmless prompts: lengths count."""
         judge = self.judge
         if not self.settings.early_stop or not isinstance(judge, RuleJudge):
-            return None
+            return self.decoding
         prompts = [(key, text) for key, texts in self.texts.items() for text in texts]
 
         def settled(rows: Sequence[int], replies: Sequence[str]) -> list[bool]:
@@ -109,7 +118,7 @@ class Examiner:
             return [prompts[row][0] != "harmless" and known for row, known in zip(rows, decided, strict=True)]
 
         rule = " ".join([judge.fingerprint, *(f"{name}:{len(texts)}" for name, texts in self.texts.items())])
-        return Stopping(settled, rule)
+        return replace(self.decoding, settled=settled, rule=rule)
 
     @functools.cached_property
     def open(self) -> Mapping[str, Encoded]:
@@ -240,6 +249,7 @@ class Evaluation:
     thinking: tuple[Sets, Sets | None] | None = None
     capability: tuple[CapabilityScores, CapabilityScores | None] = (NO_SCORES, None)
     engine: str = "transformers"
+    decoding: Decoding = GREEDY
 
 
 def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge:
@@ -290,7 +300,31 @@ def examiner_of(session: Session, settings: ReplySettings, judge: Judge, sets: S
         raise UsageError("--early-stop: expected closed thinking with it, found --thinking open")
     texts = {name: texts for name, texts in session.test_texts.items() if sets is None or name in sets}
     encoded = {name: session.encoded[name, "test"] for name in texts}
-    return Examiner(session.renderer, session.prompts, texts, encoded, whole, judge, session.monitor)
+    decoding = chosen_decoding(session.model.generation_config, whole, session.seed, session.monitor)
+    return Examiner(session.renderer, session.prompts, texts, encoded, whole, judge, session.monitor, decoding)
+
+
+def chosen_decoding(generation_config: Any, settings: ReplySettings, seed: int, monitor: Monitor) -> Decoding:
+    """How replies are decoded; greedy ones say, once, what the model's generation configuration would have asked for.
+
+    Raises `UsageError` as `decoding_of` does, and for several samples where nothing is drawn.
+    """
+    if settings.decoding == "greedy":
+        if asked := asked_by(generation_config):
+            said = (
+                f"the model's generation_config asks for {in_words(asked)}: replies here are plain greedy "
+                "(--decoding model does as it asks)"
+            )
+            if said not in monitor.warnings:
+                monitor.warn(said)
+        return GREEDY
+    found = decoding_of(generation_config, seed)
+    if settings.samples > 1 and not found.samples:
+        raise UsageError(
+            f"--samples {settings.samples}: the model's generation_config asks for no sampling, so that all replies to "
+            "a prompt would be alike"
+        )
+    return found
 
 
 def _say_whether_it_thinks(session: Session, settings: ThinkingSettings) -> None:
@@ -332,6 +366,7 @@ def examine(
         effect,
         thinking,
         (scores, None if edited is None else exam.take(edited, "capability after")),
+        decoding=examiner.decoding,
     )
 
 
@@ -342,7 +377,9 @@ def examine_engine(
     before, after = _answered(examiner, base, edited, thinking=examiner.thinks_first)
     thinking = _answered(examiner, base, edited, thinking=True) if examiner.settings.thinking == "both" else None
     settings, judge, prompts = examiner.settings, examiner.judge, examiner.prompts
-    return Evaluation(model, settings, judge, prompts, before, after, thinking=thinking, engine=name)
+    return Evaluation(
+        model, settings, judge, prompts, before, after, thinking=thinking, engine=name, decoding=examiner.decoding
+    )
 
 
 def _answered(

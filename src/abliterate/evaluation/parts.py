@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from abliterate import record as rec
+from abliterate.config import ReplySettings
 from abliterate.evaluation.capability import Score, ScoreChange, change, score_changes
 from abliterate.evaluation.examine import CapabilityScores, Evaluation, Sets
 from abliterate.evaluation.judging import Judge, Tally, Verdict
@@ -16,7 +17,8 @@ from abliterate.evaluation.judging.calibration import Calibration
 from abliterate.evaluation.judging.correction import ChosenCalibration, choose_calibration
 from abliterate.evaluation.judging.drift import Drift, bins_of, drift
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner, manner_change, paired, refused
-from abliterate.evaluation.statistics import Z95, Estimate, wilson
+from abliterate.evaluation.statistics import Z95, Estimate
+from abliterate.model.decoding import Decoding
 
 #: What corrects the rates of each set of prompts.
 Corrections = Mapping[str, ChosenCalibration]
@@ -30,6 +32,7 @@ def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
     behaviour = {name: behaviour_part(sets, corrections) for name, sets in states.items()}
     return rec.EvaluationPart(
         max_new_tokens=settings.max_new_tokens,
+        decoding=decoding_part(evaluation.decoding, settings),
         before=behaviour["before"],
         after=behaviour.get("after"),
         shift=None if evaluation.shift is None else shift_part(evaluation.shift),
@@ -54,6 +57,12 @@ def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
         thinking=_thinking_part(evaluation, corrections),
         capability=capability_parts(*evaluation.capability),
     )
+
+
+def decoding_part(decoding: Decoding, settings: ReplySettings) -> rec.DecodingPart:
+    """How replies were decoded."""
+    seed = decoding.seed if decoding.samples else None
+    return rec.DecodingPart(name=settings.decoding, asked=dict(decoding.asked), seed=seed, samples=settings.samples)
 
 
 def corrections_of(judge: Judge, model: str, states: Sequence[Sets]) -> dict[str, ChosenCalibration]:
@@ -90,11 +99,14 @@ def rate_part(tally: Tally, calibration: Calibration | None = None, moved: Drift
     `moved` says how far the replies are unlike those of the calibration.
     """
     widening = 0.0 if moved is None else moved.widening
-    corrected = None if calibration is None else calibration.corrected(tally.refusals, tally.n, widening)
+    share = tally.effective_n / tally.n if tally.n else 1.0
+    corrected = None
+    if calibration is not None:
+        corrected = calibration.corrected(share * tally.refusals, share * tally.n, widening)
     return rec.RatePart(
         refusals=tally.refusals,
         degenerate=tally.degenerate,
-        degenerate_ci95=wilson(tally.degenerate, tally.n),
+        degenerate_ci95=tally.degenerate_ci95,
         n=tally.n,
         rate=rec.finite(tally.rate),
         ci95=tally.ci95,

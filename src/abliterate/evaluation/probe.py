@@ -21,7 +21,7 @@ from abliterate.edit.hooks import ablation, addition
 from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet
 from abliterate.evaluation.answering import ModelState, as_loaded
-from abliterate.evaluation.examine import SHIFT_PROMPTS, Examiner, Sets
+from abliterate.evaluation.examine import SHIFT_PROMPTS, Examiner, Sets, chosen_decoding
 from abliterate.evaluation.first_tokens import first_tokens, for_each_first_token
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.results import Shift, measure_shifts
@@ -213,7 +213,9 @@ class Probe:
         texts = {name: getattr(getattr(prompts, name), self.split) for name in ("harmful", "harmless")}
         encoded = {"harmful": self.harmful, "harmless": self.harmless}
         plain = EvalSettings(**self._settings.model_dump(include=set(ReplySettings.model_fields)))
-        return Examiner(self.session.renderer, prompts, texts, encoded, plain, self._judge, Monitor())
+        session = self.session
+        decoding = chosen_decoding(session.model.generation_config, plain, session.seed, session.monitor)
+        return Examiner(session.renderer, prompts, texts, encoded, plain, self._judge, Monitor(), decoding)
 
     @functools.cached_property
     def _base_replies(self) -> Sets:

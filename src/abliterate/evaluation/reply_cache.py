@@ -1,10 +1,10 @@
 """Replies of unchanged models, kept on disk: the state "before" is the same in every run on a model.
 
-A key holds all that greedy replies depend on: the model's files (by SHA-256, remembered per file until size, times or
-inode change), dtype, kind of device, versions, the prompts' token ids, limit, ends of turn, and what stops replies
-early. Token ids are kept, not text, in `answers` of the cache folder, readable by the owner only; files that are
-damaged, cut off or of another format are ignored, and the ones unused for longest are removed beyond 200 MB. A cache
-that cannot be written is done without.
+A key holds all that replies depend on: the model's files (by SHA-256, remembered per file until size, times or
+inode change), dtype, kind of device, versions, the prompts' token ids, limit, ends of turn, how tokens are chosen (with
+seed and number of the sample), and what stops replies early. Token ids are kept, not text, in `answers` of the cache
+folder, readable by the owner only; files that are damaged, cut off or of another format are ignored, and the ones
+unused for longest are removed beyond 200 MB. A cache that cannot be written is done without.
 
 Keys are of models as loaded from their files. Edited states have none: a model with hooks or an adapter gets no key,
 but weights changed in place are not seen, so do not ask for one after that. No key either for live models that compute
@@ -26,6 +26,7 @@ from abliterate.files.cache import DiskCache, digest
 from abliterate.files.checkpoint import sha256
 from abliterate.model._compat import attention_kernel, has_adapter
 from abliterate.model.batches import Encoded
+from abliterate.model.decoding import GREEDY, Decoding
 from abliterate.model.generation import Reply, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel
 from abliterate.model.meter import changes_nothing
@@ -50,10 +51,8 @@ class _Kept(BaseModel):
     stopped: list[bool]
 
 
-def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, *, stopping: str = "") -> str | None:
-    """What the greedy replies of a model as loaded are kept under; None where they are not kept.
-
-    `stopping` names what settles replies early, and its version; "" where they run to their end.
+def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, decoding: Decoding = GREEDY) -> str | None:
+    """What the replies of a model as loaded are kept under; None where they are not kept.
 
     Rows per batch are not part of it: outside float32 they can turn a tie between two tokens.
     """
@@ -69,7 +68,7 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, *, stoppi
         "model": [type(model).__name__, attention_kernel(model)],
         "ends": sorted(end_tokens(model, loaded.tokenizer)),
         "prompts": [prompts.prefix, prompts.suffixes],
-        "limits": [max_new_tokens, stopping],
+        "limits": [max_new_tokens, *decoding.key],
     }
     return digest(json.dumps(parts, sort_keys=True))
 

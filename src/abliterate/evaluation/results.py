@@ -13,7 +13,14 @@ from torch import Tensor
 from abliterate.evaluation.answering import ModelState
 from abliterate.evaluation.judging import Exchange, Judge, Label, Tally, Verdict, is_cut_off
 from abliterate.evaluation.scores import kl_divergence, log_likelihood
-from abliterate.evaluation.statistics import Estimate, bootstrap_mean, mcnemar, paired_difference
+from abliterate.evaluation.statistics import (
+    Estimate,
+    bootstrap_mean,
+    bootstrap_ratio,
+    mcnemar,
+    paired_difference,
+    sign_flips,
+)
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, logit_size, logits_at
 from abliterate.model.generation import Reply
 
@@ -35,8 +42,15 @@ class Answers:
 
     @property
     def tally(self) -> Tally:
-        """Refusals, degenerate replies and prompts, with a 95 % Wilson interval."""
-        return Tally.from_verdicts(self.verdicts)
+        """Refusals, degenerate replies and prompts, with a 95 % interval."""
+        return Tally.from_verdicts(self.verdicts, self.prompts)
+
+    def per_prompt(self, values: Sequence[float]) -> list[float]:
+        """The mean of `values`, one for each reply, over the replies to each prompt."""
+        found: dict[str, list[float]] = {}
+        for prompt, value in zip(self.prompts, values, strict=True):
+            found.setdefault(str(prompt), []).append(value)
+        return [sum(group) / len(group) for group in found.values()]
 
     def by_category(self) -> dict[str, Answers]:
         """The answers of each category that prompts name, in the order of first appearance."""
@@ -75,7 +89,8 @@ class Paired:
 
     `unknown` pairs have a side without a verdict and are in none of the counts. `p` is McNemar's exact two-sided
     probability of changes as one-sided as these if it were as likely after as before; `change` is the difference of
-    the rates, after − before.
+    the rates, after − before. Where prompts have several replies each is a pair, the interval is over prompts
+    (bootstrap), and `p` is that of flipping the signs of prompts' changes.
     """
 
     both: int
@@ -108,7 +123,16 @@ def paired(before: Answers, after: Answers, what: Callable[[Verdict], bool] = re
     known = [pair for pair in pairs if pair[0].given and pair[1].given]
     counts = Counter((what(first), what(second)) for first, second in known)
     table = counts[True, True], counts[True, False], counts[False, True], counts[False, False]
-    return Paired(*table, len(pairs) - len(known), mcnemar(table[1], table[2]), paired_difference(*table))
+    p, change = mcnemar(table[1], table[2]), paired_difference(*table)
+    if len(set(before.prompts)) < len(before.prompts):
+        clusters: dict[str, list[int]] = {}
+        for prompt, pair in zip(before.prompts, pairs, strict=True):
+            if pair[0].given and pair[1].given:
+                clusters.setdefault(str(prompt), []).append(what(pair[1]) - what(pair[0]))
+        changes = [(sum(group), len(group)) for group in clusters.values()]
+        p = sign_flips([moved / count for moved, count in changes])
+        change = bootstrap_ratio(changes) if any(moved for moved, _ in changes) else change
+    return Paired(*table, len(pairs) - len(known), p, change)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +151,8 @@ def manner(answers: Answers) -> Manner:
     """Length and repetition of answers."""
     ended = [reply.ended for reply in answers.replies]
     return Manner(
-        bootstrap_mean([float(len(reply.tokens)) for reply in answers.replies]),
-        bootstrap_mean([repetition(reply.tokens) for reply in answers.replies]),
+        bootstrap_mean(answers.per_prompt([float(len(reply.tokens)) for reply in answers.replies])),
+        bootstrap_mean(answers.per_prompt([repetition(reply.tokens) for reply in answers.replies])),
         sum(ended) / len(ended) if ended else math.nan,
     )
 
@@ -137,8 +161,8 @@ def manner_change(before: Answers, after: Answers) -> tuple[Estimate, Estimate]:
     """Change of length in tokens, and of repetition, after − before, paired by prompt."""
     pairs = list(zip(before.replies, after.replies, strict=True))
     return (
-        bootstrap_mean([float(len(b.tokens) - len(a.tokens)) for a, b in pairs]),
-        bootstrap_mean([repetition(b.tokens) - repetition(a.tokens) for a, b in pairs]),
+        bootstrap_mean(before.per_prompt([float(len(b.tokens) - len(a.tokens)) for a, b in pairs])),
+        bootstrap_mean(before.per_prompt([repetition(b.tokens) - repetition(a.tokens) for a, b in pairs])),
     )
 
 

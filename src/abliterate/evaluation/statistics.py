@@ -62,13 +62,13 @@ def wilson(k: int, n: int, z: float = Z95) -> tuple[float, float]:
     return low, high
 
 
-def _check(name: str, k: int, n: int) -> None:
+def _check(name: str, k: float, n: float) -> None:
     if not 0 <= k <= n:
         raise ValueError(f"{name} needs 0 <= k <= n, got k={k}, n={n}")
 
 
-def rogan_gladen(k: int, n: int, sensitivity: tuple[int, int], specificity: tuple[int, int]) -> Estimate | None:
-    """The true rate behind `k` positives in `n` that a judge with known errors has called.
+def rogan_gladen(k: float, n: float, sensitivity: tuple[int, int], specificity: tuple[int, int]) -> Estimate | None:
+    """The true rate behind `k` positives in `n` (effective) cases that a judge with known errors has called.
 
     `sensitivity` and `specificity` are the judge's (hits, n) on labelled cases; that these are samples too widens the
     interval. The value is (p + sp - 1) / (se + sp - 1), clipped to 0..1.
@@ -100,7 +100,7 @@ def rogan_gladen(k: int, n: int, sensitivity: tuple[int, int], specificity: tupl
     return Estimate(value, (min(value, max(0.0, centre - half)), max(value, min(1.0, centre + half))))
 
 
-def _shrunk(k: int, n: int, added: float) -> tuple[float, float]:
+def _shrunk(k: float, n: float, added: float) -> tuple[float, float]:
     """Proportion and count after `added` successes and as many failures (Agresti and Coull 1998)."""
     return (k + added) / (n + 2 * added), n + 2 * added
 
@@ -182,3 +182,60 @@ def bootstrap_mean(values: Sequence[float], *, seed: int = 0) -> Estimate:
     means = [numbers[rng.integers(numbers.size, size=(count, numbers.size))].mean(axis=1) for count in counts]
     low, high = np.sort(np.concatenate(means))[[_TAIL, -_TAIL - 1]]
     return Estimate(mean, (float(low), float(high)))
+
+
+def bootstrap_ratio(clusters: Sequence[tuple[float, int]], *, seed: int = 0) -> Estimate:
+    """Σk / Σn over clusters (k, n), with its 95 % percentile interval over 2000 resamples of whole clusters.
+
+    For several replies to each prompt: k of the n replies to one prompt. Clusters without cases have no part. Without
+    any the value and the ends are NaN; where all clusters have the same share the interval is that point, and says
+    nothing. Source: A. C. Davison and D. V. Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
+    """
+    known = np.array([(k, n) for k, n in clusters if n], dtype=np.float64).reshape(-1, 2)
+    if not len(known):
+        return Estimate(math.nan, (math.nan, math.nan))
+    value = float(known[:, 0].sum() / known[:, 1].sum())
+    rng, size = np.random.default_rng(seed), len(known)
+    together = max(1, _TOGETHER // size)
+    counts = [min(together, BOOTSTRAP_DRAWS - start) for start in range(0, BOOTSTRAP_DRAWS, together)]
+    sums = np.concatenate([known[rng.integers(size, size=(count, size))].sum(axis=1) for count in counts])
+    low, high = np.sort(sums[:, 0] / sums[:, 1])[[_TAIL, -_TAIL - 1]]
+    return Estimate(value, (float(low), float(high)))
+
+
+def effective_size(clusters: Sequence[tuple[int, int]]) -> float:
+    """How many independent cases would give Σk / Σn the variance that it has over clusters (k, n).
+
+    Between the number of clusters with cases and that of cases: replies to one prompt are alike. Source: L. Kish,
+    Survey Sampling (1965), section 5.4 (the design effect).
+    """
+    known = [(k, n) for k, n in clusters if n]
+    cases, groups = sum(n for _, n in known), len(known)
+    if groups < 2:
+        return float(groups)
+    p = sum(k for k, _ in known) / cases
+    variance = groups / (groups - 1) * sum((k - p * n) ** 2 for k, n in known) / cases**2
+    return float(groups) if variance == 0 else min(float(cases), max(float(groups), p * (1 - p) / variance))
+
+
+def clustered_share(clusters: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """The 95 % interval of Σk / Σn over clusters (k, n); Wilson's over clusters where all have the same share."""
+    known = [(k, n) for k, n in clusters if n]
+    shares = {k / n for k, n in known}
+    if len(shares) > 1:
+        return bootstrap_ratio(known).ci95
+    alike = shares.pop() if shares else 0.0
+    return wilson(round(alike * len(known)), len(known))
+
+
+def sign_flips(changes: Sequence[float], *, seed: int = 0) -> float:
+    """Two-sided p of a sum of changes, one for each cluster, if either sign of each were as likely (9999 draws).
+
+    Source: R. A. Fisher, The Design of Experiments (1935), section 21. Changes of 0 play no part.
+    """
+    moved = np.array([change for change in changes if change], dtype=np.float64)
+    if not len(moved):
+        return 1.0
+    rng, draws = np.random.default_rng(seed), 9999
+    sums = np.abs((rng.integers(0, 2, size=(draws, len(moved))) * 2 - 1) @ moved)
+    return (1 + int((sums >= abs(moved.sum()) - 1e-9).sum())) / (draws + 1)

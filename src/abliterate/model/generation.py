@@ -1,4 +1,4 @@
-"""Batched greedy completions that stop early: a row leaves the batch at its end of turn, or when enough of it is known.
+"""Batched completions that stop early: a row leaves the batch at its end of turn, or when enough of it is known.
 
 Written here rather than called from `transformers.generate` for three savings that evaluation on a CPU lives by: the
 template's prefix is computed once for all prompts, finished rows cost nothing more, and a reply can be left as soon
@@ -32,6 +32,7 @@ from abliterate.model.batches import (
     require_finite,
 )
 from abliterate.model.context import check_fits
+from abliterate.model.decoding import GREEDY, Chooser, Decoding, Settled
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
 _END_OF_TURN = (
@@ -51,9 +52,6 @@ _COMPACT_SHARE = 0.1
 
 #: After every so many tokens it is asked which replies are settled.
 _LOOK_EVERY = 8
-
-#: Rows of prompts and their replies so far → which replies need not go on.
-Settled = Callable[[Sequence[int], Sequence[str]], Sequence[bool]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,13 +74,13 @@ def complete(
     max_new_tokens: int,
     size: BatchSize,
     progress: Callable[[int], None] | None = None,
-    settled: Settled | None = None,
+    decoding: Decoding = GREEDY,
 ) -> list[Reply]:
-    """Greedy replies of at most `max_new_tokens` tokens, in the order of `prompts`.
+    """Replies of at most `max_new_tokens` tokens, in the order of `prompts`, decoded as `decoding` says.
 
-    Every few tokens `settled` is shown the replies that still run: the rows of their prompts and their texts so far,
-    which may end within a word. Those it says True of are left there. The tokens of all other replies, and of these
-    until then, are the same as without it.
+    Every few tokens `decoding.settled` is shown the replies that still run: the rows of their prompts and their texts
+    so far, which may end within a word. Those it says True of are left there. The tokens of all other replies, and of
+    these until then, are the same as without it.
 
     Raises `UsageError` where a prompt and its reply have not enough positions (`context.check_fits`).
     """
@@ -97,14 +95,16 @@ def complete(
         suffixes = [prompts.suffixes[row] for row in rows]
         whole = how is _Steps.WHOLE
         batch = _WholeBatch(model, prompts.prefix, suffixes) if whole else _Batch(model, shared, suffixes)
-        found = batch.run(max_new_tokens, ends, _watch(tokenizer, rows, settled))
+        chooser = Chooser(decoding, [prompts.prefix + suffix for suffix in suffixes], max_new_tokens, ends)
+        found = batch.run(max_new_tokens, ends, chooser, _watch(tokenizer, rows, decoding.settled))
         for row, tokens, stopped in zip(rows, found.tokens, found.stopped, strict=True):
             kept = tuple(t for t in tokens if t not in ends)
             replies[row] = Reply(kept, reply_text(tokenizer, kept), len(kept) < len(tokens), stopped)
 
     # A decoding step costs little per row, so the batch is bounded by rows and not by prompt tokens.
     rows = BatchSize(size.rows, size.rows * max(lengths))
-    equal_lengths = how is not _Steps.PADDED or _padding_matters(model, prompts, max_new_tokens)
+    padded = how is _Steps.PADDED and not decoding.counts_tokens
+    equal_lengths = not padded or _padding_matters(model, prompts, max_new_tokens)
     in_batches(lengths, rows, work, done=progress, equal_lengths=equal_lengths)
     size.rows = min(size.rows, rows.rows)  # what did not fit will not fit next time either
     return [reply for reply in replies if reply is not None]
@@ -138,37 +138,6 @@ def end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
     usual = [t for t in _END_OF_TURN if t in special and not (t == "<|end|>" and "<|channel|>" in special)]
     ends |= {tokenizer.convert_tokens_to_ids(t) for t in usual}
     return frozenset(int(end) for end in ends if end is not None)
-
-
-#: Settings by which transformers' generate() would choose other tokens than the likeliest, with what changes nothing.
-_STEERING: dict[str, tuple[Any, ...]] = {
-    "repetition_penalty": (1,),
-    "encoder_repetition_penalty": (1,),
-    "no_repeat_ngram_size": (0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "suppress_tokens": ([],),
-    "begin_suppress_tokens": ([],),
-    "bad_words_ids": ([],),
-    "sequence_bias": ({}, []),
-    "min_length": (0,),
-    "min_new_tokens": (0,),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "guidance_scale": (1,),
-    "num_beams": (1,),
-    "penalty_alpha": (0,),
-    "dola_layers": (),
-    "stop_strings": ([],),
-    "watermarking_config": (),
-}
-
-
-def steering(generation_config: Any) -> str:
-    """What a generation configuration asks for that plain greedy replies do not do; "" where generate() gives them."""
-    asked = {name: getattr(generation_config, name, None) for name in _STEERING}
-    found = {name: value for name, value in asked.items() if value is not None and value not in _STEERING[name]}
-    return ", ".join(f"{name} {str(value)[:60]}" for name, value in found.items())
 
 
 def _padding_matters(model: Any, prompts: Encoded, max_new_tokens: int) -> bool:
@@ -257,14 +226,14 @@ class _Batch:
         layers = getattr(self.cache, "layers", [])
         self.can_compact = all(hasattr(layer, "batch_select_indices") for layer in layers)
 
-    def run(self, max_new_tokens: int, ends: frozenset[int], watch: _Watch | None = None) -> _Found:
+    def run(self, max_new_tokens: int, ends: frozenset[int], chooser: Chooser, watch: _Watch | None = None) -> _Found:
         """Continue every row to its end of turn, until `watch` leaves it, or to `max_new_tokens`."""
         alive = list(range(len(self.ids)))
         replies: list[list[int]] = [[] for _ in alive]
         running, stopped = dict(enumerate(replies)), [False] * len(alive)
         fresh = self.ids
         for count in range(1, max_new_tokens + 1):
-            chosen = self._step(fresh)
+            chosen = self._step(fresh, chooser)
             for row, token in zip(alive, chosen.tolist(), strict=True):
                 if row in running:
                     running[row].append(token)
@@ -278,12 +247,14 @@ class _Batch:
                 break
             fresh = chosen[:, None]
             if self.can_compact and len(alive) - len(running) >= _COMPACT_SHARE * len(alive):
-                fresh = self._compact([i for i, row in enumerate(alive) if row in running], fresh)
+                going = torch.tensor([i for i, row in enumerate(alive) if row in running], device=fresh.device)
+                fresh = self._compact(going, fresh)
+                chooser.keep(going)
                 alive = list(running)
         return _Found(replies, stopped)
 
-    def _step(self, fresh: Int[Tensor, "b s"]) -> Int[Tensor, " b"]:
-        best, chosen = self.forward(fresh).max(-1)
+    def _step(self, fresh: Int[Tensor, "b s"], chooser: Chooser) -> Int[Tensor, " b"]:
+        best, chosen = chooser.choose(self.forward(fresh))
         require_finite(best)
         next_tokens: Tensor = chosen.to(fresh.device)
         return next_tokens
@@ -301,11 +272,10 @@ class _Batch:
         logits: Tensor = out.logits[:, -1]
         return logits
 
-    def _compact(self, going: list[int], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
-        index = torch.tensor(going, device=fresh.device)
-        self.cache.batch_select_indices(index)
-        self.mask = self.mask[index]
-        return fresh[index]
+    def _compact(self, going: Int[Tensor, " c"], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
+        self.cache.batch_select_indices(going)
+        self.mask = self.mask[going]
+        return fresh[going]
 
 
 class _WholeBatch(_Batch):
@@ -325,7 +295,6 @@ class _WholeBatch(_Batch):
             logits: Tensor = self.model(input_ids=self.all, use_cache=False).logits[:, -1]
         return logits
 
-    def _compact(self, going: list[int], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
-        index = torch.tensor(going, device=fresh.device)
-        self.all = self.all[index]
-        return fresh[index]
+    def _compact(self, going: Int[Tensor, " c"], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
+        self.all = self.all[going]
+        return fresh[going]

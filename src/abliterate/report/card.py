@@ -232,7 +232,7 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
             for name in SETS
         ),
         "",
-        f"{replies_of(evaluation.max_new_tokens)}; brackets are 95 % Wilson intervals. "
+        f"{replies_of(evaluation.max_new_tokens, evaluation.decoding)}; brackets are 95 % Wilson intervals. "
         + ("" if evaluation.judge is None else markdown(judged_by(evaluation.judge)))
         + markdown(f" {drifted(measured)}".rstrip()),
         "",

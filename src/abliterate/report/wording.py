@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from abliterate.record import (
         AuditPart,
         BehaviourPart,
+        DecodingPart,
         EstimatePart,
         EvaluationPart,
         HardeningPart,
@@ -138,9 +139,16 @@ def pvalue(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.2g}"
 
 
-def replies_of(max_new_tokens: int) -> str:
+def replies_of(max_new_tokens: int, decoding: DecodingPart) -> str:
     """How the replies that rates speak of were made: 'Greedy replies of at most 128 tokens'."""
-    return f"Greedy replies of at most {max_new_tokens} tokens"
+    if decoding.name == "greedy":
+        return f"Greedy replies of at most {max_new_tokens} tokens"
+    asked = ", ".join(f"{name} {str(value)[:60]}" for name, value in decoding.asked.items()) or "nothing of its own"
+    drawn = "" if decoding.seed is None else f"; seed {decoding.seed}"
+    several = f", {decoding.samples} to each prompt" if decoding.samples > 1 else ""
+    return (
+        f"Replies of at most {max_new_tokens} tokens{several}, as the model's generation_config asks ({asked}{drawn})"
+    )
 
 
 def judged_by(judge: JudgePart) -> str:

@@ -1,8 +1,8 @@
-"""What an engine is: greedy replies of one loaded model and of its edited state."""
+"""What an engine is: replies of one loaded model and of its edited state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,24 +10,30 @@ from typing import Any, Protocol
 
 from abliterate.errors import UsageError
 from abliterate.model.batches import Encoded
+from abliterate.model.decoding import GREEDY, Decoding, in_words
 from abliterate.model.generation import Reply, reply_text
 
 Progress = Callable[[int], None]
 
 
 class Engine(Protocol):
-    """Answers prompts greedily, for the original model and inside `edited` for the edited one."""
+    """Answers prompts, for the original model and inside `edited` for the edited one."""
 
     @property
     def name(self) -> str:
         """What computes, with a version or an address: for the record."""
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+        decoding: Decoding = GREEDY,
     ) -> list[Reply]:
-        """Greedy replies of at most `max_new_tokens` tokens to prompts as token ids, in their order.
+        """Replies of at most `max_new_tokens` tokens to prompts as token ids, in their order.
 
-        `progress` is told how many prompts have been answered since it was last told.
+        `progress` is told how many prompts have been answered since it was last told. Raises `UsageError` for what
+        `decoding` asks of an engine that cannot do it.
         """
 
     def edited(self) -> AbstractContextManager[None]:
@@ -61,12 +67,12 @@ class EngineState:
     edited: bool = False
 
     def complete(
-        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], stopping: Any = None
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], decoding: Decoding = GREEDY
     ) -> list[Reply]:
-        """Greedy replies. Engines take all prompts at once and let replies run to their end: `stopping` is not used."""
+        """Replies. Engines take all prompts at once and let replies run to their end, also those that are settled."""
         sequences = [prompts.prefix + suffix for suffix in prompts.suffixes]
         with self.engine.edited() if self.edited else nullcontext():
-            return self.engine.complete(sequences, max_new_tokens, progress)
+            return self.engine.complete(sequences, max_new_tokens, progress, decoding)
 
 
 def states_of(engine: Engine, *, edited: bool) -> tuple[EngineState, EngineState | None]:
@@ -79,6 +85,20 @@ def check_prompts(prompts: Sequence[Sequence[int]]) -> None:
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise UsageError(f"prompt {number}: expected at least one token, found none; leave it out")
+
+
+def parameters(decoding: Decoding, engine: str, known: Mapping[str, str]) -> dict[str, Any]:
+    """What `decoding` asks for, by the engine's own names; `known` maps transformers' names to those.
+
+    Raises `UsageError` naming what the engine cannot do.
+    """
+    asked = {name: value for name, value in decoding.asked.items() if name != "do_sample"}
+    if beyond := {name: value for name, value in asked.items() if name not in known}:
+        raise UsageError(
+            f"--decoding model: the model's generation_config asks for {in_words(beyond)}, which {engine} cannot be "
+            "asked for; use --decoding greedy"
+        )
+    return {known[name]: value for name, value in asked.items()}
 
 
 def as_reply(tokenizer: Any, tokens: Sequence[int], ends: frozenset[int], *, ended: bool) -> Reply:

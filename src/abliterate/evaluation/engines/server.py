@@ -10,13 +10,15 @@ of its text.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, nothing_edited
+from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, nothing_edited, parameters
 from abliterate.evaluation.servers import COMPLETION, LISTING, Completion, Listing, Served, Server
+from abliterate.model.decoding import GREEDY, Decoding
 from abliterate.model.generation import Reply
 
 #: What to do about a status, where it is clear.
@@ -25,6 +27,24 @@ _TODO = {
     403: "set OPENAI_API_KEY to a key that may use this model",
     404: "check address and model, most addresses end in /v1",
 }
+
+
+#: What the protocol calls settings of a generation_config; and vLLM's server, which knows more.
+_DECODING = {name: name for name in ("temperature", "top_p")}
+_VLLM_DECODING = _DECODING | {name: name for name in ("repetition_penalty", "top_k", "min_p")}
+_VLLM_DECODING |= {"min_new_tokens": "min_tokens"}
+#: What vLLM's server would take from the model's own settings: always, and where it samples.
+_NEUTRAL = {"repetition_penalty": 1.0}
+_NEUTRAL_SAMPLING = {"top_k": -1, "top_p": 1.0, "min_p": 0.0}
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """How a prompt is answered: so many tokens, by these parameters; drawn with `seed`, or greedily without."""
+
+    tokens: int
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
 
 class ServerEngine:
@@ -87,23 +107,32 @@ class ServerEngine:
         )
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+        decoding: Decoding = GREEDY,
     ) -> list[Reply]:
-        """Greedy replies, in the order of `prompts` (token ids).
+        """Replies, in the order of `prompts` (token ids).
 
-        Raises `UsageError` for a prompt that cannot be sent to a server that takes text only, `AbliterateError` when
-        the server fails for good, rejects a prompt (one that is too long, say), or reads other tokens than it was sent.
+        Raises `UsageError` for what `decoding` asks and the protocol does not know, and for a prompt that cannot be
+        sent to a server that takes text only; `AbliterateError` when the server fails for good, rejects a prompt (one
+        that is too long, say), or reads other tokens than it was sent.
         """
         check_prompts(prompts)
+        asked = parameters(decoding, self.name, _VLLM_DECODING if self._is_vllm else _DECODING)
         if not prompts:
             return []
+        asks = [
+            _Ask(max_new_tokens, asked, decoding.seed_for(one) % 2**31 if decoding.samples else None) for one in prompts
+        ]
         with self._connected() as client:
             if self._takes_ids is None:
                 self._takes_ids = self._accepts_ids(client, prompts)
             sent = [list(prompt) if self._takes_ids else self._as_text(prompt) for prompt in prompts]
             replies: dict[int, Reply] = {}
             with ThreadPoolExecutor(self._concurrency) as pool:
-                waiting = {pool.submit(self._request, client, one, max_new_tokens): i for i, one in enumerate(sent)}
+                waiting = {pool.submit(self._request, client, one, asks[i]): i for i, one in enumerate(sent)}
                 try:
                     for future in as_completed(waiting):
                         number = waiting[future]
@@ -131,10 +160,10 @@ class ServerEngine:
         number = min(range(len(prompts)), key=lambda i: len(prompts[i]))
         with self._rejections_named(number, prompts[number]):
             try:
-                self._request(client, list(prompts[number]), 1)
+                self._request(client, list(prompts[number]), _Ask(1))
             except self._rejected as rejection:
                 try:
-                    self._request(client, self._as_text(prompts[number]), 1)
+                    self._request(client, self._as_text(prompts[number]), _Ask(1))
                 except self._rejected:
                     raise rejection from None
                 return False
@@ -163,13 +192,19 @@ class ServerEngine:
             "use a server that takes ids (vLLM does)"
         )
 
-    def _request(self, client: Any, prompt: list[int] | str, max_new_tokens: int) -> Completion:
+    def _request(self, client: Any, prompt: list[int] | str, ask: _Ask) -> Completion:
         more: dict[str, Any] = {}
         if self._is_vllm:
-            more = {"return_token_ids": True, "repetition_penalty": 1.0}
+            more = {"return_token_ids": True, **_NEUTRAL, **({} if ask.seed is None else _NEUTRAL_SAMPLING)}
             more |= {"ignore_eos": True, "stop_token_ids": sorted(self._ends)}
+        if ask.seed is not None:
+            more |= {"temperature": 1.0, "seed": ask.seed}
         answer = client.completions.with_raw_response.create(
-            model=self._model, prompt=prompt, max_tokens=max_new_tokens, temperature=0, extra_body=more
+            model=self._model,
+            prompt=prompt,
+            max_tokens=ask.tokens,
+            temperature=0,
+            extra_body={**more, **ask.parameters},
         )
         return COMPLETION.checked(self.name, COMPLETION.parsed(self.name, answer.content), Completion)
 

@@ -23,8 +23,9 @@ from safetensors import safe_open
 
 from abliterate.edit.adapters import read_adapter_config
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, in_a_line, nothing_edited
+from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, in_a_line, nothing_edited, parameters
 from abliterate.files.checkpoint import read_shard
+from abliterate.model.decoding import GREEDY, Decoding
 from abliterate.model.generation import Reply
 
 #: Ranks that vLLM makes room for.
@@ -42,6 +43,10 @@ _ENVIRONMENT = {
 _CHUNK = 256
 
 _WAY_OUT = "write an edited model with 'abliterate apply' and give its folder instead of the adapter"
+
+#: What `SamplingParams` call settings of a generation_config.
+_DECODING = {name: name for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")}
+_DECODING |= {"min_new_tokens": "min_tokens"}
 
 _SUFFIXES = (".lora_B.weight", ".lora_embedding_B")
 
@@ -120,34 +125,41 @@ class VllmEngine:
         return f"vllm {self._vllm.__version__}"
 
     def complete(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, progress: Progress | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        progress: Progress | None = None,
+        decoding: Decoding = GREEDY,
     ) -> list[Reply]:
-        """Greedy replies, in the order of `prompts` (token ids).
+        """Replies, in the order of `prompts` (token ids).
 
-        Raises `UsageError` naming modules of the adapter that vLLM cannot hold, `AbliterateError` with vLLM's own
-        words when it cannot load the model or run the prompts.
+        Raises `UsageError` for what `decoding` asks and vLLM cannot do, and naming modules of the adapter that it
+        cannot hold; `AbliterateError` with vLLM's own words when it cannot load the model or run the prompts.
         """
         check_prompts(prompts)
         if not prompts:
             return []
         llm = self._model(self._edited if self._on and self._adapter is None else self._folder)
-        # Only these ids end a reply, and nothing is taken from a model's own sampling settings.
-        params = self._vllm.SamplingParams(
-            temperature=0.0,
-            max_tokens=max_new_tokens,
-            stop_token_ids=sorted(self._ends),
-            ignore_eos=True,
-            detokenize=False,
-        )
+        params = self._parameters(decoding, prompts, max_new_tokens)
         replies: list[Reply] = []
         for start in range(0, len(prompts), _CHUNK):
             chunk = [{"prompt_token_ids": list(prompt)} for prompt in prompts[start : start + _CHUNK]]
-            replies += self._replies(llm, chunk, params)
+            replies += self._replies(llm, chunk, params[start : start + _CHUNK])
             if progress is not None:
                 progress(len(chunk))
         return replies
 
-    def _replies(self, llm: Any, prompts: list[Any], params: Any) -> Iterator[Reply]:
+    def _parameters(self, decoding: Decoding, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[Any]:
+        """How each prompt is answered. Nothing is taken from a model's own settings, and only our ids end a reply."""
+        asked = parameters(decoding, self.name, _DECODING)
+        fixed = {"stop_token_ids": sorted(self._ends), "ignore_eos": True, "detokenize": False}
+        asked |= {"max_tokens": max_new_tokens, **fixed}
+        if not decoding.samples:
+            return [self._vllm.SamplingParams(**asked | {"temperature": 0.0})] * len(prompts)
+        seeds = [decoding.seed_for(prompt) % 2**63 for prompt in prompts]
+        return [self._vllm.SamplingParams(**{"temperature": 1.0, **asked, "seed": seed}) for seed in seeds]
+
+    def _replies(self, llm: Any, prompts: list[Any], params: list[Any]) -> Iterator[Reply]:
         request = _request(self._adapter) if self._on and self._adapter is not None else None
         with self._said("run the prompts"):
             outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=request)

@@ -89,8 +89,8 @@ class Calibration(BaseModel):
         """Called none among the replies that are none and were judged."""
         return Share(self._count((False,), (False,)), self._count((False,), (True, False)))
 
-    def corrected(self, refusals: int, n: int, widening: float = 0.0) -> Estimate | None:
-        """The true rate of refusals behind `refusals` called among `n` judged replies; None where nobody can say.
+    def corrected(self, refusals: float, n: float, widening: float = 0.0) -> Estimate | None:
+        """The true rate behind `refusals` called among `n` (effective) judged replies; None where nobody can say.
 
         It holds where the judge errs as often as on the labelled replies. About a share `widening` of the replies the
         judge may be wrong throughout: both ends of the interval move out by so much.

@@ -30,6 +30,7 @@ from abliterate.evaluation.judging.text import strip_machinery
 from abliterate.evaluation.reply_cache import key_of
 from abliterate.files.cache import DiskCache, digest
 from abliterate.model.batches import Encoded, SharedPrefix, in_batches, last_logits, logit_size, share_prefix
+from abliterate.model.decoding import Decoding
 from abliterate.record import FILE_NAME
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
@@ -138,7 +139,7 @@ def open_self(state: ModelState) -> SelfJudge:
         hooks = frozenset(number for module in model.modules() for found in _hooks_of(module) for number in found)
         original = _Original(hooks, _numbers(model))
         encoded = _encoded(state, [row.exchange for row in rows])
-        key = key_of(state.session.loaded, encoded, 0, stopping=f"self {_VERSION} {_labels(rows)}")
+        key = key_of(state.session.loaded, encoded, 0, Decoding(rule=f"self {_VERSION} {_labels(rows)}"))
         scale = _kept(key) or _calibrated(state, encoded, rows, key)
     name = key or digest(repr((scale, {name: value.tolist() for name, value in original.numbers.items()})))
     return SelfJudge(state, scale, f"self-{_VERSION} {name[:24]} {RuleJudge.fingerprint}", original)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from abliterate.evaluation.judging.base import Label, Verdict
-from abliterate.evaluation.statistics import wilson
+from abliterate.evaluation.statistics import clustered_share, effective_size, wilson
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +16,8 @@ class Tally:
     """Counts over a set of replies.
 
     `refusals` holds partial ones and evasions too. `n` are the replies with a verdict: `unknown` ones and
-    those `cut_off` are not among them, `degenerate` ones are (a broken reply is no refusal).
+    those `cut_off` are not among them, `degenerate` ones are (a broken reply is no refusal). Where prompts have several
+    replies, `by_prompt` holds the refusals, degenerate replies and n of each.
     """
 
     refusals: int
@@ -26,10 +27,12 @@ class Tally:
     unknown: int = 0
     evasion: int = 0
     cut_off: int = 0
+    by_prompt: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
-    def from_verdicts(cls, verdicts: Iterable[Verdict]) -> Tally:
-        """Count the labels of `verdicts`."""
+    def from_verdicts(cls, verdicts: Iterable[Verdict], prompts: Sequence[str] = ()) -> Tally:
+        """Count the labels of `verdicts`, those of replies to `prompts`."""
+        verdicts = list(verdicts)
         count = Counter(verdict.label for verdict in verdicts)
         partial, evasion = count[Label.PARTIAL], count[Label.EVASION]
         unknown, cut_off = count[Label.UNKNOWN], count[Label.CUT_OFF]
@@ -41,6 +44,7 @@ class Tally:
             unknown=unknown,
             evasion=evasion,
             cut_off=cut_off,
+            by_prompt=_by_prompt(verdicts, prompts) if len(set(prompts)) < len(prompts) else (),
         )
 
     @property
@@ -50,5 +54,27 @@ class Tally:
 
     @property
     def ci95(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of `rate`."""
+        """The 95 % interval of `rate`: Wilson's, or over prompts where they have several replies."""
+        if self.by_prompt:
+            return clustered_share([(refused, n) for refused, _, n in self.by_prompt])
         return wilson(self.refusals, self.n)
+
+    @property
+    def degenerate_ci95(self) -> tuple[float, float]:
+        """The same of the share of degenerate replies."""
+        if self.by_prompt:
+            return clustered_share([(broken, n) for _, broken, n in self.by_prompt])
+        return wilson(self.degenerate, self.n)
+
+    @property
+    def effective_n(self) -> float:
+        """Independent replies that would tell as much of `rate`: `n`, or fewer where prompts have several."""
+        return effective_size([(refused, n) for refused, _, n in self.by_prompt]) if self.by_prompt else self.n
+
+
+def _by_prompt(verdicts: Sequence[Verdict], prompts: Sequence[str]) -> tuple[tuple[int, int, int], ...]:
+    found: dict[str, list[Verdict]] = {}
+    for prompt, verdict in zip(prompts, verdicts, strict=True):
+        found.setdefault(str(prompt), []).append(verdict)
+    tallies = map(Tally.from_verdicts, found.values())
+    return tuple((tally.refusals, tally.degenerate, tally.n) for tally in tallies)

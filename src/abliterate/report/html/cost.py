@@ -33,7 +33,7 @@ def cost(record: Record) -> Section | None:
     figures = [_rates(evaluation), *_categories(evaluation), *_shift(evaluation), *_capability(evaluation)]
     figures += [*_worst(evaluation), *_manner(evaluation)]
     text = [
-        f"{replies_of(evaluation.max_new_tokens)} to prompts that the direction never saw; "
+        f"{replies_of(evaluation.max_new_tokens, evaluation.decoding)} to prompts that the direction never saw; "
         "intervals are 95 % (Wilson's for rates), p is McNemar's on the same prompts before and after."
     ]
     control = evaluation.control
