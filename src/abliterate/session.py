@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Container, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jaxtyping import Float
@@ -167,7 +167,8 @@ def open_model(
     with monitor.phase("load model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
-        renderer = renderer_of(loaded.tokenizer, loading, monitor)
+        rows = loaded.model.get_input_embeddings().weight.shape[0]
+        renderer = replace(renderer_of(loaded.tokenizer, loading, monitor), rows=rows)
     warn_of_files(files, monitor)
     with monitor.phase("prove that every writer is known"):
         count_passes(loaded.model, monitor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -17,17 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gguf_files
-from abliterate.config import EditSettings, OutputSettings
+from abliterate.config import EditSettings, ModelSettings, OutputSettings
 from abliterate.edit.direction import Direction, save_direction
-from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
+from abliterate.errors import AbliterateError, CheckpointError, ModelError, NumericalError, PromptError, UsageError
 from abliterate.evaluation.compare import contender
 from abliterate.evaluation.reply_cache import key_of
 from abliterate.files.checkpoint import open_checkpoint
+from abliterate.model.anatomy import study
+from abliterate.model.anatomy.accounting import BlockTrial
 from abliterate.model.batches import share_prefixes
 from abliterate.model.hub import hub_id, snapshot
 from abliterate.model.loading import LoadedModel, load, locate
+from abliterate.monitor import Monitor
 from abliterate.pipeline import apply
-from families import BY_NAME, D_MODEL, save
+from abliterate.session import open_model
+from families import BY_NAME, D_MODEL, VOCAB, save
 from zoo import Entry
 
 Tensors = dict[str, Tensor]
@@ -338,6 +343,32 @@ def test_weights_of_mlx_are_named(key: str, folder: Path) -> None:
         locate(str(folder)).require_editable()
 
 
+def test_a_configuration_with_a_byte_order_mark_says_so(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    with pytest.raises(CheckpointError) as error:
+        live(folder)
+    refused(error, "config.json", "byte order mark")
+
+
+def test_tokens_that_the_model_does_not_have_are_named(folder: Path) -> None:
+    """An embedding has no row for them: on a GPU that would end the whole process."""
+    file = folder / "tokenizer.json"
+    told = json.loads(file.read_text())
+    told["model"]["vocab"] = {word: number + 1000 for word, number in told["model"]["vocab"].items()}
+    file.write_text(json.dumps(told))
+    _, renderer, _ = open_model(str(folder), ModelSettings(device="cpu"), Monitor())
+    with pytest.raises(PromptError) as error:
+        renderer.encode(["Name a fruit."])
+    refused(error, f"tokens below {VOCAB}", "another model's")
+
+
+def test_numbers_too_large_to_compute_with_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockTrial, "leak", lambda *_: math.nan)
+    with pytest.raises(NumericalError, match=r"block model\.layers\.0: its numbers are too large"):
+        study(live(folder).model)
+
+
 # --- adapters
 
 
@@ -407,6 +438,15 @@ def test_an_adapter_is_loaded_whole_or_not_at_all(folder: Path, tmp_path: Path) 
     refused(error, "another shape")
 
 
+@pytest.mark.parametrize("more", [{"target_modules": "(a+)+$"}, {"layers_to_transform": [10**9]}, {"r": -1}])
+def test_an_adapter_of_another_model_is_one_line(more: dict[str, Any], folder: Path, tmp_path: Path) -> None:
+    from abliterate.model._compat import load_adapter
+
+    with pytest.raises(ModelError) as error:
+        load_adapter(live(folder).model, str(adapter(tmp_path / "lora", **more)))
+    refused(error, "cannot be put on the model")
+
+
 def test_a_pickled_adapter_is_no_adapter(tmp_path: Path) -> None:
     lora = adapter(tmp_path / "lora")
     (lora / "adapter_model.safetensors").rename(lora / "adapter_model.bin")
@@ -439,6 +479,16 @@ def test_gguf_holds_every_tensor_of_its_model_and_no_other(tmp_path: Path, cache
     gguf_files.write(path, whole, blocks=10**6)
     gguf_refused(path, "1000000", "block_count")
     assert {*(cache / "gguf").iterdir()} == kept, "nothing of what was refused is kept"
+
+
+def test_gguf_settings_are_of_a_model_as_large_as_the_file(tmp_path: Path) -> None:
+    """transformers takes those of a model of 7 billion where there are none, and would draw it at random."""
+    path = gguf_files.write(tmp_path / "tiny.gguf", gguf_files.tensors())
+    whole = path.read_bytes()
+    for key in (b"qwen2.embedding_length", b"qwen2.block_count"):
+        assert whole.count(key) == 1
+        path.write_bytes(whole.replace(key, key[:-1] + b"x"))
+        gguf_refused(path, "as its settings say" if b"embedding" in key else "not in its files")
 
 
 def test_a_split_gguf_is_read_whole_from_any_part(tmp_path: Path) -> None:

@@ -182,15 +182,16 @@ def test_csv_prompts_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> N
             "column 'text': expected text or a list of {role, content}, found an object",
         ),
         ("x.csv", "a,b\n1,2\n", "which column? found a, b"),
+        ("x.csv", "text\na\n".encode("utf-16"), "found UTF-16; save it as UTF-8"),
         ("x.parquet", "PAR1 no", "not a readable Parquet file"),
         ("x.xlsx", "zip", "expected one of .json, .jsonl, .csv, .tsv, .txt, .parquet, found '.xlsx'"),
         ("x", "text", "found 'no suffix'"),
         ("x\nbreak.json", "[", "JSON that cannot be used"),
     ],
 )
-def test_unusable_file_is_explained_in_one_line(tmp_path: Path, name: str, content: str, part: str) -> None:
+def test_unusable_file_is_explained_in_one_line(tmp_path: Path, name: str, content: str | bytes, part: str) -> None:
     path = tmp_path / name
-    path.write_text(content, encoding="utf-8")
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     with pytest.raises(PromptError) as caught:
         load_prompts(str(path))
     assert part in str(caught.value)

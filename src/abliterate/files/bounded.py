@@ -128,6 +128,8 @@ class Kind:
 
     def decoded(self, path: Path | str, data: bytes) -> str:
         """Bytes as text, as `text` reads them."""
+        if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise self.refused(path, "UTF-16; save it as UTF-8")
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:

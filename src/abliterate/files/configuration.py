@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from abliterate.files.bounded import MB, Kind
+from abliterate.files.bounded import MB, Kind, named
 from abliterate.files.checkpoint.reading import CONFIG
 
 #: What counts or measures a part of a model: nothing that is built has more of anything.
@@ -54,7 +55,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises `CheckpointError` when it cannot be read, or a field is of another type than models have.
     """
     path = folder / "config.json"
-    config = CONFIG.fields(path)
+    data = CONFIG.read(path)
+    if data.startswith(codecs.BOM_UTF8):  # transformers would say that it is no JSON
+        raise CONFIG.refused(path, "a byte order mark at its beginning; save it without")
+    config = CONFIG.parsed(path, data)
+    if not isinstance(config, dict):
+        raise CONFIG.refused(path, named(config))
     for part in (config, config.get("text_config")):
         if part is not None:
             CONFIG.checked(path, part, Configuration)

@@ -331,7 +331,7 @@ def refusal_tokens(session: Session, settings: RefusalSettings) -> tuple[TokenPa
     """
     tokenizer, monitor = session.loaded.tokenizer, session.monitor
     if settings.refusal_tokens is not None:
-        tokens = _given_tokens(tokenizer, settings.refusal_tokens)
+        tokens = _given_tokens(tokenizer, settings.refusal_tokens, session.renderer.rows)
     else:
         harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
         harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
@@ -351,12 +351,14 @@ def refusal_tokens(session: Session, settings: RefusalSettings) -> tuple[TokenPa
     return tokens
 
 
-def _given_tokens(tokenizer: Any, option: str) -> tuple[TokenPart, ...]:
+def _given_tokens(tokenizer: Any, option: str, rows: int | None) -> tuple[TokenPart, ...]:
     ids: dict[int, str] = {}
     for text in option.split(","):
         encoded = tokenizer.encode(text, add_special_tokens=False)
         if not text or not encoded:
             raise UsageError(f"--refusal-tokens '{option}': expected texts separated by commas, found an empty one")
+        if rows is not None and encoded[0] >= rows:
+            raise UsageError(f"--refusal-tokens '{option}': '{text}' begins with a token that the model does not have")
         ids[encoded[0]] = tokenizer.decode([encoded[0]])
     return tuple(
         TokenPart(token=token, text=text, probability=0.0, probability_answering=0.0, refusals=0, trials=0)

@@ -40,8 +40,9 @@ class Dip:
 
 
 def gram(matrix: Float[Tensor, "d n"]) -> Float[Tensor, "d d"]:
-    """W Wᵀ scaled to a mean eigenvalue of 1; zero for a matrix of zeros."""
-    square = matrix @ matrix.T
+    """W Wᵀ scaled to a mean eigenvalue of 1; zero for a matrix of zeros. Squares of large numbers stay finite."""
+    scaled = matrix / matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
+    square = scaled @ scaled.T
     return square * (len(square) / square.trace().clamp_min(torch.finfo(square.dtype).tiny))
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from abliterate.errors import ModelError
+
 #: Names under which models take the state to go on from: those of state-space models, of today's, and of older ones.
 _CACHE_NAMES = ("cache_params", "cache", "past_key_values")
 
@@ -203,11 +205,17 @@ def quiet_transformers() -> Iterator[None]:
 def load_adapter(model: Any, folder: str) -> dict[str, Any]:
     """Put a PEFT adapter on the live model, and return transformers' report on its tensors.
 
-    What PEFT and transformers warn each other of is not shown.
+    What PEFT and transformers warn each other of is not shown. Raises `ModelError` for an adapter that does not fit.
     """
     with quiet_transformers(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        report: dict[str, Any] = model.load_adapter(folder, ignore_mismatched_sizes=True).to_dict()
+        try:
+            report: dict[str, Any] = model.load_adapter(folder, ignore_mismatched_sizes=True).to_dict()
+        except Exception as error:  # PEFT has errors of its own, and raises those of Python and torch
+            reason = " ".join(str(error).split())[:240] or type(error).__name__
+            raise ModelError(
+                f"adapter '{folder}': it cannot be put on the model ({reason}); give its own base"
+            ) from error
         return report
 
 

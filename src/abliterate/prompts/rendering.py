@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abliterate.errors import ChatTemplateError, PromptError, UsageError
-from abliterate.files.bounded import MB, Kind
+from abliterate.files.bounded import MB, Kind, short
 from abliterate.prompts.clock import Clock
 from abliterate.prompts.prompt import Message, check_encodable, messages_of
 from abliterate.prompts.thinking import answer_of, close_thinking, opens_thinking
@@ -43,7 +43,7 @@ class ChatRenderer:
     `template` is a Jinja chat template, None for the tokenizer's own, or `NO_TEMPLATE`. `system` is an optional
     system prompt; a conversation that brings one of its own keeps that. With `thinking` the template is asked to let
     the model think, and thinking that it opens is left open; otherwise it is closed, and the answer comes next.
-    `clock` is the time that the template prints, if it does.
+    `clock` is the time that the template prints, if it does. `rows` is how many tokens the model has an embedding of.
     """
 
     tokenizer: Any
@@ -51,6 +51,7 @@ class ChatRenderer:
     system: str | None = None
     thinking: bool = False
     clock: Clock = field(default_factory=Clock, compare=False)
+    rows: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse a tokenizer without a chat template unless one was given."""
@@ -139,6 +140,12 @@ class ChatRenderer:
         for text, tokens in zip(texts, ids, strict=True):
             if not tokens:
                 raise ChatTemplateError(f"the prompt {text!r} has no tokens; give longer prompts")
+            if self.rows is not None and max(tokens) >= self.rows:
+                found = self.tokenizer.convert_ids_to_tokens(max(tokens))
+                raise PromptError(
+                    f"a rendered prompt: expected tokens below {self.rows}, which the model has embeddings of, found "
+                    f"{max(tokens)} ({short(found)}); is the tokenizer another model's?"
+                )
         return ids
 
 

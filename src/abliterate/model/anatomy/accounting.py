@@ -9,6 +9,7 @@ architecture never seen before needs no code when this holds for it.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -224,7 +225,9 @@ def close_block(
         parts = structure(block, call, basis, name, max_leak)
         known.setdefault(key, parts)
         error = trial.leak(parts, wrote)
-        if not error <= max_leak:
+        if math.isnan(error):
+            raise NumericalError(f"block {name}: its numbers are too large to compute with; is the model damaged?")
+        if error > max_leak:
             raise AnatomyError(not_closed(name, block, error, [part.name for part in parts], {}, trial))
     _check_hooks(trial, parts, name, block, float((after - trial.stream).double().norm()))
     writers = tuple(_writer(trial.block, part, name, index, trial.width) for part in parts)
