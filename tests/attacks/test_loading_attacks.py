@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import sys
@@ -25,7 +24,6 @@ from abliterate.evaluation.compare import contender
 from abliterate.evaluation.reply_cache import key_of
 from abliterate.files.checkpoint import open_checkpoint
 from abliterate.model.anatomy import study
-from abliterate.model.anatomy.accounting import BlockTrial
 from abliterate.model.batches import share_prefixes
 from abliterate.model.hub import hub_id, snapshot
 from abliterate.model.loading import LoadedModel, load, locate
@@ -363,9 +361,13 @@ def test_tokens_that_the_model_does_not_have_are_named(folder: Path) -> None:
     refused(error, f"tokens below {VOCAB}", "another model's")
 
 
-def test_numbers_too_large_to_compute_with_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BlockTrial, "leak", lambda *_: math.nan)
-    with pytest.raises(NumericalError, match=r"block model\.layers\.0: its numbers are too large"):
+def test_numbers_too_large_to_compute_with_are_named(folder: Path) -> None:
+    def enlarge(found: Tensors) -> None:
+        found[DOWN].fill_(3e38)
+        found[DOWN.replace("down", "up")] *= 0.01
+
+    change(folder, enlarge)
+    with pytest.raises(NumericalError, match=r"block model\.layers\.1: its numbers are too large"):
         study(live(folder).model)
 
 
