@@ -23,7 +23,6 @@ ORDER = (
     "_version",
     "texts",
     "errors",
-    "natural",
     "config",
     "monitor",
     "files",
@@ -40,6 +39,7 @@ ORDER = (
     "forensics",
     "lab",
     "cli",
+    "api",
 )
 
 

@@ -14,6 +14,30 @@ from typing import TYPE_CHECKING, Any
 from abliterate._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from abliterate.api.calls import apply as apply
+    from abliterate.api.calls import audit as audit
+    from abliterate.api.calls import chat as chat
+    from abliterate.api.calls import compare as compare
+    from abliterate.api.calls import evaluate as evaluate
+    from abliterate.api.calls import find as find
+    from abliterate.api.calls import harden as harden
+    from abliterate.api.calls import inspect as inspect
+    from abliterate.api.calls import judge as judge
+    from abliterate.api.calls import open_lab as open_lab
+    from abliterate.api.calls import repair as repair
+    from abliterate.api.calls import run as run
+    from abliterate.api.calls import search as search
+    from abliterate.api.calls import show as show
+    from abliterate.api.calls import undo as undo
+    from abliterate.api.calls import verify as verify
+    from abliterate.api.calls import verify_files as verify_files
+    from abliterate.api.calls import write_report as write_report
+    from abliterate.api.model import Model as Model
+    from abliterate.api.model import load as load
+    from abliterate.api.model import wrap as wrap
+    from abliterate.api.progress import quiet as quiet
+    from abliterate.api.results import FoundDirection as FoundDirection
+    from abliterate.api.results import Front as Front
     from abliterate.config import EditSettings as EditSettings
     from abliterate.config import EvalSettings as EvalSettings
     from abliterate.config import FindSettings as FindSettings
@@ -36,29 +60,15 @@ if TYPE_CHECKING:
     from abliterate.edit.options import plan_for as plan_for
     from abliterate.edit.plan import Plan as Plan
     from abliterate.edit.plan import make_plan as make_plan
-    from abliterate.edit.undo import undo as undo
-    from abliterate.edit.undo import verify_files as verify_files
     from abliterate.errors import AbliterateError as AbliterateError
     from abliterate.errors import GateNotMet as GateNotMet
-    from abliterate.evaluation.compare import compare as compare
-    from abliterate.evaluation.judging import judge as judge
-    from abliterate.forensics.audit import audit as audit
-    from abliterate.forensics.harden import harden as harden
-    from abliterate.forensics.inspect import inspect as inspect
-    from abliterate.forensics.repair import repair as repair
+    from abliterate.finding.find import choose as choose
     from abliterate.model.anatomy import Anatomy as Anatomy
     from abliterate.model.anatomy import study as study
-    from abliterate.pipeline import Session as Session
-    from abliterate.pipeline import apply as apply
-    from abliterate.pipeline import choose as choose
-    from abliterate.pipeline import evaluate as evaluate
-    from abliterate.pipeline import find as find
-    from abliterate.pipeline import open_session as open_session
-    from abliterate.pipeline import run as run
-    from abliterate.pipeline import search as search
-    from abliterate.pipeline import verify as verify
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
+    from abliterate.session import Session as Session
+    from abliterate.session import open_session as open_session
 
 #: How often a thread of torch (GNU OpenMP) that waits looks for work before it sleeps. By default 300,000 times, which
 #: takes cores from whoever has work; so many are as fast alone (benchmarks/contention.py).
@@ -74,26 +84,40 @@ def _sleep_soon() -> None:
 _sleep_soon()
 
 _HOMES = {
-    "model.anatomy": ("Anatomy", "study"),
-    "forensics.audit": ("audit",),
+    "api.calls": (
+        *("apply", "audit", "chat", "compare", "evaluate", "find", "harden", "inspect", "judge", "open_lab"),
+        *(
+            "repair",
+            "write_report",
+            "run",
+            "search",
+            "show",
+            "undo",
+            "verify",
+            "verify_files",
+        ),
+    ),
+    "api.model": ("Model", "load", "wrap"),
+    "api.progress": ("quiet",),
+    "api.results": ("FoundDirection", "Front"),
     "config": (
-        *("EditSettings", "EvalSettings", "FindSettings", "ModelSettings", "OutputSettings", "PromptSettings"),
-        *("HardenSettings", "InspectSettings", "MeasureSettings", "RepairSettings", "ReplySettings", "RunSettings"),
-        "SearchSettings",
+        *("EditSettings", "EvalSettings", "FindSettings", "HardenSettings", "InspectSettings"),
+        *("MeasureSettings", "ModelSettings", "OutputSettings", "PromptSettings", "RepairSettings"),
+        *(
+            "ReplySettings",
+            "RunSettings",
+            "SearchSettings",
+        ),
     ),
     "edit.direction": ("Direction", "Site", "load_direction", "save_direction"),
-    "errors": ("AbliterateError", "GateNotMet"),
-    "forensics.harden": ("harden",),
-    "forensics.inspect": ("inspect",),
     "edit.hooks": ("ablation", "addition"),
-    "evaluation.judging": ("judge",),
-    "pipeline": (*("Session", "apply", "choose", "evaluate", "find", "open_session", "run", "search", "verify"),),
-    "edit.plan": ("Plan", "make_plan"),
-    "record": ("Record", "read_record"),
-    "forensics.repair": ("repair",),
-    "edit.undo": ("undo", "verify_files"),
-    "evaluation.compare": ("compare",),
     "edit.options": ("plan_for",),
+    "edit.plan": ("Plan", "make_plan"),
+    "errors": ("AbliterateError", "GateNotMet"),
+    "finding.find": ("choose",),
+    "model.anatomy": ("Anatomy", "study"),
+    "record": ("Record", "read_record"),
+    "session": ("Session", "open_session"),
 }
 
 __all__ = sorted(name for names in _HOMES.values() for name in names)
@@ -104,7 +128,7 @@ def __getattr__(name: str) -> Any:
     for module, names in _HOMES.items():
         if name in names:
             found = getattr(import_module(f"abliterate.{module}"), name)
-            return import_module("abliterate.natural").natural(found) if isfunction(found) else found
+            return import_module("abliterate.config.natural").natural(found) if isfunction(found) else found
     raise AttributeError(f"module 'abliterate' has no attribute '{name}'")
 
 

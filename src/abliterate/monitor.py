@@ -36,11 +36,16 @@ class Monitor:
         self.work_by_phase: dict[str, Work] = {}
         self.warnings: list[str] = []
         self._under_way = [BETWEEN]
+        self._watching: list[Callable[[], contextlib.AbstractContextManager[None]]] = []
 
     @property
     def work(self) -> Work:
         """The work of the innermost phase under way, which whoever computes adds to."""
         return self.work_by_phase.setdefault(self._under_way[-1], Work())
+
+    def watch(self, counting: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        """Enter `counting()` for the length of every phase from now on that is not inside another."""
+        self._watching.append(counting)
 
     @contextlib.contextmanager
     def phase(self, name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
@@ -48,10 +53,14 @@ class Monitor:
         _reset_peak()
         started = time.perf_counter()
         self.begin(name, total)
+        watching = self._watching if len(self._under_way) == 1 else []
         self._under_way.append(name)
         done = False
         try:
-            yield self.advance
+            with contextlib.ExitStack() as stack:
+                for counting in watching:
+                    stack.enter_context(counting())
+                yield self.advance
             done = True
         finally:
             self._under_way.pop()

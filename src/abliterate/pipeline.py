@@ -252,10 +252,10 @@ def _output(settings: RunSettings, command: str) -> OutputSettings:
     return settings.output
 
 
-def _located(model: str, loading: FileSettings, output: OutputSettings, monitor: Monitor) -> ModelOnDisk:
+def _located(model: str | ModelOnDisk, loading: FileSettings, output: OutputSettings, monitor: Monitor) -> ModelOnDisk:
     """The model on disk, once it is known that OUT is free and what is asked for can be written."""
     with monitor.phase("find model"):
-        files = locate_model(model, loading)
+        files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         check_realisation(files, output)
         check_output(output.out, overwrite=output.overwrite, source=files.folder)
         if output.realisation == "weights":
@@ -299,8 +299,8 @@ def _check_folder(output: OutputSettings, resume: bool) -> None:
 
 
 def apply(
-    model: str,
-    direction: Path,
+    model: str | ModelOnDisk,
+    direction: Path | Direction,
     output: OutputSettings,
     *,
     site: Site | None = None,
@@ -317,7 +317,7 @@ def apply(
     """
     monitor = monitor or Monitor()
     with reserved(output.out):
-        chosen = load_direction(direction).at(site)
+        chosen = (direction if isinstance(direction, Direction) else load_direction(direction)).at(site)
         files = _located(model, loading, output, monitor)
         with monitor.phase("prove that every writer is known"):
             anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
@@ -330,7 +330,8 @@ def apply(
         with opened(output, target, plan) as staging:
             done = realise(plan, chosen, target, staging, output, monitor)
             dtype = str(skeleton.config.dtype).removeprefix("torch.")
-            asked: dict[str, object] = {"model": model, "direction": str(direction), "site": site}
+            where = "given in Python" if isinstance(direction, Direction) else str(direction)
+            asked: dict[str, object] = {"model": files.name, "direction": where, "site": site}
             asked |= {"editing": editing.model_dump(mode="json"), "output": output.model_dump(mode="json")}
             record = build_record(
                 model_part(files, skeleton, anatomy, dtype=dtype, hashes=source_hashes(done, files)),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,6 +22,9 @@ from abliterate.texts import encodable
 SCHEMA_VERSION: Literal[1] = 1
 FILE_NAME = "abliteration.json"
 
+#: Plain fields of a part that its `repr` shows.
+_MOST_SHOWN = 8
+
 #: Words of an answer to a harmful prompt that are kept when completions are redacted.
 REDACTED_WORDS = 4
 
@@ -32,8 +35,28 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Whole = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 
 
+class Shown:
+    """How a result is drawn, as text and for a notebook; None of what cannot be. Set by who can draw (`api.show`)."""
+
+    text: ClassVar[Callable[[object], str | None]] = staticmethod(lambda part: None)
+    html: ClassVar[Callable[[object], str | None]] = staticmethod(lambda part: None)
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+    def __repr__(self) -> str:
+        """The class and its plain fields, in a line."""
+        plain = [f"{name}={short(value)}" for name, value in self if isinstance(value, str | int | float)]
+        return f"{type(self).__name__}({', '.join(plain[:_MOST_SHOWN])}{', …' if len(plain) > _MOST_SHOWN else ''})"
+
+    def __str__(self) -> str:
+        """Drawn as the command line prints it, where it can be."""
+        return Shown.text(self) or repr(self)
+
+    def _repr_html_(self) -> str | None:
+        """For notebooks."""
+        return Shown.html(self)
 
     @model_validator(mode="before")
     @classmethod

@@ -126,7 +126,42 @@ def open_session(
     """
     monitor = monitor or Monitor()
     contrast = load_contrast(prompts, monitor, learnt_from)
-    loaded, renderer, anatomy = open_model(model, loading, monitor)
+    return open_model(model, loading, monitor).session(
+        contrast, positions=positions, seed=prompts.seed, reply_tokens=reply_tokens, monitor=monitor
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OpenedModel:
+    """A live model that can be talked to, with every writer known; `loading` says how it was loaded."""
+
+    loaded: LoadedModel
+    renderer: ChatRenderer
+    anatomy: Anatomy
+    loading: ModelSettings
+
+    def session(
+        self,
+        contrast: ContrastiveSet,
+        *,
+        positions: int | None = None,
+        seed: int = 0,
+        reply_tokens: int = 0,
+        monitor: Monitor | None = None,
+    ) -> Session:
+        """A session of this model with the prompts of `contrast`, rendered and tokenised (see `open_session`)."""
+        return _session(self, contrast, positions, seed, reply_tokens, monitor or Monitor())
+
+
+def _session(
+    opened: OpenedModel,
+    contrast: ContrastiveSet,
+    positions: int | None,
+    seed: int,
+    reply_tokens: int,
+    monitor: Monitor,
+) -> Session:
+    loaded, renderer, anatomy, loading = opened.loaded, opened.renderer, opened.anatomy, opened.loading
     texts = _texts(contrast)
     sequences = {key: renderer.encode(value) for key, value in texts.items()}
     everything = [ids for group in sequences.values() for ids in group]
@@ -145,7 +180,7 @@ def open_session(
         f"{max(anatomy.closure):.0e}; "
         f"{len(prefix)} tokens shared by all prompts; {size.rows} prompts at once on {loaded.device}"
     )
-    return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, prompts.seed, monitor)
+    return Session(loaded, renderer, anatomy, contrast, encoded, wanted, size, loading, seed, monitor)
 
 
 def _check_context(model: Any, lengths: list[int], reply: int, monitor: Monitor) -> None:
@@ -160,21 +195,24 @@ def _check_context(model: Any, lengths: list[int], reply: int, monitor: Monitor)
         )
 
 
-def open_model(
-    model: str | ModelOnDisk, loading: ModelSettings, monitor: Monitor
-) -> tuple[LoadedModel, ChatRenderer, Anatomy]:
+def open_model(model: str | ModelOnDisk, loading: ModelSettings, monitor: Monitor) -> OpenedModel:
     """Load a model, check that it can be talked to, and prove its anatomy."""
     with monitor.phase("load model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
-        rows = loaded.model.get_input_embeddings().weight.shape[0]
-        renderer = replace(renderer_of(loaded.tokenizer, loading, monitor), rows=rows)
     warn_of_files(files, monitor)
+    return opened_model(loaded, loading, monitor)
+
+
+def opened_model(loaded: LoadedModel, loading: ModelSettings, monitor: Monitor) -> OpenedModel:
+    """Check that a live model can be talked to, and prove its anatomy."""
+    rows = loaded.model.get_input_embeddings().weight.shape[0]
+    renderer = replace(renderer_of(loaded.tokenizer, loading, monitor), rows=rows)
+    count_passes(loaded.model, monitor)
     with monitor.phase("prove that every writer is known"):
-        count_passes(loaded.model, monitor)
         anatomy = _anatomy(loaded, loading)
     warn_of_leaks(anatomy, monitor)
-    return loaded, renderer, anatomy
+    return OpenedModel(loaded, renderer, anatomy, loading)
 
 
 def renderer_of(tokenizer: Any, loading: ModelSettings, monitor: Monitor) -> ChatRenderer:
@@ -214,7 +252,8 @@ def warn_of_leaks(anatomy: Anatomy, monitor: Monitor) -> None:
 
 def locate_model(model: str, loading: FileSettings) -> ModelOnDisk:
     """Find MODEL on disk under the settings for reading files."""
-    return locate(model, dtype=loading.dtype, trust_remote_code=loading.trust_remote_code)
+    trust = loading.trust_remote_code
+    return locate(model, dtype=loading.dtype, trust_remote_code=trust, revision=loading.revision)
 
 
 def load_contrast(settings: PromptSettings, monitor: Monitor, learnt_from: Container[str] = ()) -> ContrastiveSet:

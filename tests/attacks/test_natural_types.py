@@ -13,10 +13,10 @@ import pytest
 import torch
 
 import abliterate as ab
+from abliterate.config.natural import natural
 from abliterate.edit.plan import Edit
 from abliterate.errors import UsageError
 from abliterate.model.anatomy import Anatomy, Kind, Writer
-from abliterate.natural import natural
 from records import full_record
 
 D = 4
@@ -121,7 +121,8 @@ def test_settings_take_natural_types(kind: Callable[..., Any], given: dict[str, 
         (ab.ModelSettings, {"surprise": 1}),
         (ab.PromptSettings, {"seed": 10**30}),
         (ab.PromptSettings, {"seed": -1}),
-        (ab.PromptSettings, {"harmful": ["a"]}),
+        (ab.PromptSettings, {"harmful": []}),
+        (ab.PromptSettings, {"harmful": {"a": 1}}),
         (ab.PromptSettings, {"harmful": "\udcff"}),
         (ab.EditSettings, {"strength": float("nan")}),
         (ab.EditSettings, {"strength": None}),
@@ -169,8 +170,8 @@ def test_paths_may_be_texts(tmp_path: Path) -> None:
     (tmp_path / "abliteration.json").write_text(full_record().model_dump_json())
     assert ab.read_record(str(tmp_path)) == ab.read_record(tmp_path)  # type: ignore[arg-type]
     for call in (
-        lambda: ab.undo(str(tmp_path / "none")),  # type: ignore[arg-type]
-        lambda: ab.verify_files(str(tmp_path / "none")),  # type: ignore[arg-type]
+        lambda: ab.undo(str(tmp_path / "none")),
+        lambda: ab.verify_files(str(tmp_path / "none")),
         lambda: ab.load_direction(str(tmp_path / "none")),  # type: ignore[arg-type]
         lambda: ab.apply(tmp_path / "m", str(tmp_path / "d"), {"out": str(tmp_path / "o")}),  # type: ignore[arg-type]
         lambda: ab.open_session(tmp_path / "none"),  # type: ignore[arg-type]

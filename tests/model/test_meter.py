@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from abliterate.evaluation.reply_cache import _has_hooks
 from abliterate.model.anatomy import find_blocks, study
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, forward, last_logits
 from abliterate.model.generation import complete
-from abliterate.model.meter import count_passes
+from abliterate.model.meter import count_passes, counting
 from abliterate.monitor import Monitor, Work
 from families import BLOCKS, BY_NAME, byte_tokenizer
 
@@ -23,11 +24,11 @@ PADDED = 15
 
 
 @pytest.fixture
-def counted() -> tuple[Any, Monitor]:
+def counted() -> Iterator[tuple[Any, Monitor]]:
     """A model whose passes are counted, and who counts."""
     model, monitor = BY_NAME["llama"].model(), Monitor()
-    count_passes(model, monitor)
-    return model, monitor
+    with counting(model, monitor):
+        yield model, monitor
 
 
 def total(monitor: Monitor) -> Work:
@@ -95,3 +96,14 @@ def test_counting_is_no_change_of_the_model(counted: tuple[Any, Monitor]) -> Non
     assert not _has_hooks(model), "its replies may be kept"
     model.lm_head.register_forward_hook(lambda *_: None)
     assert _has_hooks(model)
+
+
+def test_outside_phases_nothing_is_left_on_the_model() -> None:
+    model, monitor = BY_NAME["llama"].model(), Monitor()
+    count_passes(model, monitor)
+    SharedPrefix(model, PREFIX)
+    for _ in range(2):
+        with monitor.phase("outer"), monitor.phase("inner"):
+            SharedPrefix(model, PREFIX[:1])
+        assert not any(module._forward_hooks for module in model.modules())
+    assert {name: work.forward for name, work in monitor.work_by_phase.items()} == {"inner": 2 * BLOCKS}

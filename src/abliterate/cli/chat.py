@@ -110,6 +110,6 @@ def chat(
 
     loaded = load_direction(direction)
     chosen = site_of(site)
-    live, renderer, anatomy = open_model(model, given.loading, monitor_for(quiet))
-    plan = plan_for(anatomy, loaded.at(chosen, anatomy.d_model), given.editing)
-    converse(live, renderer, plan, prompt, max_new_tokens, as_json=as_json)
+    opened = open_model(model, given.loading, monitor_for(quiet))
+    plan = plan_for(opened.anatomy, loaded.at(chosen, opened.anatomy.d_model), given.editing)
+    converse(opened.loaded, opened.renderer, plan, prompt, max_new_tokens, as_json=as_json)

@@ -17,15 +17,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """One HTML page that tells what an OUT's record says, written into it; nothing is loaded or measured."""
-    from abliterate.record import read_record, write_record
+    from abliterate.report.html import refresh_report
 
-    record = read_record(out)
-    from abliterate.files.checkpoint import sha256
-    from abliterate.report.html import FILE_NAME, write_report
-
-    path = write_report(record, out)
-    if record.files:  # one that knows its files knows this one
-        write_record(record.model_copy(update={"files": {**record.files, FILE_NAME: sha256(path)}}), out)
+    path = refresh_report(out)
     if as_json:
         write_json(json.dumps({"report": str(path)}))
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,12 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.algebra import ZERO_NORM, orthonormal
+from abliterate.config.natural import as_numbers, as_type, tensors
 from abliterate.edit.values import TensorValue
 from abliterate.errors import UsageError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import parse_json, readable_size
 from abliterate.files.checkpoint import Shard, read_shard
-from abliterate.natural import as_type, tensors
+from abliterate.prompts.contrastive import fingerprint
 
 #: How far rows that were orthonormalised in float64 and kept in float32 are from orthonormal, at most.
 ROUNDING = 1e-6
@@ -135,6 +136,32 @@ class Direction(TensorValue):
     def natural(cls, value: Any) -> Direction:
         """A direction as it is, or made of a vector, several, or a file."""
         return load_direction(Path(value)) if isinstance(value, str | os.PathLike) else cls(value)
+
+    @classmethod
+    def from_activations(
+        cls,
+        harmful: Float[Tensor, "n d"] | Sequence[Sequence[float]],
+        harmless: Float[Tensor, "m d"] | Sequence[Sequence[float]],
+        *,
+        site: Site | None = None,
+        model: str | None = None,
+        prompts: Iterable[str] = (),
+    ) -> Direction:
+        """The normalised difference of means of your own activations, which may be lists or arrays.
+
+        `site` says where they were taken, `prompts` what the model read: it is never evaluated on then.
+
+        Raises `UsageError` for anything but rows of numbers of one width, `NumericalError` for means that are equal.
+        """
+        sides = {"harmful": harmful, "harmless": harmless}
+        both = [as_numbers(f"from_activations: {name}", value, 2) for name, value in sides.items()]
+        if both[0].shape[1] != both[1].shape[1] or not all(map(len, both)):
+            shapes = " and ".join(str(list(one.shape)) for one in both)
+            raise UsageError(f"from_activations: expected rows [n, d] and [m, d] of one width, found {shapes}")
+        means = [one.double().mean(0) for one in both]
+        difference = orthonormal((means[0] - means[1])[None].float())
+        seen = frozenset(fingerprint(prompt) for prompt in prompts)
+        return cls(difference, site=site, model=model, learnt_from=seen)
 
     def at(self, site: Site | None, d_model: int | None = None) -> Direction:
         """The direction to use: this one, or its candidate at `site`.

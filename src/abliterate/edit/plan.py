@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.algebra import before_norm, orthonormal
+from abliterate.config.natural import tensors
 from abliterate.errors import NumericalError, UsageError
 from abliterate.model.anatomy import Anatomy, Kind, Writer
-from abliterate.natural import tensors
 
 #: Strength of the edit of each writer; None leaves it alone.
 Profile = Callable[[Writer], float | None]

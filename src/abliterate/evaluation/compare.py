@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from abliterate.config import EvalSettings, MeasureSettings, ReplySettings
-from abliterate.edit.direction import learnt_by, load_direction
+from abliterate.config.natural import as_type
+from abliterate.edit.direction import Direction, learnt_by, load_direction
 from abliterate.errors import UsageError
 from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import (
@@ -45,6 +46,9 @@ from abliterate.monitor import Monitor
 from abliterate.record import ComparisonPart, ContenderPart, versions
 from abliterate.session import Session, locate_model, open_session
 
+#: How a contender is named (see `contender`).
+Spec = str | tuple[str, Direction]
+
 
 @dataclass(frozen=True, slots=True)
 class Contender:
@@ -53,7 +57,7 @@ class Contender:
     name: str
     model: str
     kind: Literal["model", "direction", "random", "adapter"] = "model"
-    extra: Path | None = None
+    extra: Path | Direction | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +70,16 @@ class _Entry:
     scores: CapabilityScores
 
 
-def contender(spec: str) -> Contender:
+def contender(spec: Spec) -> Contender:
     """Read `MODEL`, `MODEL+DIRECTION.safetensors`, `MODEL+ADAPTER_FOLDER` or `MODEL+random` (a control).
 
-    Raises `UsageError` when what follows the plus is neither.
+    From Python also a pair of a model and a direction. Raises `UsageError` when what follows the plus is neither.
     """
+    if not isinstance(spec, str):
+        if not isinstance(spec, tuple) or len(spec) != 2:
+            raise UsageError(f"compare: expected MODEL or (MODEL, DIRECTION), found {type(spec).__name__}")
+        model, direction = as_type("compare: model", spec[0], str), as_type("compare: direction", spec[1], Direction)
+        return Contender(f"{model}+{direction.site or 'direction'}", model, "direction", direction)
     if Path(spec).exists() or "+" not in spec:
         return Contender(spec, spec)
     model, _, extra = spec.rpartition("+")
@@ -88,7 +97,7 @@ def contender(spec: str) -> Contender:
 
 
 def compare(
-    specs: Sequence[str], measuring: MeasureSettings = MeasureSettings(), monitor: Monitor | None = None
+    specs: Sequence[Spec], measuring: MeasureSettings = MeasureSettings(), monitor: Monitor | None = None
 ) -> ComparisonPart:
     """Ask all contenders the same prompts. The first is what the others are compared with; it stays loaded.
 
@@ -186,8 +195,12 @@ def _learnt_from(contenders: Sequence[Contender]) -> frozenset[str]:
     """Prompts that the direction of any contender has seen."""
     seen = [learnt_by(one.model) for one in contenders]
     seen += [learnt_by(str(one.extra)) for one in contenders if one.kind == "adapter"]
-    seen += [load_direction(one.extra).learnt_from for one in contenders if one.kind == "direction" and one.extra]
+    seen += [_direction(one.extra).learnt_from for one in contenders if one.kind == "direction" and one.extra]
     return frozenset().union(*seen)
+
+
+def _direction(extra: Path | Direction) -> Direction:
+    return extra if isinstance(extra, Direction) else load_direction(extra)
 
 
 def _entry(state: ModelState, examiner: Examiner, exam: Exam, one: Contender) -> _Entry:
@@ -203,11 +216,11 @@ def _state(session: Session, one: Contender, kept: ReplySettings | None = None) 
         check_adapter(str(one.extra), load_adapter(session.model, str(one.extra)))
         return ModelState(session)
     width = session.anatomy.d_model
-    plan = session.plan(random_direction(1, width, session.seed) if one.extra is None else load_direction(one.extra))
+    plan = session.plan(random_direction(1, width, session.seed) if one.extra is None else _direction(one.extra))
     return ModelState(session, functools.partial(session.ablated, plan))
 
 
 def _short(one: Contender) -> str:
     """The name without the folders above."""
-    extra = "" if one.kind == "model" else f"+{'random' if one.extra is None else one.extra.name}"
-    return Path(one.model).name + extra
+    extra = one.extra.name if isinstance(one.extra, Path) else "random" if one.extra is None else "direction"
+    return Path(one.model).name + ("" if one.kind == "model" else f"+{extra}")

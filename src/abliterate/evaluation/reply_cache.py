@@ -59,7 +59,7 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, decoding:
     import transformers
 
     model = loaded.model
-    if loaded.quantised or _is_foreign(model) or _has_hooks(model) or has_adapter(model):
+    if loaded.in_memory or loaded.quantised or _is_foreign(model) or _has_hooks(model) or has_adapter(model):
         return None
     parts = {
         "files": _hashes(loaded.files),

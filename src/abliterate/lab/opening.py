@@ -58,7 +58,8 @@ def open_bench(
         known = replace(known, tokens=())
     heat = None
     if known.tokens and known.direction is not None:
-        loaded, renderer, anatomy = open_model(known.files, known.loading, monitor)
+        opened = open_model(known.files, known.loading, monitor)
+        loaded, renderer, anatomy = opened.loaded, opened.renderer, opened.anatomy
         found, tokens = known.direction, known.tokens
     else:
         session = open_session(

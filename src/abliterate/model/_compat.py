@@ -224,6 +224,11 @@ def has_adapter(model: Any) -> bool:
     return bool(getattr(model, "_hf_peft_config_loaded", False))
 
 
+def merge_adapter(model: Any) -> Any:
+    """A model of transformers; of one that peft has wrapped, what is inside, with the adapter in the live weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") and hasattr(model, "peft_config") else model
+
+
 @contextlib.contextmanager
 def one_gguf_parse() -> Iterator[None]:
     """Let transformers parse a GGUF file once: it builds a reader for tokenizer, configuration and weights each,

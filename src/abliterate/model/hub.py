@@ -42,7 +42,7 @@ def no_hub_id(spec: str) -> str:
     return "no such folder or file, and not a hub id (owner/name)"
 
 
-def snapshot(identifier: str, trust_remote_code: bool) -> Path:
+def snapshot(identifier: str, trust_remote_code: bool, revision: str | None = None) -> Path:
     """The folder in the hub's own cache with the files of a model; Python code only where it is trusted.
 
     Raises `ModelError` when it cannot be fetched.
@@ -51,7 +51,9 @@ def snapshot(identifier: str, trust_remote_code: bool) -> Path:
 
     wanted = [*_WANTED, "*.py"] if trust_remote_code else [*_WANTED]
     try:
-        found = huggingface_hub.snapshot_download(identifier, allow_patterns=wanted, ignore_patterns=[*_COPIES])
+        found = huggingface_hub.snapshot_download(
+            identifier, revision=revision, allow_patterns=wanted, ignore_patterns=[*_COPIES]
+        )
     except Exception as error:  # network, authentication and cache errors of several libraries
         raise ModelError(
             f"model '{identifier}': not a folder here and cannot be fetched from the hub ({one_line(error)})"

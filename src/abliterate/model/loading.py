@@ -60,11 +60,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A live model with its tokenizer, and the files both came from."""
+    """A live model with its tokenizer, and the files both came from.
+
+    Of a model that somebody else has loaded (`in_memory`), `files` are where it is written when files are needed: its
+    numbers need not be those of any file.
+    """
 
     model: Any  # transformers.PreTrainedModel; its class is imported only when a model is loaded
     tokenizer: Any
     files: ModelOnDisk
+    in_memory: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -84,10 +89,13 @@ class LoadedModel:
         return computes_with_codes(self.model)
 
 
-def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -> ModelOnDisk:
+def locate(
+    spec: str, *, dtype: str = "auto", trust_remote_code: bool = False, revision: str | None = None
+) -> ModelOnDisk:
     """Find MODEL on disk, fetching (hub) or dequantising (GGUF) it when needed.
 
-    Raises `ModelError` when it cannot be had, `CheckpointError` when its files are damaged.
+    `revision` is a branch, tag or commit of the hub. Raises `ModelError` when the model cannot be had, `UsageError` for
+    a revision of what is no hub id, `CheckpointError` when its files are damaged.
     """
     path = Path(os.path.expanduser(spec))
     if path.suffix.lower() == ".gguf" and hub_id(spec) is None:
@@ -99,9 +107,12 @@ def locate(spec: str, *, dtype: str = "auto", trust_remote_code: bool = False) -
     elif path.exists():
         raise ModelError(f"model '{spec}': expected a hub id, a folder or a .gguf file, found another file")
     elif (identifier := hub_id(spec)) is not None:
-        files = ModelOnDisk(identifier, "hub", snapshot(identifier, trust_remote_code), trust_remote_code)
+        folder = snapshot(identifier, trust_remote_code, revision)
+        files = ModelOnDisk(identifier, "hub", folder, trust_remote_code)
     else:
         raise ModelError(printable(f"model '{spec}': {no_hub_id(spec)}"))
+    if revision is not None and files.kind != "hub":
+        raise UsageError(f"--revision {revision}: expected a hub id with it, found the {files.kind} {spec}")
     _check_model(files)
     _ = files.checkpoint, read_config(files.folder)  # damaged files are an error now and not later
     check_descriptions(files.folder)

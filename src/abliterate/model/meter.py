@@ -7,13 +7,15 @@ where batches and replies are the same. Counting is one addition for each call o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from abliterate.model.anatomy import find_blocks, stream_out
+from abliterate.model.batches import hooked
 from abliterate.monitor import Monitor
 
 _Count = Callable[[int], None]
@@ -39,7 +41,17 @@ class _Counter:
 
 
 def count_passes(model: Any, monitor: Monitor) -> None:
-    """Tell `monitor` from now on of every token that passes a block of `model`, forwards or backwards, or its head.
+    """Tell `monitor`, in its phases from now on, of every token that passes a block of `model` or its head.
+
+    Outside phases nothing is left on the model. Raises `AnatomyError` when no blocks are found.
+    """
+    find_blocks(model)
+    monitor.watch(lambda: counting(model, monitor))
+
+
+@contextlib.contextmanager
+def counting(model: Any, monitor: Monitor) -> Iterator[None]:
+    """Inside, `monitor` is told of every token that passes a block of `model`, forwards or backwards, or its head.
 
     Raises `AnatomyError` when no blocks are found.
     """
@@ -53,10 +65,11 @@ def count_passes(model: Any, monitor: Monitor) -> None:
     def head(tokens: int) -> None:
         monitor.work.head += tokens
 
-    for block in find_blocks(model)[1]:
-        block.register_forward_hook(_Counter(forward, backward))
+    handles = [block.register_forward_hook(_Counter(forward, backward)) for block in find_blocks(model)[1]]
     if (last := model.get_output_embeddings()) is not None:
-        last.register_forward_hook(_Counter(head))
+        handles.append(last.register_forward_hook(_Counter(head)))
+    with hooked(handles):
+        yield
 
 
 def changes_nothing(hook: Any) -> bool:

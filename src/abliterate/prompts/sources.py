@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
+from abliterate.config import given_prompts
 from abliterate.errors import PromptError
 from abliterate.prompts.known import KNOWN, KnownSet, Role, find_known
 from abliterate.prompts.prompt import Prompt, check_encodable, read_conversation
@@ -54,7 +55,9 @@ def load_prompts(spec: str, role: SetName = "harmful") -> list[Prompt]:
     `role` chooses among the rows of a published set, whose harmful and safe prompts stand together; of other sources
     all are taken. Raises `PromptError` when the source does not exist, has not the column, or holds no such prompts.
     """
-    if (known := find_known(spec)) is not None:
+    if (given := given_prompts(spec)) is not None:
+        prompts = _given(given, spec)
+    elif (known := find_known(spec)) is not None:
         prompts = _load_known(*known, role)
     elif (local := find_local(spec)) is not None:
         rows = local.cut.of(read_file(local.path, local.column))
@@ -65,6 +68,14 @@ def load_prompts(spec: str, role: SetName = "harmful") -> list[Prompt]:
     if not prompts:
         raise PromptError(f"prompt source '{spec}': expected at least one prompt, found none")
     return prompts
+
+
+def _given(rows: Sequence[Any], where: str) -> list[Prompt]:
+    """Prompts that were given as a list: texts, conversations (lists of messages), or rows with columns."""
+    if not all(isinstance(row, str) for row in rows):
+        columns = [{CONVERSATION_COLUMNS[0]: [*row]} if isinstance(row, list | tuple) else row for row in rows]
+        return _prompts(columns, None, where)
+    return [row if isinstance(row, Prompt) else Prompt(row.strip()) for row in rows if row.strip()]
 
 
 def _refuse_missing(spec: str) -> None:

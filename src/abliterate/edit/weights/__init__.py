@@ -9,17 +9,18 @@ needed to take the edit back is written beside the model.
     passes      one tensor on its way through an edit; what it leaves of the direction
     undo_files  what undo needs, on disk
     edit        a whole checkpoint
-    live        saved tensors in a live model
+    live        saved tensors in a live model; a plan in its own
 """
 
 from abliterate.edit.weights.edit import Surgery, edit_checkpoint, one_thread, removed_rows
-from abliterate.edit.weights.live import SwappedWeights, weights_from
+from abliterate.edit.weights.live import SwappedWeights, edit_live, weights_from
 from abliterate.edit.weights.tensors import planned_parameters, refusal
 
 __all__ = [
     "Surgery",
     "SwappedWeights",
     "edit_checkpoint",
+    "edit_live",
     "one_thread",
     "planned_parameters",
     "refusal",

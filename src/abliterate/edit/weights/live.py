@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from abliterate.edit.plan import Plan
-from abliterate.edit.weights.tensors import Grid, planned_parameters
-from abliterate.errors import CheckpointError, ModelError
+from abliterate.algebra import remove_from_weight
+from abliterate.edit.plan import Edit, Plan
+from abliterate.edit.weights.numbers import length_back
+from abliterate.edit.weights.tensors import Grid, planned_parameters, refusal
+from abliterate.errors import CheckpointError, ModelError, UsageError
 from abliterate.files.checkpoint import Checkpoint, open_checkpoint, open_tensor
 from abliterate.files.formats import PLAIN, layout
 from abliterate.model.anatomy import Stored
@@ -62,13 +64,66 @@ def weights_from(
         yield swapped
 
 
-def _parameter(model: Any, checkpoint: Checkpoint, name: str, axis: int, places: tuple[Stored, ...]) -> Tensor:
-    """The numbers of one parameter as they lie in memory, in its dtype."""
-    parameter: nn.Parameter = model.get_parameter(name)
+def edit_live(model: Any, plan: Plan) -> Callable[[], None]:
+    """Change the weights of a live model as `plan` says; the function returned puts the old numbers back.
+
+    Each tensor is computed in float32 and rounded to its own dtype, as in files. The old numbers of what is changed are
+    kept beside the model.
+
+    Raises `UsageError`, naming the writer, for an edit that live weights cannot hold; nothing is changed then.
+    """
+    if plan.untie:
+        raise UsageError("--untie: a live model keeps its tie of embedding and head; write the model instead")
+    for edit in plan.edits:
+        if edit.changes and (reason := refusal(edit)) is not None:
+            raise UsageError(reason)
+        for name in _names(edit):
+            _floats(name, model.get_parameter(name))
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    for edit in plan.edits:
+        for name in _names(edit):
+            parameter = model.get_parameter(name)
+            kept.append((parameter, parameter.data.clone()))
+            parameter.data.copy_(_edited(parameter.data, edit, name))
+
+    def back() -> None:
+        for parameter, old in kept:
+            parameter.data.copy_(old)
+
+    return back
+
+
+def _names(edit: Edit) -> list[str]:
+    return list(planned_parameters(Plan((edit,), edit.basis, edit.strength, ())))
+
+
+def _edited(old: Tensor, edit: Edit, name: str) -> Tensor:
+    """The new numbers of one parameter in float32 (see `TensorEdit` for the same of a stored tensor)."""
+    writer = edit.writer
+    bias = name == writer.bias
+    axis = -1 if bias else writer.axis
+    wide, device = old.float(), old.device
+    new = remove_from_weight(wide, edit.basis.to(device), edit.strength, axis, edit.reads.to(device))
+    if edit.norm_preserving and not bias and edit.strength != 0:
+        lengths = (numbers.square().sum(axis, keepdim=True) for numbers in (wide, new))
+        new = new * length_back(*lengths)
+    if edit.stored_offset is not None and name == (writer.bias or writer.weight):
+        new = new + edit.stored_offset.to(device)
+    return new
+
+
+def _floats(name: str, parameter: Tensor) -> None:
+    """Raise `ModelError` for a parameter whose numbers are codes."""
     if parameter.dtype not in PLAIN.values():
         raise ModelError(
             f"parameter '{name}': expected floats in the live model, found {parameter.dtype}; load it dequantised"
         )
+
+
+def _parameter(model: Any, checkpoint: Checkpoint, name: str, axis: int, places: tuple[Stored, ...]) -> Tensor:
+    """The numbers of one parameter as they lie in memory, in its dtype."""
+    parameter: nn.Parameter = model.get_parameter(name)
+    _floats(name, parameter)
     found = torch.empty(parameter.shape, dtype=parameter.dtype)
     for place in places:
         part = found if place.expert is None else found[place.expert]

@@ -18,7 +18,8 @@ from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from abliterate.files.atomic import write_atomically
-from abliterate.record import Record, finite
+from abliterate.files.checkpoint import sha256
+from abliterate.record import Record, finite, read_record, write_record
 from abliterate.report.html.fitting import fitted
 from abliterate.report.html.page import page_of
 from abliterate.report.html.parts import Page
@@ -29,7 +30,7 @@ FILE_NAME = "report.html"
 #: Bytes of a page, and how often one that has more is cut again.
 _MOST_BYTES, _TRIES = 2_000_000, 5
 
-__all__ = ["FILE_NAME", "render", "write_report"]
+__all__ = ["FILE_NAME", "refresh_report", "render", "write_report"]
 
 
 def render(record: Record) -> str:
@@ -106,3 +107,12 @@ def _json(data: object) -> str:
     """JSON that cannot end the element it stands in. What is not finite is null, as in the record."""
     text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def refresh_report(out: Path) -> Path:
+    """Write the page of the record in `out` anew, and say where. A record that knows its files knows this one."""
+    record = read_record(out)
+    path = write_report(record, out)
+    if record.files:
+        write_record(record.model_copy(update={"files": {**record.files, FILE_NAME: sha256(path)}}), out)
+    return path

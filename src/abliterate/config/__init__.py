@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -59,8 +60,32 @@ def _as_list(value: Any) -> Any:
     return _as_text(value)
 
 
+#: Prompts that were given as lists, by the name that settings have for them: only this process knows them.
+_GIVEN: dict[str, tuple[Any, ...]] = {}
+
+
+def given_prompts(name: str) -> tuple[Any, ...] | None:
+    """The rows of prompts given in Python under a name that `PromptSettings` made; None of other names."""
+    return _GIVEN.get(name)
+
+
+def _as_source(value: Any) -> Any:
+    """Where prompts come from: a SPEC, or a name for the rows of a list (texts, conversations, mappings)."""
+    if isinstance(value, str | bytes | Mapping | os.PathLike) or not isinstance(value, Iterable):
+        return _as_text(value)
+    rows = tuple(value)
+    if not rows:
+        raise ValueError("expected prompts, found an empty list")
+    digest = hashlib.sha256(repr(rows).encode("utf-8", "replace")).hexdigest()
+    name = f"{len(rows)} prompts given in Python ({digest[:12]})"
+    _GIVEN[name] = rows
+    return name
+
+
 Text = Annotated[str, BeforeValidator(_as_text)]
 List = Annotated[str, BeforeValidator(_as_list)]
+#: A prompt source: a SPEC (see `prompts.sources`), or a list.
+Source = Annotated[str, BeforeValidator(_as_source)]
 
 
 class _Settings(BaseModel):
@@ -110,6 +135,7 @@ class FileSettings(_Settings):
         1e-3, description="Edit a model of which some block writes this share along a direction past all its writers."
     )
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
+    revision: Text | None = Field(None, description="Branch, tag or commit of a model on the hub; default: its main.")
 
 
 class ModelSettings(FileSettings):
@@ -142,11 +168,15 @@ class ModelSettings(FileSettings):
 class PromptSettings(_Settings):
     """Which prompts are used."""
 
-    harmful: Text = Field("builtin", description="Harmful prompts: builtin, FILE[:column] or id[:config]:split:column.")
-    harmless: Text = Field("builtin", description="Harmless prompts, named the same way.")
-    eval_harmful: Text | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
-    eval_harmless: Text | None = Field(None, description="Harmless prompts to evaluate on, instead of a held-out part.")
-    borderline: Text = Field("builtin", description="Safe prompts that sound dangerous, to evaluate on.")
+    harmful: Source = Field(
+        "builtin", description="Harmful prompts: builtin, FILE[:column] or id[:config]:split:column."
+    )
+    harmless: Source = Field("builtin", description="Harmless prompts, named the same way.")
+    eval_harmful: Source | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
+    eval_harmless: Source | None = Field(
+        None, description="Harmless prompts to evaluate on, instead of a held-out part."
+    )
+    borderline: Source = Field("builtin", description="Safe prompts that sound dangerous, to evaluate on.")
     limit: Number | None = Field(None, description="Use at most this many prompts per split.")
     seed: Seed = Field(0, description="Seed of everything random (shuffling prompts, the control direction).")
 

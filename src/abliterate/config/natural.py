@@ -50,12 +50,28 @@ def as_type(what: str, value: Any, wanted: Any) -> Any:
         return None
     if any(isinstance(option, type) and option is not Any and _is(value, option) for option in options):
         return value
-    option = options[0]
+    failed: UsageError | None = None
+    for option in options:
+        if option is NoneType:
+            continue
+        try:
+            return _as_option(what, value, option)
+        except UsageError as error:
+            # The best word on a value is that of the kind it was nearest to, which read it and found a fault.
+            failed = error if failed is None or error.__cause__ is not None else failed
+    assert failed is not None
+    raise failed
+
+
+def _as_option(what: str, value: Any, option: Any) -> Any:
+    """The same for one type."""
     origin = typing.get_origin(option)
     if origin is Sequence:
         if isinstance(value, str | bytes) or not isinstance(value, Sequence):
             raise UsageError(f"{what}: expected a list, found {type(value).__name__}")
         return [as_type(what, one, typing.get_args(option)[0]) for one in value]
+    if origin is os.PathLike:
+        option, origin = str, None
     if option is Any or not isinstance(option, type) or origin is not None or getattr(option, "_is_protocol", False):
         return value  # Any, callables and other forms: the function sees for itself
     try:
@@ -124,6 +140,16 @@ def tensor(value: Any, dims: int) -> Any:
     return found
 
 
+def as_numbers(what: str, value: Any, dims: int) -> Any:
+    """Numbers as a floating-point tensor with `dims` axes. Raises `UsageError`, beginning with `what`."""
+    try:
+        return tensor(value, dims)
+    except UsageError as error:
+        raise UsageError(f"{what}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise UsageError(f"{what}: expected numbers, found {type(value).__name__}") from error
+
+
 def tensors(owner: object, dims: Mapping[str, int]) -> None:
     """Make tensors of fields of a frozen value, each with so many axes; None stays."""
     optional = {field.name for field in dataclasses.fields(owner) if field.default is None}  # type: ignore[arg-type]
@@ -131,13 +157,7 @@ def tensors(owner: object, dims: Mapping[str, int]) -> None:
         value = getattr(owner, name)
         if value is None and name in optional:
             continue
-        what = f"{type(owner).__name__}: {name}"
-        try:
-            object.__setattr__(owner, name, tensor(value, axes))
-        except UsageError as error:
-            raise UsageError(f"{what}: {error}") from error
-        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-            raise UsageError(f"{what}: expected numbers, found {type(value).__name__}") from error
+        object.__setattr__(owner, name, as_numbers(f"{type(owner).__name__}: {name}", value, axes))
 
 
 def _name(option: type) -> str:

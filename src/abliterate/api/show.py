@@ -1,0 +1,84 @@
+"""Results that show themselves: in a notebook as the tables of the command line, printed as the same in text."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
+
+from rich.console import Console
+
+from abliterate import record as rec
+from abliterate.texts import printable_lines
+
+#: Columns of a drawn table.
+_WIDTH = 110
+
+_PRE = '<pre style="white-space:pre;overflow-x:auto;line-height:1.25;font-family:ui-monospace,monospace">{code}</pre>'
+
+#: Which function of the command line draws which part.
+_DRAWN = {
+    "AuditPart": ("audit", "show_audit"),
+    "ComparisonPart": ("compare", "show_comparison"),
+    "EvaluationPart": ("tables", "show_evaluation"),
+    "HardeningPart": ("harden", "show_hardening"),
+    "InspectionPart": ("inspect", "show_inspection"),
+    "IntegrityPart": ("verify", "show_integrity"),
+    "RepairPart": ("repair", "show_repair"),
+    "SearchPart": ("search", "show_search"),
+    "UndonePart": ("undo", "show_undone"),
+    "VerificationPart": ("verify", "show_verification"),
+}
+
+
+def drawn(part: object) -> Callable[[Any, Console], None] | None:
+    """What draws a result on a console; None where nothing does."""
+    if isinstance(part, rec.Record):
+        show: Callable[[Any, Console], None] = import_module("abliterate.cli.show").show_record
+        return show
+    if (name := _DRAWN.get(type(part).__name__)) is None:
+        return None
+    found: Callable[[Any, Console], None] = getattr(import_module(f"abliterate.cli.{name[0]}"), name[1])
+    return found
+
+
+def as_text(part: object) -> str | None:
+    """A result as the command line prints it, without colours; None of what has no tables."""
+    console = _console()
+    if (show := drawn(part)) is None:
+        return None
+    show(part, console)
+    return console.export_text(styles=False).rstrip()
+
+
+def as_html(part: object) -> str | None:
+    """The same for a notebook."""
+    console = _console()
+    if (show := drawn(part)) is None:
+        return None
+    show(part, console)
+    return console.export_html(inline_styles=True, code_format=_PRE)
+
+
+def table_html(header: Sequence[str], rows: Sequence[Sequence[object]], marked: int | None = None) -> str:
+    """Rows as an HTML table, one of them marked. Texts are escaped."""
+    lines = ["<table><thead><tr>", *(f"<th>{_cell(name)}</th>" for name in header), "</tr></thead><tbody>"]
+    for number, row in enumerate(rows):
+        style = ' style="font-weight:bold;background:rgba(255,200,0,.25)"' if number == marked else ""
+        lines += [f"<tr{style}>", *(f"<td>{_cell(value)}</td>" for value in row), "</tr>"]
+    return "".join([*lines, "</tbody></table>"])
+
+
+def _cell(value: object) -> str:
+    from html import escape
+
+    text = "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return escape(printable_lines(text))
+
+
+def _console() -> Console:
+    return Console(file=io.StringIO(), width=_WIDTH, record=True, markup=False, emoji=False, highlight=False)
+
+
+rec.Shown.text, rec.Shown.html = staticmethod(as_text), staticmethod(as_html)
