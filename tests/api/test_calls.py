@@ -42,7 +42,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "python_options.py"
 loose: Any = ab
 
 #: Options of commands that a function has no use for, or has another way for.
-_SCREEN = {"as_json", "quiet", "csv", "errors", "calibrate"}
+_SCREEN = {"as_json", "quiet", "csv", "errors"}
 
 #: Commands and what takes their options.
 VERBS: dict[str, tuple[str, type | None]] = {
@@ -94,7 +94,7 @@ def test_options_have_the_same_names(command: str) -> None:
     mine = set(inspect.signature(getattr(calls, name)).parameters)
     mine |= set() if options is None else set(options.__annotations__)
     theirs = {
-        {"realisation": "as_", "spec": "judge"}.get(one, one)
+        {"realisation": "as_", "spec": "judge", **({"prompts": "set_"} if command == "judge" else {})}.get(one, one)
         for one in inspect.signature(_COMMANDS[command]).parameters
     }
     assert theirs - _SCREEN <= mine

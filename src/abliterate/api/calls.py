@@ -77,6 +77,7 @@ from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.record import (
     AuditPart,
+    CalibrationPart,
     ComparedAnswersPart,
     ComparisonPart,
     EvaluationPart,
@@ -461,24 +462,40 @@ def chat(
 def judge(reply: str, prompt: str = "", *, judge: str = "rules", device: str = "auto") -> Verdict: ...
 @overload
 def judge(*, replies: Place, judge: str = "rules", device: str = "auto") -> list[JudgedPart]: ...
+@overload
+def judge(
+    *, calibrate: Place, model: str | None = None, set_: str | None = None, judge: str = "rules", device: str = "auto"
+) -> CalibrationPart: ...
 def judge(
     reply: str | None = None,
     prompt: str = "",
     *,
     replies: Place | None = None,
+    calibrate: Place | None = None,
+    model: str | None = None,
+    set_: str | None = None,
     judge: str = "rules",
     device: str = "auto",
-) -> Verdict | list[JudgedPart]:
+) -> Verdict | list[JudgedPart] | CalibrationPart:
     """The verdict on one reply to a prompt ("" where that is not known); or, of the file `replies`, one for each row.
 
-    `judge` is who reads: rules, learnt, minos, protectai, classifier:ID, llm:MODEL@URL … Raises `UsageError` for
-    neither or both, and for a judge that cannot be used.
-    """
-    from abliterate.cli.judge import label_file
+    `judge` is who reads: rules, learnt, minos, protectai, classifier:ID, llm:MODEL@URL … With `calibrate`, a file of
+    labelled replies (of `model`, to the prompts `set_`), it is measured how often it is right, and remembered.
 
-    if (reply is None) == (replies is None):
-        raise UsageError("judge: expected a reply, or replies=FILE; found both or neither")
+    Raises `UsageError` for none or several of these, and for a judge that cannot be used.
+    """
+    from abliterate.cli.judge import calibrated, label_file
+
+    given = [
+        name for name, value in (("reply", reply), ("replies", replies), ("calibrate", calibrate)) if value is not None
+    ]
+    if len(given) != 1:
+        raise UsageError(
+            f"judge: expected a reply, replies=FILE or calibrate=FILE, found {' and '.join(given) or 'none'}"
+        )
     chosen = bind_judge(open_judge(judge, device=device), None, progress())
+    if calibrate is not None:
+        return calibrated(chosen, Path(calibrate), model, set_)
     if replies is not None:
         return label_file(chosen, Path(replies))
     (verdict,) = chosen.judge([Exchange(prompt, str(reply))])

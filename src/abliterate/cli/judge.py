@@ -227,6 +227,17 @@ def _whose(model: str | None, prompts: str | None) -> tuple[str, SetName]:
     return model or "", cast("SetName", prompts or "")
 
 
+def calibrated(chosen: Judge, path: Path, model: str | None, prompts: str | None) -> CalibrationPart:
+    """Measure a judge on the labelled replies of a file, and keep the result."""
+    from abliterate.evaluation.judging import calibration
+    from abliterate.evaluation.judging.labelled import read_labelled
+
+    of, labelled = _whose(model, prompts), read_labelled(path)
+    verdicts = chosen.judge(labelled.exchanges)
+    result = calibration.compare(chosen, labelled, verdicts, path, model=of[0], prompts=of[1])
+    return calibration_part(result, calibration.store(result))
+
+
 def _calibrate(chosen: Judge, path: Path, of: tuple[str, SetName], errors: bool, as_json: bool) -> None:
     """Measure a judge on the labelled replies of a file, keep the result, and show it."""
     from abliterate.evaluation.judging import calibration
