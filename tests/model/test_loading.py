@@ -56,8 +56,10 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
     """A hub that gives the same model for every id and remembers what it was asked for."""
     seen = SimpleNamespace(asked=[], error=None)
 
-    def snapshot_download(identifier: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
-        seen.left_out = ignore_patterns
+    def snapshot_download(
+        identifier: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None = None
+    ) -> str:
+        seen.left_out, seen.revision = ignore_patterns, revision
         seen.asked.append((identifier, allow_patterns))
         if seen.error:
             raise seen.error
@@ -65,6 +67,15 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return seen
+
+
+def test_a_revision_is_asked_of_the_hub_and_of_nobody_else(hub: SimpleNamespace, folder: Path) -> None:
+    assert locate("owner/name", revision="v1.0").folder == folder
+    assert hub.revision == "v1.0"
+    locate("owner/name")
+    assert hub.revision is None
+    with pytest.raises(UsageError, match=r"--revision v1.0: expected a hub id with it, found the folder"):
+        locate(str(folder), revision="v1.0")
 
 
 def test_hub_id_is_fetched_without_pickles_and_without_code(hub: SimpleNamespace, folder: Path) -> None:

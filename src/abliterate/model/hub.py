@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from abliterate.errors import ModelError
 from abliterate.model.configuration import one_line
@@ -50,9 +51,10 @@ def snapshot(identifier: str, trust_remote_code: bool, revision: str | None = No
     import huggingface_hub
 
     wanted = [*_WANTED, "*.py"] if trust_remote_code else [*_WANTED]
+    which: dict[str, Any] = {} if revision is None else {"revision": revision}
     try:
         found = huggingface_hub.snapshot_download(
-            identifier, revision=revision, allow_patterns=wanted, ignore_patterns=[*_COPIES]
+            identifier, allow_patterns=wanted, ignore_patterns=[*_COPIES], **which
         )
     except Exception as error:  # network, authentication and cache errors of several libraries
         raise ModelError(
