@@ -355,9 +355,9 @@ def test_tokens_that_the_model_does_not_have_are_named(folder: Path) -> None:
     told = json.loads(file.read_text())
     told["model"]["vocab"] = {word: number + 1000 for word, number in told["model"]["vocab"].items()}
     file.write_text(json.dumps(told))
-    _, renderer, _ = open_model(str(folder), ModelSettings(device="cpu"), Monitor())
+    opened = open_model(str(folder), ModelSettings(device="cpu"), Monitor())
     with pytest.raises(PromptError) as error:
-        renderer.encode(["Name a fruit."])
+        opened.renderer.encode(["Name a fruit."])
     refused(error, f"tokens below {VOCAB}", "another model's")
 
 

@@ -210,6 +210,13 @@ class ReplyOptions(TypedDict, total=False):
     #: Longest answer, in tokens.
     max_new_tokens: int
 
+    #: How answers are made: the likeliest token each time, or as the model's generation_config asks (penalties,
+    #: suppressed tokens, sampling by --seed).
+    decoding: Literal["greedy", "model"]
+
+    #: Answers to each prompt, where --decoding model samples.
+    samples: int
+
     #: Who reads the answers: rules, learnt (rules and a small linear model), self (the unedited model), auto (the
     #: best of these), minos, protectai or classifier:ID (a model for sequence classification), or llm:MODEL@URL or
     #: strongreject:MODEL@URL (an OpenAI-compatible server).
