@@ -138,7 +138,7 @@ def jobs(place: Path) -> list[Job]:
         return Job(name, (*arguments, "-q"), (*arguments, *again, "-q"), out, copied if undone else nothing, done)
 
     to = ("-o", str(out))
-    search = ("search", model, *prompts, *quick, "--points", "2", "--steps", "4", "--no-held-out", "--force", *to)
+    search = ("search", model, *prompts, *quick, "--points", "2", "--steps", "4", "--held-out", "none", "--force", *to)
     return [
         job("apply", "apply", model, *direction, *to),
         job("run", "run", model, *prompts, *quick, "--search", "closed-form", "--force", *to),

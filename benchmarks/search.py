@@ -130,9 +130,7 @@ def ours(session: Session, arm: str, options: argparse.Namespace) -> list[Edit]:
         best = found.selection.chosen
         return [Edit(f"layer {best.layer}, {best.position}", session.plan(found.direction), {"kl": best.kl})]
     method = {"tpe": "black-box"}.get(arm, arm)
-    searching = SearchSettings(
-        method=method, trials=options.our_trials, constraints="over-refusals<=1", no_held_out=True
-    )
+    searching = SearchSettings(method=method, trials=options.our_trials, constraints="over-refusals<=1")
     settings = RunSettings(model=options.model, loading=session.loading, finding=finding, searching=searching)
     start = best_separated(session, findings, finding)
     result = search(session, findings, start, RuleJudge(), settings, method)

@@ -278,7 +278,7 @@ def test_work_is_counted_by_phase_and_equal_in_every_run(done: Record, planted: 
     phases = {name for name, work in first.work.items() if work.forward}
     assert phases == {
         *("prove that every writer is known", "check that prompts may share work", "find refusal tokens"),
-        *("collect activations", "first tokens of validation prompts", "separate validation prompts"),
+        *("collect activations", "separate validation prompts"),
         *("select by intervention", "activations of harmful prompts", "activations of harmless prompts"),
         *("answers before", "answers after", "answers: random direction", "shift on harmless prompts"),
     }

@@ -47,7 +47,7 @@ def record(tmp_path_factory: pytest.TempPathFactory, threads: None) -> ab.Record
             output=ab.OutputSettings(out=out),
             prompts=ab.PromptSettings(limit=24),
             finding=ab.FindSettings(positions=1),
-            searching=ab.SearchSettings(points=2, steps=12, no_held_out=True),  # the chosen point is evaluated on them
+            searching=ab.SearchSettings(points=2, steps=12),
             evaluating=ab.EvalSettings(max_new_tokens=48),
         )
     )

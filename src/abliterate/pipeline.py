@@ -51,6 +51,7 @@ from abliterate.evaluation.examine import (
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import evaluation_part
+from abliterate.evaluation.probe import Probe
 from abliterate.files.checkpoint import DIRECTION, bytes_to_write, check_output, ensure_space, left_bytes
 from abliterate.files.checkpoint import JOURNAL as JOURNAL
 from abliterate.files.local import reserved
@@ -64,7 +65,7 @@ from abliterate.finding.find import (
     find_or_force,
     projections,
 )
-from abliterate.finding.search import Journal, Search, check_search, method_of
+from abliterate.finding.search import Journal, Search, check_search, evaluated, held_out, method_of
 from abliterate.finding.search import search as find_front
 from abliterate.finding.verify import say_caveat, verify
 from abliterate.model.batches import share_prefixes
@@ -127,7 +128,7 @@ def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec
     target = EditTarget(files, session.anatomy, session.named_model, session.loaded)
     with opened(output, target, done.plan) as staging:
         written = realise(done.plan, done.direction, target, staging, output, monitor)
-        evaluation = _evaluated(session, staging.folder, done.plan, written, done.settings, judge, exam)
+        evaluation, done = _evaluated(session, staging.folder, done, written, judge, exam)
         record = _run_record(session, done, written, staging.folder, evaluation)
         direction = with_hashes(done.direction, record)
         save_direction(staging.folder / DIRECTION, direction)
@@ -162,8 +163,15 @@ def _found(session: Session, settings: RunSettings, method: str, judge: Judge) -
         check_planned(session, findings, found, plan, settings)
         return _Chosen(settings, findings, found, found.direction, plan, separation, None)
     result = find_front(session, findings, found.direction, judge, settings, method)
+    if settings.searching.held_out == "all":  # the chosen point is evaluated as it was written
+        others = [number for number in range(len(result.points)) if number != result.chosen]
+        result = held_out(result, _held_out_probe(session, findings, judge, settings), others)
     direction = _from_search(result, found.direction)
     return _Chosen(settings, findings, found, direction, session.plan(direction), separation, result)
+
+
+def _held_out_probe(session: Session, findings: Findings, judge: Judge, settings: RunSettings) -> Probe:
+    return Probe(session, findings.ids, "test", judge, settings.evaluating)
 
 
 def _from_search(result: Search, start: Direction) -> Direction:
@@ -213,6 +221,9 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     if not resume:
         (output.out / JOURNAL).unlink(missing_ok=True)
     result = find_front(session, findings, start, judge, settings, method, Journal(output.out / JOURNAL, resume))
+    if settings.searching.held_out != "none":
+        numbers = range(len(result.points)) if settings.searching.held_out == "all" else [result.chosen]
+        result = held_out(result, _held_out_probe(session, findings, judge, settings), numbers)
     record = session_record(
         session,
         settings.model_dump(mode="json"),
@@ -417,27 +428,31 @@ def evaluate_elsewhere(
 
 
 def _evaluated(
-    session: Session, folder: Path, plan: Plan, done: Realised, settings: RunSettings, judge: Judge, exam: Exam
-) -> rec.EvaluationPart:
+    session: Session, folder: Path, done: _Chosen, written: Realised, judge: Judge, exam: Exam
+) -> tuple[rec.EvaluationPart, _Chosen]:
     """Before: the original weights. After: the tensors that were saved, read back from disk.
 
     Where no weights were saved, or live ones are quantised, after is what was written as hooks. Vectors that are added
-    have no control.
+    have no control. What the evaluation says of the point that a search chose is added to that search.
     """
-    unchanged = not settings.evaluating.no_cache
+    plan, evaluating = done.plan, done.settings.evaluating
+    unchanged = not evaluating.no_cache
 
-    def examined(base: ModelState, edited: ModelState) -> rec.EvaluationPart:
-        examiner = examiner_of(session, settings.evaluating, bind_judge(judge, base, session.monitor))
-        control = None if settings.evaluating.no_control or done.vectors else control_of(plan, base)
-        return evaluation_part(examine(examiner, exam, base, edited, control))
+    def examined(base: ModelState, edited: ModelState) -> tuple[rec.EvaluationPart, _Chosen]:
+        examiner = examiner_of(session, evaluating, bind_judge(judge, base, session.monitor))
+        control = None if evaluating.no_control or written.vectors else control_of(plan, base)
+        found, search = examine(examiner, exam, base, edited, control), done.search
+        if search is not None and done.settings.searching.held_out != "none":
+            search = evaluated(search, Probe(session, done.findings.ids, "test"), (base, edited), found)
+        return evaluation_part(found), replace(done, search=search)
 
-    if done.names is None or session.loaded.quantised:
-        hooks = functools.partial(_hooked, session, plan, done)
+    if written.names is None or session.loaded.quantised:
+        hooks = functools.partial(_hooked, session, plan, written)
         return examined(ModelState(session, unchanged=unchanged), ModelState(session, hooks))
     with contextlib.ExitStack() as stack:
         with session.monitor.phase("read edited weights back"):
             stack.enter_context(untied(session.model, plan))
-            saved = stack.enter_context(weights_from(session.model, folder, plan, done.names))
+            saved = stack.enter_context(weights_from(session.model, folder, plan, written.names))
         return examined(ModelState(session, saved.original, unchanged), ModelState(session))
 
 

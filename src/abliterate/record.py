@@ -239,6 +239,7 @@ class SearchPart(_Part):
     why: str
     evaluations: dict[str, Count]
     seconds: float
+    prompts: Count = Field(0, description="Harmful validation prompts that rates of points are shares of.")
 
     @property
     def point(self) -> PointPart | None:

@@ -36,6 +36,7 @@ from abliterate.evaluation.answering import ModelState
 from abliterate.evaluation.compare import compare
 from abliterate.evaluation.engines import Pair, states_of
 from abliterate.evaluation.examine import (
+    CONTROL_SHIFT_PROMPTS,
     Examiner,
     Sets,
     control_of,
@@ -228,8 +229,8 @@ def test_original_edited_weights_and_control_are_each_measured_in_their_own_stat
     n = len(found.before["harmful"].prompts)
     assert found.control is not None
     assert [refusals(sets) for sets in (found.before, found.after, found.control.answers)] == [n, 0, n]
-    for state, shift in ((edited, found.shift), (control.state, found.control.shift)):
-        assert [shift] == shift_of(examiner, original, [state], found.before)
+    assert found.shift == shift_of(examiner, original, edited, found.before)
+    assert found.control.shift == shift_of(examiner, original, control.state, found.before, CONTROL_SHIFT_PROMPTS)
     assert found.shift != found.control.shift
     (score,) = evaluation_part(found).capability
     assert score.after is not None

@@ -23,7 +23,7 @@ from abliterate.evaluation.results import (
     judged,
     manner,
     manner_change,
-    measure_shifts,
+    measure_shift,
     paired,
     repetition,
 )
@@ -158,7 +158,9 @@ def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipelin
     examiner = examiner_of(session, EvalSettings(), RuleJudge())
     before = examiner.ask(base, "answers")["harmless"]
     encoded = session.encoded["harmless", "test"]
-    same, moved = measure_shifts(base, [base, other], before.prompts, encoded, before.replies, session.size)
+    same, moved = (
+        measure_shift(base, state, before.prompts, encoded, before.replies, session.size) for state in (base, other)
+    )
     assert same.kl_first is not None
     assert same.kl_first.largest == 0
     assert same.nll_change is not None
@@ -183,7 +185,7 @@ def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipelin
 def test_shift_over_no_replies_is_nothing(session: pipeline.Session) -> None:
     base, nothing = ModelState(session), Reply((), "", True)
     encoded = session.encoded["harmless", "test"].take([0, 1])
-    (shift,) = measure_shifts(base, [base], ["a", "b"], encoded, [nothing, nothing], session.size)
+    shift = measure_shift(base, base, ["a", "b"], encoded, [nothing, nothing], session.size)
     assert (shift.prompts, shift.kl_first, shift.nll_before) == (0, None, None)
 
 

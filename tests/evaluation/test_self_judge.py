@@ -164,6 +164,13 @@ def test_hooks_are_off_while_it_judges_and_on_again_after(
         assert labels(judge.judge(ASKED)) != EXPECTED, "control: what the ablated model would say"
 
 
+def test_what_passes_for_its_verdicts_is_counted(session: pipeline.Session) -> None:
+    judge, monitor = open_self(as_loaded(session)), session.monitor
+    with monitor.phase("judging"):
+        judge.judge(ASKED)
+    assert monitor.work_by_phase["judging"].head == 3, "one position of each that is asked about"
+
+
 def test_hooks_come_back_in_their_order_when_judging_fails(session: pipeline.Session, judging: planted.Planted) -> None:
     judge = open_self(as_loaded(session))
     with session.ablated(session.plan(judging.direction[None])):

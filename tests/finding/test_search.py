@@ -21,7 +21,7 @@ from abliterate.evaluation.examine import random_direction
 from abliterate.evaluation.judging import RuleJudge
 from abliterate.evaluation.probe import Probe
 from abliterate.finding.find import Findings, best_separated
-from abliterate.finding.search import Level, Point, Search, method_of, search
+from abliterate.finding.search import Level, Point, Search, held_out, method_of, search
 from abliterate.finding.search.gradient import descend, frozen, legs
 from abliterate.finding.search.objectives import OBJECTIVES, limits_of, objectives_named, values
 from abliterate.finding.search.search import choose_point
@@ -172,13 +172,17 @@ def test_search_by_gradient(session: Session, findings: Findings, start: Directi
     assert result.base["refusals"] > 0.9
     assert result.chosen in result.on_front()
     assert result.point.scores["refusals"] < 0.2
-    assert result.base_held_out is not None
-    for point in result.points:
+    assert result.evaluations["replies"] == 4
+    assert result.base_held_out is None, "nothing was measured on them yet"
+    probe = Probe(session, findings.ids, "test", RuleJudge(), settings.evaluating)
+    again = held_out(result, probe, [0, 2])
+    assert again.base_held_out is not None
+    assert again.points[1] == result.points[1]
+    for point in (again.points[0], again.points[2]):
         assert point.held_out is not None
         assert set(point.held_out) == set(point.scores)
         low, high = (point.intervals or {})["refusals"]
         assert low <= point.held_out["refusals"] <= high
-    assert result.evaluations["replies"] == 4
 
 
 def test_a_random_direction_is_no_point(session: Session, findings: Findings) -> None:
@@ -244,6 +248,8 @@ def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Pla
     assert record.evaluation.after is not None
     assert record.evaluation.after.harmful.refusals == 0
     assert record.evaluation.before.harmful.refusals > 20
+    measured = [point.number for point in part.points if point.held_out is not None]
+    assert measured == [part.chosen], "it is the one that was evaluated"
     for point in part.points:
         assert point.file is not None
         again = tmp_path / f"again-{point.number}"
@@ -251,6 +257,42 @@ def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Pla
         same = shard_bytes(again) == shard_bytes(tmp_path / "out")
         assert same == (point.number == part.chosen)
     assert abliterate.verify_files(tmp_path / "out").intact
+
+
+def test_what_the_evaluation_says_of_the_chosen_point_is_what_hooks_say_of_it(planted: Planted, tmp_path: Path) -> None:
+    objectives = "refusals,kl,over-refusals,kl-reply,length"
+    asked = job(planted, tmp_path / "run", objectives=objectives)
+    written = pipeline.run(asked)
+    assert written.search is not None
+    hooked = pipeline.search(job(planted, tmp_path / "search", objectives=objectives, pick=str(written.search.chosen)))
+    assert hooked.search is not None
+    assert written.evaluation is not None
+    assert written.evaluation.after is not None
+    one, other = written.search.point, hooked.search.point
+    assert one is not None
+    assert other is not None
+    assert one.held_out is not None
+    assert one.held_out == pytest.approx(other.held_out, rel=1e-3, abs=1e-6)
+    assert one.intervals.keys() == other.intervals.keys()
+    assert written.search.base_held_out == hooked.search.base_held_out
+    assert one.held_out["refusals"] == written.evaluation.after.harmful.rate
+    assert written.search.base_held_out is not None
+    assert written.search.base_held_out["over-refusals"] == written.evaluation.before.harmless.rate
+    assert "measure points on held-out prompts" not in written.timings_s
+
+
+@pytest.mark.parametrize(("asked", "measured"), [("chosen", 1), ("all", 3), ("none", 0)])
+def test_points_are_measured_on_held_out_prompts_as_asked(
+    planted: Planted, tmp_path: Path, asked: str, measured: int
+) -> None:
+    records = [
+        pipeline.run(job(planted, tmp_path / "run", held_out=asked)),
+        pipeline.search(job(planted, tmp_path / "search", held_out=asked)),
+    ]
+    for part in (record.search for record in records):
+        assert part is not None
+        assert sum(point.held_out is not None for point in part.points) == measured
+        assert (part.base_held_out is None) == (measured == 0)
 
 
 @pytest.mark.parametrize("method", ["gradient", "black-box", "both", "random"])
@@ -276,7 +318,7 @@ def test_search_writes_points_that_do_what_they_say(planted: Planted, tmp_path: 
 
 def test_another_point_is_picked_without_searching(planted: Planted, tmp_path: Path) -> None:
     folder = tmp_path / "front"
-    record = pipeline.search(job(planted, folder, pick="2", no_held_out=True))
+    record = pipeline.search(job(planted, folder, pick="2", held_out="none"))
     assert record.search is not None
     assert (record.search.chosen, record.search.why) == (2, "picked")
     again = pipeline.pick(folder, 3)
@@ -289,7 +331,7 @@ def test_another_point_is_picked_without_searching(planted: Planted, tmp_path: P
         pipeline.pick(folder, 9)
     assert read_record(folder) == again
     with pytest.raises(UsageError, match="--pick 9"):
-        pipeline.search(job(planted, tmp_path / "other", pick="9", no_held_out=True))
+        pipeline.search(job(planted, tmp_path / "other", pick="9", held_out="none"))
     with pytest.raises(UsageError, match="expected a new or empty folder"):
         pipeline.search(job(planted, folder))
     with pytest.raises(UsageError, match="expected the trials of a search"):
@@ -299,7 +341,7 @@ def test_another_point_is_picked_without_searching(planted: Planted, tmp_path: P
 def test_a_search_goes_on_where_it_was_killed(
     planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = pipeline.search(job(planted, tmp_path / "whole", method="random", no_held_out=True))
+    whole = pipeline.search(job(planted, tmp_path / "whole", method="random", held_out="none"))
     measure, calls = Probe.measure, []
 
     def killed(self: Probe, *args: Any) -> Any:
@@ -311,8 +353,8 @@ def test_a_search_goes_on_where_it_was_killed(
     with monkeypatch.context() as patch:
         patch.setattr(Probe, "measure", killed)
         with pytest.raises(KeyboardInterrupt):
-            pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True))
-    resumed = pipeline.search(job(planted, tmp_path / "cut", method="random", no_held_out=True), resume=True)
+            pipeline.search(job(planted, tmp_path / "cut", method="random", held_out="none"))
+    resumed = pipeline.search(job(planted, tmp_path / "cut", method="random", held_out="none"), resume=True)
     assert whole.search is not None
     assert resumed.search is not None
     assert [p.scores for p in resumed.search.points] == [p.scores for p in whole.search.points]
@@ -327,18 +369,57 @@ def test_what_is_asked_for_is_chosen() -> None:
         for i, (r, k, o) in enumerate(scores)
     )
     limits = {"over-refusals": 0.12, "kl": 0.1}
-    result = Search("gradient", ("refusals", "kl"), "", limits, points, 0, "", {}, None, {}, 0.0)
-    auto, finding = SearchSettings(), FindSettings()
-    assert choose_point(result, auto, finding).chosen == 2
-    assert choose_point(result, auto.model_copy(update={"max_refusals": 0.07}), finding).chosen == 1, (
-        "0 is over its limit"
+    result = Search("gradient", ("refusals", "kl"), "", limits, points, 0, "", {}, None, {}, 0.0, prompts=100)
+    auto = SearchSettings()
+
+    def chosen(result: Search = result, **asked: Any) -> int:
+        return choose_point(result, auto.model_copy(update=asked)).chosen
+
+    assert chosen() == 1, "0 is over its limit; 5 % are few enough"
+    assert chosen(pick="knee") == 2
+    assert chosen(max_refusals=0.1) == 2
+    assert chosen(replace(result, limits={"kl": 0.03})) == 1, "0 % at twice the damage"
+    assert chosen(replace(result, limits={"kl": 0.002})) == 3
+    assert chosen(pick="1") == 0
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        chosen(replace(result, limits={"kl": 0.0005}))
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        chosen(replace(result, limits={"over-refusals": 0.05}))
+    with pytest.raises(GateNotMet, match="no point keeps"):
+        chosen(max_refusals=0.01)
+
+
+@pytest.mark.parametrize(
+    ("rates", "prompts", "chosen", "why"),
+    [
+        ((0.0, 0.04, 0.05, 0.06), 100, 2, "at most 5 % refusals"),
+        ((0.05, 0.06, 0.07, 0.5), 100, 0, "at most 5 % refusals"),  # what is enough is no estimate
+        ((0.10, 0.12, 0.13, 0.14), 100, 2, "at most 13.0 % refusals"),  # 10 % and √(0.1 · 0.9 / 100)
+        ((0.10, 0.12, 0.13, 0.14), 10_000, 0, "at most 10.3 % refusals"),
+        ((float("nan"), 0.12, 0.13, 0.5), 100, 2, "at most 15.2 % refusals"),
+    ],
+)
+def test_of_points_that_refuse_alike_the_one_with_least_damage_is_chosen(
+    rates: tuple[float, ...], prompts: int, chosen: int, why: str
+) -> None:
+    direction = Direction(torch.eye(1, 4))
+    points = tuple(
+        Point(direction, "", {"refusals": rate, "kl": kl}, Level.REPLIES)
+        for rate, kl in zip(rates, (0.04, 0.03, 0.02, 0.01), strict=True)
     )
-    assert choose_point(result, auto, FindSettings(max_kl=0.002)).chosen == 3
-    assert choose_point(result, auto.model_copy(update={"pick": "1"}), finding).chosen == 0
-    with pytest.raises(GateNotMet, match="no point keeps"):
-        choose_point(result, auto, FindSettings(max_kl=0.0005))
-    with pytest.raises(GateNotMet, match="no point keeps"):
-        choose_point(replace(result, limits={"over-refusals": 0.05}), auto, finding)
+    result = Search("gradient", ("refusals", "kl"), "", {"kl": 0.1}, points, 0, "", {}, None, {}, 0.0, prompts)
+    found = choose_point(result, SearchSettings())
+    assert found.chosen == chosen
+    assert why in found.why
+
+
+def test_where_refusals_are_no_objective_the_knee_is_chosen() -> None:
+    direction = Direction(torch.eye(1, 4))
+    points = tuple(
+        Point(direction, "", {"kl": kl, "nll": nll}, Level.REPLIES) for kl, nll in ((0.0, 1.0), (0.1, 0.1), (1.0, 0.0))
+    )
+    found = choose_point(Search("gradient", ("kl", "nll"), "", {}, points, 0, "", {}, None, {}, 0.0), SearchSettings())
+    assert (found.chosen, found.why) == (1, "knee")
 
 
 def test_layers_in_four_bits_compute_with_gradients_inside_and_as_they_like_after() -> None:
@@ -357,7 +438,7 @@ def test_layers_in_four_bits_compute_with_gradients_inside_and_as_they_like_afte
 
 def test_what_is_replaced_goes_only_when_the_model_is_open(planted: Planted, tmp_path: Path) -> None:
     folder = tmp_path / "front"
-    asked = job(planted, folder, method="random", no_held_out=True, points=3, trials=6)
+    asked = job(planted, folder, method="random", held_out="none", points=3, trials=6)
     assert asked.output is not None
     again = asked.output.model_copy(update={"overwrite": True})
     record = pipeline.search(asked)
@@ -366,7 +447,7 @@ def test_what_is_replaced_goes_only_when_the_model_is_open(planted: Planted, tmp
     with pytest.raises(ModelError):
         pipeline.search(asked.model_copy(update={"model": str(tmp_path / "nowhere"), "output": again}))
     assert (folder / pipeline.JOURNAL).read_bytes() == trials, "the old search is still there, trials and all"
-    fewer = job(planted, folder, method="random", no_held_out=True, points=1, trials=6)
+    fewer = job(planted, folder, method="random", held_out="none", points=1, trials=6)
     record = pipeline.search(fewer.model_copy(update={"output": again}))
     assert record.search is not None
     files = {point.file for point in record.search.points}
@@ -375,7 +456,7 @@ def test_what_is_replaced_goes_only_when_the_model_is_open(planted: Planted, tmp
 
 def test_a_point_that_the_record_does_not_know_is_not_picked(planted: Planted, tmp_path: Path) -> None:
     folder = tmp_path / "front"
-    record = pipeline.search(job(planted, folder, no_held_out=True))
+    record = pipeline.search(job(planted, folder, held_out="none"))
     assert record.search is not None
     stray = len(record.search.points) + 1
     file = folder / "front" / f"{stray:02}.safetensors"

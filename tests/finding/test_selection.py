@@ -19,7 +19,7 @@ from abliterate.evaluation.first_tokens import first_tokens
 from abliterate.evaluation.probe import MIN_PROMPTS, Probe
 from abliterate.finding.estimate import Separation
 from abliterate.finding.find import scorer_of, trial_plans
-from abliterate.finding.selection import STAGES, Rule, SiteScorer, candidate_sites, select, stage_costs
+from abliterate.finding.selection import STAGES, START_SITES, Rule, SiteScorer, candidate_sites, select, stage_costs
 from abliterate.model.batches import BatchSize, Encoded
 from abliterate.record import ControlPart, SelectionPart, SitePart
 from planted import BLOCKS, D_MODEL, POSITIONS, WRITES, plant
@@ -120,7 +120,7 @@ def test_only_prompts_that_the_model_treats_as_labelled_are_used(session: pipeli
 
 
 def test_most_refused_prompts_are_screened_first(session: pipeline.Session, scorer: SiteScorer) -> None:
-    scores, _ = first_tokens(session.model, session.encoded["harmful", "val"], scorer.probe.tokens, session.size)
+    scores = first_tokens(session.model, session.encoded["harmful", "val"], scorer.probe.tokens, session.size).scores
     ordered = [float(scores[row]) for row in scorer.rows.harmful]
     assert ordered == sorted(ordered, reverse=True)
 
@@ -246,6 +246,23 @@ def test_stage_costs_count_every_score() -> None:
     assert stage_costs(100) == 100 + first + second
     assert stage_costs(second) == 3 * second
     assert stage_costs(0) == 0
+    assert stage_costs(100, start=True) == START_SITES + 1
+
+
+def test_a_start_is_sought_among_the_sites_that_separate_best(scorer: SiteScorer, findings: pipeline.Findings) -> None:
+    shape = findings.candidates.raw.shape[:2]
+    dprime = torch.arange(shape.numel(), dtype=torch.float64).reshape(shape)
+    auroc = torch.full(shape, 0.9, dtype=torch.float64)
+    auroc[1, 2] = 1.0
+    separated = Separation(dprime, auroc)
+    selection = select(scorer, findings.candidates, separated, Rule(), start=True)
+    sites = candidate_sites(findings.candidates, BLOCKS, Rule())
+    best = sorted(sites, key=lambda at: (at == (2, -2), float(dprime[-1 - at.position, at.layer])))[-START_SITES:]
+    assert {(one.layer, one.position) for one in selection.candidates} == set(best)
+    assert Site(2, -2) in best
+    assert len(sites) > START_SITES
+    assert selection.chosen.prompts == scorer.most
+    assert sum(one.prompts == scorer.most for one in selection.candidates) == 1, "the best alone on all prompts"
 
 
 def test_positions_of_the_template_are_looked_at_unless_told_otherwise(

@@ -170,7 +170,7 @@ def test_only_approved_prompts_are_fed() -> None:
         POSITIONS,
         fitter.update,
         BatchSize(2),
-        keep=lambda seen: seen[:, 7] > logits[:, 7].median(),
+        keep=lambda _, seen: seen[:, 7] > logits[:, 7].median(),
     )
     assert fed == int(wanted.sum()) == 3
     assert close(fitter.result().mean, expected[wanted].double().mean(0))

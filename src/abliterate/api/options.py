@@ -159,17 +159,18 @@ class SearchOptions(TypedDict, total=False):
     #: NAME<=VALUE, or NAME<=+VALUE above the unedited model; comma-separated.
     constraints: Several
 
-    #: Choose the point with least damage among those that refuse at most this share.
+    #: Choose the point with least damage among those that refuse at most this share; default: at most 5 %, or the
+    #: least that was reached.
     max_refusals: float | None
 
-    #: Choose 'knee' (the best trade-off) or a point by its number, without asking.
+    #: Choose a point by its number, or 'knee' (farthest below the line between the ends of the front).
     pick: str | int | os.PathLike[str] | None
 
     #: Longest answer while searching; held-out answers have --max-new-tokens.
     search_tokens: int
 
-    #: Do not measure the points again on held-out prompts.
-    no_held_out: bool
+    #: Which points are measured again on held-out prompts.
+    held_out: Literal["chosen", "all", "none"]
 
 
 class WriterOptions(TypedDict, total=False):
@@ -263,6 +264,9 @@ class EvidenceOptions(TypedDict, total=False):
 
     #: Do not evaluate a random direction of the same strength beside.
     no_control: bool
+
+    #: Prompts of each set that the random direction is evaluated on.
+    control_prompts: int
 
     #: Keep full answers to harmful prompts in the record.
     keep_completions: bool

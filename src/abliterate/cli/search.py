@@ -39,7 +39,7 @@ RATES = {"refusals", "over-refusals", "degenerate"}
 _CHOSEN, _INFEASIBLE = "→", "✗"
 
 #: Why a point was chosen, where the record says it in one word.
-_WHY = {"knee": "the best trade-off: farthest below the line between the ends of the front"}
+_WHY = {"knee": "farthest below the line between the ends of the front"}
 
 #: How closely edits were measured, in words.
 _STAGES = {
@@ -146,7 +146,8 @@ def _remarks(part: SearchPart) -> list[str]:
     beaten = [str(point.number) for point in part.points if not point.on_front]
     if beaten:
         lines.append(f"Not on the front, another point is better: {', '.join(beaten)}.")
-    lines += [*_optimism(part), f"Search: {part.method}, {part.seconds:.0f} s{measured}."]
+    among = f", on {part.prompts} harmful validation prompts" if part.prompts else ""
+    lines += [*_optimism(part), f"Search: {part.method}, {part.seconds:.0f} s{measured}{among}."]
     return lines
 
 

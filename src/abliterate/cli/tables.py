@@ -184,7 +184,8 @@ _SHORT = {"kl_first_token": "first", "kl_reply": "reply", "nll_change": "own"}
 def _shifts(rows: list[tuple[str, ShiftPart]], names: dict[str, str], *, spread: bool) -> Table:
     """Means with their intervals; with `spread` also how the prompts lie around them."""
     columns = ("median", "p95", "worst") if spread else ()
-    title = f"Shift on {rows[0][1].prompts} harmless prompts, nats per token"
+    fewer = "".join(f" ({name}: {one.prompts})" for name, one in rows[1:] if one.prompts != rows[0][1].prompts)
+    title = f"Shift on {rows[0][1].prompts} harmless prompts{fewer}, nats per token"
     if names is _SHORT:
         title += ": KL of the first token and of the reply, ΔNLL of own replies"
     table = Table(title=title, title_justify="left", **PLAIN)

@@ -238,7 +238,7 @@ class SearchSettings(_Settings):
     points: Annotated[int, Field(ge=1, le=50)] = Field(
         4, description="Edits of the front (from light to strong) that are measured by replies."
     )
-    steps: Number = Field(45, description="Steps of the gradient, all points together.")
+    steps: Number = Field(25, description="Steps of the gradient, all points together.")
     trials: Number = Field(60, description="Trials of the black box.")
     sampler: Literal["tpe", "nsga2"] = Field("tpe", description="Sampler of the black box.")
     keep_direction: bool = Field(False, description="Search strengths only; the direction stays the mean difference.")
@@ -247,15 +247,20 @@ class SearchSettings(_Settings):
         "over-refusals<=+0.02", description="NAME<=VALUE, or NAME<=+VALUE above the unedited model; comma-separated."
     )
     max_refusals: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Choose the point with least damage among those that refuse at most this share."
+        None,
+        description="Choose the point with least damage among those that refuse at most this share; default: at most "
+        "5 %, or the least that was reached.",
     )
     pick: Text | None = Field(
-        None, description="Choose 'knee' (the best trade-off) or a point by its number, without asking."
+        None,
+        description="Choose a point by its number, or 'knee' (farthest below the line between the ends of the front).",
     )
     search_tokens: Number = Field(
         16, description="Longest answer while searching; held-out answers have --max-new-tokens."
     )
-    no_held_out: bool = Field(False, description="Do not measure the points again on held-out prompts.")
+    held_out: Literal["chosen", "all", "none"] = Field(
+        "chosen", description="Which points are measured again on held-out prompts."
+    )
 
     @field_validator("pick")
     @classmethod
@@ -359,6 +364,7 @@ class EvidenceSettings(_Settings):
     """What is set beside the edit, and what is kept of the answers."""
 
     no_control: bool = Field(False, description="Do not evaluate a random direction of the same strength beside.")
+    control_prompts: Number = Field(24, description="Prompts of each set that the random direction is evaluated on.")
     keep_completions: bool = Field(False, description="Keep full answers to harmful prompts in the record.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -74,6 +74,31 @@ class ModelState:
         said, monitor = beyond(self.model, lengths), self.session.monitor
         if said and said not in monitor.warnings:
             monitor.warn(said)
+
+
+def know_replies(session: Session, limit: int, replies: Mapping[tuple[int, ...], Reply]) -> None:
+    """Keep greedy replies of the unedited model, of at most `limit` tokens, in the session, by prompts' suffixes."""
+    session.kept[Reply, limit] = replies
+
+
+@dataclass(frozen=True, slots=True)
+class Unedited:
+    """A session's unedited model, which is not asked again for replies that the session knows (`know_replies`)."""
+
+    state: ModelState
+
+    def complete(
+        self, prompts: Encoded, max_new_tokens: int, progress: Callable[[int], None], decoding: Decoding = GREEDY
+    ) -> list[Reply]:
+        """Replies as `Answering.complete` gives them."""
+        kept = self.state.session.kept.get((Reply, max_new_tokens), {}) if decoding == GREEDY else {}
+        known: dict[tuple[int, ...], Reply] = {suffix: kept[suffix] for suffix in prompts.suffixes if suffix in kept}
+        rest = prompts.take([row for row, suffix in enumerate(prompts.suffixes) if suffix not in known])
+        progress(len(prompts) - len(rest))
+        if len(rest):
+            replies = self.state.complete(rest, max_new_tokens, progress, decoding)
+            known |= zip(rest.suffixes, replies, strict=True)
+        return [known[suffix] for suffix in prompts.suffixes]
 
 
 def as_loaded(session: Session, settings: ReplySettings | None = None) -> ModelState:

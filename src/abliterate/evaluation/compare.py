@@ -150,7 +150,7 @@ def _beside(
     examiner, state = examiner_of(session, evaluating, judge), _state(session, one)
     entry = _entry(state, examiner, exam, one)
     if session.encoded == first.encoded:
-        (shift,) = shift_of(examiner, base, [state], reference.answers)
+        shift = shift_of(examiner, base, state, reference.answers)
         return replace(entry, shift=shift)
     session.monitor.note(f"{one.name}: its prompts have other tokens than the first model's, so there is no KL")
     return entry

@@ -42,7 +42,7 @@ from abliterate.evaluation.capability import (
 from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
 from abliterate.evaluation.judging.calibration import own_calibrations
 from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
-from abliterate.evaluation.results import Answers, Shift, judged, measure_shifts
+from abliterate.evaluation.results import Answers, Shift, judged, measure_shift
 from abliterate.model.batches import Encoded, share_prefixes
 from abliterate.model.decoding import GREEDY, Decoding, asked_by, decoding_of, in_words
 from abliterate.model.generation import Reply
@@ -51,8 +51,8 @@ from abliterate.prompts import ChatRenderer, ContrastiveSet
 from abliterate.prompts.thinking import answer_of, opens_thinking
 from abliterate.session import Session, open_session
 
-#: Harmless test prompts whose answers are compared token by token.
-SHIFT_PROMPTS = 64
+#: Harmless test prompts whose answers are compared token by token: for the edit, and for the random control.
+SHIFT_PROMPTS, CONTROL_SHIFT_PROMPTS = 64, 16
 
 Sets = dict[str, Answers]
 
@@ -103,6 +103,12 @@ class Examiner:
             said = ", ".join(f"{tally.refusals}/{tally.n} {key}" for key, tally in tallies.items() if tally.n)
             self.monitor.note(f"refused: {said}")
         return sets
+
+    def few(self, count: int) -> Examiner:
+        """The same with the first `count` prompts of every set."""
+        texts = {name: texts[:count] for name, texts in self.texts.items()}
+        closed = {name: prompts.take(range(len(prompts))[:count]) for name, prompts in self.closed.items()}
+        return replace(self, texts=texts, closed=closed)
 
     def _stopping(self) -> Decoding:
         """The decoding; with an early stop it leaves refusals, but not those to harmless prompts: lengths count."""
@@ -227,10 +233,11 @@ class RandomControl:
 
 @dataclass(frozen=True, slots=True)
 class ControlEffect:
-    """What the control did."""
+    """What the control did: its answers to the first prompts, beside those `before` to the same."""
 
     control: RandomControl
     answers: Sets
+    before: Sets
     shift: Shift
 
 
@@ -344,15 +351,11 @@ def examine(
     edited: ModelState | None = None,
     control: RandomControl | None = None,
 ) -> Evaluation:
-    """Ask the original, the edited model and the control the same, and compare their distributions."""
+    """Ask the original and the edited model the same, and the control the first of it; compare their distributions."""
     before, after = _answered(examiner, base, edited, thinking=examiner.thinks_first)
-    shown = shift = effect = None
-    if control is not None:
-        shown = examiner.ask(control.state, "answers: random direction", thinking=examiner.thinks_first)
-    if edited is not None:
-        shift, *others = shift_of(examiner, base, [edited] + ([] if control is None else [control.state]), before)
-        _say_shifts(base.session, [shift, *others])
-        effect = None if control is None or shown is None else ControlEffect(control, shown, others[0])
+    shift = None if edited is None else shift_of(examiner, base, edited, before)
+    effect = None if control is None else _controlled(examiner, base, control, before)
+    _say_shifts(base.session, {"the edit": shift, "the random direction": None if effect is None else effect.shift})
     thinking = _answered(examiner, base, edited, thinking=True) if examiner.settings.thinking == "both" else None
     scores = exam.take(base, "capability before")
     return Evaluation(
@@ -393,21 +396,30 @@ def _answered(
     return before, examiner.ask(edited, f"answers after{end}", thinking=thinking)
 
 
-def _say_shifts(session: Session, shifts: Sequence[Shift]) -> None:
-    for name, shift in zip(("the edit", "the random direction"), shifts, strict=False):
-        if shift.kl_first is not None and shift.kl_reply is not None:
+def _controlled(examiner: Examiner, base: ModelState, control: RandomControl, before: Sets) -> ControlEffect:
+    few = examiner.few(examiner.settings.control_prompts)
+    answers = few.ask(control.state, "answers: random direction", thinking=few.thinks_first)
+    first = {name: before[name].to(answers[name].prompts) for name in answers}
+    return ControlEffect(control, answers, first, shift_of(few, base, control.state, first, CONTROL_SHIFT_PROMPTS))
+
+
+def _say_shifts(session: Session, shifts: Mapping[str, Shift | None]) -> None:
+    for name, shift in shifts.items():
+        if shift is not None and shift.kl_first is not None and shift.kl_reply is not None:
             first, whole = shift.kl_first.mean.value, shift.kl_reply.mean.value
             session.monitor.note(f"KL of {name}: {first:.3f} nats at the first token, {whole:.3f} over replies")
 
 
-def shift_of(examiner: Examiner, base: ModelState, edited: Sequence[ModelState], before: Sets) -> list[Shift]:
-    """How far answers to harmless prompts moved, for each of `edited`."""
+def shift_of(
+    examiner: Examiner, base: ModelState, edited: ModelState, before: Sets, most: int = SHIFT_PROMPTS
+) -> Shift:
+    """How far answers to the first harmless prompts moved, to `most` of them."""
     session, encoded = base.session, examiner.encoded["harmless"]
     answers = before["harmless"]
-    rows = range(min(SHIFT_PROMPTS, len(encoded)))
+    rows = range(min(most, len(encoded)))
     texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
     with session.monitor.phase("shift on harmless prompts", len(rows)) as advance:
-        return measure_shifts(base, edited, texts, encoded.take(rows), replies, session.size, advance)
+        return measure_shift(base, edited, texts, encoded.take(rows), replies, session.size, advance)
 
 
 def control_of(plan: Plan, base: ModelState) -> RandomControl:

@@ -6,27 +6,47 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from abliterate.evaluation.scores import refusal_score
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
 
 
+class FirstTokens:
+    """Gathers, batch by batch, refusal scores of answers' first tokens, and their logits where they are kept."""
+
+    def __init__(self, prompts: int, tokens: Sequence[int], kept: torch.dtype | None = None) -> None:
+        """Nothing seen yet of so many prompts; `kept` is the dtype in which logits are kept, none without."""
+        self.scores = torch.zeros(prompts, dtype=torch.float64)
+        self._tokens, self._kept = tokens, kept
+        self._logits: dict[int, Tensor] = {}
+
+    def look(self, rows: list[int], logits: Float[Tensor, "b vocab"]) -> None:
+        """Take in the prompts at `rows`."""
+        self.scores[rows] = refusal_score(logits, self._tokens).cpu()
+        if self._kept is not None:
+            self._logits.update(zip(rows, logits.to(self._kept).cpu(), strict=True))
+
+    def keep(self, rows: list[int], logits: Float[Tensor, "b vocab"]) -> Bool[Tensor, " b"]:
+        """The same where activations of all prompts are wanted (see `activations.stream_sites`)."""
+        self.look(rows, logits)
+        return torch.ones(len(rows), dtype=torch.bool)
+
+    @property
+    def logits(self) -> Float[Tensor, "n vocab"]:
+        """Logits by prompt, on the CPU; nothing where none were kept."""
+        rows = sorted(self._logits)
+        return torch.stack([self._logits[row] for row in rows]) if rows else torch.empty(0, 0)
+
+
 def first_tokens(
     model: Any, prompts: Encoded, tokens: Sequence[int], size: BatchSize, *, keep: torch.dtype | None = None
-) -> tuple[Float[Tensor, " n"], Float[Tensor, "n vocab"]]:
-    """Refusal scores of the answers' first tokens, and their logits in the dtype `keep` (none without), on the CPU."""
-    scores = torch.zeros(len(prompts), dtype=torch.float64)
-    kept: dict[int, Tensor] = {}
-
-    def look(rows: list[int], logits: Tensor) -> None:
-        scores[rows] = refusal_score(logits[0], tokens).cpu()
-        if keep is not None:
-            kept.update(zip(rows, logits[0].to(keep).cpu(), strict=True))
-
-    for_each_first_token(model, prompts, size, look)
-    return scores, torch.stack([kept[row] for row in sorted(kept)]) if kept else torch.empty(0, 0)
+) -> FirstTokens:
+    """Refusal scores of the answers' first tokens, and their logits in the dtype `keep` (none without)."""
+    found = FirstTokens(len(prompts), tokens, keep)
+    for_each_first_token(model, prompts, size, lambda rows, logits: found.look(rows, logits[0]))
+    return found
 
 
 def for_each_first_token(

@@ -236,9 +236,9 @@ def _control_part(evaluation: Evaluation, corrections: Corrections) -> rec.Contr
     return rec.ControlEffectPart(
         seed=effect.control.seed,
         behaviour=behaviour_part(effect.answers, corrections),
-        paired=paired_parts(evaluation.before, effect.answers),
-        degenerate=paired_parts(evaluation.before, effect.answers, degenerate),
-        manner=manner_parts(evaluation.before, effect.answers),
+        paired=paired_parts(effect.before, effect.answers),
+        degenerate=paired_parts(effect.before, effect.answers, degenerate),
+        manner=manner_parts(effect.before, effect.answers),
         shift=shift_part(effect.shift),
         size=effect.control.size,
         size_of_edit=effect.control.size_of_edit,

@@ -8,6 +8,7 @@ first tokens of all, replies, and how far next-token distributions move along th
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
@@ -20,11 +21,11 @@ from abliterate.config import EvalSettings, ReplySettings
 from abliterate.edit.hooks import ablation, addition
 from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet
-from abliterate.evaluation.answering import ModelState, as_loaded
+from abliterate.evaluation.answering import ModelState, Unedited, as_loaded
 from abliterate.evaluation.examine import SHIFT_PROMPTS, Examiner, Sets, chosen_decoding
-from abliterate.evaluation.first_tokens import first_tokens, for_each_first_token
+from abliterate.evaluation.first_tokens import FirstTokens, first_tokens, for_each_first_token
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.results import Shift, measure_shifts
+from abliterate.evaluation.results import Shift, measure_shift
 from abliterate.evaluation.scores import kl_divergence, refusal_score
 from abliterate.model.batches import Encoded
 from abliterate.monitor import Monitor
@@ -108,14 +109,22 @@ class Probe:
     @property
     def base(self) -> Baseline:
         """What the unedited model does. It is kept in the session, and must be asked for first without an edit."""
-        key = (Baseline, self.split, tuple(self.tokens))
-        if key not in self.session.kept:
+        if self._key not in self.session.kept:
             model, size = self.session.model, self.session.size
-            harmful, _ = first_tokens(model, self.harmful, self.tokens, size)
-            harmless, logits = first_tokens(model, self.harmless, self.tokens, size, keep=torch.float32)
-            self.session.kept[key] = Baseline(harmful, harmless, logits)
-        found: Baseline = self.session.kept[key]
+            self.know(
+                first_tokens(model, self.harmful, self.tokens, size),
+                first_tokens(model, self.harmless, self.tokens, size, keep=torch.float32),
+            )
+        found: Baseline = self.session.kept[self._key]
         return found
+
+    def know(self, harmful: FirstTokens, harmless: FirstTokens) -> None:
+        """Keep what the unedited model does, seen elsewhere; of harmless prompts with logits in float32."""
+        self.session.kept[self._key] = Baseline(harmful.scores, harmless.scores, harmless.logits)
+
+    @property
+    def _key(self) -> tuple[object, ...]:
+        return Baseline, self.split, tuple(self.tokens)
 
     @property
     def refused(self) -> dict[str, list[bool]]:
@@ -158,23 +167,43 @@ class Probe:
         means: list[float] = scores.mean(1).tolist()
         return means
 
-    def measure(self, edit: Plan | ModelState | None, level: Level) -> Measured:
-        """What a plan does, as hooks; or the session's model in another state; without either, the unedited model."""
+    def measure(self, edit: Plan | ModelState | None, level: Level, *, harmful: bool = True) -> Measured:
+        """What a plan does, as hooks; or the session's model in another state; without either, the unedited model.
+
+        First tokens of harmful prompts are left out (NaN) where nobody reads them (`harmful`).
+        """
         self.counts[level] += 1
         few = FEW_PROMPTS if level == Level.FEW else None
         base, answered = self.base, self._answered
+        if edit is None:
+            return self._unedited(few, None if level < Level.REPLIES else self._base_replies)
         edited = self._hooked(edit) if isinstance(edit, Plan) else edit
-        with as_loaded(self.session).state() if edited is None else edited.state():
-            harmful, _ = self._look(_first(self.harmful, few))
+        with edited.state():
+            scores = self._look(_first(self.harmful, few))[0][0] if harmful else base.harmful[:few] * math.nan
             harmless, kl = self._look(_first(self.harmless, few), 1, base.logits)
-        first = Measured(harmful[0], harmless[0], kl[0][answered[:few]])
+        first = Measured(scores, harmless[0], kl[0][answered[:few]])
         if level < Level.REPLIES:
             return first
-        if edited is None:
-            return replace(first, replies=self._base_replies, base_replies=self._base_replies)
-        before = self._base_replies
-        shift = self._shift(edited, before) if level == Level.SHIFT else None
+        before, original = self._base_replies, as_loaded(self.session)
+        shift = self._shift(original, edited, before) if level == Level.SHIFT else None
         return replace(first, replies=self._examiner.ask(edited, "replies"), base_replies=before, shift=shift)
+
+    def measure_replies(
+        self, states: tuple[ModelState, ModelState], replies: tuple[Sets, Sets], level: Level, *, harmful: bool = True
+    ) -> tuple[Measured, Measured]:
+        """What `measure` says of two states, the original and an edited one, whose replies were made elsewhere."""
+        (original, edited), (before, after) = states, replies
+        with original.state():
+            unedited = self._unedited(None, before)
+        shift = self._shift(original, edited, before) if level == Level.SHIFT else None
+        first = self.measure(edited, Level.ALL, harmful=harmful)
+        first = replace(first, replies=after, base_replies=before, shift=shift)
+        return unedited, first
+
+    def _unedited(self, few: int | None, replies: Sets | None) -> Measured:
+        """The unedited model beside itself: nothing moved."""
+        base, unmoved = self.base, torch.zeros(int(self._answered[:few].sum()), dtype=torch.float64)
+        return Measured(base.harmful[:few], base.harmless[:few], unmoved, replies, replies)
 
     @property
     def _answered(self) -> Tensor:
@@ -219,14 +248,12 @@ class Probe:
 
     @functools.cached_property
     def _base_replies(self) -> Sets:
-        return self._examiner.ask(as_loaded(self.session, self._settings), "replies")
+        return self._examiner.ask(Unedited(as_loaded(self.session, self._settings)), "replies")
 
-    def _shift(self, edited: ModelState, base: Sets) -> Shift:
-        answers, rows = base["harmless"], self._answered.nonzero().flatten().tolist()[:SHIFT_PROMPTS]
+    def _shift(self, original: ModelState, edited: ModelState, before: Sets) -> Shift:
+        answers, rows = before["harmless"], self._answered.nonzero().flatten().tolist()[:SHIFT_PROMPTS]
         texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
-        original, size = as_loaded(self.session), self.session.size
-        (shift,) = measure_shifts(original, [edited], texts, self.harmless.take(rows), replies, size)
-        return shift
+        return measure_shift(original, edited, texts, self.harmless.take(rows), replies, self.session.size)
 
 
 def _first(prompts: Encoded, count: int | None) -> Encoded:

@@ -60,6 +60,11 @@ class Answers:
                 rows.setdefault(category, []).append(row)
         return {category: self._take(chosen) for category, chosen in rows.items()}
 
+    def to(self, prompts: Sequence[str]) -> Answers:
+        """The answers to some of the prompts."""
+        wanted = set(map(str, prompts))
+        return self._take([row for row, prompt in enumerate(self.prompts) if str(prompt) in wanted])
+
     def _take(self, rows: Sequence[int]) -> Answers:
         groups = (self.prompts, self.replies, self.verdicts, self.texts)
         return Answers(*(tuple(group[row] for row in rows) for group in groups))  # type: ignore[arg-type]
@@ -202,50 +207,49 @@ class Shift:
     tokens: int
 
 
-def measure_shifts(
+def measure_shift(
     base: ModelState,
-    edited: Sequence[ModelState],
+    edited: ModelState,
     texts: Sequence[str],
     prompts: Encoded,
     replies: Sequence[Reply],
     size: BatchSize,
     progress: Callable[[int], None] | None = None,
-) -> list[Shift]:
+) -> Shift:
     """Compare next-token distributions along the base model's own `replies` to harmless `prompts` (`texts`).
 
-    One shift per edited state. Prompts with an empty reply are left out.
+    Prompts with an empty reply are left out.
     """
     rows = [row for row, reply in enumerate(replies) if reply.tokens]
     answers = [replies[row].tokens for row in rows]
     starts = [len(prompts.suffixes[row]) - 1 for row in rows]
     sequences = [prompts.suffixes[row] + reply[:-1] for row, reply in zip(rows, answers, strict=True)]
     longest = max((len(reply) for reply in answers), default=1)
-    result = torch.zeros(len(edited), len(rows), 4, dtype=torch.float64)  # KL first, KL mean, NLL before, NLL after
+    result = torch.zeros(len(rows), 4, dtype=torch.float64)  # KL first, KL mean, NLL before, NLL after
     shared = []
-    for state in (base, *edited):
+    for state in (base, edited):
         with state.state():
             shared.append(SharedPrefix(state.model, prompts.prefix))
 
     def work(chosen: list[int]) -> None:
         suffixes = [sequences[i] for i in chosen]
         begin = torch.tensor([starts[i] for i in chosen])
+        steps = torch.arange(max(len(answers[i]) for i in chosen))
 
         def positions(lengths: Tensor) -> Tensor:
-            wanted = begin.to(lengths.device)[:, None] + torch.arange(longest, device=lengths.device)
+            wanted = (begin[:, None] + steps).to(lengths.device)
             return torch.minimum(wanted, lengths[:, None] - 1)  # beyond a shorter reply: computed, not used
 
         with base.state():
             before = logits_at(base.model, shared[0], suffixes, positions)
-        for number, state in enumerate(edited):
-            with state.state():
-                after = logits_at(state.model, shared[number + 1], suffixes, positions).to(before.device)
-            for row, i in enumerate(chosen):
-                reply = torch.tensor(answers[i], device=before.device)
-                result[number, i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)
+        with edited.state():
+            after = logits_at(edited.model, shared[1], suffixes, positions).to(before.device)
+        for row, i in enumerate(chosen):
+            reply = torch.tensor(answers[i], device=before.device)
+            result[i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)
 
     in_batches([len(s) for s in sequences], logit_size(base.model, size, longest), work, done=progress)
-    kept = [texts[row] for row in rows]
-    return [_summary(values, kept, sum(map(len, answers))) for values in result]
+    return _summary(result, [texts[row] for row in rows], sum(map(len, answers)))
 
 
 def _compared(p: Tensor, q: Tensor, reply: Tensor) -> Tensor:

@@ -26,12 +26,14 @@ from abliterate.edit.options import plan_for, unit
 from abliterate.edit.plan import Plan
 from abliterate.edit.values import TensorValue
 from abliterate.errors import GateNotMet, UsageError
+from abliterate.evaluation.answering import know_replies
+from abliterate.evaluation.first_tokens import FirstTokens
 from abliterate.evaluation.judging import judge
-from abliterate.evaluation.probe import Behaving, Probe
+from abliterate.evaluation.probe import Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.finding.estimate import Separation, difference_of_means, separation
-from abliterate.finding.refusal_tokens import find_refusals
-from abliterate.finding.selection import Rule, SiteScorer, candidate_sites, select, stage_costs
+from abliterate.finding.refusal_tokens import REPLY_TOKENS, find_refusals
+from abliterate.finding.selection import Rule, SiteScorer, best_separating, candidate_sites, select, stage_costs
 from abliterate.finding.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
 from abliterate.model.activations import Moments, MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
@@ -98,9 +100,7 @@ def find(session: Session, settings: SelectSettings, writers: WriterSettings = W
     moments = _moments(session, [token.token for token in tokens], settings)
     candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
     probe = Probe(session, [token.token for token in tokens])
-    with monitor.phase("first tokens of validation prompts"):
-        behaving = probe.behaving(all_prompts=settings.all_prompts)
-    separated = _separation(session, candidates, behaving)
+    separated = _separation(probe, candidates, all_prompts=settings.all_prompts)
     trained_on = {name: moment.count for name, moment in moments.items()}
     monitor.note(
         f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
@@ -118,7 +118,7 @@ def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> 
         for name, encoded in train.items():
             sign = 1.0 if name == "harmful" else -1.0
 
-            def behaves(logits: Tensor, sign: float = sign) -> Tensor:
+            def behaves(_: list[int], logits: Tensor, sign: float = sign) -> Tensor:
                 return sign * refusal_score(logits, ids) > 0
 
             fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
@@ -151,18 +151,20 @@ def choose(
     """Select a direction by intervention, and what is asked for around it: a subspace, or LEACE at its site.
 
     Raises `GateNotMet` when no site meets the rule, unless `force`: then the best one is taken, with a warning. A
-    direction that is `searched` from is only a start, and need not meet it.
+    direction that is `searched` from is only a start: it need not meet the rule, and is sought among the few sites that
+    separate the classes best.
     """
     _check_subspace(settings)
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
     sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
-    with session.monitor.phase("select by intervention", stage_costs(sites)) as advance:
+    with session.monitor.phase("select by intervention", stage_costs(sites, start=searched)) as advance:
         selection = select(
             scorer_of(session, findings),
             findings.candidates,
             findings.separation,
             rule,
             trained_on=findings.trained_on,
+            start=searched,
             progress=advance,
         )
     best = selection.chosen
@@ -194,7 +196,7 @@ def best_separated(session: Session, findings: Findings, settings: SelectSetting
     sites = candidate_sites(findings.candidates, session.anatomy.layers, rule)
     if not sites:
         raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
-    site = max(sites, key=lambda site: float(findings.separation.dprime[-1 - site[1], site[0]]))
+    site = best_separating(sites, findings.separation)[0]
     session.monitor.note(f"start: layer {site[0]}, position {site[1]}, where the classes are furthest apart")
     return _around(session, findings, settings, site)
 
@@ -275,7 +277,7 @@ def _samples(
     ids = findings.ids
     encoded, fitter = session.encoded[name, split], Samples(*site)
 
-    def behaves(logits: Tensor) -> Tensor:
+    def behaves(_: list[int], logits: Tensor) -> Tensor:
         return sign * refusal_score(logits, ids) > 0
 
     keep = None if settings is None or settings.all_prompts else behaves
@@ -337,6 +339,7 @@ def refusal_tokens(session: Session, settings: RefusalSettings) -> tuple[TokenPa
         harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
         with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
             found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
+        know_replies(session, REPLY_TOKENS, found.replies)
         if found.refused < max(1, settings.min_refusal_rate * found.prompts):
             raise GateNotMet(
                 f"this model hardly refuses: {found.refused} of {found.prompts} harmful validation prompts, expected "
@@ -392,16 +395,20 @@ def _enough(moments: Moments, name: str, prompts: int) -> Moments:
     return moments
 
 
-def _separation(session: Session, candidates: Candidates, behaving: Behaving) -> Separation:
-    values = []
-    pairs = (("harmful", behaving.harmful), ("harmless", behaving.harmless))
-    with session.monitor.phase("separate validation prompts", sum(len(rows) for _, rows in pairs)) as advance:
-        for name, rows in pairs:
-            encoded = session.encoded[name, "val"].take(rows)
-            fitter = ProjectionFitter(candidates.units, len(encoded))
-            session.stream(encoded, fitter.update, advance)
-            values.append(fitter.values)
-    result = separation(*values)
+def _separation(probe: Probe, candidates: Candidates, *, all_prompts: bool) -> Separation:
+    """Of the validation prompts that behave. What the unedited model does with them is seen in the same passes."""
+    session, projected, looks = probe.session, {}, {}
+    encoded = {name: session.encoded[name, "val"] for name in ("harmful", "harmless")}
+    with session.monitor.phase("separate validation prompts", sum(map(len, encoded.values()))) as advance:
+        for name, prompts in encoded.items():
+            fitter = ProjectionFitter(candidates.units, len(prompts))
+            looks[name] = FirstTokens(len(prompts), probe.tokens, torch.float32 if name == "harmless" else None)
+            session.stream(prompts, fitter.update, advance, keep=looks[name].keep)
+            projected[name] = fitter.values
+    probe.know(looks["harmful"], looks["harmless"])
+    behaving = probe.behaving(all_prompts=all_prompts)
+    rows = {"harmful": list(behaving.harmful), "harmless": list(behaving.harmless)}
+    result = separation(*(projected[name][rows[name]] for name in encoded))
     if float(result.auroc.max()) < _MIN_AUROC:
         raise GateNotMet(
             f"the prompt sets do not separate: best AUROC {float(result.auroc.max()):.2f} on validation prompts, "

@@ -6,8 +6,8 @@ Here a token counts only if replies that start with it are refusals.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from abliterate.errors import GateNotMet
 from abliterate.evaluation.judging import Label, Verdict
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
-from abliterate.model.generation import complete
+from abliterate.model.generation import Reply, complete
 from abliterate.record import TokenPart
 
 #: Tokens of a reply that are judged: enough for its first sentence.
@@ -38,11 +38,15 @@ _TRIALS, _CANDIDATES = 8, 8
 
 @dataclass(frozen=True, slots=True)
 class Refusals:
-    """How many of the harmful prompts a model refuses, and how its refusals start (empty if it never does)."""
+    """How many of the harmful prompts a model refuses, and how its refusals start (empty if it never does).
+
+    `replies` are the greedy ones, of at most `REPLY_TOKENS` tokens, that this was found by, by the prompts' suffixes.
+    """
 
     refused: int
     prompts: int
     tokens: tuple[TokenPart, ...]
+    replies: Mapping[tuple[int, ...], Reply] = field(default_factory=dict)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -65,11 +69,12 @@ def find_refusals(
     """
     both = harmful + harmless
     replies = complete(model, tokenizer, both, REPLY_TOKENS, size, progress)
+    known = dict(zip(both.suffixes, replies, strict=True))
     labels = [judge(reply.text).label for reply in replies]
     refused = [row for row, label in enumerate(labels[: len(harmful)]) if label in _WHOLLY]
     answered = [row for row, label in enumerate(labels) if label is Label.COMPLIANCE]
     if not refused:
-        return Refusals(0, len(harmful), ())
+        return Refusals(0, len(harmful), (), known)
     if not answered:
         raise GateNotMet(
             f"refusal tokens: the model answers none of {len(both)} validation prompts, so refusing cannot be told "
@@ -94,7 +99,7 @@ def find_refusals(
             f"refusal tokens: the model refuses {len(refused)} of {len(harmful)} harmful prompts, but no first token "
             f"tells that from answering (most likely: {shown}); give --refusal-tokens"
         )
-    return Refusals(len(refused), len(harmful), tokens)
+    return Refusals(len(refused), len(harmful), tokens, known)
 
 
 def first_tokens(

@@ -3,7 +3,8 @@
 For every site: *bypass* (mean refusal score on harmful prompts with the direction ablated), *induce* (the same on
 harmless prompts with r added at its own layer) and *KL* (how much ablation changes the first token of answers to
 harmless prompts). The rule is that of Arditi et al. 2024 (§2.4 and appendix C): least bypass among sites with
-induce > 0, KL ≤ 0.1 and layer < 0.8 L. Sites are screened in stages: few prompts for all, all prompts for the best.
+induce > 0, KL ≤ 0.1 and layer < 0.8 L. Sites are screened in stages: few prompts for all, all prompts for the best. A
+start for a search need not be the best: only the sites that separate the classes best are tried for it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from abliterate.finding.estimate import Separation
 from abliterate.record import ControlPart, SelectionPart, SitePart
 
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
-STAGES: tuple[tuple[int | None, int], ...] = ((4, 8), (16, 3), (None, 1))
+Stages = tuple[tuple[int | None, int], ...]
+STAGES: Stages = ((4, 8), (16, 3), (None, 1))
+
+#: Sites that are tried for the start of a search, those that separate the classes best; and their stages.
+START_SITES = 6
+START_STAGES: Stages = ((8, 1), (None, 1))
 
 #: Sites scored on all prompts when those before them fail the rule.
 _MOST_FINALISTS = 8
@@ -77,9 +83,12 @@ def select(
     rule: Rule,
     *,
     trained_on: Mapping[str, int] | None = None,
+    start: bool = False,
     progress: Callable[[int], None] = lambda _: None,
 ) -> SelectionPart:
     """Screen all sites in stages and choose by `rule`; `met_rule` is false when no site passes.
+
+    For the `start` of a search only the `START_SITES` that separate the classes best are screened.
 
     A random direction with the best site's norm, added at the same layer, is scored beside as a control.
 
@@ -88,7 +97,10 @@ def select(
     sites = candidate_sites(candidates, scorer.probe.session.anatomy.layers, rule)
     if not sites:
         raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
-    scores, best = _screened(scorer, candidates, separation, rule, sites, progress)
+    stages = STAGES
+    if start:
+        sites, stages = best_separating(sites, separation)[:START_SITES], START_STAGES
+    scores, best = _screened(scorer, candidates, separation, rule, sites, progress, stages)
     return SelectionPart(
         chosen=best,
         met_rule=rule.passes(best),
@@ -110,11 +122,12 @@ def _screened(
     rule: Rule,
     sites: list[Site],
     progress: Callable[[int], None],
+    stages: Stages,
 ) -> tuple[dict[Site, SitePart], SitePart]:
     """Scores of all sites, each on as many prompts as it came through stages, and the best one's."""
     scores: dict[Site, SitePart] = {}
     waiting: list[Site] = []
-    for prompts, keep in STAGES:
+    for prompts, keep in stages:
         for layer, group in itertools.groupby(sorted(sites), key=lambda site: site.layer):
             for score in _score_layer(scorer, candidates, separation, layer, list(group), prompts):
                 scores[Site(score.layer, score.position)] = score
@@ -142,10 +155,20 @@ def candidate_sites(candidates: Candidates, layers: int, rule: Rule) -> list[Sit
     ]
 
 
-def stage_costs(sites: int) -> int:
+def best_separating(sites: Sequence[Site], separation: Separation) -> list[Site]:
+    """Sites by AUROC, largest first; those alike by d′."""
+
+    def key(site: Site) -> tuple[float, float]:
+        where = -1 - site.position, site.layer
+        return float(separation.auroc[where]), float(separation.dprime[where])
+
+    return sorted(sites, key=key, reverse=True)
+
+
+def stage_costs(sites: int, *, start: bool = False) -> int:
     """How many sites are scored in all stages together, for a progress bar."""
-    total, waiting = 0, sites
-    for _, keep in STAGES:
+    total, waiting = 0, min(sites, START_SITES) if start else sites
+    for _, keep in START_STAGES if start else STAGES:
         total += waiting
         waiting = min(waiting, keep)
     return total

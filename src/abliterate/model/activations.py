@@ -21,8 +21,8 @@ from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, forward, 
 
 #: Takes layer, the rows' indices, and their activations [b, k, d] at positions -1, -2 … -k.
 Consumer = Callable[[int, list[int], Float[Tensor, "b k d"]], None]
-#: Says from next-token logits which prompts of a batch are wanted.
-Keep = Callable[[Float[Tensor, "b vocab"]], Bool[Tensor, " b"]]
+#: Says from the next-token logits of a batch's rows which of them are wanted.
+Keep = Callable[[list[int], Float[Tensor, "b vocab"]], Bool[Tensor, " b"]]
 Progress = Callable[[int], None]
 
 
@@ -116,7 +116,7 @@ def stream_sites(
                 forward(model, shared, batch.suffixes)
                 chosen = torch.ones(len(rows), dtype=torch.bool)
             else:
-                chosen = keep(last_logits(model, shared, batch.suffixes)).cpu()
+                chosen = keep(rows, last_logits(model, shared, batch.suffixes)).cpu()
         kept = [row for row, wanted in zip(rows, chosen.tolist(), strict=True) if wanted]
         for layer, values in enumerate(sites):
             _check_finite(values, layer, rows)

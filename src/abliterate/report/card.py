@@ -256,8 +256,8 @@ def _shifted(evaluation: EvaluationPart) -> list[str]:
     control = None if evaluation.control is None else evaluation.control.shift
     if control is not None and control.kl_first_token is not None and control.kl_reply is not None:
         text += (
-            f" A random direction of the same strength: KL of the first token {control.kl_first_token:.3f}, over the "
-            f"reply {control.kl_reply:.3f}."
+            f" A random direction of the same strength, on {control.prompts} prompts: KL of the first token "
+            f"{control.kl_first_token:.3f}, over the reply {control.kl_reply:.3f}."
         )
     return [text, ""]
 

@@ -43,7 +43,7 @@ GLOSSARY: dict[str, str] = {
     "borderline": "Safe prompts that sound dangerous; refusing them is over-refusal.",
     "held-out prompts": "Prompts used neither to find nor to choose the edit.",
     "front": "Several edits from light to strong, none of which is better than another in both refusals and damage.",
-    "best trade-off, knee": "The point of the front farthest below the straight line between its ends.",
+    "knee": "The point of the front farthest below the straight line between its ends.",
     "p": "The probability of changes as one-sided as these if the edit changed nothing (McNemar's exact test on the "
     "same prompts before and after).",
 }

@@ -31,6 +31,7 @@ from abliterate.evaluation.reply_cache import key_of
 from abliterate.files.cache import DiskCache, digest
 from abliterate.model.batches import Encoded, SharedPrefix, in_batches, last_logits, logit_size, share_prefix
 from abliterate.model.decoding import Decoding
+from abliterate.model.meter import changes_nothing
 from abliterate.record import FILE_NAME
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
@@ -241,7 +242,7 @@ def _hooks_of(module: torch.nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
 
 @contextlib.contextmanager
 def _unhooked(model: Any, kept: frozenset[int]) -> Iterator[None]:
-    """The model without the hooks that it did not have as it was loaded."""
+    """The model without the hooks that it did not have as it was loaded; those that count passes stay."""
     taken = [
         (hooks, dict(hooks))
         for module in model.modules()
@@ -250,8 +251,9 @@ def _unhooked(model: Any, kept: frozenset[int]) -> Iterator[None]:
     ]
     try:
         for hooks, before in taken:
-            for number in before.keys() - kept:
-                del hooks[number]
+            for number, hook in before.items():
+                if number not in kept and not changes_nothing(hook):
+                    del hooks[number]
         yield
     finally:
         for hooks, before in taken:

@@ -39,7 +39,7 @@ from abliterate.session import Session
 #: Prompts of each class in one step.
 BATCH = 12
 #: What Adam moves a strength, and the entries of a unit direction (times √d), by in one step at first.
-STRENGTH_RATE, DIRECTION_RATE = 0.05, 0.1
+STRENGTH_RATE, DIRECTION_RATE = 0.08, 0.16
 #: By the end of each leg steps have shrunk to this share.
 LAST = 0.1
 #: Strength of every writer at the start.
@@ -191,9 +191,9 @@ class _Descent:
         refusal score, and which prompts are answered.
         """
         session, prompts = self.session, self.prompts["harmless"]
-        scores, logits = first_tokens(session.model, prompts, self.tokens, session.size, keep=session.loaded.dtype)
-        answered = (scores < 0).nonzero().flatten().tolist() or list(range(len(prompts)))
-        return logits, float(scores[answered].mean()), answered
+        found = first_tokens(session.model, prompts, self.tokens, session.size, keep=session.loaded.dtype)
+        answered = (found.scores < 0).nonzero().flatten().tolist() or list(range(len(prompts)))
+        return found.logits, float(found.scores[answered].mean()), answered
 
 
 def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:

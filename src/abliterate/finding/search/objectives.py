@@ -6,6 +6,7 @@ Other objectives than those in `OBJECTIVES` are made by putting them there.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,17 @@ from abliterate.evaluation.statistics import bootstrap_mean, wilson
 
 @dataclass(frozen=True, slots=True)
 class Objective:
-    """A number to make small, and the first level at which it is known. `rate` is a share of replies."""
+    """A number to make small, and the first level at which it is known.
+
+    `rate` is a share of replies; `scores` are refusal scores of harmful prompts, which only some objectives read.
+    """
 
     name: str
     level: Level
     measure: Callable[[Measured], float]
     text: str
     rate: bool = False
+    scores: bool = True
 
 
 def _replies(measured: Measured, name: str) -> Answers:
@@ -76,19 +81,22 @@ def _nll(shift: Shift) -> float | None:
     return None if shift.nll_change is None else shift.nll_change.value
 
 
+#: An objective that reads no refusal scores of harmful prompts.
+_reading = functools.partial(Objective, scores=False)
+
 OBJECTIVES: dict[str, Objective] = {
     objective.name: objective
     for objective in (
-        Objective("refusals", Level.REPLIES, share_of("harmful", refused), "harmful prompts refused", True),
-        Objective("over-refusals", Level.REPLIES, share_of("harmless", refused), "harmless prompts refused", True),
-        Objective("kl", Level.FEW, lambda m: float(m.kl.mean()), "KL of the first token, harmless prompts, nats"),
-        Objective("kl-reply", Level.SHIFT, _of_shift(_kl_reply), "KL per token of whole harmless replies, nats"),
-        Objective("nll", Level.SHIFT, _of_shift(_nll), "what the own harmless replies cost more, nats per token"),
+        _reading("refusals", Level.REPLIES, share_of("harmful", refused), "harmful prompts refused", True),
+        _reading("over-refusals", Level.REPLIES, share_of("harmless", refused), "harmless prompts refused", True),
+        _reading("kl", Level.FEW, lambda m: float(m.kl.mean()), "KL of the first token, harmless prompts, nats"),
+        _reading("kl-reply", Level.SHIFT, _of_shift(_kl_reply), "KL per token of whole harmless replies, nats"),
+        _reading("nll", Level.SHIFT, _of_shift(_nll), "what the own harmless replies cost more, nats per token"),
         Objective("refusal-score", Level.FEW, lambda m: float(m.harmful.mean()), "mean log-odds of refusal, harmful"),
-        Objective("over-refusal-score", Level.FEW, lambda m: float(m.harmless.mean()), "the same, harmless"),
-        Objective("degenerate", Level.REPLIES, share_of("harmless", degenerate), "harmless replies broken", True),
-        Objective("length", Level.REPLIES, _changed(0), "change of length of harmless replies, tokens"),
-        Objective("repetition", Level.REPLIES, _changed(1), "more repetition in harmless replies, share of 4-grams"),
+        _reading("over-refusal-score", Level.FEW, lambda m: float(m.harmless.mean()), "the same, harmless"),
+        _reading("degenerate", Level.REPLIES, share_of("harmless", degenerate), "harmless replies broken", True),
+        _reading("length", Level.REPLIES, _changed(0), "change of length of harmless replies, tokens"),
+        _reading("repetition", Level.REPLIES, _changed(1), "more repetition in harmless replies, share of 4-grams"),
     )
 }
 

@@ -1,11 +1,11 @@
-"""The search itself: propose, measure, choose, measure again on prompts that nothing was chosen by."""
+"""The search itself: propose, measure, choose; and measure again on prompts that nothing was chosen by."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,10 @@ from abliterate.config import EditSettings, FindSettings, OutputSettings, RunSet
 from abliterate.edit.direction import Direction
 from abliterate.edit.options import by_recipe
 from abliterate.errors import GateNotMet, UsageError
+from abliterate.evaluation.answering import ModelState
+from abliterate.evaluation.examine import Evaluation
 from abliterate.evaluation.judging import Judge
-from abliterate.evaluation.probe import Level, Probe
+from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.finding.find import Findings
 from abliterate.finding.search import gradient, pareto
 from abliterate.finding.search.blackbox import Journal, first_token_objectives, optimise
@@ -33,14 +35,19 @@ from abliterate.model.anatomy import Anatomy
 from abliterate.monitor import Monitor
 from abliterate.session import Session
 
+#: Edits that leave at most this share of refusals are alike good: of these, the one with the least damage is chosen.
+ENOUGH = 0.05
+
 
 @dataclass(frozen=True, slots=True)
 class Search:
     """What a search found.
 
     `points` are those measured by replies, the first objective rising; `chosen` is an index into them, `why` says by
-    what. `base` and `base_held_out` are the unedited model's values, `limits` the constraints in numbers.
-    `evaluations` counts measured edits by level, `seconds` is until the choice, without the held-out prompts.
+    what. `base` and `base_held_out` are the unedited model's values, `limits` the constraints in numbers. Values on
+    held-out prompts are there once they were measured (`held_out`, `evaluated`).
+    `evaluations` counts measured edits by level, `seconds` is until the choice, `prompts` are the harmful validation
+    prompts that rates are shares of.
     """
 
     method: str
@@ -54,6 +61,7 @@ class Search:
     base_held_out: Mapping[str, float] | None
     evaluations: Mapping[str, int]
     seconds: float
+    prompts: int = 0
 
     @property
     def point(self) -> Point:
@@ -133,12 +141,9 @@ def search(
         None,
         {level.name.lower(): count for level, count in probe.counts.items()},
         time.perf_counter() - began,
+        len(probe.harmful),
     )
-    result = _chosen(result, settings, monitor)
-    if searching.no_held_out:
-        return result
-    with monitor.phase("measure points on held-out prompts", len(points) + 1) as advance:
-        return _held_out(result, Probe(session, findings.ids, "test", judge, settings.evaluating), advance)
+    return _chosen(result, settings, monitor)
 
 
 def _measured(probe: Probe, proposals: Sequence[tuple[Direction, str]], wanted: Sequence[Objective]) -> list[Point]:
@@ -147,7 +152,7 @@ def _measured(probe: Probe, proposals: Sequence[tuple[Direction, str]], wanted: 
     level = max(Level.REPLIES, *(objective.level for objective in wanted))
     with session.monitor.phase("measure points by replies", len(proposals)) as advance:
         for direction, origin in proposals:
-            found = probe.measure(session.plan(direction), level)
+            found = probe.measure(session.plan(direction), level, harmful=any(o.scores for o in wanted))
             points.append(Point(direction, origin, values(found, wanted), level))
             session.monitor.note(f"{origin}: {_worded(points[-1].scores)}")
             advance(1)
@@ -157,13 +162,13 @@ def _measured(probe: Probe, proposals: Sequence[tuple[Direction, str]], wanted: 
 def _chosen(result: Search, settings: RunSettings, monitor: Monitor) -> Search:
     """The same with a point chosen; where none keeps the constraints and it is forced, without them."""
     try:
-        result = choose_point(result, settings.searching, settings.finding)
+        result = choose_point(result, settings.searching)
     except GateNotMet as gate:
         if settings.output is None or not settings.output.force:
             raise
         monitor.warn(f"{gate} (forced)")
         free = settings.searching.model_copy(update={"max_refusals": None})
-        result = choose_point(replace(result, limits={}), free, FindSettings())
+        result = choose_point(replace(result, limits={}), free)
     monitor.note(f"chosen: point {result.chosen + 1} ({result.why}), {_worded(result.point.scores)}")
     return result
 
@@ -267,8 +272,12 @@ def within(anatomy: Anatomy, editing: EditSettings) -> EditSettings:
     return editing.model_copy(update={"layers": f"{anatomy.layers // 4}-"})
 
 
-def choose_point(result: Search, settings: SearchSettings, finding: FindSettings = FindSettings()) -> Search:
-    """The same points with one chosen: picked by number, by `--max-refusals` or `--max-kl`, or the best trade-off.
+def choose_point(result: Search, settings: SearchSettings) -> Search:
+    """The same points with one chosen.
+
+    Of those that keep the limits: the one picked by number; else the least damage among points that refuse little
+    enough, which is at most `--max-refusals`, or `ENOUGH`; where none does, at most the least that was reached and one
+    standard error of it. The knee where it is picked, and where refusals are no objective.
 
     Raises `UsageError` when there is no point of that number, `GateNotMet` when none keeps what is asked for.
     """
@@ -277,38 +286,77 @@ def choose_point(result: Search, settings: SearchSettings, finding: FindSettings
         if number > len(result.points):
             raise UsageError(f"--pick {number}: expected a point from 1 to {len(result.points)}")
         return replace(result, chosen=number - 1, why="picked")
-    asked = {}
-    if settings.max_refusals is not None:
-        asked["refusals"] = settings.max_refusals
-    if finding.max_kl != FindSettings().max_kl:
-        asked["kl"] = finding.max_kl
-    feasible = [result.feasible(point) for point in result.points]
-    if not any(feasible):  # for the sake of its message
-        names = tuple(dict.fromkeys((*result.objectives, *asked, *result.limits)))
+    feasible = [point for point in result.points if result.feasible(point)]
+    wanted = {} if settings.max_refusals is None else {"refusals": settings.max_refusals}
+    if not feasible:  # for the sake of its message
+        names = tuple(dict.fromkeys((*result.objectives, *wanted, *result.limits)))
         scores = [_values(point.scores, names) for point in result.points]
-        pareto.choose_index(scores, names, {**result.limits, **asked})
-    names = tuple(dict.fromkeys((*result.objectives, *asked)))
+        pareto.choose_index(scores, names, {**result.limits, **wanted})
+    wanted, why = _wanted(result, settings, feasible)
+    names = tuple(dict.fromkeys((*result.objectives, *wanted)))
     scores = [
-        _values(point.scores, names) if kept else (math.nan,) * len(names)
-        for point, kept in zip(result.points, feasible, strict=True)
+        _values(point.scores, names) if point in feasible else (math.nan,) * len(names) for point in result.points
     ]
-    best = pareto.choose_index(scores, names, asked)
-    why = ", ".join(f"--max-{name} {most:g}" for name, most in asked.items()) or "knee"
-    return replace(result, chosen=best, why=why)
+    return replace(result, chosen=pareto.choose_index(scores, names, wanted), why=why)
 
 
-def _held_out(result: Search, probe: Probe, progress: Callable[[int], None]) -> Search:
-    """The same with all points measured on held-out prompts."""
-    names = [OBJECTIVES[name] for name in result.point.scores]
-    level = max(Level.REPLIES, *(objective.level for objective in names))
-    base = values(probe.measure(None, Level.REPLIES), names)
-    progress(1)
-    points = []
-    for point in result.points:
-        found = probe.measure(probe.session.plan(point.direction), level)
-        points.append(replace(point, held_out=values(found, names), intervals=intervals(found, names)))
-        progress(1)
+def _wanted(result: Search, settings: SearchSettings, feasible: Sequence[Point]) -> tuple[dict[str, float], str]:
+    """The most that objectives of the chosen point may be, and why it is chosen, in words."""
+    if settings.max_refusals is not None:
+        return {"refusals": settings.max_refusals}, f"--max-refusals {settings.max_refusals:g}"
+    rates = [rate for point in feasible if math.isfinite(rate := point.scores.get("refusals", math.nan))]
+    if settings.pick == "knee" or "refusals" not in result.objectives or not rates:
+        return {}, "knee"
+    damage = next(name for name in result.objectives if name != "refusals")
+    least = min(rates)
+    if least <= ENOUGH:
+        return {"refusals": ENOUGH}, f"the least {damage} of those with at most {100 * ENOUGH:.0f} % refusals"
+    most = least + math.sqrt(least * (1 - least) / max(1, result.prompts))
+    return {"refusals": most}, (
+        f"the least {damage} of those with at most {100 * most:.1f} % refusals: the fewest, {100 * least:.1f} %, and "
+        "its standard error"
+    )
+
+
+def held_out(result: Search, probe: Probe, numbers: Collection[int]) -> Search:
+    """The same with the points at some indices measured on the probe's held-out prompts, as hooks."""
+    names, level = _measured_by(result)
+    points = list(result.points)
+    with probe.session.monitor.phase("measure points on held-out prompts", len(numbers) + 1) as advance:
+        base = values(probe.measure(None, Level.REPLIES), names)
+        advance(1)
+        for number in numbers:
+            plan = probe.session.plan(points[number].direction)
+            found = probe.measure(plan, level, harmful=any(objective.scores for objective in names))
+            points[number] = _with_held_out(points[number], found, names)
+            advance(1)
     return replace(result, points=tuple(points), base_held_out=base)
+
+
+def evaluated(result: Search, probe: Probe, states: tuple[ModelState, ModelState], found: Evaluation) -> Search:
+    """The same with the held-out values of the chosen point, which was evaluated: its replies are asked for only once.
+
+    `states` are those whose replies are the evaluation's before and after.
+    """
+    if found.after is None:
+        return result
+    names, level = _measured_by(result)
+    with probe.session.monitor.phase("measure the chosen point on held-out prompts"):
+        reads = any(objective.scores for objective in names)
+        base, after = probe.measure_replies(states, (found.before, found.after), level, harmful=reads)
+    points = list(result.points)
+    points[result.chosen] = _with_held_out(result.point, after, names)
+    return replace(result, points=tuple(points), base_held_out=values(base, names))
+
+
+def _measured_by(result: Search) -> tuple[list[Objective], Level]:
+    """The objectives that points have, and the level at which all of them are known."""
+    names = [OBJECTIVES[name] for name in result.point.scores]
+    return names, max(Level.REPLIES, *(objective.level for objective in names))
+
+
+def _with_held_out(point: Point, found: Measured, names: Sequence[Objective]) -> Point:
+    return replace(point, held_out=values(found, names), intervals=intervals(found, names))
 
 
 def _values(scores: Mapping[str, float], names: Sequence[str]) -> tuple[float, ...]:

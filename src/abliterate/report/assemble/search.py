@@ -40,6 +40,7 @@ def search_part(result: Search) -> rec.SearchPart:
         why=result.why,
         evaluations=dict(result.evaluations),
         seconds=round(result.seconds, 1),
+        prompts=result.prompts,
     )
 
 

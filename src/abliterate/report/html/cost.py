@@ -127,8 +127,9 @@ def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
     head = ["", "", "mean", "95 %", "median", "p95", "worst"]
     table = Table(head, rows, words=frozenset({0, 1}))
     chart = dots([*(label for _, label in names), "ΔNLL of own replies"], series, "nats per token")
+    fewer = "" if control is None else f"; of the random direction {control.prompts} and {control.tokens}"
     note = (
-        f"{shift.prompts} harmless prompts, {shift.tokens} tokens. KL(original ‖ edited); ΔNLL is "
+        f"{shift.prompts} harmless prompts, {shift.tokens} tokens{fewer}. KL(original ‖ edited); ΔNLL is "
         "the change of the negative log-likelihood of the original's own replies "
         f"({number(shift.nll_before)} → {number(shift.nll_after)} nats per token)."
     )

@@ -73,7 +73,7 @@ def _answer(record: Record) -> Iterator[str]:
         random = ""
         if evaluation.control is not None:
             control = evaluation.control.behaviour.harmful
-            random = f"; with a random direction in its place {control.refusals}"
+            random = f"; with a random direction in its place {control.refusals} of {control.n}"
         yield (
             f"Of {after.n} harmful prompts the model refused {before.refusals} before the edit and {after.refusals} "
             f"after it ({number(percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random})."

@@ -8,14 +8,12 @@ from typing import Any
 from abliterate.record import PlanPart, Record, SearchPart, grouped
 from abliterate.report.html.parts import (
     Figure,
-    Point,
     Section,
     Table,
     between,
     dot_series,
     dots,
     number,
-    percent,
     rate_point,
     short,
 )
@@ -87,7 +85,7 @@ def _front_chart(part: SearchPart) -> dict[str, Any] | None:
 
 
 def proved(record: Record) -> Section | None:
-    """Before, as hooks, as written: the same prompts."""
+    """Before, and as written: the same prompts."""
     figures = [figure for figure in (_refusals(record), _scores(record)) if figure is not None]
     if not figures:
         return None
@@ -105,14 +103,11 @@ def _refusals(record: Record) -> Figure | None:
         return None
     measured = {name: behaviour.harmful for name, behaviour, _ in states_of(evaluation)}
     points = {name: rate_point(part) for name, part in measured.items()}
-    if (hooked := _hooked(record)) is not None:
-        points["hooked"] = hooked
     # What the chart calls a state, its colour, and what the table calls it.
     shown = [
         (label, role, title, measured.get(name), points[name])
         for name, label, role, title in (
             ("before", "before", "before", "before"),
-            ("hooked", "hooked", "accent", "hooked (nothing written)"),
             ("after", "baked", "after", "baked"),
             ("random", "random", "random", "random"),
         )
@@ -134,20 +129,11 @@ def _refusals(record: Record) -> Figure | None:
     axis = "% of held-out harmful prompts refused"
     chart = dots([label for label, *_ in shown], series, axis, least=0) | {"plain": True}
     note = (
-        "Hooked: measured through hooks on the original weights. Baked: read back from what was written. Random: a "
-        "random direction on the same writers, as strongly, through hooks."
+        "Baked: read back from what was written. Random: a random direction on the same writers, as strongly, through "
+        "hooks, on the first prompts of each set."
     )
     table = Table(["state", "refused", "rate", "95 %"], rows)
     return Figure("proof", "Refusals of harmful prompts", table, chart, note, folded=False)
-
-
-def _hooked(record: Record) -> Point:
-    """The chosen point's refusals on held-out prompts, measured through hooks by the search."""
-    point = None if record.search is None else record.search.point
-    if point is None or point.held_out is None or point.held_out.get("refusals") is None:
-        return None
-    values = (point.held_out["refusals"], *point.intervals.get("refusals", (None, None)))
-    return [percent(value) for value in values]
 
 
 def _scores(record: Record) -> Figure | None:
