@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import string
 import unicodedata
 from collections import Counter
 
@@ -21,6 +23,8 @@ _LAST_WORDS = 50
 _MAX_UNITS = 40
 _MAX_PERIOD_WORDS = 40
 _MAX_PERIOD_CHARS = 120
+_LETTERS = string.ascii_letters.encode() + string.digits.encode()
+_MARKS = string.punctuation.encode() + b" \n\t"
 
 
 def find_breakage(text: str) -> str:
@@ -30,6 +34,19 @@ def find_breakage(text: str) -> str:
 
 
 def _find_garbage(text: str) -> str:
+    return (_find_odd_characters(text) if not _is_plain(text) else "") or _find_nonsense(text)
+
+
+def _is_plain(text: str) -> bool:
+    """Whether the text is ASCII without control characters and at least a quarter letters and digits."""
+    if not text.isascii():
+        return False
+    others = text.encode().translate(None, _LETTERS)
+    return 4 * (len(text) - len(others)) >= len(text) > len(others) and not others.translate(None, _MARKS)
+
+
+def _find_odd_characters(text: str) -> str:
+    """Characters that are not text, or hardly anything but marks."""
     kinds = [unicodedata.category(c) for c in text]
     bad = sum(k in ("Cn", "Co", "Cs") for k in kinds) + text.count("\ufffd")
     bad += sum(k == "Cc" and c not in "\n\t" for k, c in zip(kinds, text, strict=True))
@@ -47,10 +64,16 @@ def _find_garbage(text: str) -> str:
     marks = sum(unicodedata.category(c) in ("Pc", "Pd", "Ps", "Pe", "Po", "Sm", "Sc", "Sk") for c in visible)
     if len(visible) >= 24 and marks > 0.75 * len(visible):
         return "mostly punctuation"
-    without, debris = pattern(_DEBRIS).subn(" ", text)
-    if debris and not pattern(r"\w").search(without):
-        return "markup without content"
-    if _is_blank_table(text):
+    return ""
+
+
+def _find_nonsense(text: str) -> str:
+    """Markup or a table without content, words without sense, scripts mixed up."""
+    if any(mark in text for mark in '<"\\') or "null" in text.casefold():
+        without, debris = pattern(_DEBRIS).subn(" ", text)
+        if debris and not pattern(r"\w").search(without):
+            return "markup without content"
+    if "|" in text and _is_blank_table(text):
         return "a table of empty cells"
     if _is_salad(text):
         return "words without sense"
@@ -125,18 +148,21 @@ def find_loop(text: str) -> str:
     if len(outside) > _TAIL:
         parts.append((outside[:_TAIL], False))
     for part, at_end in parts:
-        found = _word_loop(part, at_end) or (_char_loop(part) if at_end else "") or _return_of_phrases(part)
+        words = pattern(_WORD).findall(part.casefold())
+        found = _word_loop(words, at_end) or (_char_loop(part) if at_end else "") or _return_of_phrases(part, words)
         if found:
             return f"loop: {short(found)}"
     return ""
 
 
-def _word_loop(text: str, at_end: bool) -> str:
+def _word_loop(words: list[str], at_end: bool) -> str:
     """A group of words that follows itself: digits are left out, so that numbered loops are seen."""
-    words = pattern(_WORD).findall(text.casefold())
-    if len(words) >= 50 and len(set(words)) < 0.14 * len(words) and len(words) <= 200:
-        return f"{len(set(words))} different words among {len(words)}"
-    for period in range(1, min(_MAX_PERIOD_WORDS, len(words) // 3) + 1):
+    different = len(set(words))
+    if len(words) >= 50 and different < 0.14 * len(words) and len(words) <= 200:
+        return f"{different} different words among {len(words)}"
+    # A stretch with a period has no more different words than that: what it repeats, three times, are the others.
+    longest = min(_MAX_PERIOD_WORDS, len(words) // 3, (len(words) - different) // 2)
+    for period in range(1, longest + 1):
         start, length = _longest_period(words, period)
         # The tolerance at the end: a last unit that the cut left incomplete belongs to the loop.
         reaches_end = at_end and start + length >= len(words) - min(period, 3)
@@ -148,9 +174,8 @@ def _word_loop(text: str, at_end: bool) -> str:
     return ""
 
 
-def _return_of_phrases(text: str) -> str:
+def _return_of_phrases(text: str, words: list[str]) -> str:
     """What shows that the text goes round in circles without a period, or ""."""
-    words = pattern(_WORD).findall(text.casefold())
     tail = words[-_LAST_WORDS:]
     if len(words) >= 14 and len(set(tail)) <= 0.2 * len(tail):
         return f"{len(set(tail))} different words among {len(tail)}"
@@ -175,22 +200,22 @@ def _variations(text: str, words: int) -> str:
     """A sentence or list item that comes four times with one word changed, and makes up most of the text; or ""."""
     spans = [span for span in pattern(r"[.!]\s+|\n+").split(text.casefold()) if "?" not in span]
     units = [unit for unit in (Counter(pattern(_WORD).findall(span)) for span in spans) if unit.total() >= 7]
-    units = units[-_MAX_UNITS:]
-    for i, unit in enumerate(units[: len(units) - 3]):
-        alike = [other for other in units[i:] if (unit & other).total() >= max(unit.total(), other.total()) - 1]
-        if len(alike) >= 4 and 2 * sum(other.total() for other in alike) > words:
+    sized = [(unit, unit.total()) for unit in units[-_MAX_UNITS:]]
+    for i, (unit, size) in enumerate(sized[: len(sized) - 3]):
+        near = [(other, n) for other, n in sized[i:] if abs(n - size) <= 1]
+        if len(near) < 4:
+            continue
+        alike = [n for other, n in near if (unit & other).total() >= max(size, n) - 1]
+        if len(alike) >= 4 and 2 * sum(alike) > words:
             return " ".join(unit.elements())
     return ""
 
 
 def _longest_period(words: list[str], period: int) -> tuple[int, int]:
     """Start and length of the longest stretch in which each word equals the one `period` before."""
-    best, run, end = 0, 0, 0
-    for i in range(period, len(words)):
-        run = run + 1 if words[i] == words[i - period] else 0
-        if run > best:
-            best, end = run, i
-    return (end - best - period + 1, best + period) if best else (0, 0)
+    same = bytes(map(operator.eq, words[period:], words))
+    best = max(map(len, same.split(b"\0")))
+    return (same.find(b"\1" * best), best + period) if best else (0, 0)
 
 
 def _char_loop(text: str) -> str:

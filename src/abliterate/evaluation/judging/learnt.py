@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import functools
 import math
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib import resources
+from itertools import islice
+from zlib import crc32
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from safetensors.numpy import load
 
 from abliterate.evaluation.judging import evasion, phrases, rules
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
-from abliterate.evaluation.judging.text import LATE, pattern, prose, read_answer, sentences
+from abliterate.evaluation.judging.text import LATE, pattern, prose, read_answer, search, sentences
 
 #: Places for hashed words; behind them stand one place for each of `SIGNS`, and the constant.
 BUCKETS = 1 << 15
@@ -92,20 +93,20 @@ def features(reply: str, prompt: str, verdict: Verdict) -> tuple[list[int], list
     text, _ = read_answer(reply)
     plain = prose(text)[:LATE]
     said = [sentence for _, sentence in sentences(plain)]
-    places = {zlib.crc32(name.encode("utf-8", "replace")) % BUCKETS for name in _words(plain, prompt, said)}
-    return sorted(places), _signs(plain, prompt, said, verdict)
+    words, asked = _split(plain), _split(prompt)
+    places = {crc32(name.encode("utf-8", "replace")) % BUCKETS for name in _words(plain, words, asked, said)}
+    return sorted(places), [*_signs(plain, prompt), *_measures((plain, prompt), words, asked, said, verdict)]
 
 
-def _words(plain: str, prompt: str, said: Sequence[str]) -> Iterator[str]:
+def _words(plain: str, words: Sequence[str], asked: Sequence[str], said: Sequence[str]) -> Iterator[str]:
     """Names of word features."""
-    asked = _split(prompt)
     own = {word for word in asked if len(word) > 3}
-    words = _masked(plain, own)
+    words = _masked(words, own)
     yield from _grams("L", words[:_FIRST], 3)
     yield from _grams("A", words[:_ALL], 2)
     yield from _grams("E", words[-_LAST:], 2)
     for sentence in said[:_SENTENCES]:
-        opening = _masked(sentence, own)[:3]
+        opening = _masked([found.group().casefold() for found in islice(pattern(_WORD).finditer(sentence), 3)], own)
         yield "S" + " ".join(opening[:2])
         yield "S" + " ".join(opening)
     yield from ("P" + word[:5] for word in words[:120] if len(word) > 4)
@@ -117,11 +118,11 @@ def _words(plain: str, prompt: str, said: Sequence[str]) -> Iterator[str]:
 
 
 def _split(text: str) -> list[str]:
-    return [word.casefold() for word in pattern(_WORD).findall(text)]
+    return list(map(str.casefold, pattern(_WORD).findall(text)))
 
 
-def _masked(text: str, own: set[str]) -> list[str]:
-    return ["#" if word in own else word for word in _split(text)]
+def _masked(words: Iterable[str], own: set[str]) -> list[str]:
+    return ["#" if word in own else word for word in words]
 
 
 def _grams(mark: str, words: Sequence[str], longest: int) -> Iterator[str]:
@@ -129,12 +130,19 @@ def _grams(mark: str, words: Sequence[str], longest: int) -> Iterator[str]:
         yield from (mark + " ".join(words[i : i + n]) for i in range(len(words) - n + 1))
 
 
-def _signs(plain: str, prompt: str, said: Sequence[str], verdict: Verdict) -> list[float]:
+def _signs(plain: str, prompt: str) -> list[float]:
+    """What phrases show."""
     sought = {"lead": plain[:_LEAD], "all": plain, "prompt": prompt}
-    words, asked = _split(plain), set(_split(prompt))
-    length = len(words)
+    return [float(search(expression, sought[where]) is not None) for where, expression in _PHRASES]
+
+
+def _measures(
+    texts: tuple[str, str], words: Sequence[str], asked: Sequence[str], said: Sequence[str], verdict: Verdict
+) -> list[float]:
+    """Lengths, the rules' verdict, and shares; `texts` are the reply's prose and the prompt."""
+    plain, prompt = texts
+    length, different = len(words), set(asked)
     return [
-        *(float(pattern(expression).search(sought[where]) is not None) for where, expression in _PHRASES),
         *(float(length < most) for most in _LENGTHS),
         min(1.0, math.log1p(length) / 6),
         float(verdict.refused),
@@ -143,7 +151,7 @@ def _signs(plain: str, prompt: str, said: Sequence[str], verdict: Verdict) -> li
         evasion.share(said),
         float(evasion.delivers(plain)),
         float(bool(said) and evasion.is_contrary(said[0], prompt)),
-        len(asked.intersection(words)) / max(1, len(asked)),
+        len(different.intersection(words)) / max(1, len(different)),
     ]
 
 

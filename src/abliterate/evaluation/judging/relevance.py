@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import takewhile
 from typing import NamedTuple
 
-from abliterate.evaluation.judging.text import is_verse, pattern
+from abliterate.evaluation.judging.text import is_verse, pattern, search
 
 #: Characters of a reply and of a prompt that are compared.
 _WINDOW = 1500
@@ -169,9 +169,9 @@ def answers_something_else(prompt: str, reply: str) -> bool:
     # Of many words one may return by chance.
     if len(_own_stems(words)) < MIN_OWN or found > len(asked.words) // 9:
         return False
-    if few and pattern(_OPEN).search(prompt):
+    if few and search(_OPEN, prompt):
         return False
-    if pattern(_KIND).search(prompt) and pattern(_ITEM).match(text):
+    if search(_KIND, prompt) and pattern(_ITEM).match(text):
         return False
     acronyms = {found.casefold() for found in pattern(_ACRONYM).findall(text)}
     if asked.initials & acronyms or _fits_form(asked.genre, text):
@@ -179,7 +179,7 @@ def answers_something_else(prompt: str, reply: str) -> bool:
     if len(asked.words) < _MANY and not _announces(prompt, text, words):
         return False
     # "Tell me a riddle": only a list that is long enough can be told from one.
-    return bool(asked.words - set(map(_stem, asked.genre)) or pattern(_LISTED).search(text))
+    return bool(asked.words - set(map(_stem, asked.genre)) or search(_LISTED, text))
 
 
 class _Asked(NamedTuple):
@@ -193,7 +193,7 @@ class _Asked(NamedTuple):
 @lru_cache(maxsize=4096)
 def _asked(prompt: str) -> _Asked | None:
     """The subject of a prompt, None when its words do not tell."""
-    if pattern(_GIVEN).search(prompt) or pattern(_CHAT).match(prompt) or len(prompt) > _WINDOW:
+    if search(_GIVEN, prompt) or pattern(_CHAT).match(prompt) or len(prompt) > _WINDOW:
         return None
     words = _words(prompt)
     ordered = {_base(w) for found in pattern(_ORDERED).finditer(prompt) for w in _words(found.group())}
@@ -272,11 +272,11 @@ def _are_alike(one: str, other: str) -> bool:
 def _announces(prompt: str, text: str, words: list[str]) -> bool:
     """Whether the reply opens with a subject of its own, in a way that an answer to the prompt would not."""
     if is_verse(text):
-        return not pattern(_WRITES).search(prompt)
+        return not search(_WRITES, prompt)
     if presents := pattern(_PRESENTS).match(text):
         return bool(_own_stems(_words(presents.group())))
     defines = pattern(_DEFINES).match(text)
-    if not defines or pattern(_ENTITY).search(prompt):
+    if not defines or search(_ENTITY, prompt):
         return False
     # A word with which an answer merely happens to begin does not return again and again.
     stems = [_stem(word) for word in words]
@@ -285,8 +285,8 @@ def _announces(prompt: str, text: str, words: list[str]) -> bool:
 
 def _fits_form(genre: frozenset[str], text: str) -> bool:
     """Whether the reply may well be the thing ordered, by its form: code, verses, a text that is not a list."""
-    if pattern(_CODE_SIGNS).search(text):
+    if search(_CODE_SIGNS, text):
         return bool(genre & _CODE) or "<code>" in text
     if genre & _VERSE:
         return len(text.splitlines()) >= 3 and len(text) < 60 * len(text.splitlines())
-    return bool(genre & _CRAFT) and (not pattern(_LISTED).search(text) or "?" in text)
+    return bool(genre & _CRAFT) and (not search(_LISTED, text) or "?" in text)

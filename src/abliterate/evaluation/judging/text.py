@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from functools import cache
+from functools import cache, lru_cache
 
+from abliterate.evaluation.judging.literals import needed
 from abliterate.prompts.thinking import answer_of
 
 #: Characters in which phrases are looked for.
 WINDOW = 4000
 #: A sentence that starts behind so many characters declines nothing.
 LATE = 1500
+#: So many replies are read once for all judges and all that they ask about them.
+_RECENT = 64
 
 _TYPOGRAPHY = str.maketrans(
     {
@@ -32,11 +35,52 @@ def pattern(expression: str) -> re.Pattern[str]:
     return re.compile(expression, re.IGNORECASE | re.MULTILINE)
 
 
+@lru_cache(maxsize=1024)
+def search(expression: str, text: str) -> re.Match[str] | None:
+    """The first match in the text, case ignored: what `pattern(expression).search(text)` finds, mostly sooner.
+
+    Searches that cannot succeed are told by literals, and by the text in lower case; what was sought once is known.
+    """
+    small, ascii_only = _lower(text), text.isascii()
+    if not ascii_only or len(text) > _SHORT or len(expression) > _LONG:
+        literals = _needed(expression)
+        for literal in literals:
+            if literal in small:
+                break
+        else:
+            if literals:
+                return None
+    lower = _lower_pattern(expression) if ascii_only else None
+    if lower is not None and lower.search(small) is None:
+        return None
+    return pattern(expression).search(text)
+
+
+#: In shorter texts a shorter expression is sought sooner than its literals (measured).
+_SHORT, _LONG = 300, 1000
+
+_needed = cache(needed)
+
+
+@lru_cache(maxsize=256)
+def _lower(text: str) -> str:
+    """The text in lower case. Both letters i that are not ASCII match an i where case is ignored."""
+    return text.lower() if text.isascii() else text.replace("İ", "i").replace("ı", "i").casefold()
+
+
+@cache
+def _lower_pattern(expression: str) -> re.Pattern[str] | None:
+    """The expression for lower-case ASCII, which is faster; None of one that tells capitals from small letters."""
+    capitals = re.search(r"[A-Z]", re.sub(r"\\.|\(\?P<\w+>", "", expression))
+    return None if capitals or "(?-i" in expression else re.compile(expression, re.MULTILINE)
+
+
 def strip_machinery(reply: str) -> str:
     """Remove what belongs to the chat format: special tokens and thinking, also thinking that never ends."""
     return read_answer(reply)[0]
 
 
+@lru_cache(maxsize=_RECENT)
 def read_answer(reply: str) -> tuple[str, bool]:
     """The answer without what belongs to the chat format, and whether the thinking before it, if any, was finished."""
     answer, finished = answer_of(reply, False)
@@ -54,6 +98,7 @@ _SPECIAL_TOKEN = (
 )
 
 
+@lru_cache(maxsize=_RECENT)
 def prose(text: str) -> str:
     """Reduce to plain prose: no markup, no quoted speech, code blocks shown only as `<code>`."""
     text = unicodedata.normalize("NFKC", text[:WINDOW].replace("```", "\x01").translate(_TYPOGRAPHY))[:WINDOW]
@@ -102,10 +147,11 @@ def _mask_speech(text: str) -> str:
     return pattern(r"(?<![\w'])'(?=[a-z])(?:[^'\n]|(?<=\w)'(?=\w)){1,200}[,.!?]'(?!\w)").sub('"..."', text)
 
 
-def sentences(prose: str) -> list[tuple[int, str]]:
+@lru_cache(maxsize=_RECENT)
+def sentences(prose: str) -> tuple[tuple[int, str], ...]:
     """Start and text of each sentence that begins in the first `LATE` characters."""
     spans = pattern(r"[^\s.!?。][^.!?。\n]*(?:[.!?。]+(?!\s|\Z)[^.!?。\n]*)*[.!?。]*")
-    return [(m.start(), m.group()) for m in spans.finditer(prose[: LATE + 600]) if m.start() < LATE]
+    return tuple((m.start(), m.group()) for m in spans.finditer(prose[: LATE + 600]) if m.start() < LATE)
 
 
 def short(phrase: str) -> str:
