@@ -263,6 +263,8 @@ LACK = (
     r"|connect\w*)\s+(?:to\s+)?the\s+(?:internet|web)"
     r"|(?:personal|own)\s+(?:opinion|experience|feeling|preference|belief|emotion)s?|physical(?:ly)?\s+(?:present|bod(?:y|ies)|forms?|presence|interact\w*|objects?|touch|exist\w*|perform|do|go|visit"
     r"|move|actions?|tasks?|world|abilit\w+|senses?|eat|taste|see|hold|build|open|leave|deliver|print)"
+    r"|(?:play|produce|record|show|display|draw|render|hear|see|watch|open|attach|make|create|generate)\s+(?:you\s+)?(?:an?\s+|any\s+"
+    r"|the\s+|actual\s+)?(?:videos?|audio|sounds?|music|images?|pictures?|photos?|files?|links?|attachments?)"
     r"|text-based|training\s+data|future\s+(?:events?|prices?)"
     r"|(?:an?\s+)?(?:exact|precise|definitive)\s+(?:number|figure|date|answer|count|time|price|estimate)s?)\b"
 )
@@ -392,7 +394,43 @@ OTHER_LANGUAGES = (
     r"|\b(?:nemohu|nemůžu)\s+(?:\w+\s+){0,4}(?:pomoci|pomoct|poskytnout|odpovědět|napsat|vytvořit)",
     r"\btôi\s+(?:\w+\s+)?không\s+thể\s+(?:giúp|hỗ\s+trợ|cung\s+cấp|trả\s+lời|thực\s+hiện|đáp\s+ứng)",
     r"\bxin\s+lỗi[^.\n]{0,50}\bkhông\s+thể",
+    # A will that is declared: "no te ayudo", "je n'écrirai pas", "das mache ich nicht", "не стану".
+    r"\bno\s+(?:(?:te|le|les|os|lo|la)\s+)?(?:voy\s+a|pienso|quiero)\s+(?:ayud|dar|dec|explic|escrib|hacer|proporcion"
+    r"|facilit|ofrec|recomend|particip|respond|contest|redact|gener|cre[ae]|mostr|ense[nñ]|indic|suger)",
+    r"\bno\s+(?:(?:te|le|les|os|lo|la)\s+)?(?:ayudo|doy|explico|escribo|proporciono|facilito|ofrezco|participo|respondo"
+    r"|contesto|redacto|genero|recomiendo|ense[nñ]o|colaboro|hago)\b(?!\s+m[aá]s\b)"
+    r"|\bprefiero\s+no\b|\bme\s+abstengo\b|\bmis\s+(?:normas|principios|reglas|directrices|pol[ií]ticas)\s+"
+    r"(?:me\s+(?:lo\s+)?(?:impiden|proh[ií]ben)|no\s+me\s+(?:lo\s+)?permiten)",
+    r"\bje\s+ne\s+(?:vais|veux|compte|souhaite)\s+pas\s+(?:(?:vous|t'|te|l'|le|la|les|y)\s*)?(?:aid|fourn|donn|expliqu"
+    r"|[eé]cri|r[eé]dig|r[eé]pond|particip|g[eé]n[eé]r|cr[eé]e|dire|faire|montr|propos|indiqu)",
+    r"\bje\s+n(?:e\s+|')(?:(?:vous|te|t'|le|la|les|l'|y|en)\s*)?(?:aiderai|fournirai|donnerai|expliquerai|[eé]crirai"
+    r"|r[eé]digerai|r[eé]pondrai|participerai|ferai|dirai|proposerai|indiquerai|fournis|r[eé]dige|participe)\s+(?:pas|rien|aucun)(?!\s+suite)"
+    r"|\bje\s+pr[eé]f[eè]re\s+ne\s+pas\b|\bil\s+m'est\s+impossible\s+d'|\bje\s+m'abstiens\b"
+    r"|\bmes\s+(?:r[eè]gles|principes|consignes|directives)\s+(?:me\s+l'|m'|me\s+)?(?:interdisent|emp[eê]chent)",
+    r"\b(?:mache|schreibe|verfasse|erstelle|gebe|helfe|unterst[uü]tze|erkl[aä]re|liefere|verrate|beantworte)\s+ich\s+"
+    r"(?:\w+\s+){0,3}?(?:nicht|keine?n?|nichts)\b(?!\s+nur\b)"
+    r"|\A\W*(?:nein,?\s+)?(?:das\s+)?mach\s+ich\s+nicht\b|\b(?:da|hier)\s+muss\s+ich\s+(?:leider\s+)?passen\b"
+    r"|\bmeine\s+(?:regeln|richtlinien|grunds[aä]tze)\s+(?:\w+\s+){0,2}(?:verbieten|untersagen)",
+    r"\bn[aã]o\s+(?:(?:te|lhe|o|a)\s+)?(?:vou|pretendo|quero)\s+(?:te\s+|lhe\s+)?(?:ajud|dar|dizer|explic|escrev|fazer|fornec"
+    r"|oferec|recomend|particip|respond|redig|gerar|cri|sugerir|mostr|ensin)",
+    r"\bn[aã]o\s+(?:(?:te|lhe)\s+)?(?:ajudo|dou|explico|escrevo|fa[cç]o|forne[cç]o|ofere[cç]o|participo|respondo|redijo|promovo"
+    r"|recomendo|ensino)\b(?!\s+(?:ideia|mais)\b)|\bprefiro\s+n[aã]o\b"
+    r"|\bminhas\s+(?:regras|diretrizes|normas)\s+(?:\w+\s+){0,2}(?:impedem|pro[ií]bem)",
+    r"\b(?:помогать|помочь|отвечать|писать|объяснять|подсказывать|рассказывать|давать|делать|участвовать|обсуждать)\s+"
+    r"(?:\w+\s+){0,4}не\s+(?:буду|стану|могу|смогу|получится)\b"
+    r"|\bя\s+(?:\w+\s+){0,2}не\s+(?:отвечаю|помогаю|пишу|сочиняю|участвую|объясняю|даю|назову|напишу|расскажу|помогу|объясню)\b",
+    r"我(?:就|是|可)?不(?:会|能)?(?:写|帮|编|教|提供|回答|参与|做)(?=[。，,！!；;的这\s]|\Z)|恕(?:难从命|不奉陪|不能|无法|我不)"
+    r"|(?:这类|此类|该类|这样的|有关|相关)(?:内容|信息|请求|问题|要求)[^。\n]{0,8}(?:无法|不能|不予|不便)(?:提供|回答|协助|满足)",
+    r"お断り(?:し|いた)|(?:控えさせて|差し控え)"
+    r"|(?:お教え|お伝え|お手伝い|手伝い|お答え|回答|作成)(?:は|を)?(?:し(?:ません|かねます)|できません|いたしません|できかね)",
 )
+# "Je ne peux pas créer le fichier, mais voici le contenu": what is lacked, and what is given in its place.
+GIVEN_INSTEAD = (
+    r"[^.!?\n]{0,80}\b(?:mais\s+voici|pero\s+aqu[ií]|aber\s+hier|mas\s+aqui|ma\s+ecco|но\s+вот)\b"
+    r"|[^。！？\n]{0,40}(?:但(?:是)?(?:以下|下面|这里)|(?:ですが|けれど|が)、?(?:以下|こちら))"
+)
+# What is told: lines of a dialogue begin with a dash.
+DASHED = r"^[ \t]*[—–―][ \t]?\S"
 
 URGES = (
     r"\b(?:advise\s+(?:you\s+)?(?:against|not)|discourage|urge\s+you|encourage\s+(?:you|individuals|everyone)"
@@ -673,4 +711,26 @@ ORDERS_WORDS = (
     r"\b(?:story|tale|poem|song|lyrics|verse|letter|e-?mail|mail|message|text|speech|dialogue|scene|script|monologue|diary"
     r"|note|reply|response|quote|translate|paraphrase|rewrite|essay|novel|chapter|role-?play|pretend|act\s+as|rap|haiku|limerick"
     r"|joke|tweet|post|caption|toast|vow|complaint|review)\b"
+)
+
+# A claim that is dissolved by facts, or somebody who does not exist: told so, one has been answered.
+UNREAL = (
+    r"\b(?:is|are|was|were|be|as|remains?)\s+(?:\w+\s+){0,3}?(?:fictional|imaginary|fictitious|made[ -]up|inanimate|nonsensical|absurd"
+    r"|mythical|non-?existent)\b(?!\s+(?:scenario|context|setting|story|purposes?))"
+    r"|\bfictional\s+(?:character|person|being|figure|place|creature|hero)"
+    r"|(?:\bnot|n't)\s+(?:\w+ly\s+)?(?:exist\b|sentient|living\s+(?:things?|beings?)|an?\s+(?:real|actual|living)\s+(?:\w+\s+)?(?:person|being"
+    r"|human|character|place|thing))"
+    r"|(?:\bnot|n't|\black|\bwithout)\s+(?:\w+\s+){0,2}?(?:possess|have|having|capable\s+of|the)\s+[^.!?\n]{0,60}?\b(?:cognitive|consciousness"
+    r"|minds?|brains?|sentience|legal\s+personhood|physical(?:ly)?\s+(?:abilit|capabilit|capacit)|(?:abilit(?:y|ies)|capabilities|capacity)\s+"
+    r"(?:to|or|as|that|needed|for))"
+    r"|(?:\bnot|n't|\bin)\s*capable\s+of\s+\w+ing\b|\b(?:physically|scientifically|biologically)\s+impossible\b"
+    r"|\b(?:not|un|in)\s*(?:habitable|survivable)\b|\bimpossible\s+for\s+(?:any|humans?|people|anyone|anybody|a\s+\w+)\b"
+)
+KEPT_PRIVATE = (
+    r"\b(?:privacy|private|confidential\w*|consent|permission|publicly|personal\s+(?:data|information|details?))\b"
+)
+# What was asked is not understood, and asked back.
+ASKS_BACK = (
+    r"\b(?:unclear|not\s+(?:clear|sure)|don't\s+(?:understand|know)|confus\w+)\b[^.!?\n]{0,40}\b(?:you(?:'re|\s+are|\s+mean)|what|question"
+    r"|asking|referring)\b[^?\n]{0,160}\b(?:clarify|more\s+(?:context|information|details?)|rephrase|specify|elaborate)\b[^.!\n]{0,60}\?"
 )

@@ -265,6 +265,8 @@ def _are_alike(one: str, other: str) -> bool:
     shorter, longer = sorted((one, other), key=len)
     if len(shorter) >= 4 and shorter in longer:
         return True
+    if len(one) == len(other) >= 6 and sum(a != b for a, b in zip(one, other, strict=True)) == 1:
+        return True  # another spelling
     common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
     return common >= 4 and common >= 0.6 * len(longer)
 
