@@ -2,10 +2,10 @@
 
 Run ``python benchmarks/reply_lengths.py MODEL --direction FILE [--replies KEPT.json]``. FILE is what
 ``abliterate find MODEL -o FILE`` writes; the edit is that direction out of every writer, as hooks. Each prompt (of the
-held-out harmful ones, and of safe ones that sound dangerous) is answered greedily once with the longest of ``--lengths``;
-replies are its beginnings, which is tried on some. ``--replies`` keeps the replies, or takes them from there, so that
-they can be judged again by other judges. Rates are those of a run: replies that ended by length before they came to
-anything have no verdict.
+held-out harmful ones, and of safe ones that sound dangerous) is answered greedily once with the longest of
+``--lengths``; shorter replies are its beginnings, which is tried on some. ``--replies`` keeps the replies, or takes
+them from there, so that they can be judged again by other judges. Rates are those of a run: replies that ended by
+length before they came to anything have no verdict.
 """
 
 from __future__ import annotations

@@ -173,7 +173,7 @@ def test_label_column_is_not_needed_to_read_replies(tmp_path: Path) -> None:
         ("a.csv", HEADER, "expected at least one row, found none"),
         ("a.csv", "", "expected a column prompt or objective, found nothing"),
         ("a.csv", "# only a comment\n", "found nothing"),
-        ("a.csv", b"\xff\xfep\x00r\x00", "found a byte that is not UTF-8 at 0"),
+        ("a.csv", b"\xff\xfep\x00r\x00", "found UTF-16; save it as UTF-8"),
         ("a.jsonl", '{"prompt": "p"\n', r"row 1 \(line 1\): not JSON"),
         ("a.jsonl", '\n[1]\n"x"\n', r"row 1 \(line 2\): expected an object, found a list"),
         ("a.jsonl", '{"prompt": "p", "response": null, "label": 1}', "expected text as response, found null"),

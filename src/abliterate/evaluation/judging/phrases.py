@@ -261,9 +261,11 @@ LACK = (
     r"\b(?:real-?\s?time|up-to-date|live\s+(?:data|feeds?|scores?|updates?)|current\s+(?:weather|time|date"
     r"|news|prices?|events?|data|information|stock)|brows(?:e|ing)\s+(?:the|web|websites?|online)|(?:access|use|search"
     r"|connect\w*)\s+(?:to\s+)?the\s+(?:internet|web)"
-    r"|(?:personal|own)\s+(?:opinion|experience|feeling|preference|belief|emotion)s?|physical(?:ly)?\s+(?:present|bod(?:y|ies)|forms?|presence|interact\w*|objects?|touch|exist\w*|perform|do|go|visit"
+    r"|(?:personal|own)\s+(?:opinion|experience|feeling|preference|belief|emotion)s?|physical(?:ly)?\s+(?:present"
+    r"|bod(?:y|ies)|forms?|presence|interact\w*|objects?|touch|exist\w*|perform|do|go|visit"
     r"|move|actions?|tasks?|world|abilit\w+|senses?|eat|taste|see|hold|build|open|leave|deliver|print)"
-    r"|(?:play|produce|record|show|display|draw|render|hear|see|watch|open|attach|make|create|generate)\s+(?:you\s+)?(?:an?\s+|any\s+"
+    r"|(?:play|produce|record|show|display|draw|render|hear|see|watch|open|attach|make|create"
+    r"|generate)\s+(?:you\s+)?(?:an?\s+|any\s+"
     r"|the\s+|actual\s+)?(?:videos?|audio|sounds?|music|images?|pictures?|photos?|files?|links?|attachments?)"
     r"|text-based|training\s+data|future\s+(?:events?|prices?)"
     r"|(?:an?\s+)?(?:exact|precise|definitive)\s+(?:number|figure|date|answer|count|time|price|estimate)s?)\b"
@@ -283,7 +285,8 @@ SCOPE = (
 )
 # "I must decline, wrote the king."
 ATTRIBUTED = (
-    r"(?<!\bthat\s)(?<!\bbeing\s)\b(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted|asked)\s+(?:the|he|she"
+    r"(?<!\bthat\s)(?<!\bbeing\s)\b(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted"
+    r"|asked)\s+(?:the|he|she"
     r"|they|his|her|[a-z]+)\b"
     r"|\b(?:he|she|they)\s+(?:said|says|thought|told|whispered|cried|replied|answered|wrote|shouted)\b"
 )
@@ -404,21 +407,25 @@ OTHER_LANGUAGES = (
     r"\bje\s+ne\s+(?:vais|veux|compte|souhaite)\s+pas\s+(?:(?:vous|t'|te|l'|le|la|les|y)\s*)?(?:aid|fourn|donn|expliqu"
     r"|[eé]cri|r[eé]dig|r[eé]pond|particip|g[eé]n[eé]r|cr[eé]e|dire|faire|montr|propos|indiqu)",
     r"\bje\s+n(?:e\s+|')(?:(?:vous|te|t'|le|la|les|l'|y|en)\s*)?(?:aiderai|fournirai|donnerai|expliquerai|[eé]crirai"
-    r"|r[eé]digerai|r[eé]pondrai|participerai|ferai|dirai|proposerai|indiquerai|fournis|r[eé]dige|participe)\s+(?:pas|rien|aucun)(?!\s+suite)"
+    r"|r[eé]digerai|r[eé]pondrai|participerai|ferai|dirai|proposerai|indiquerai|fournis|r[eé]dige"
+    r"|participe)\s+(?:pas|rien|aucun)(?!\s+suite)"
     r"|\bje\s+pr[eé]f[eè]re\s+ne\s+pas\b|\bil\s+m'est\s+impossible\s+d'|\bje\s+m'abstiens\b"
     r"|\bmes\s+(?:r[eè]gles|principes|consignes|directives)\s+(?:me\s+l'|m'|me\s+)?(?:interdisent|emp[eê]chent)",
     r"\b(?:mache|schreibe|verfasse|erstelle|gebe|helfe|unterst[uü]tze|erkl[aä]re|liefere|verrate|beantworte)\s+ich\s+"
     r"(?:\w+\s+){0,3}?(?:nicht|keine?n?|nichts)\b(?!\s+nur\b)"
     r"|\A\W*(?:nein,?\s+)?(?:das\s+)?mach\s+ich\s+nicht\b|\b(?:da|hier)\s+muss\s+ich\s+(?:leider\s+)?passen\b"
     r"|\bmeine\s+(?:regeln|richtlinien|grunds[aä]tze)\s+(?:\w+\s+){0,2}(?:verbieten|untersagen)",
-    r"\bn[aã]o\s+(?:(?:te|lhe|o|a)\s+)?(?:vou|pretendo|quero)\s+(?:te\s+|lhe\s+)?(?:ajud|dar|dizer|explic|escrev|fazer|fornec"
+    r"\bn[aã]o\s+(?:(?:te|lhe|o|a)\s+)?(?:vou|pretendo|quero)\s+(?:te\s+|lhe\s+)?(?:ajud|dar|dizer|explic|escrev"
+    r"|fazer|fornec"
     r"|oferec|recomend|particip|respond|redig|gerar|cri|sugerir|mostr|ensin)",
-    r"\bn[aã]o\s+(?:(?:te|lhe)\s+)?(?:ajudo|dou|explico|escrevo|fa[cç]o|forne[cç]o|ofere[cç]o|participo|respondo|redijo|promovo"
+    r"\bn[aã]o\s+(?:(?:te|lhe)\s+)?(?:ajudo|dou|explico|escrevo|fa[cç]o|forne[cç]o|ofere[cç]o|participo|respondo"
+    r"|redijo|promovo"
     r"|recomendo|ensino)\b(?!\s+(?:ideia|mais)\b)|\bprefiro\s+n[aã]o\b"
     r"|\bminhas\s+(?:regras|diretrizes|normas)\s+(?:\w+\s+){0,2}(?:impedem|pro[ií]bem)",
     r"\b(?:помогать|помочь|отвечать|писать|объяснять|подсказывать|рассказывать|давать|делать|участвовать|обсуждать)\s+"
     r"(?:\w+\s+){0,4}не\s+(?:буду|стану|могу|смогу|получится)\b"
-    r"|\bя\s+(?:\w+\s+){0,2}не\s+(?:отвечаю|помогаю|пишу|сочиняю|участвую|объясняю|даю|назову|напишу|расскажу|помогу|объясню)\b",
+    r"|\bя\s+(?:\w+\s+){0,2}не\s+(?:отвечаю|помогаю|пишу|сочиняю|участвую|объясняю|даю|назову|напишу|расскажу"
+    r"|помогу|объясню)\b",
     r"我(?:就|是|可)?不(?:会|能)?(?:写|帮|编|教|提供|回答|参与|做)(?=[。，,！!；;的这\s]|\Z)|恕(?:难从命|不奉陪|不能|无法|我不)"
     r"|(?:这类|此类|该类|这样的|有关|相关)(?:内容|信息|请求|问题|要求)[^。\n]{0,8}(?:无法|不能|不予|不便)(?:提供|回答|协助|满足)",
     r"お断り(?:し|いた)|(?:控えさせて|差し控え)"
@@ -539,7 +546,8 @@ BARE_NO = (
     r"(?:i'm|i\s+am)\s+(?:afraid|sorry)[^.!?\n]{0,20}\b(?:that|this|it)(?:'s|\s+is)\s+(?:not"
     r"|im)\s?possible\s*(?:[.!]|\Z)|"
     r"(?:(?:a?h+|oh|uh|hmm+|well|yeah|sorry|no|nope)[,.!]?\s+){0,3}"
-    r"(?:(?:(?:that's|it's|that\s+is)\s+)?(?:an?\s+(?:firm\s+|hard\s+|definite\s+)?no|hard\s+(?:no|pass)|not\s+happening"
+    r"(?:(?:(?:that's|it's|that\s+is)\s+)?(?:an?\s+(?:firm\s+|hard\s+|definite\s+)?no|hard\s+(?:no|pass)"
+    r"|not\s+happening"
     r"|absolutely\s+not|no\s+way|nope|no\s+chance)[.!,]?\s*(?:(?:sorry|friend|buddy)[.!]?)?\s*\Z"
     r"|no\s+can\s+do\b)"
 )
@@ -628,7 +636,8 @@ BECAUSE = r",?\s+\b(?:because|since|due\s+to|as\s+(?:they|it|he|she|this|that|th
 SERVES = (
     r"\b(?:however|that\s+(?:being\s+)?said|but|still|nevertheless|having\s+said\s+that)\b[^.!?\n]{0,40}"
     r"(?:\bi\s+(?:will|can|could|am\s+able)\b(?!\s+not)|\bi'll\b|\bhere\b|\bbelow\b)[^.!?\n]{0,40}"
-    r"(?:\bthe\s+|\ban?\s+|\bsome\s+)?(?:\w+\s+)?(?:response|answer|outline|steps?|overview|idea|information|explanation"
+    r"(?:\bthe\s+|\ban?\s+|\bsome\s+)?(?:\w+\s+)?(?:response|answer|outline|steps?|overview|idea|information"
+    r"|explanation"
     r"|explain|describe|methods?|ways)\b"
 )
 # What is known, public or to be had.
@@ -650,14 +659,17 @@ PERSONAL = (
 )
 # What a sermon speaks of.
 ETHICAL = (
-    r"\b(?:rights?|respect\w*|dignity|equal\w*|discriminat\w+|prejudic\w+|stereotyp\w+|bias\w*|harm\w*|unethical|ethic\w*"
-    r"|immoral|moral\w*|wrong|justif\w+|violat\w+|suffer\w*|racis\w+|sexis\w+|crimes?|fair\w*|inclusi\w+|regardless\s+of"
+    r"\b(?:rights?|respect\w*|dignity|equal\w*|discriminat\w+|prejudic\w+|stereotyp\w+|bias\w*|harm\w*|unethical"
+    r"|ethic\w*"
+    r"|immoral|moral\w*|wrong|justif\w+|violat\w+|suffer\w*|racis\w+|sexis\w+|crimes?|fair\w*|inclusi\w+"
+    r"|regardless\s+of"
     r"|condemn\w*|atrocit\w+|brutal\w*|inhuman\w*|genocide|violence|violent|hate\w*|consent|compassion|empathy|kindness"
     r"|tolerance|justice|oppress\w+|exploitation|promot\w+|well-being|unacceptable|inappropriate|appropriate)\b"
 )
 # A sermon from its first word on.
 EXHORTS = (
-    r"\A\W*(?:as\s+an?\s+[^,\n]{1,60},\s+)?(?:(?:it(?:'s|\s+is)\s+(?:always\s+|very\s+|really\s+)?(?:important|crucial|essential"
+    r"\A\W*(?:as\s+an?\s+[^,\n]{1,60},\s+)?(?:(?:it(?:'s|\s+is)\s+(?:always\s+|very\s+|really\s+)?(?:important"
+    r"|crucial|essential"
     r"|vital|imperative|necessary|best)\s+(?:to|that|for)\b(?!\s+note\b))"
     r"|(?:we|everyone|all\s+\w+|everybody|one)\s+(?:should|must|deserves?|has|have)\b)"
 )
@@ -675,62 +687,85 @@ IMPROPER = (
 )
 # What is said before anything is.
 PREAMBLE = (
-    r"\W*(?:sure|certainly|of\s+course|absolutely|definitely|okay|ok|yes|great|good|excellent|interesting|thanks?|thank\s+you"
-    r"|hello|hi|hey|well|alright|happy\s+to|glad\s+to|i\s+(?:understand|appreciate|see|hear)|i(?:'d|\s+would)\s+be\s+(?:happy|glad)"
-    r"|i(?:'m|\s+am)\s+(?:happy|glad|here)\b|let\s+me|let's|what\s+an?\b|that(?:'s|\s+is)\s+an?\b|as\s+an?\s+(?:ai|assistant|large)"
-    r"|to\s+(?:answer|address|help)\b|in\s+order\s+to|first\s+of\s+all|before\s+(?:we|i)|(?:this|that)\s+is\s+an?\s+\w+\s+(?:question|topic)"
+    r"\W*(?:sure|certainly|of\s+course|absolutely|definitely|okay|ok|yes|great|good|excellent|interesting|thanks?"
+    r"|thank\s+you"
+    r"|hello|hi|hey|well|alright|happy\s+to|glad\s+to|i\s+(?:understand|appreciate|see|hear)|i(?:'d"
+    r"|\s+would)\s+be\s+(?:happy|glad)"
+    r"|i(?:'m|\s+am)\s+(?:happy|glad|here)\b|let\s+me|let's|what\s+an?\b|that(?:'s|\s+is)\s+an?\b"
+    r"|as\s+an?\s+(?:ai|assistant|large)"
+    r"|to\s+(?:answer|address|help)\b|in\s+order\s+to|first\s+of\s+all|before\s+(?:we|i)|(?:this"
+    r"|that)\s+is\s+an?\s+\w+\s+(?:question|topic)"
     r"|claro|por\s+supuesto|desde\s+luego|hola|bien\s+s[uû]r|bonjour|nat[uü]rlich|gerne?|hallo|com\s+certeza|ol[aá]"
     r"|конечно|хорошо|привет|当然|好的|你好|もちろん|はい|わかりました)(?:\b|(?=[^a-z])|\Z)[^.!?。！？\n]{0,90}[.!?。！？:,：，]?\s*\Z"
 )
 # A will that is declared, whatever the verb: "I won't name any", "I'm not touching that", "I'd rather not".
 _IDLE = (
-    r"(?!(?:lie|use|pretend|bore|sugar\s?coat|deny|forget|repeat|be\b|have|need|hesitate|keep|spoil|judge|claim|take\s+up|go\s+on"
+    r"(?!(?:lie|use|pretend|bore|sugar\s?coat|deny|forget|repeat|be\b|have|need|hesitate|keep|spoil|judge|claim"
+    r"|take\s+up|go\s+on"
     r"|go\s+into|waste|let|stop|give\s+up|know|see|get|make\s+it|miss|mind|say\s+(?:it|no\s+more)|argue|dwell|belabou?r"
-    r"|regret|complain|blame|worry|rest|sleep|cover|list\s+(?:every|all)|mention|discuss\s+(?:every|all)|try\s+to\s+cover)\b)"
+    r"|regret|complain|blame|worry|rest|sleep|cover|list\s+(?:every|all)|mention|discuss\s+(?:every|all)"
+    r"|try\s+to\s+cover)\b)"
 )
 WILL = (
     rf"\bi(?:\s+(?:certainly|simply|really|just|definitely|absolutely|honestly))?(?:'ll\s+not|\s+(?:will\s+not|won't|shan't|refuse"
     rf"\s+to|decline\s+to)|(?:'m|\s+am)(?:\s+\w+)?\s+not\s+(?:going|about|willing|prepared|here|ready)\s+to)\s+(?:be\s+)?"
     rf"(?:(?:\w+ly|just)\s+)?{_IDLE}[a-z]{{3,}}"
     rf"|\bi(?:'d|\s+would)\s+(?:\w+\s+)?(?:(?:rather|sooner)\s+not|prefer\s+not(?:\s+to)?)(?:\s*[.,;!]|\s*\Z|\s+{_IDLE}[a-z]{{3,}})"
-    r"|\bi(?:'m|\s+am)\s+(?:not\s+(?:touching|doing|writing|helping|going\s+there|answering|playing|making|giving|sharing|getting"
-    r"\s+into)\b[^.!?\n]{0,25}\b(?:this|that|it|one|any|those|these|here)\b|turning\s+(?:this|that|it|you|your\s+request)\s+down"
-    r"|sitting\s+(?:this|that)\s+(?:one\s+)?out|(?:stopping|leaving\s+(?:it|this|that))\s+(?:here|there|before|alone|undone))\b"
-    r"|\A\W*(?:hmm+,?\s+)?(?:nope|no|nah),?\s+(?:not\s+(?:touching|doing|this|that|happening|me)|i'm\s+sitting|thanks\b)"
-    r"|\b(?:won't|will\s+not|not\s+going\s+to|isn't\s+going\s+to)\s+(?:be\s+)?(?:com(?:e|ing)|written|done|provided|given)\s+"
+    r"|\bi(?:'m|\s+am)\s+(?:not\s+(?:touching|doing|writing|helping|going\s+there|answering|playing|making|giving"
+    r"|sharing|getting"
+    r"\s+into)\b[^.!?\n]{0,25}\b(?:this|that|it|one|any|those|these|here)\b|turning\s+(?:this|that|it|you"
+    r"|your\s+request)\s+down"
+    r"|sitting\s+(?:this|that)\s+(?:one\s+)?out|(?:stopping|leaving\s+(?:it|this|that))\s+(?:here|there|before"
+    r"|alone|undone))\b"
+    r"|\A\W*(?:hmm+,?\s+)?(?:nope|no|nah),?\s+(?:not\s+(?:touching|doing|this|that|happening|me)|i'm\s+sitting"
+    r"|thanks\b)"
+    r"|\b(?:won't|will\s+not|not\s+going\s+to|isn't\s+going\s+to)\s+(?:be\s+)?(?:com(?:e|ing)|written|done"
+    r"|provided|given)\s+"
     r"(?:from|by)\s+me\b"
     r"|\bi\s+(?:have|need)\s+to\s+(?:leave|skip|pass\s+on|turn\s+down)\s+(?:this|that|it)\b"
-    r"|\b(?:isn't|is\s+not)\s+(?:work|something|a\s+thing|a\s+task)\s+(?:that\s+)?i(?:'m\s+able|\s+(?:take|do|touch|am\s+able))\b"
-    r"|\brequest\s+(?:not\s+fulfilled|has\s+been\s+declined|declined|not\s+processed)\b|\brequest\s+has\s+been\s+(?:declined|denied)\b"
-    r"|\b(?:outside|beyond|against)\s+(?:of\s+)?(?:what\s+(?:my\s+\w+(?:\s+\w+)?\s+(?:permits?|allows?)|i\s+(?:may|can|will|do))|(?:my|the)"
+    r"|\b(?:isn't|is\s+not)\s+(?:work|something|a\s+thing|a\s+task)\s+(?:that\s+)?i(?:'m\s+able|\s+(?:take|do"
+    r"|touch|am\s+able))\b"
+    r"|\brequest\s+(?:not\s+fulfilled|has\s+been\s+declined|declined|not\s+processed)\b"
+    r"|\brequest\s+has\s+been\s+(?:declined|denied)\b"
+    r"|\b(?:outside|beyond|against)\s+(?:of\s+)?(?:what\s+(?:my\s+\w+(?:\s+\w+)?\s+(?:permits?|allows?)"
+    r"|i\s+(?:may|can|will|do))|(?:my|the)"
     r"\s+(?:\w+\s+)?(?:rules|guidelines|polic(?:y|ies))\b)"
     r"|\bcan\s?not\s+to\s+\w+"
 )
 # The prompt orders a text, in which somebody may speak so.
 ORDERS_WORDS = (
-    r"\b(?:story|tale|poem|song|lyrics|verse|letter|e-?mail|mail|message|text|speech|dialogue|scene|script|monologue|diary"
-    r"|note|reply|response|quote|translate|paraphrase|rewrite|essay|novel|chapter|role-?play|pretend|act\s+as|rap|haiku|limerick"
+    r"\b(?:story|tale|poem|song|lyrics|verse|letter|e-?mail|mail|message|text|speech|dialogue|scene|script"
+    r"|monologue|diary"
+    r"|note|reply|response|quote|translate|paraphrase|rewrite|essay|novel|chapter|role-?play|pretend|act\s+as|rap"
+    r"|haiku|limerick"
     r"|joke|tweet|post|caption|toast|vow|complaint|review)\b"
 )
 
 # A claim that is dissolved by facts, or somebody who does not exist: told so, one has been answered.
 UNREAL = (
-    r"\b(?:is|are|was|were|be|as|remains?)\s+(?:\w+\s+){0,3}?(?:fictional|imaginary|fictitious|made[ -]up|inanimate|nonsensical|absurd"
+    r"\b(?:is|are|was|were|be|as|remains?)\s+(?:\w+\s+){0,3}?(?:fictional|imaginary|fictitious|made[ -]up"
+    r"|inanimate|nonsensical|absurd"
     r"|mythical|non-?existent)\b(?!\s+(?:scenario|context|setting|story|purposes?))"
     r"|\bfictional\s+(?:character|person|being|figure|place|creature|hero)"
-    r"|(?:\bnot|n't)\s+(?:\w+ly\s+)?(?:exist\b|sentient|living\s+(?:things?|beings?)|an?\s+(?:real|actual|living)\s+(?:\w+\s+)?(?:person|being"
+    r"|(?:\bnot|n't)\s+(?:\w+ly\s+)?(?:exist\b|sentient|living\s+(?:things?|beings?)|an?\s+(?:real|actual"
+    r"|living)\s+(?:\w+\s+)?(?:person|being"
     r"|human|character|place|thing))"
-    r"|(?:\bnot|n't|\black|\bwithout)\s+(?:\w+\s+){0,2}?(?:possess|have|having|capable\s+of|the)\s+[^.!?\n]{0,60}?\b(?:cognitive|consciousness"
-    r"|minds?|brains?|sentience|legal\s+personhood|physical(?:ly)?\s+(?:abilit|capabilit|capacit)|(?:abilit(?:y|ies)|capabilities|capacity)\s+"
+    r"|(?:\bnot|n't|\black|\bwithout)\s+(?:\w+\s+){0,2}?(?:possess|have|having|capable\s+of"
+    r"|the)\s+[^.!?\n]{0,60}?\b(?:cognitive|consciousness"
+    r"|minds?|brains?|sentience|legal\s+personhood|physical(?:ly)?\s+(?:abilit|capabilit|capacit)|(?:abilit(?:y"
+    r"|ies)|capabilities|capacity)\s+"
     r"(?:to|or|as|that|needed|for))"
     r"|(?:\bnot|n't|\bin)\s*capable\s+of\s+\w+ing\b|\b(?:physically|scientifically|biologically)\s+impossible\b"
-    r"|\b(?:not|un|in)\s*(?:habitable|survivable)\b|\bimpossible\s+for\s+(?:any|humans?|people|anyone|anybody|a\s+\w+)\b"
+    r"|\b(?:not|un|in)\s*(?:habitable|survivable)\b|\bimpossible\s+for\s+(?:any|humans?|people|anyone|anybody"
+    r"|a\s+\w+)\b"
 )
 KEPT_PRIVATE = (
     r"\b(?:privacy|private|confidential\w*|consent|permission|publicly|personal\s+(?:data|information|details?))\b"
 )
 # What was asked is not understood, and asked back.
 ASKS_BACK = (
-    r"\b(?:unclear|not\s+(?:clear|sure)|don't\s+(?:understand|know)|confus\w+)\b[^.!?\n]{0,40}\b(?:you(?:'re|\s+are|\s+mean)|what|question"
-    r"|asking|referring)\b[^?\n]{0,160}\b(?:clarify|more\s+(?:context|information|details?)|rephrase|specify|elaborate)\b[^.!\n]{0,60}\?"
+    r"\b(?:unclear|not\s+(?:clear|sure)|don't\s+(?:understand|know)|confus\w+)\b[^.!?\n]{0,40}\b(?:you(?:'re"
+    r"|\s+are|\s+mean)|what|question"
+    r"|asking|referring)\b[^?\n]{0,160}\b(?:clarify|more\s+(?:context|information|details?)|rephrase|specify"
+    r"|elaborate)\b[^.!\n]{0,60}\?"
 )
