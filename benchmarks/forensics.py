@@ -385,7 +385,7 @@ def report(lone: Path, differences: Path) -> None:
     mistaken = sum(chances[id(c)] >= verdict.ALTERED for c in null)
     print(f"{len(cases)} lone files of {len(bases)} models; each judged with coefficients from the others.\n")
     print(f"False positives: {mistaken} of {len(null)} {interval(mistaken, len(null))}; ", end="")
-    doubtful = sum(verdict.UNALTERED < chances[id(c)] < verdict.ALTERED for c in null)
+    doubtful = sum(verdict.NO_TRACE < chances[id(c)] < verdict.ALTERED for c in null)
     print(f"called inconclusive: {doubtful}.\n")
     strengths = sorted({c["strength"] for c in cases if c["strength"] > 0}, reverse=True)
     print("| edit | " + " | ".join(f"{s:g}" for s in strengths) + " | AUC at 0.6 and above |")
@@ -412,7 +412,7 @@ def report(lone: Path, differences: Path) -> None:
     print(f"\nBeside the base: {counts['found']} of {counts['edited']} edits found; {counts['mistaken']} of ", end="")
     print(f"{counts['others']} other changes taken for one.\n")
     beside_table(compared)
-    origin = {"models": len(bases), "nulls": len(null), "edits": len(cases) - len(null)}
+    origin = {"models": bases, "nulls": len(null), "edits": len(cases) - len(null), "strengths": strengths}
     content = {"coefficients": fit, "fitted_on": origin, "difference": counts}
     CALIBRATION.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 

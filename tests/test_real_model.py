@@ -133,4 +133,10 @@ def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Pa
     assert recovered is not None
     assert float((recovered.basis @ ab.load_direction(direction).basis[:1].T).norm()) > 0.999
     original, _ = recover(str(GGUF))
-    assert original.verdict == "unaltered"
+    assert original.verdict == "no trace"
+    assert not original.decided
+    assert original.power is not None
+    assert original.power.strength == 0.5
+    searched, _ = recover(record.output)
+    assert searched.verdict == "no trace"
+    assert not searched.decided, "an edit of a search leaves no trace, so that none being found decides nothing"

@@ -549,17 +549,35 @@ class LayerSeparationPart(_Part):
     own: float
 
 
+class PowerPart(_Part):
+    """Which edits would have been seen in a checkpoint by itself: one direction taken out of all its writers.
+
+    `strength` is the least from which on at least 9 of 10 `planted` ones are (null: not even at 1), `seen` how many
+    were, by strength.
+    """
+
+    strength: float | None
+    planted: Count
+    seen: dict[str, Count]
+
+
 class InspectionPart(_Part):
     """Whether directions were taken out of a checkpoint (see docs/forensics.md).
 
-    `probability` is at even odds beforehand. `evidence` are depths of dips in the spectrum. `kind` is what a
-    comparison with `base` found, `others` how many tensors that write nothing to the stream differ.
+    `verdict` is, beside `base`: altered, identical (no tensor differs), no ablation, or inconclusive (another model);
+    alone: altered, no trace, or inconclusive. `decided` says whether one may rely on it: "no trace" only where a
+    strength was to be ruled out and `power` reaches it. `probability` is at even odds beforehand, as on what it was
+    `calibrated_on`. `evidence` are depths of dips in the spectrum. `kind` is what a comparison with `base` found,
+    `others` how many tensors that write nothing to the stream differ.
     """
 
     model: str
     base: str | None = None
-    verdict: Literal["altered", "unaltered", "inconclusive"]
+    verdict: Literal["altered", "identical", "no ablation", "no trace", "inconclusive"]
+    decided: bool = False
     probability: float
+    calibrated_on: str | None = None
+    power: PowerPart | None = None
     kind: str | None = None
     variant: str | None = None
     also: list[str] = []
@@ -579,6 +597,14 @@ class InspectionPart(_Part):
     harm_known: float | None = Field(None, description="Best AUROC of a layer's own direction in the inspected model.")
     behaviour: BehaviourPart | None = None
     seconds: float = 0.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _earlier(cls, data: Any) -> Any:
+        """Records of earlier versions said "unaltered" of what was not found."""
+        if isinstance(data, dict) and data.get("verdict") == "unaltered":
+            return data | {"verdict": "no trace" if data.get("base") is None else "no ablation"}
+        return data
 
 
 class AuditRowPart(_Part):

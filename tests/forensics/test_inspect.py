@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
+from abliterate import record as rec
 from abliterate.cli.app import app
 from abliterate.errors import CheckpointError
 from abliterate.forensics import difference
@@ -151,7 +152,7 @@ def test_nothing_is_found_where_nothing_was_done(kind: str, seed: int, tmp_path:
     if kind == "half of it zero":
         found = {name: m * (m.abs() > m.abs().median()) for name, m in found.items()}
     trace = lone.inspect(subject(tmp_path, found))
-    assert trace.verdict.word == "unaltered"
+    assert trace.verdict.word == "no trace"
     assert trace.verdict.probability < 0.3
     assert len(trace.directions) == 0
 
@@ -159,7 +160,7 @@ def test_nothing_is_found_where_nothing_was_done(kind: str, seed: int, tmp_path:
 def test_a_light_edit_leaves_no_trace_by_itself_and_is_seen_beside_the_base(tmp_path: Path) -> None:
     edited = {name: out_of(m, rows(1), 0.2) for name, m in weights().items()}
     mine, base = subject(tmp_path, edited, name="edited"), subject(tmp_path, weights(), name="base")
-    assert lone.inspect(mine).verdict.word == "unaltered"
+    assert lone.inspect(mine).verdict.word == "no trace"
     found = difference.compare(mine, base)
     assert found.verdict == "ablation"
     assert found.strength == pytest.approx(0.2, abs=0.01)
@@ -279,11 +280,65 @@ def test_the_command_exits_with_3_and_gives_what_pipelines_need(tmp_path: Path) 
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Was a direction taken out?" in page
     result = CliRunner().invoke(app, ["inspect", base, "-q"])
+    assert result.exit_code == 4
+    assert result.stdout.startswith("No trace found of a direction taken out; that is no proof that none was.")
+    assert "--base" in result.stdout
+    result = CliRunner().invoke(app, ["inspect", base, "--base", base, "-q"])
     assert result.exit_code == 0
-    assert result.stdout.startswith("Unaltered: no trace of a direction taken out")
+    assert result.stdout.startswith("Identical to ")
     result = CliRunner().invoke(app, ["inspect", edited, "--base", base, "-q"], env={"COLUMNS": "60"})
     assert result.exit_code == 3
     assert result.stdout.startswith("Altered: one direction, strength 1.00")
+
+
+def test_a_lone_checkpoint_is_cleared_only_of_what_would_have_been_seen_in_it(tmp_path: Path) -> None:
+    mine = str(subject(tmp_path, weights()).checkpoint.shards[0].path)
+    told = {}
+    for strength in (None, 0.3, 0.9):
+        given = [] if strength is None else ["--rule-out", str(strength)]
+        result = CliRunner().invoke(app, ["inspect", mine, "-q", "--json", *given])
+        told[strength] = json.loads(result.stdout)
+        assert result.exit_code == (0 if strength == 0.9 else 4)
+    power = told[None]["power"]
+    assert 0.3 < power["strength"] < 0.9
+    assert power["seen"]["1"] == power["planted"] == 10
+    assert [told[strength]["decided"] for strength in told] == [False, False, True]
+    assert "none of them by a search" in told[None]["calibrated_on"]
+    result = CliRunner().invoke(app, ["inspect", mine, "--base", mine, "--rule-out", "0.9"])
+    assert "--rule-out: does nothing beside a --base" in str(result.exception)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_would_have_been_seen_is_what_is_seen(seed: int, tmp_path: Path) -> None:
+    """The edit made for real, with a direction of its own."""
+    trace = lone.inspect(subject(tmp_path, weights(seed)), with_power=True)
+    assert trace.power is not None
+    assert trace.power.strength is not None
+    basis = rows(1, seed=40 + seed)
+    for strength, expected in ((trace.power.strength + 0.1, "altered"), (0.2, "no trace")):
+        edited = {name: out_of(m, basis, strength) for name, m in weights(seed).items()}
+        assert lone.inspect(subject(tmp_path, edited)).verdict.word == expected
+
+
+@pytest.mark.parametrize("value", [0.0, 3e38])
+def test_writers_in_which_nothing_would_be_seen_are_never_cleared(value: float, tmp_path: Path) -> None:
+    found = {name: torch.full_like(m, value) for name, m in weights().items()}
+    trace = lone.inspect(subject(tmp_path, found), with_power=True)
+    assert trace.verdict.word != "no trace" or (trace.power is not None and trace.power.strength is None)
+
+
+def test_another_model_as_the_base_decides_nothing(tmp_path: Path) -> None:
+    mine, other = (subject(tmp_path, weights(seed), name=f"m{seed}").checkpoint.shards[0].path for seed in (0, 7))
+    result = CliRunner().invoke(app, ["inspect", str(mine), "--base", str(other), "-q"])
+    assert result.exit_code == 4
+    assert result.stdout.startswith("Inconclusive: ")
+    assert "is another model" in " ".join(result.stdout.split())
+
+
+def test_records_of_earlier_versions_are_read_with_the_words_of_now() -> None:
+    for base, word in ((None, "no trace"), ("b", "no ablation")):
+        old = {"model": "m", "base": base, "verdict": "unaltered", "probability": 0.1, "proved": True, "writers": 2}
+        assert rec.InspectionPart.model_validate(old).verdict == word
 
 
 @pytest.mark.parametrize(

@@ -27,18 +27,20 @@ from abliterate.report.wording import explained, headline
 if TYPE_CHECKING:
     from abliterate.record import InspectionPart, WriterTracePart
 
+#: Exit code of an inspection that neither found an edit nor could rule one out.
+UNDECIDED = 4
 #: Eight heights of a bar, lowest first.
 _BARS = "▁▂▃▄▅▆▇█"
 
 
 def show_inspection(part: InspectionPart, console: Console) -> None:
     """The verdict first, then where and how strongly."""
-    style = {"altered": "bold red", "unaltered": "bold green"}.get(part.verdict, "bold yellow")
+    style = "bold red" if part.verdict == "altered" else "bold green" if part.decided else "bold yellow"
     write(console, headline(part), style=style)
     for line in explained(part):
         write(console, line)
     edited = [unit for unit in part.units if unit.edited]
-    if part.verdict != "unaltered" and edited:
+    if edited:
         write(console, _strengths(part.units, console.width))
     if part.separation:
         write(console, _separation(part))
@@ -115,7 +117,12 @@ def inspect(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Was a direction taken out of this checkpoint? Which, where, how strongly? Exit code 3 when it was."""
+    """Was a direction taken out of this checkpoint? Which, where, how strongly? Give the model that it was made from as
+    --base: by itself a checkpoint shows strong edits only.
+
+    Exit codes: 0 no direction was taken out (beside --base, or as far as --rule-out asks), 3 one was, 4 not decided:
+    no trace was found, which light edits and those of a search do not leave.
+    """
     inspecting = given.inspecting
     if not (inspecting.activations or inspecting.behavioural):
         refuse_idle("inspect without --activations or --behavioural", given.prompts)
@@ -129,3 +136,5 @@ def inspect(
     say(part, show_inspection, as_json)
     if part.verdict == "altered":
         raise typer.Exit(GateNotMet.exit_code)
+    if not part.decided:
+        raise typer.Exit(UNDECIDED)

@@ -380,7 +380,14 @@ class EvalSettings(EvidenceSettings, CapabilitySettings, ThinkingSettings, Reply
 class InspectSettings(_Settings):
     """What an inspection looks at beside the tensors."""
 
-    base: Text | None = Field(None, description="The model that it was made from: compare tensor by tensor.")
+    base: Text | None = Field(
+        None, description="The model that it was made from: compare tensor by tensor. Only this is sure to see an edit."
+    )
+    rule_out: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None,
+        description="Without --base: exit code 0 instead of 4 where no trace was found and one direction taken out of "
+        "all writers at this strength would have been seen (9 of 10 planted ones). It rules out no edit of a search.",
+    )
     activations: bool = Field(
         False,
         description="Also run models: does the recovered direction separate harmful from harmless prompts (in the "

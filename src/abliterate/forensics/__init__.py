@@ -4,6 +4,7 @@ reading     the writers of a checkpoint as matrices, streamed
 spectra     the small end of W Wᵀ
 verdict     evidence → calibrated probability
 single      a checkpoint by itself
+power       which edits would have been seen in it
 difference  a checkpoint beside the one it was made from
 inspect     tensors, activations and behaviour in one inspection
 repair      an edit taken back, exactly or approximately

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -19,8 +20,9 @@ from abliterate.files.atomic import refuse_other_kinds
 from abliterate.files.local import reserved
 from abliterate.finding.estimate import auroc, difference_of_means
 from abliterate.forensics import difference, single
+from abliterate.forensics.power import Power
 from abliterate.forensics.reading import InspectedModel, inspected_record, open_inspected, warn_of_inspected
-from abliterate.forensics.verdict import judge_difference
+from abliterate.forensics.verdict import calibration, judge_difference
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
@@ -103,13 +105,15 @@ def _look(
     total = sum(place.info.nbytes for place in subject.places)
     if base is None:
         with monitor.phase("look at what is not written", total) as advance:
-            trace = single.inspect(subject, device=_device(loading), progress=advance)
-            return subject, *_alone(subject, trace)
+            trace = single.inspect(subject, device=_device(loading), progress=advance, with_power=True)
+            return subject, *_alone(subject, trace, settings.rule_out)
     with monitor.phase("compare with the base", total) as advance:
         return subject, *_beside(subject, base, difference.compare(subject, base, progress=advance))
 
 
 def _check(model: str, settings: InspectSettings) -> None:
+    if settings.rule_out is not None and settings.base is not None:
+        raise UsageError("--rule-out: does nothing beside a --base, which rules out all strengths")
     if settings.reference is not None and not settings.activations:
         raise UsageError("--reference: does nothing without --activations; add it or leave the reference out")
     if settings.save is not None and settings.save.suffix != ".safetensors":
@@ -129,7 +133,9 @@ def _device(loading: ModelSettings) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _alone(subject: InspectedModel, trace: single.Trace) -> tuple[rec.InspectionPart, Direction | None]:
+def _alone(
+    subject: InspectedModel, trace: single.Trace, rule_out: float | None
+) -> tuple[rec.InspectionPart, Direction | None]:
     window = trace.window
     where = None
     if window is not None:
@@ -145,7 +151,10 @@ def _alone(subject: InspectedModel, trace: single.Trace) -> tuple[rec.Inspection
     part = rec.InspectionPart(
         model=subject.name,
         verdict=trace.verdict.word,
+        decided=_decided(trace, rule_out),
         probability=trace.verdict.probability,
+        calibrated_on=calibration().lone,
+        power=None if trace.power is None else _power(trace.power),
         variant=trace.variant,
         evidence={"pooled": trace.evidence.pooled, "layers": trace.evidence.layers},
         where=where,
@@ -168,10 +177,35 @@ def _alone(subject: InspectedModel, trace: single.Trace) -> tuple[rec.Inspection
     return part, _direction(subject, basis, strengths, "a lone checkpoint")
 
 
+def _decided(trace: single.Trace, rule_out: float | None) -> bool:
+    """Whether the verdict on a lone checkpoint may be relied on, when edits from a strength on are to be ruled out."""
+    if trace.verdict.word != "no trace":
+        return trace.verdict.word == "altered"
+    least = None if trace.power is None else trace.power.strength
+    return rule_out is not None and least is not None and least <= rule_out
+
+
+def _power(found: Power) -> rec.PowerPart:
+    seen = {f"{strength:g}": count for strength, count in found.seen.items()}
+    return rec.PowerPart(strength=found.strength, planted=found.planted, seen=seen)
+
+
+def _word(found: difference.Difference) -> tuple[Literal["altered", "identical", "no ablation", "inconclusive"], float]:
+    """The verdict on a difference, and the probability that directions were taken out."""
+    if found.verdict == "ablation":
+        return "altered", judge_difference(True)
+    if found.verdict == "another model":
+        return "inconclusive", 0.5
+    if found.verdict == "identical" and not (found.missing or found.added):
+        return "identical", 0.0
+    return "no ablation", judge_difference(False)
+
+
 def _beside(
     subject: InspectedModel, base: InspectedModel, found: difference.Difference
 ) -> tuple[rec.InspectionPart, Direction | None]:
-    altered = found.verdict == "ablation"
+    verdict, probability = _word(found)
+    altered = verdict == "altered"
     units = [
         rec.WriterTracePart(
             block=writer.block,
@@ -187,8 +221,10 @@ def _beside(
     part = rec.InspectionPart(
         model=subject.name,
         base=base.name,
-        verdict="altered" if altered else "unaltered",
-        probability=judge_difference(altered),
+        verdict=verdict,
+        decided=verdict != "inconclusive",
+        probability=probability,
+        calibrated_on=calibration().beside,
         kind=found.verdict,
         variant=found.variant,
         also=[*found.also, *_names(found.missing, "are missing"), *_names(found.added, "are new")],

@@ -9,6 +9,7 @@ direction of their own for each layer show only there.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -17,6 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.forensics.power import Power, power
 from abliterate.forensics.reading import InspectedModel, Place, maps
 from abliterate.forensics.spectra import Dip, dips, gram, levelled, lowest
 from abliterate.forensics.verdict import Conclusion, Evidence, judge
@@ -72,7 +74,10 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What a lone checkpoint shows. `directions` [m, d] are unit rows; `per_layer` says that they belong to layers."""
+    """What a lone checkpoint shows. `directions` [m, d] are unit rows; `per_layer` says that they belong to layers.
+
+    `power` says which edits would have shown in this checkpoint, where that was asked for and none was found.
+    """
 
     evidence: Evidence
     verdict: Conclusion
@@ -82,6 +87,7 @@ class Trace:
     row_levelled: bool
     written: tuple[Written, ...]
     variant: str | None
+    power: Power | None = None
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -108,8 +114,16 @@ class _Lone:
         return max(self.raw.depth, self.level.depth)
 
 
-def inspect(subject: InspectedModel, *, device: str = "cpu", progress: Callable[[int], None] | None = None) -> Trace:
+def inspect(
+    subject: InspectedModel,
+    *,
+    device: str = "cpu",
+    progress: Callable[[int], None] | None = None,
+    with_power: bool = False,
+) -> Trace:
     """Look for directions that have been taken out (see this module's docstring).
+
+    `with_power` also measures what would have been seen, unless the verdict is "altered" (see `forensics.power`).
 
     Memory: one tensor and about a dozen matrices [d, d]. Raises `CheckpointError` for tensors that cannot be read.
     """
@@ -122,8 +136,31 @@ def inspect(subject: InspectedModel, *, device: str = "cpu", progress: Callable[
         layers=_mean_of_best([one.depth for one in lone]),
     )
     verdict = judge(evidence)
+    trace = _read_off(subject, best, lone, evidence, progress)
+    if with_power and verdict.word != "altered":
+        return replace(trace, power=_power(sums, counts, evidence))
+    return trace
+
+
+def _power(sums: dict[tuple[str, int], Tensor], counts: dict[tuple[str, int], int], evidence: Evidence) -> Power:
+    """What planted edits of all writers would have given, single layers being what they are."""
+    if sum(counts.values()) < _FEWEST:
+        return Power(None, 0, {})
+    square = functools.reduce(torch.add, sums.values()) / sum(counts.values())
+    return power(square, lambda depth: judge(Evidence(depth, evidence.layers)).word == "altered")
+
+
+def _read_off(
+    subject: InspectedModel,
+    best: Window | None,
+    lone: Sequence[_Lone],
+    evidence: Evidence,
+    progress: Callable[[int], None],
+) -> Trace:
+    """The directions that are not written, where, and how little they are."""
+    verdict = judge(evidence)
     empty = Trace(evidence, verdict, best, torch.zeros(0, subject.d_model), False, False, (), None)
-    if verdict.word == "unaltered":
+    if verdict.word == "no trace":
         return empty
     by_pool = best is not None and judge(Evidence(best.dip.depth, 0.0)).probability >= 0.5
     clear = [one for one in lone if one.depth >= _CLEAR]

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.errors import NumericalError
+
 #: Eigenpairs looked at: a gap behind the k-th is the trace of k directions.
 LOWEST = 6
 #: A vector that lives on fewer coordinates than this is a dead coordinate of the stream, as trained models have them.
@@ -43,7 +45,7 @@ def gram(matrix: Float[Tensor, "d n"]) -> Float[Tensor, "d d"]:
     """W Wᵀ scaled to a mean eigenvalue of 1; zero for a matrix of zeros. Squares of large numbers stay finite."""
     scaled = matrix / matrix.abs().amax().clamp_min(torch.finfo(matrix.dtype).tiny)
     square = scaled @ scaled.T
-    return square * (len(square) / square.trace().clamp_min(torch.finfo(square.dtype).tiny))
+    return square * (len(square) / square.trace().clamp_min(1e-30))
 
 
 def levelled(square: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, " d"]]:
@@ -67,15 +69,31 @@ def lowest(square: Float[Tensor, "d d"]) -> Low:
     if size <= 4 * (LOWEST + _GUARD):
         values, vectors = torch.linalg.eigh(wide)
         return Low(values[:LOWEST].clamp_min(0), vectors[:, :LOWEST].T.contiguous())
-    shift = _SHIFT * float(wide.diagonal().mean().clamp_min(1e-30))
-    wide.diagonal().add_(shift)
-    factor = torch.linalg.cholesky(wide)
+    factor = _factor(wide)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(size, LOWEST + _GUARD, generator=generator, dtype=wide.dtype).to(wide.device)
     for _ in range(_STEPS):
         block = torch.linalg.qr(torch.cholesky_solve(block, factor)).Q
     values, mix = torch.linalg.eigh(block.T @ wide @ block)
-    return Low((values[:LOWEST] - shift).clamp_min(0), (block @ mix[:, :LOWEST]).T.contiguous())
+    return Low(values[:LOWEST].clamp_min(0), (block @ mix[:, :LOWEST]).T.contiguous())
+
+
+def _factor(square: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    """The Cholesky factor of a square with the least shift that makes it positive.
+
+    The sum of products of float32 numbers can have eigenvalues below zero, as far as rounding goes.
+    """
+    if not bool(torch.isfinite(square).all()):
+        raise NumericalError("writers: their numbers are too large to compute with; is the model damaged?")
+    shift = _SHIFT * float(square.diagonal().mean().clamp_min(1e-30))
+    while True:
+        shifted = square.clone()
+        shifted.diagonal().add_(shift)
+        factor: Tensor
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not int(failed):
+            return factor
+        shift *= 10
 
 
 def dips(low: Low, most: int = LOWEST - 1) -> Dip:

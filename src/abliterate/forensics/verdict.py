@@ -12,12 +12,12 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-Word = Literal["altered", "unaltered", "inconclusive"]
+Word = Literal["altered", "no trace", "inconclusive"]
 
 #: Probabilities from which a verdict is given; between them the evidence does not decide.
-ALTERED, UNALTERED = 0.9, 0.3
+ALTERED, NO_TRACE = 0.9, 0.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ class Evidence:
 
 @dataclass(frozen=True, slots=True)
 class Conclusion:
-    """`probability` that directions were taken out, at even odds beforehand.
+    """`probability` that directions were taken out as in the calibration, at even odds beforehand.
 
-    "unaltered" means that no trace was found: light edits leave none (see docs/forensics.md).
+    "no trace" says nothing of edits that leave none: light ones, and those of a search (see docs/forensics.md).
     """
 
     word: Word
@@ -44,10 +44,10 @@ class Conclusion:
 
 def judge(evidence: Evidence, fit: Mapping[str, float] | None = None) -> Conclusion:
     """The calibrated verdict; with other coefficients where given."""
-    fit = calibration()["coefficients"] if fit is None else fit
+    fit = calibration().coefficients if fit is None else fit
     logit = fit["constant"] + fit["pooled"] * evidence.pooled + fit["layers"] * evidence.layers
     probability = 1 / (1 + math.exp(-max(-30.0, min(30.0, logit))))
-    word: Word = "altered" if probability >= ALTERED else "unaltered" if probability <= UNALTERED else "inconclusive"
+    word: Word = "altered" if probability >= ALTERED else "no trace" if probability <= NO_TRACE else "inconclusive"
     return Conclusion(word, probability)
 
 
@@ -56,18 +56,46 @@ def judge_difference(ablation: bool) -> float:
 
     From how often it said so of edited and of other models in the calibration (Laplace's rule of succession).
     """
-    counts = calibration()["difference"]
+    counts = calibration().difference
     found = (counts["found"] + 1) / (counts["edited"] + 2)
     mistaken = (counts["mistaken"] + 1) / (counts["others"] + 2)
     return found / (found + mistaken) if ablation else (1 - found) / (2 - found - mistaken)
 
 
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """The coefficients in force, counts of comparisons with a base, and in words what both come from."""
+
+    coefficients: Mapping[str, float]
+    difference: Mapping[str, int]
+    lone: str
+    beside: str
+
+
 @functools.cache
-def calibration() -> dict[str, dict[str, float]]:
-    """The coefficients in force and what they were fitted on."""
+def calibration() -> Calibration:
+    """What `benchmarks/forensics.py` left beside this module."""
     text = importlib.resources.files("abliterate.forensics").joinpath("calibration.json").read_text("utf-8")
-    content: dict[str, dict[str, float]] = json.loads(text)
-    return content
+    content: dict[str, Any] = json.loads(text)
+    fitted, counts, least = content["fitted_on"], content["difference"], min(content["fitted_on"]["strengths"])
+    models = " and ".join(fitted["models"])
+    what = f"edits at strengths {least:g} to 1, none of them by a search"
+    return Calibration(
+        content["coefficients"],
+        counts,
+        f"{fitted['nulls']} unedited and {fitted['edits']} edited files made of {models}: {what}",
+        f"{counts['edited']} edits and {counts['others']} other changes of {models}",
+    )
 
 
-__all__ = ["ALTERED", "UNALTERED", "Conclusion", "Evidence", "Word", "calibration", "judge", "judge_difference"]
+__all__ = [
+    "ALTERED",
+    "NO_TRACE",
+    "Calibration",
+    "Conclusion",
+    "Evidence",
+    "Word",
+    "calibration",
+    "judge",
+    "judge_difference",
+]

@@ -220,10 +220,15 @@ def headline(part: InspectionPart) -> str:
     """The verdict in one line."""
     if part.verdict == "altered":
         return f"Altered: {part.variant or 'directions were taken out'} (probability {_chance(part.probability)})."
+    if part.verdict == "identical":
+        return f"Identical to {part.base}: no tensor differs."
+    if part.verdict == "no ablation":
+        return f"No direction was taken out, beside {part.base} (probability of one {_chance(part.probability)})."
+    if part.verdict == "inconclusive" and part.base is not None:
+        return f"Inconclusive: {part.base} is another model; give the one that it was made from."
     if part.verdict == "inconclusive":
         return f"Inconclusive: something like an edit, not clearly one (probability {_chance(part.probability)})."
-    what = "no trace of a direction taken out" if part.base is None else "no direction was taken out"
-    return f"Unaltered: {what} (probability of an edit {_chance(part.probability)})."
+    return "No trace found of a direction taken out; that is no proof that none was."
 
 
 def _chance(value: float) -> str:
@@ -245,8 +250,12 @@ def explained(part: InspectionPart) -> Iterator[str]:
             f"Deepest dip of pooled writers {pooled:.2f} ({part.where or 'no window'}), mean of the three deepest of "
             f"single layers {layers:.2f}; unedited models stayed below 0.6 and 0.9."
         )
-        if part.verdict == "unaltered":
-            yield "Edits below a strength of about 0.6 leave no such trace: compare with the base to be sure (--base)."
+        yield from _not_seen(part)
+    if part.calibrated_on is not None and part.verdict not in ("identical", "inconclusive"):
+        yield (
+            f"Probability that a direction was taken out, as in the calibration: {_chance(part.probability)} at even "
+            f"odds beforehand ({part.calibrated_on})."
+        )
     if not part.proved:
         yield "Writers were known by the names of their tensors, not by residual accounting."
     if part.harm_known is not None:
@@ -255,6 +264,25 @@ def explained(part: InspectionPart) -> Iterator[str]:
             f"Inside, the model {told} harmful from harmless prompts apart (best AUROC of a layer "
             f"{part.harm_known:.3f})."
         )
+
+
+def _not_seen(part: InspectionPart) -> Iterator[str]:
+    """Which edits a look at a lone checkpoint would have seen, and which it would not."""
+    if part.verdict == "altered":
+        return
+    power = part.power
+    if power is not None and power.strength is not None:
+        less = [f"{count} of {power.planted} at {name}" for name, count in power.seen.items()][-1]
+        yield (
+            f"One direction taken out of all writers would have been seen from a strength of {power.strength:g} on "
+            f"(at least 9 of {power.planted} edits planted in these very weights; {less})."
+        )
+    elif power is not None:
+        yield "Not even a direction taken out of all writers at full strength would have been seen in these weights."
+    yield (
+        "Lighter edits, edits of a few writers and those of a search, as `abliterate run` makes them, leave no trace: "
+        "only a comparison with the base decides (--base)."
+    )
 
 
 def audited(part: AuditPart) -> Iterator[str]:
