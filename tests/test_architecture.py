@@ -210,7 +210,6 @@ OPENS = {
     "edit.direction": "safetensors that were checked",
     "evaluation.engines.vllm": "safetensors that were checked",
     "forensics.repair": "safetensors that were checked",
-    "edit.gguf": "a GGUF file that was opened as a regular one",
     "model.gguf_source": "GGUF files that are regular",
     "prompts.delimited": "texts that were read",
     "cli.terminal": "standard streams",

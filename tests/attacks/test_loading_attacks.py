@@ -493,6 +493,17 @@ def test_gguf_settings_are_of_a_model_as_large_as_the_file(tmp_path: Path) -> No
         gguf_refused(path, "as its settings say" if b"embedding" in key else "not in its files")
 
 
+def test_a_gguf_list_ends_where_the_file_does(tmp_path: Path) -> None:
+    path = gguf_files.smallest(tmp_path / "tiny.gguf")
+    data = bytearray(path.read_bytes())
+    key = b"tokenizer.ggml.tokens"
+    at = data.index(key) + len(key) + 4 + 4  # after the type of the entry and that of its items
+    assert int.from_bytes(data[at : at + 8], "little") == 8
+    data[at : at + 8] = (2**50).to_bytes(8, "little")
+    path.write_bytes(data)
+    gguf_refused(path, "it ends before what it says it holds")
+
+
 def test_a_split_gguf_is_read_whole_from_any_part(tmp_path: Path) -> None:
     first, second, third = gguf_files.split(tmp_path, 3)
     whole = live(gguf_files.write(tmp_path / "whole.gguf", gguf_files.tensors()), dtype="float32").model.state_dict()

@@ -29,6 +29,7 @@ from abliterate.edit.lora import LowRank
 from abliterate.errors import CheckpointError, ModelError, NumericalError, UsageError
 from abliterate.files.atomic import replacing
 from abliterate.files.bounded import open_regular
+from abliterate.model._compat import read_gguf
 from abliterate.model.anatomy import Kind
 
 #: Bytes of a GGUF file before its first entry: magic, version, two counts.
@@ -105,7 +106,7 @@ def _plain(name: str) -> str:
 def stored_architecture(path: Path) -> str:
     """`general.architecture` of a GGUF file. Raises `CheckpointError` when there is none."""
     try:
-        return _first_value(path) or str(_library().GGUFReader(path).fields["general.architecture"].contents())
+        return _first_value(path) or str(read_gguf(path).fields["general.architecture"].contents())
     except (OSError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path}: expected a GGUF file that names its architecture, found none") from error
 

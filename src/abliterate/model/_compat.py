@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from abliterate.errors import ModelError
 
 #: Names under which models take the state to go on from: those of state-space models, of today's, and of older ones.
@@ -229,6 +231,24 @@ def merge_adapter(model: Any) -> Any:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") and hasattr(model, "peft_config") else model
 
 
+def read_gguf(path: str | Path) -> Any:
+    """A reader of the GGUF file `path`, which ends where the file does.
+
+    That of the library goes on beyond: a list said to have 10¹⁸ items would be read until memory ends.
+
+    Raises ValueError, KeyError and IndexError for what is no such file.
+    """
+    from gguf.gguf_reader import GGUFReader
+
+    class Reader(GGUFReader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
+            if int(offset) + int(count) * np.dtype(dtype).itemsize > len(self.data):
+                raise ValueError("it ends before what it says it holds")
+            return super()._get(offset, dtype, count, override_order)
+
+    return Reader(path)
+
+
 @contextlib.contextmanager
 def one_gguf_parse() -> Iterator[None]:
     """Let transformers parse a GGUF file once: it builds a reader for tokenizer, configuration and weights each,
@@ -238,7 +258,7 @@ def one_gguf_parse() -> Iterator[None]:
 
     library: Any = gguf
     originals = {name: getattr(library, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    readers = functools.cache(originals["GGUFReader"])
+    readers = functools.cache(read_gguf)
     library.GGUFReader = lambda path: readers(str(path))
     library.get_tensor_name_map = functools.cache(originals["get_tensor_name_map"])
     try:
