@@ -352,7 +352,8 @@ def inspect(
 ) -> InspectionPart:
     """Whether directions were taken out of a model's weights: which, where, how strongly.
 
-    With `base`, the model it was made from, tensor by tensor; without it only strong traces can be seen.
+    With `base`, the model it was made from, tensor by tensor; without it only strong traces can be seen, and a `verdict`
+    of "no trace" is not `decided`.
     """
     given = Options("inspect", options)
     settings = settings or given.take(InspectSettings)

@@ -279,8 +279,12 @@ class EvalOptions(EvidenceOptions, CapabilityOptions, ThinkingOptions, ReplyOpti
 class InspectOptions(TypedDict, total=False):
     """What an inspection looks at beside the tensors."""
 
-    #: The model that it was made from: compare tensor by tensor.
+    #: The model that it was made from: compare tensor by tensor. Only this is sure to see an edit.
     base: str | int | os.PathLike[str] | None
+
+    #: Without --base: exit code 0 instead of 4 where no trace was found and one direction taken out of all writers
+    #: at this strength would have been seen (9 of 10 planted ones). It rules out no edit of a search.
+    rule_out: float | None
 
     #: Also run models: does the recovered direction separate harmful from harmless prompts (in the base,
     #: --reference, or the model itself), and does the inspected model still tell them apart.
