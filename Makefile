@@ -1,6 +1,7 @@
 # make demo   environment, a real model, the whole job on it
 # make test   environment, all checks and tests
 # make check  formatting, lint, types (part of make test)
+# make docs   the documentation site, into site/
 # make oldest tests on the oldest transformers that is allowed (part of make test)
 # make newest tests on the newest releases of everything that the ranges of pyproject.toml allow
 
@@ -22,7 +23,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist lo
 # Python is started often: its bytecode is kept, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test tests oldest newest check format benchmarks fuzz clean
+.PHONY: demo test tests docs oldest newest check format benchmarks fuzz clean
 
 $(READY): pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -47,6 +48,10 @@ tests: $(READY)
 	$(BIN)/python scripts/demo_model.py qwen
 	$(PYTEST) --durations 25 $(ALONE:%=--ignore %)
 	$(BIN)/python -m pytest --durations 8 $(ALONE)
+
+docs: $(READY)
+	$(BIN)/python scripts/commands.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 newest:
 	$(MAKE) tests VENV=$(VENV)-newest LOCK=

@@ -1,4 +1,4 @@
-"""Write docs/architectures.md: every causal language model of the installed transformers, tried on a tiny random one.
+"""Write docs/supported-models.md: every causal language model of the installed transformers, tried on a tiny random one.
 
 python scripts/architectures.py
 """
@@ -54,7 +54,7 @@ def main() -> None:
     text = TEXT.format(
         version=transformers.__version__, figures="\n".join(figures(read_table(rows))), rows="\n".join(rows)
     )
-    (ROOT / "docs" / "architectures.md").write_text(text, encoding="utf-8")
+    (ROOT / "docs" / "supported-models.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

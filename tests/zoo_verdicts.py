@@ -150,7 +150,7 @@ def _along(model: Any, anatomy: Anatomy, direction: Tensor) -> Iterator[list[flo
             handle.remove()
 
 
-#: One row of the table in docs/architectures.md: closes, hooks = weights, writers, remarks.
+#: One row of the table in docs/supported-models.md: closes, hooks = weights, writers, remarks.
 Cells = tuple[str, str, str, str]
 
 

@@ -23,7 +23,7 @@ from zoo import ENTRIES, UNBUILT, Entry, every_kind
 from zoo_sizes import KINDS, LAYERS
 from zoo_verdicts import CANNOT_RUN, WHY, Cells, cells, examine, figures, read_table, run
 
-TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
+TABLE = Path(__file__).parents[2] / "docs" / "supported-models.md"
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_a_model_of_the_zoo(entry: Entry, stored: Mapping[tuple[str, str], Cells
         assert verdict.agrees, f"hooks and weights: logits differ by {verdict.difference:.2g}"
         assert verdict.moved > 1e-3, "the control: the plan does do something"
         assert verdict.complete or verdict.fixed, f"{verdict.left:.2g} of the direction is left in the stream"
-    assert stored[entry.cls, str(entry)] == cells(entry, verdict), "docs/architectures.md says otherwise"
+    assert stored[entry.cls, str(entry)] == cells(entry, verdict), "docs/supported-models.md says otherwise"
     shutil.rmtree(tmp_path)  # two hundred checkpoints are not worth keeping
 
 

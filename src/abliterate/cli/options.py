@@ -77,6 +77,7 @@ def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.P
     option: Any = typer.Option(
         *([flag, *_SHORT.get(name, [])]),
         help=field.description,
+        metavar="|".join(_choices(field.annotation)) or None,
         rich_help_panel=_PANELS.get(group.__name__),
         show_default=field.default is not None and field.default is not False,
     )
@@ -88,6 +89,13 @@ def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.P
 def flag_of(name: str) -> str:
     """The option of a field."""
     return _FLAGS.get(name, "--" + name.replace("_", "-"))
+
+
+def _choices(annotation: Any) -> list[str]:
+    """What a field that takes one of several words takes."""
+    if get_origin(annotation) is Literal:
+        return list(map(str, get_args(annotation)))
+    return [word for part in get_args(annotation) if part is not str for word in _choices(part)]
 
 
 def _plain(annotation: Any) -> Any:
