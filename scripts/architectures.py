@@ -1,4 +1,4 @@
-"""Write docs/supported-models.md: every causal language model of the installed transformers, tried on a tiny random one.
+"""Write docs/supported-models.md: every causal language model of the installed transformers, tried on a tiny one.
 
 python scripts/architectures.py
 """

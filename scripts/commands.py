@@ -1,7 +1,7 @@
 """Write docs/commands.md: every command with its options, as `--help` has them.
 
-    python scripts/commands.py           # writes the page
-    python scripts/commands.py --check   # exit code 1 when it is not as this would write it
+python scripts/commands.py           # writes the page
+python scripts/commands.py --check   # exit code 1 when it is not as this would write it
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from abliterate.cli.app import app
 PAGE = Path(__file__).parents[1] / "docs" / "commands.md"
 HEAD = """# Commands
 
-Written by `scripts/commands.py` from the program itself; `abliterate COMMAND --help` shows the same. Words are explained in the
-[glossary](glossary.md).
+Written by `scripts/commands.py` from the program itself; `abliterate COMMAND --help` shows the same. Words are
+explained in the [glossary](glossary.md).
 """
 
 

@@ -20,7 +20,7 @@ BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
 def main(out: Path) -> None:
     """Render the record in `out` as the command line shows it."""
     screen = io.StringIO()
-    show_run(read_record(out), Console(file=screen, width=100))
+    show_run(read_record(out), Console(file=screen, width=100), phases=True)
     lines = [("    " + line).rstrip() for line in screen.getvalue().splitlines()]
     readme = Path(__file__).parents[1] / "README.md"
     head, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)

@@ -73,6 +73,7 @@ from abliterate.model.generation import end_tokens
 from abliterate.model.loading import load, load_tokenizer
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
+from abliterate.prompts import build_contrastive_set
 from abliterate.report.assemble import (
     FRONT,
     anatomy_part,
@@ -117,6 +118,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
 
 def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec.Record:
     exam = exam_of(settings.evaluating, settings.prompts.seed)
+    build_contrastive_set(settings.prompts)  # a fault in a file of prompts is said before a model is fetched
     method = method_of(settings.searching, settings.finding, settings.editing, output)
     check_search(settings.searching, method, settings.finding, settings.editing)
     judge = ready_judge(settings.evaluating, settings.loading.device, monitor)

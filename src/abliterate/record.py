@@ -174,6 +174,12 @@ class SeparationPart(_Part):
     layer: Count
     position: Whole
     prompts: list[ProjectedPart]
+    length_auroc: float | None = Field(
+        default=None, description="AUROC of the prompts' length alone, without a model (0.5 is chance)."
+    )
+    words_auroc: float | None = Field(
+        default=None, description="AUROC of a bag of words (naive Bayes on the training prompts), without a model."
+    )
 
 
 class ControlPart(_Part):

@@ -38,7 +38,8 @@ app = typer.Typer(
     help="Find, prove and edit behavioural directions in open-weight language models.",
     epilog="What the words mean: docs/glossary.md, and at the end of every report.html.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 
@@ -60,25 +61,14 @@ def _global(
     """Find, prove and edit behavioural directions in open-weight language models."""
 
 
-_COMMANDS: dict[str, Callable[..., None]] = {
-    "run": run,
-    "search": search,
-    "find": find,
-    "verify": verify,
-    "apply": apply,
-    "eval": evaluate,
-    "compare": compare,
-    "inspect": inspect,
-    "judge": judge,
-    "chat": chat,
-    "lab": lab,
-    "show": show,
-    "report": report,
-    "audit": audit,
-    "harden": harden,
-    "undo": undo,
-    "repair": repair,
+#: What people come for, and the commands for it.
+_GROUPS: dict[str, dict[str, Callable[..., None]]] = {
+    "Edit a model": {"run": run, "search": search, "find": find, "verify": verify, "apply": apply, "undo": undo},
+    "Look at what was done": {"show": show, "report": report, "lab": lab, "chat": chat},
+    "Measure": {"eval": evaluate, "compare": compare, "judge": judge},
+    "Check and defend": {"inspect": inspect, "audit": audit, "harden": harden, "repair": repair},
 }
+_COMMANDS = {name: command for group in _GROUPS.values() for name, command in group.items()}
 
 
 def _at_home(command: Callable[..., None]) -> Callable[..., None]:
@@ -92,8 +82,9 @@ def _at_home(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-for _name, _command in _COMMANDS.items():
-    app.command(_name)(_at_home(_command))
+for _group, _commands in _GROUPS.items():
+    for _name, _command in _commands.items():
+        app.command(_name, rich_help_panel=_group)(_at_home(_command))
 
 
 #: Commands whose result is what they print, unless one of these options names a file for it.

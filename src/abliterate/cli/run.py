@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,8 +38,11 @@ _WHAT = {
 }
 
 
-def show_run(record: Record, console: Console) -> None:
-    """The end of a run: what changed, what was chosen, what it took, where the model lies."""
+def show_run(record: Record, console: Console, *, phases: bool = False) -> None:
+    """The end of a run: what changed, what was chosen, with `phases` what each took; last the answer, and what next.
+
+    The last lines are what is still on the screen when somebody comes back to it.
+    """
     from abliterate.record import grouped
 
     if record.evaluation is not None:
@@ -52,13 +56,31 @@ def show_run(record: Record, console: Console) -> None:
             write(console, f"Edited {edited(record.plan)}.")
         for what, why in grouped(record.plan.left_alone):
             write(console, f"Left alone: {what} ({why}).")
-    show_timings(record, console)
+    if phases:
+        show_timings(record, console)
+    _show_end(record, console, phases=phases)
+
+
+def _show_end(record: Record, console: Console, *, phases: bool) -> None:
+    """Where the result lies, the answer in a sentence or two, and what to do next."""
+    from abliterate.report.html.page import answer
+
     if record.output is not None:
         what = "Search" if record.plan is None else _WHAT[record.plan.realisation]
         write(console, f"{what}: ", plain(str(Path(record.output)), "bold"), whole=True)
         report = os.path.join(record.output, "report.html")
         if os.path.isfile(report):  # no name is too long for it
             write(console, "Report: ", plain(report, "bold"), whole=True)
+    minutes, memory = sum(record.timings_s.values()) / 60, max(record.peak_memory_bytes.values(), default=0) / 1e9
+    if not phases:
+        write(console, f"Took {minutes:.1f} minutes and at most {memory:.2f} GB of memory.", style="dim")
+    for line in answer(record):
+        write(console, line, style="bold")
+    if record.output is not None and record.plan is not None and record.plan.realisation == "weights":
+        out = shlex.quote(record.output)
+        write(console, f"Next: abliterate lab {out}     both models side by side, the edit under sliders", whole=True)
+        write(console, f"      abliterate show {out}    all that was measured, and what each phase took", whole=True)
+        write(console, f"      abliterate undo {out}    the original back", whole=True)
 
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:

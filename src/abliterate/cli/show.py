@@ -33,7 +33,7 @@ _WIDE = 60
 def show_record(record: Record, console: Console) -> None:
     """What was asked, what came out, and how to see it again."""
     write(console, _filled(_facts("What was asked"), asked(record)))
-    show_run(record, console)
+    show_run(record, console, phases=True)
     if record.selection is not None and record.selection.candidates:
         write(console, _best_sites(record.selection))
     if record.plan is not None and record.plan.edits:

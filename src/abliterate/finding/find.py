@@ -37,6 +37,8 @@ from abliterate.finding.selection import Rule, SiteScorer, best_separating, cand
 from abliterate.finding.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
 from abliterate.model.activations import Moments, MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
+from abliterate.prompts.baselines import text_baselines
+from abliterate.prompts.sources import BUILTIN
 from abliterate.record import SelectionPart, SitePart, TokenPart
 from abliterate.session import Session
 
@@ -106,8 +108,23 @@ def find(session: Session, settings: SelectSettings, writers: WriterSettings = W
         f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
         f"on validation prompts {float(separated.auroc.max()):.3f}"
     )
+    _say_baselines(session)
     chosen = WriterSettings(**writers.model_dump(include=set(WriterSettings.model_fields)))
     return Findings(tokens, candidates, separated, trained_on, chosen, settings.all_prompts)
+
+
+def _say_baselines(session: Session) -> None:
+    """What tells the sets apart without the model; sets of different makes differ in more than what is to be found."""
+    length, words = text_baselines(session.prompts)
+    said = f"without the model, length alone separates the sets with AUROC {length:.3f}, their words with {words:.3f}"
+    sources = [session.prompts.sources[name] for name in ("harmful", "harmless")]
+    if BUILTIN in sources and sources != [BUILTIN, BUILTIN]:
+        session.monitor.warn(
+            f"one set of prompts is builtin and the other is not: topic and style differ along with harm ({said}); "
+            "give --harmful and --harmless of one make"
+        )
+    else:
+        session.monitor.note(said)
 
 
 def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> dict[str, Moments]:

@@ -31,6 +31,8 @@ GLOSSARY: dict[str, str] = {
     "original's own replies to harmless prompts.",
     "d′, AUROC": "How far apart harmful and harmless prompts lie along a direction: difference of means in standard "
     "deviations; and the probability that a harmful prompt lies further than a harmless one (0.5 is chance).",
+    "words alone, length alone": "AUROC of a bag of words, and of the prompts' length, without any model: what "
+    "separation of the sets would be worth by itself.",
     "plan": "The edit as data: for each writer what is taken out and how strongly. Hooks, weights, adapters and GGUF "
     "are realisations of one plan.",
     "control": "A random direction on the same writers at the same strengths: what any edit would have done.",

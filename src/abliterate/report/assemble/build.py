@@ -29,6 +29,7 @@ from abliterate.finding.find import Findings
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
+from abliterate.prompts.baselines import text_baselines
 from abliterate.report.card import write_card
 from abliterate.report.html import FILE_NAME as REPORT
 from abliterate.report.html import write_report
@@ -128,6 +129,7 @@ def separation_part(
     found, norms = findings.separation, findings.candidates.norms
     texts = {"harmful": session.prompts.harmful.val, "harmless": session.prompts.harmless.val}
     refuses = Probe(session, findings.ids).refused
+    length, words = text_baselines(session.prompts)
     return rec.SeparationPart(
         sites=[
             rec.SeparatedPart(
@@ -147,6 +149,8 @@ def separation_part(
             for name in ("harmful", "harmless")
             for text, (x, y), refused in zip(texts[name], points[name].tolist(), refuses[name], strict=True)
         ],
+        length_auroc=round(length, 4),
+        words_auroc=round(words, 4),
     )
 
 

@@ -21,7 +21,22 @@ def separated(record: Record) -> Section | None:
         f"chance); the best site is layer {best.layer} at position {best.position} with {best.auroc:.3f}. Position "
         "-1 is the last token before the reply."
     )
-    return Section("separation", "Do harmful and harmless separate?", [text], [*_by_layer(part), _scatter(part)])
+    texts = (
+        [text] if part.words_auroc is None or part.length_auroc is None else [text, _without_model(part, best.auroc)]
+    )
+    return Section("separation", "Do harmful and harmless separate?", texts, [*_by_layer(part), _scatter(part)])
+
+
+def _without_model(part: SeparationPart, best: float) -> str:
+    """How far the texts alone tell the sets apart."""
+    length, words = part.length_auroc or 0.5, part.words_auroc or 0.5
+    as_well = " Words alone do about as well as the best site: separation by itself proves little here." * (
+        words > best - 0.01
+    )
+    return (
+        f"Without the model, the prompts' length alone has an AUROC of {length:.3f} and a bag of their words "
+        f"{words:.3f}.{as_well} That the direction is what refusal hangs on is shown by intervention, below."
+    )
 
 
 def _by_layer(part: SeparationPart) -> list[Figure]:

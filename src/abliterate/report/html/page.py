@@ -39,7 +39,7 @@ def page_of(record: Record) -> Page:
         title=short(model.name.rstrip("/").rsplit("/", 1)[-1] or model.name, 120),
         subtitle=f"{_kind(record)} · {model.architecture}, {model.layers} layers of width {model.d_model} · "
         + record.created.replace("T", " ").replace("+00:00", " UTC"),
-        answer=" ".join(_answer(record)),
+        answer=" ".join(answer(record)),
         tiles=list(_tiles(record)),
         sections=sections,
         warnings=record.warnings,
@@ -65,7 +65,7 @@ def _kind(record: Record) -> str:
     }[record.plan.realisation]
 
 
-def _answer(record: Record) -> Iterator[str]:
+def answer(record: Record) -> Iterator[str]:
     """What came out, in a sentence or two."""
     evaluation, search = record.evaluation, record.search
     if evaluation is not None and evaluation.after is not None:
