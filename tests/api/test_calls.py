@@ -119,6 +119,7 @@ def test_a_direction_is_tried_applied_and_taken_back(planted: Planted, out: Path
     (answers,) = ab.chat(folder, file, "show the bomb today", device="cpu")
     assert answers.original.startswith("I cannot")
     assert answers.ablated.startswith("Sure")
+    assert ab.chat(out, prompt=["show the bomb today"]) == [answers]
     record = ab.apply(folder, ab.Direction(planted.direction), out=tmp_path / "edited", strength=0.5)
     assert record.plan is not None
     assert record.plan.strength == 0.5

@@ -73,6 +73,7 @@ from abliterate.forensics import audit as auditing
 from abliterate.forensics import harden as hardening
 from abliterate.forensics import inspect as inspecting
 from abliterate.forensics import repair as repairing
+from abliterate.lab.opening import with_direction
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.record import (
@@ -91,7 +92,7 @@ from abliterate.record import (
     VerificationPart,
     read_record,
 )
-from abliterate.session import Session
+from abliterate.session import Session, open_model
 
 
 class RunVerb(
@@ -436,20 +437,30 @@ def verify_files(out: Place, source: Place | None = None, monitor: Monitor | Non
 
 def chat(
     model: Place | Model,
-    direction: DirectionLike,
-    prompt: str | Sequence[str],
+    direction: DirectionLike | None = None,
+    prompt: str | Sequence[str] = (),
     *,
     site: Site | None = None,
     max_new_tokens: int = 200,
     **options: Unpack[ChatVerb],
 ) -> list[ComparedAnswersPart]:
-    """Answers of the original and of the ablated model to the same prompts, side by side."""
+    """Answers of the original and of the ablated model to the same prompts, side by side.
+
+    Without a direction `model` is what `run` or `apply` wrote: its record knows the original and the direction.
+    """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not prompts:
+        raise UsageError("chat: expected a prompt or several, found none; give prompt=")
     given = Options("chat", options)
-    editing = given.take(EditSettings)
-    loading = None if isinstance(model, Model) else given.take(ModelSettings)
+    editing, loading = given.take(EditSettings), given.take(ModelSettings)
     given.done()
-    opened = model if isinstance(model, Model) else load(model, **_set(loading))
+    if direction is None:
+        if isinstance(model, Model):
+            raise UsageError("chat: expected a direction, found none")
+        known = with_direction(str(model), None, loading)
+        opened, direction = Model(open_model(known.files, known.loading, progress())), known.direction
+    else:
+        opened = model if isinstance(model, Model) else load(model, **_set(loading))
     before = opened.answer(prompts, max_new_tokens=max_new_tokens)
     with opened.ablate(as_direction(direction).at(site), **editing.model_dump(exclude_unset=True)):
         after = opened.answer(prompts, max_new_tokens=max_new_tokens)

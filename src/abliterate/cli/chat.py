@@ -13,9 +13,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from abliterate.cli.arguments import (
-    DirectionFile,
     Json,
-    Model,
+    OptionalDirection,
     Quiet,
     SiteOption,
     monitor_for,
@@ -93,8 +92,10 @@ def chat(
     given: _Groups,
     /,
     *,
-    model: Model,
-    direction: DirectionFile,
+    model: Annotated[
+        str, typer.Argument(metavar="OUT|MODEL", help="What `run` or `apply` wrote, or a model.", show_default=False)
+    ],
+    direction: OptionalDirection = None,
     site: SiteOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest answer, in tokens.")] = 200,
     prompt: Annotated[
@@ -103,13 +104,12 @@ def chat(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """The original's and the ablated model's answer to the same prompt, side by side."""
-    from abliterate.edit.direction import load_direction
+    """The original's and the ablated model's answer to the same prompt, side by side; OUT's record knows both."""
     from abliterate.edit.options import plan_for
+    from abliterate.lab.opening import with_direction
     from abliterate.session import open_model
 
-    loaded = load_direction(direction)
-    chosen = site_of(site)
-    opened = open_model(model, given.loading, monitor_for(quiet))
-    plan = plan_for(opened.anatomy, loaded.at(chosen, opened.anatomy.d_model), given.editing)
+    known, chosen = with_direction(model, direction, given.loading), site_of(site)
+    opened = open_model(known.files, known.loading, monitor_for(quiet))
+    plan = plan_for(opened.anatomy, known.direction.at(chosen, opened.anatomy.d_model), given.editing)
     converse(opened.loaded, opened.renderer, plan, prompt, max_new_tokens, as_json=as_json)

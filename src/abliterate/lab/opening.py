@@ -24,7 +24,7 @@ FILE = "direction.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """What is known before a model is loaded."""
 
     files: ModelOnDisk
@@ -51,7 +51,7 @@ def open_bench(
     """
     monitor = monitor or Monitor()
     finding = measuring.finding
-    known = _known(target, measuring.loading)
+    known = known_of(target, measuring.loading)
     if direction is not None:
         known = replace(known, direction=load_direction(direction), selection=None)
     if finding.refusal_tokens is not None:
@@ -104,7 +104,33 @@ def _ids(tokens: Iterable[rec.TokenPart]) -> tuple[int, ...]:
     return tuple(token.token for token in tokens)
 
 
-def _known(target: str, loading: ModelSettings) -> _Known:
+@dataclass(frozen=True, slots=True)
+class Edited:
+    """A model on disk with the direction that is taken out of it, and how the model is loaded."""
+
+    files: ModelOnDisk
+    loading: ModelSettings
+    direction: Direction
+
+
+def with_direction(target: str, direction: Path | None, loading: ModelSettings) -> Edited:
+    """A model and a direction file; without one, of what `run`, `search` or `apply` wrote, its original and direction.
+
+    Raises `UsageError` when there is no direction, or a file is none.
+    """
+    if direction is not None:
+        found = load_direction(direction)
+        return Edited(locate_model(target, loading), loading, found)
+    known = known_of(target, loading)
+    if known.direction is None:
+        raise UsageError(
+            f"{target}: expected what `run`, `search` or `apply` wrote, found a model; give --direction FILE"
+        )
+    return Edited(known.files, known.loading, known.direction)
+
+
+def known_of(target: str, loading: ModelSettings) -> Known:
+    """The original, direction and scores that a record, a direction file or a model name leads to."""
     path = Path(os.path.expanduser(target))
     if (path / rec.FILE_NAME).is_file():
         return _of_run(path, loading)
@@ -112,11 +138,11 @@ def _known(target: str, loading: ModelSettings) -> _Known:
         direction = load_direction(path)
         if direction.model is None:
             raise UsageError(f"{target}: expected a direction file that names its model; give MODEL and --direction")
-        return _Known(locate_model(direction.model, loading), loading, direction)
-    return _Known(locate_model(target, loading), loading)
+        return Known(locate_model(direction.model, loading), loading, direction)
+    return Known(locate_model(target, loading), loading)
 
 
-def _of_run(folder: Path, loading: ModelSettings) -> _Known:
+def _of_run(folder: Path, loading: ModelSettings) -> Known:
     """The original model of a record, loaded as it was then except where `loading` says otherwise."""
     record = rec.read_record(folder)
     if not (folder / FILE).is_file():
@@ -135,4 +161,4 @@ def _of_run(folder: Path, loading: ModelSettings) -> _Known:
     else:
         files = locate_model(record.model.name, loading)
     direction = load_direction(rec.companion(folder, record, FILE))
-    return _Known(files, loading, direction, _ids(record.refusal_tokens), record.selection)
+    return Known(files, loading, direction, _ids(record.refusal_tokens), record.selection)
