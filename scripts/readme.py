@@ -1,4 +1,4 @@
-"""Put the table of a real run into README.md, between its two markers.
+"""Put what a real run prints into docs/demo.md, and its last lines into README.md.
 
 make demo && python scripts/readme.py demo-out
 """
@@ -11,21 +11,39 @@ from pathlib import Path
 
 from rich.console import Console
 
-from abliterate.cli.run import show_run
-from abliterate.record import read_record
+from abliterate.cli.run import show_end, show_run
+from abliterate.record import Record, read_record
 
+ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"
 
 
 def main(out: Path) -> None:
     """Render the record in `out` as the command line shows it."""
-    screen = io.StringIO()
-    show_run(read_record(out), Console(file=screen, width=100), phases=True)
-    lines = [("    " + line).rstrip() for line in screen.getvalue().splitlines()]
-    readme = Path(__file__).parents[1] / "README.md"
-    head, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+    record = read_record(out)
+    whole, last = io.StringIO(), io.StringIO()
+    show_run(record, Console(file=whole, width=100), phases=True)
+    show_end(record, Console(file=last, width=100), phases=False)
+    put(ROOT / "docs" / "demo.md", whole.getvalue(), f"{about(record)}\n")
+    put(ROOT / "README.md", last.getvalue(), "")
+
+
+def about(record: Record) -> str:
+    """What was run, for the page with all of it."""
+    asked, day = record.settings["evaluating"], f"{record.created:.10}"
+    return (
+        f"`make demo` of version {record.versions['abliterate']} on {day}: replies of at most "
+        f"{asked['max_new_tokens']} tokens, judge {asked['judge']}, {record.model.device}."
+    )
+
+
+def put(page: Path, printed: str, above: str) -> None:
+    """Replace what stands between the two markers of a page."""
+    lines = [("    " + line).rstrip() for line in printed.splitlines()]
+    head, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     tail = rest.partition(END)[2]
-    readme.write_text("\n".join([head + BEGIN, "", *lines, "", END]) + tail, encoding="utf-8")
+    middle = "\n".join([BEGIN, "", *([above] if above else []), *lines, "", END])
+    page.write_text(head + middle + tail, encoding="utf-8")
 
 
 if __name__ == "__main__":

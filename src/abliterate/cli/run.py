@@ -58,10 +58,10 @@ def show_run(record: Record, console: Console, *, phases: bool = False) -> None:
             write(console, f"Left alone: {what} ({why}).")
     if phases:
         show_timings(record, console)
-    _show_end(record, console, phases=phases)
+    show_end(record, console, phases=phases)
 
 
-def _show_end(record: Record, console: Console, *, phases: bool) -> None:
+def show_end(record: Record, console: Console, *, phases: bool) -> None:
     """Where the result lies, the answer in a sentence or two, and what to do next."""
     from abliterate.report.html.page import answer
 
