@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from abliterate.cli.run import show_end, show_run
+from abliterate.cli.run import show_end, show_run, show_timings
 from abliterate.record import Record, read_record
 
 ROOT = Path(__file__).parents[1]
@@ -22,8 +22,11 @@ def main(out: Path) -> None:
     """Render the record in `out` as the command line shows it."""
     record = read_record(out)
     whole, last = io.StringIO(), io.StringIO()
-    show_run(record, Console(file=whole, width=100), phases=True)
-    show_end(record, Console(file=last, width=100), phases=False)
+    screen = Console(file=whole, width=100)
+    show_run(record, screen)
+    show_timings(record, screen)
+    show_end(record, screen)
+    show_end(record, Console(file=last, width=100))
     put(ROOT / "docs" / "demo.md", whole.getvalue(), f"{about(record)}\n")
     put(ROOT / "README.md", last.getvalue(), "")
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from abliterate.api.calls import inspect as inspect
     from abliterate.api.calls import judge as judge
     from abliterate.api.calls import open_lab as open_lab
+    from abliterate.api.calls import push as push
     from abliterate.api.calls import repair as repair
     from abliterate.api.calls import run as run
     from abliterate.api.calls import search as search
@@ -87,6 +88,7 @@ _HOMES = {
     "api.calls": (
         *("apply", "audit", "chat", "compare", "evaluate", "find", "harden", "inspect", "judge", "open_lab"),
         *(
+            "push",
             "repair",
             "write_report",
             "run",

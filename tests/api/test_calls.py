@@ -59,6 +59,7 @@ VERBS: dict[str, tuple[str, type | None]] = {
     "lab": ("open_lab", LabVerb),
     "show": ("show", None),
     "report": ("write_report", None),
+    "push": ("push", None),
     "audit": ("audit", AuditVerb),
     "harden": ("harden", HardenVerb),
     "undo": ("undo", None),

@@ -103,7 +103,11 @@ def test_show_prints_what_the_run_printed_and_where_it_comes_from(
     cli: Cli, planted: Planted, prompts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    printed = cli("run", planted.folder, "-o", out, *prompts).out
+    printed, _, end = cli("run", planted.folder, "-o", out, *prompts).out.partition("Took ")
+    assert re.search(
+        r"Of 24 harmful prompts the model refused 24 before the edit and 0 after it", " ".join(end.split())
+    )
+    assert f"Next: abliterate lab {out}" in end
     shown = cli("show", out)
     assert (shown.code, shown.err) == (0, "")
     assert printed in shown.out

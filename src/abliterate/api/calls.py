@@ -92,6 +92,7 @@ from abliterate.record import (
     VerificationPart,
     read_record,
 )
+from abliterate.report.publish import publish
 from abliterate.session import Session, open_model
 
 
@@ -535,6 +536,14 @@ def open_lab(
 def show(out: Place) -> Record:
     """The record of what `run`, `search`, `apply` or `audit` wrote; printed or in a notebook it is drawn as tables."""
     return read_record(Path(out))
+
+
+def push(out: Place, repository: str, *, public: bool = False, force: bool = False) -> str:
+    """Upload an edited model with its card and record to the hub; the address. Private unless `public`.
+
+    Raises `GateNotMet` for what was saved past a gate (unless `force`), `AbliterateError` when the hub refuses.
+    """
+    return publish(Path(out), repository, public=public, force=force, monitor=progress())
 
 
 def write_report(out: Place) -> Path:

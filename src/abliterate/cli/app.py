@@ -22,6 +22,7 @@ from abliterate.cli.harden import harden
 from abliterate.cli.inspect import inspect
 from abliterate.cli.judge import judge
 from abliterate.cli.lab import lab
+from abliterate.cli.push import push
 from abliterate.cli.repair import repair
 from abliterate.cli.report import report
 from abliterate.cli.run import run
@@ -64,7 +65,7 @@ def _global(
 #: What people come for, and the commands for it.
 _GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Edit a model": {"run": run, "search": search, "find": find, "verify": verify, "apply": apply, "undo": undo},
-    "Look at what was done": {"show": show, "report": report, "lab": lab, "chat": chat},
+    "Look at and share what was done": {"show": show, "report": report, "lab": lab, "chat": chat, "push": push},
     "Measure": {"eval": evaluate, "compare": compare, "judge": judge},
     "Check and defend": {"inspect": inspect, "audit": audit, "harden": harden, "repair": repair},
 }

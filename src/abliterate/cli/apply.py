@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from abliterate.cli.arguments import DirectionFile, Json, Model, Quiet, SiteOption, monitor_for, say, site_of
 from abliterate.cli.options import with_settings
-from abliterate.cli.run import show_run
+from abliterate.cli.run import show_done
 from abliterate.config import EditSettings, FileSettings, OutputSettings
 
 
@@ -40,4 +40,4 @@ def apply(
         loading=given.loading,
         monitor=monitor_for(quiet),
     )
-    say(record, show_run, as_json)
+    say(record, show_done, as_json)

@@ -38,11 +38,14 @@ _WHAT = {
 }
 
 
-def show_run(record: Record, console: Console, *, phases: bool = False) -> None:
-    """The end of a run: what changed, what was chosen, with `phases` what each took; last the answer, and what next.
+def show_done(record: Record, console: Console) -> None:
+    """The end of a job: its tables, then the answer and what to do next, which is what somebody finds on the screen."""
+    show_run(record, console)
+    show_end(record, console)
 
-    The last lines are what is still on the screen when somebody comes back to it.
-    """
+
+def show_run(record: Record, console: Console) -> None:
+    """What changed, what was chosen, what was edited, as tables."""
     from abliterate.record import grouped
 
     if record.evaluation is not None:
@@ -56,24 +59,25 @@ def show_run(record: Record, console: Console, *, phases: bool = False) -> None:
             write(console, f"Edited {edited(record.plan)}.")
         for what, why in grouped(record.plan.left_alone):
             write(console, f"Left alone: {what} ({why}).")
-    if phases:
-        show_timings(record, console)
-    show_end(record, console, phases=phases)
 
 
-def show_end(record: Record, console: Console, *, phases: bool) -> None:
-    """Where the result lies, the answer in a sentence or two, and what to do next."""
-    from abliterate.report.html.page import answer
-
+def show_place(record: Record, console: Console) -> None:
+    """Where the result lies."""
     if record.output is not None:
         what = "Search" if record.plan is None else _WHAT[record.plan.realisation]
         write(console, f"{what}: ", plain(str(Path(record.output)), "bold"), whole=True)
         report = os.path.join(record.output, "report.html")
         if os.path.isfile(report):  # no name is too long for it
             write(console, "Report: ", plain(report, "bold"), whole=True)
+
+
+def show_end(record: Record, console: Console) -> None:
+    """What it took, where the result lies, the answer in a sentence or two, and what to do next."""
+    from abliterate.report.html.page import answer
+
     minutes, memory = sum(record.timings_s.values()) / 60, max(record.peak_memory_bytes.values(), default=0) / 1e9
-    if not phases:
-        write(console, f"Took {minutes:.1f} minutes and at most {memory:.2f} GB of memory.", style="dim")
+    write(console, f"Took {minutes:.1f} minutes and at most {memory:.2f} GB of memory.", style="dim")
+    show_place(record, console)
     for line in answer(record):
         write(console, line, style="bold")
     if record.output is not None and record.plan is not None and record.plan.realisation == "weights":
@@ -171,4 +175,4 @@ def run(
         output=given.output,
     )
     record = pipeline.run(settings, monitor_for(quiet))
-    say(record, show_run, as_json)
+    say(record, show_done, as_json)

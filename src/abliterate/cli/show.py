@@ -12,7 +12,7 @@ from abliterate.cli.arguments import Json, say
 from abliterate.cli.audit import show_audit
 from abliterate.cli.harden import show_audits
 from abliterate.cli.inspect import show_inspection
-from abliterate.cli.run import show_run
+from abliterate.cli.run import show_place, show_run, show_timings
 from abliterate.cli.tables import PLAIN
 from abliterate.cli.terminal import Table, write
 from abliterate.report.wording import asked, repaired, seed
@@ -33,7 +33,9 @@ _WIDE = 60
 def show_record(record: Record, console: Console) -> None:
     """What was asked, what came out, and how to see it again."""
     write(console, _filled(_facts("What was asked"), asked(record)))
-    show_run(record, console, phases=True)
+    show_run(record, console)
+    show_timings(record, console)
+    show_place(record, console)
     if record.selection is not None and record.selection.candidates:
         write(console, _best_sites(record.selection))
     if record.plan is not None and record.plan.edits:
