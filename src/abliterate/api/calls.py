@@ -354,7 +354,7 @@ def inspect(
 ) -> InspectionPart:
     """Whether directions were taken out of a model's weights: which, where, how strongly.
 
-    With `base`, the model it was made from, tensor by tensor; without it only strong traces can be seen, and a `verdict`
+    With `base`, the model it was made from, tensor by tensor. Without it only strong traces can be seen; a `verdict`
     of "no trace" is not `decided`.
     """
     given = Options("inspect", options)
