@@ -194,6 +194,7 @@ def full_record(text: str = "Name a fruit.", *, redacted: bool = True) -> rec.Re
                 }
                 for state, label in (("before", "refusal"), ("after", "compliance"))
             },
+            decoding=rec.DecodingPart(name="model", asked={text: text}, seed=1, samples=2),
             judge=rec.JudgePart(
                 name=text,
                 fingerprint="1",

@@ -21,7 +21,18 @@ from abliterate.record import (
     Record,
     grouped,
 )
-from abliterate.report.wording import SETS, _between, drifted, edited, estimate, judged_by, rate, replies_of, states_of
+from abliterate.report.wording import (
+    SETS,
+    _between,
+    drifted,
+    edited,
+    estimate,
+    intervals_of,
+    judged_by,
+    rate,
+    replies_of,
+    states_of,
+)
 from abliterate.texts import markdown, markdown_code, printable
 
 NOTICE = """\
@@ -232,7 +243,8 @@ def _measured(evaluation: EvaluationPart) -> list[str]:
             for name in SETS
         ),
         "",
-        f"{replies_of(evaluation.max_new_tokens, evaluation.decoding)}; brackets are 95 % Wilson intervals. "
+        markdown(replies_of(evaluation.max_new_tokens, evaluation.decoding))
+        + f"; brackets are {intervals_of(evaluation.decoding)}. "
         + ("" if evaluation.judge is None else markdown(judged_by(evaluation.judge)))
         + markdown(f" {drifted(measured)}".rstrip()),
         "",

@@ -151,6 +151,16 @@ def replies_of(max_new_tokens: int, decoding: DecodingPart) -> str:
     )
 
 
+def intervals_of(decoding: DecodingPart) -> str:
+    """What intervals of rates are."""
+    return "95 % intervals over prompts (bootstrap)" if decoding.samples > 1 else "95 % Wilson intervals"
+
+
+def test_of(decoding: DecodingPart) -> str:
+    """Whose p it is that stands beside a change."""
+    return "that of flipped signs" if decoding.samples > 1 else "McNemar's"
+
+
 def judged_by(judge: JudgePart) -> str:
     """Who judged, and how often it is right on labelled replies; of each calibration what it corrects, and why."""
     from abliterate.record import UsedCalibrationPart

@@ -19,7 +19,18 @@ from abliterate.report.html.parts import (
     rate_point,
     short,
 )
-from abliterate.report.wording import SETS, drifted, estimate, judged_by, others, pvalue, replies_of, states_of
+from abliterate.report.wording import (
+    SETS,
+    drifted,
+    estimate,
+    intervals_of,
+    judged_by,
+    others,
+    pvalue,
+    replies_of,
+    states_of,
+    test_of,
+)
 
 #: Replies of each set that are shown.
 _MOST = 100
@@ -34,7 +45,8 @@ def cost(record: Record) -> Section | None:
     figures += [*_worst(evaluation), *_manner(evaluation)]
     text = [
         f"{replies_of(evaluation.max_new_tokens, evaluation.decoding)} to prompts that the direction never saw; "
-        "intervals are 95 % (Wilson's for rates), p is McNemar's on the same prompts before and after."
+        f"those of rates are {intervals_of(evaluation.decoding)}, p is {test_of(evaluation.decoding)} on the same "
+        "prompts before and after."
     ]
     control = evaluation.control
     if control is not None and control.size is not None and control.size_of_edit is not None:
