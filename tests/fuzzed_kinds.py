@@ -22,6 +22,7 @@ from abliterate import record as rec
 from abliterate.cli.show import show_record
 from abliterate.edit.adapters import read_adapter_config
 from abliterate.edit.direction import Candidates, Direction, Recipe, Site, load_direction, save_direction
+from abliterate.edit.gguf import read_control_vector, write_control_vector
 from abliterate.edit.plan import Edit, Plan
 from abliterate.edit.undo import restore
 from abliterate.edit.weights import edit_checkpoint
@@ -303,6 +304,17 @@ def _gguf_file() -> bytes:
         return path.read_bytes()
 
 
+def _control_vector(path: Path) -> None:
+    read_control_vector(path)
+
+
+def _control_vector_file() -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "v.gguf")
+        write_control_vector(path, {2: torch.ones(4), 3: torch.ones(4)}, architecture="llama", layers=4)
+        return path.read_bytes()
+
+
 def _in_settings(rng: random.Random, data: bytes) -> bytes:
     """A GGUF file with another whole number somewhere in its counts, settings or descriptions of tensors."""
     size = rng.choice((1, 2, 4, 8))
@@ -404,6 +416,7 @@ def kinds() -> Iterator[Kind]:
     yield Kind("answer.json", json.dumps(ANSWER).encode(), _server, in_json)
     yield Kind("template.jinja", TEMPLATE, _template)
     yield Kind("model.gguf", _gguf_file(), _gguf)
+    yield Kind("control.gguf", _control_vector_file(), _control_vector)
     yield Kind("opened/model.gguf", _small_gguf(), _opened_gguf, _in_settings)
 
 

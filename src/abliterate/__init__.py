@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from abliterate.edit.direction import Site as Site
     from abliterate.edit.direction import load_direction as load_direction
     from abliterate.edit.direction import save_direction as save_direction
+    from abliterate.edit.gguf import read_control_vector as read_control_vector
     from abliterate.edit.hooks import ablation as ablation
     from abliterate.edit.hooks import addition as addition
     from abliterate.edit.options import plan_for as plan_for
@@ -112,6 +113,7 @@ _HOMES = {
         ),
     ),
     "edit.direction": ("Direction", "Site", "load_direction", "save_direction"),
+    "edit.gguf": ("read_control_vector",),
     "edit.hooks": ("ablation", "addition"),
     "edit.options": ("plan_for",),
     "edit.plan": ("Plan", "make_plan"),

@@ -134,16 +134,34 @@ def test_activations_are_the_residual_stream_of_transformers(model: ab.Model) ->
 
 def test_vectors_can_be_added(model: ab.Model, found: FoundDirection) -> None:
     assert not refuses(model.chat("show the bread today"))
-    with model.add(found, 1.0) as vector:
-        assert vector.shape == (64,)
+    with model.add(found, 1.0) as added:
+        assert {layer: vector.shape for layer, vector in added.items()} == {found.site.layer: (64,)}
         assert refuses(model.chat("show the bread today"))
     with model.add(found.direction.basis, -8.0, layer=found.site.layer):
         assert not refuses(model.chat(ASKED))
-    for wrong in ({"layer": 5}, {"layer": -1}):
-        with pytest.raises(UsageError, match="layer=0 to 4"), model.add(found, 1.0, **wrong):
+    for wrong in ({"layer": 6}, {"layer": -1}):
+        with pytest.raises(UsageError, match="layer=0 to 5"), model.add(found, 1.0, **wrong):
             pass
-    with pytest.raises(UsageError, match="layer=0"), model.add(ab.Direction(found.direction.basis)):
-        pass
+    unknown: Any
+    for unknown in (ab.Direction(found.direction.basis), {6: found}, {"one": found}, {}):
+        with pytest.raises(UsageError, match=r"^add: "), model.add(unknown):
+            pass
+
+
+@torch.no_grad()
+def test_a_vector_for_each_layer_is_added_where_it_says(model: ab.Model) -> None:
+    vectors = torch.randn(6, 64, generator=torch.Generator().manual_seed(3))
+    plain = model.activations([ASKED])[0]
+    for layer in range(6):
+        with model.add({layer: vectors[layer].numpy()}, 2.0):
+            moved = model.activations([ASKED])[0]
+        assert torch.equal(moved[:layer], plain[:layer])
+        assert torch.allclose(moved[layer] - plain[layer], 2 * vectors[layer], atol=1e-5)
+    ids = torch.tensor([[1, 3, 4]])
+    with model.add({2: vectors[2], 5: vectors[5]}):
+        together = model.hf_model(ids).logits
+    with model.add(vectors[2], layer=2), model.add(vectors[5], layer=5):
+        assert torch.equal(model.hf_model(ids).logits, together)
 
 
 def test_evaluation_is_paired_and_on_prompts_not_seen(model: ab.Model, found: FoundDirection) -> None:

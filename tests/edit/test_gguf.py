@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from abliterate.edit.gguf import architecture_of, stored_architecture, write_control_vector, write_gguf_lora
+from abliterate.edit.gguf import (
+    architecture_of,
+    read_control_vector,
+    stored_architecture,
+    write_control_vector,
+    write_gguf_lora,
+)
 from abliterate.edit.lora import LowRank
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, NumericalError, UsageError
 from abliterate.model.anatomy import Kind
@@ -180,6 +187,53 @@ def test_control_vector_reads_back(tmp_path: Path) -> None:
     assert list(tensors) == ["direction.1", "direction.2"]
     assert torch.equal(tensors["direction.2"], torch.arange(4.0))
     assert tensors["direction.1"].dtype == torch.float32
+    read = read_control_vector(path)
+    assert list(read) == [2, 3]
+    assert torch.equal(read[3], torch.arange(4.0))
+
+
+def control_vector(path: Path, *, architecture: str = "controlvector", **tensors: Any) -> Path:
+    """As other programs write it."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for name, numbers in tensors.items():
+        writer.add_tensor(name.replace("_", "."), np.asarray(numbers))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_control_vectors_of_other_programs_are_read(tmp_path: Path) -> None:
+    half, zeros = np.float16([1, 2, 3]), np.zeros(3, np.float16)
+    path = control_vector(tmp_path / "v.gguf", direction_11=zeros, direction_2=half)  # what leaves block 2 enters 3
+    read = read_control_vector(path)
+    assert {layer: vector.tolist() for layer, vector in read.items()} == {3: [1, 2, 3], 12: [0, 0, 0]}
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"architecture": "llama", "direction_1": np.ones(3, np.float32)}, "direction.N"),
+        ({"output_weight": np.ones(3, np.float32)}, "direction.N"),
+        ({}, "direction.N"),
+        ({"direction_1": np.ones((3, 2), np.float32)}, "of one width"),
+        ({"direction_1": np.ones(3, np.float32), "direction_2": np.ones(2, np.float32)}, "of one width"),
+        ({"direction_1": np.ones(3, np.int32)}, "of floats"),
+        ({"direction_1": np.float32([1, np.nan])}, "finite"),
+    ],
+)
+def test_what_is_no_control_vector_is_named(tmp_path: Path, made: dict[str, Any], said: str) -> None:
+    with pytest.raises(AbliterateError, match=said):
+        read_control_vector(control_vector(tmp_path / "v.gguf", **made))
+
+
+def test_damaged_control_vectors_are_named(tmp_path: Path) -> None:
+    path = control_vector(tmp_path / "v.gguf", direction_1=np.ones(3, np.float32))
+    path.write_bytes(path.read_bytes()[:-40])
+    for wrong in (path, tmp_path / "none.gguf", tmp_path):
+        with pytest.raises(AbliterateError, match="control vector"):
+            read_control_vector(wrong)
 
 
 @pytest.mark.parametrize(

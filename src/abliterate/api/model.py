@@ -243,26 +243,40 @@ class Model:
 
     @contextlib.contextmanager
     def add(
-        self, direction: DirectionLike, coefficient: float = 1.0, *, layer: int | None = None
-    ) -> Iterator[Float[Tensor, " d"]]:
+        self, direction: DirectionLike | Mapping[int, Any], coefficient: float = 1.0, *, layer: int | None = None
+    ) -> Iterator[dict[int, Float[Tensor, " d"]]]:
         """Inside a `with`, the model with `coefficient` times a vector added to the stream where it enters a block.
 
         The vector is the difference of means r where the direction knows its site, else the direction as it was given;
-        `layer` is the block, default the direction's own. A negative coefficient steers away.
+        `layer` is the block, default the direction's own, or L: where the stream leaves the last block. A mapping
+        {layer: vector} adds each at its own. A negative coefficient steers away. Yields the vectors by layer.
 
-        Raises `UsageError` without a layer, or for several directions at once.
+        Raises `UsageError` without a layer, or for several directions at one.
         """
+        if isinstance(direction, Mapping):
+            if layer is not None or not direction:
+                raise UsageError("add: expected {layer: vector} without layer=, at least one")
+            vectors = dict(self._steering(one, as_type("add: layer", at, int)) for at, one in direction.items())
+        else:
+            vectors = dict([self._steering(direction, layer)])
+        with contextlib.ExitStack() as stack:
+            for at, vector in vectors.items():
+                last = at == self.anatomy.layers
+                block = self.hf_model.get_submodule(self.anatomy.blocks[at - last])
+                stack.enter_context(addition(block, float(coefficient) * vector[None], leaving=last))
+            yield vectors
+
+    def _steering(self, direction: DirectionLike, layer: int | None) -> tuple[int, Float[Tensor, " d"]]:
+        """Where a direction is added, and the vector."""
         chosen = as_direction(direction, self.anatomy)
         if len(chosen.basis) != 1:
             raise UsageError(f"add: expected one direction, found {len(chosen.basis)}")
         site = chosen.site
-        block = layer if layer is not None else None if site is None else site.layer
-        if block is None or not 0 <= block < self.anatomy.layers:
-            raise UsageError(f"add: expected layer=0 to {self.anatomy.layers - 1}, found {block}")
+        at = layer if layer is not None else None if site is None else site.layer
+        if at is None or not 0 <= at <= self.anatomy.layers:
+            raise UsageError(f"add: expected layer=0 to {self.anatomy.layers}, found {at}")
         known = chosen.candidates is not None and site is not None
-        vector = chosen.difference_at(site) if known and site is not None else chosen.basis[0].float()
-        with addition(self.hf_model.get_submodule(self.anatomy.blocks[block]), float(coefficient) * vector[None]):
-            yield vector
+        return at, chosen.difference_at(site) if known and site is not None else chosen.basis[0].float()
 
     def chat(self, prompt: Talk, *, max_new_tokens: int = 200, system: str | None = None) -> str:
         """The greedy reply to a question or conversation, as the model is now (hooked, or not)."""

@@ -15,6 +15,7 @@ so none for our layers 0 and 1.
 from __future__ import annotations
 
 import contextlib
+import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from abliterate.files.atomic import replacing
 from abliterate.files.bounded import open_regular
 from abliterate.model._compat import read_gguf
 from abliterate.model.anatomy import Kind
+from abliterate.texts import printable
 
 #: Bytes of a GGUF file before its first entry: magic, version, two counts.
 _HEADER = 24
@@ -173,6 +175,36 @@ def write_control_vector(
         writer.add_uint32("controlvector.layer_count", len(vectors))
         for layer, vector in sorted(vectors.items()):
             writer.add_tensor(f"direction.{layer - 1}", _numbers(f"layer {layer}", vector))
+
+
+def read_control_vector(path: Path) -> dict[int, Float[Tensor, " d"]]:
+    """The vectors of a control vector file (of this package, repeng or llama.cpp), by our layer: where they are added.
+
+    `Model.add` takes them as they are.
+
+    Raises `UsageError` for a file that is no control vector, `CheckpointError` for one that is damaged.
+    """
+    gguf, path = _library(), Path(path)
+    if not path.is_file():
+        raise UsageError(f"control vector '{path}': expected a .gguf file, found none")
+    try:
+        reader = gguf.GGUFReader(path)
+        kind = str(reader.fields["general.architecture"].contents())
+        vectors = {one.name: np.asarray(one.data) for one in reader.tensors}
+    except Exception as error:  # a damaged file shows as any error of numpy or gguf
+        raise CheckpointError(f"control vector '{path}': expected a GGUF file, found one that is damaged") from error
+    names = {name: re.fullmatch(r"direction\.(\d{1,5})", name) for name in vectors}
+    if kind != "controlvector" or not vectors or not all(names.values()):
+        held = ", ".join(map(printable, [kind, *vectors][:4]))
+        raise UsageError(f"control vector '{path}': expected tensors 'direction.N' alone, found {held}")
+    forms = {(vector.shape, vector.dtype.kind) for vector in vectors.values()}
+    if len(forms) > 1 or min(forms)[1] != "f" or len(min(forms)[0]) != 1:  # quantised ones are bytes
+        raise CheckpointError(f"control vector '{path}': expected vectors of floats of one width, found {forms}")
+    layers = {int(match[1]) + 1: vectors[name] for name, match in names.items() if match is not None}
+    read = {layer: torch.from_numpy(layers[layer].astype(np.float32)) for layer in sorted(layers)}
+    if not all(bool(vector.isfinite().all()) for vector in read.values()):
+        raise NumericalError(f"control vector '{path}': expected finite numbers, found NaN or infinity")
+    return read
 
 
 def _named(factors: Sequence[LowRank], architecture: str, layers: int, tied: bool) -> dict[str, LowRank]:

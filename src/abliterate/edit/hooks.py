@@ -155,10 +155,11 @@ def _shifter(constants: Float[Tensor, "g d"], rows: _Rows) -> Any:
 
 
 @contextlib.contextmanager
-def addition(block: nn.Module, vectors: Float[Tensor, "g d"]) -> Iterator[None]:
+def addition(block: nn.Module, vectors: Float[Tensor, "g d"], *, leaving: bool = False) -> Iterator[None]:
     """Add to the residual stream where it enters `block`, at every token (Arditi et al. 2024, eq. 3).
 
-    The rows of a batch are cut into g equal parts and each gets its own vector.
+    The rows of a batch are cut into g equal parts and each gets its own vector. With `leaving` it is added where the
+    stream leaves the block: behind the last one no other begins.
     """
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +167,11 @@ def addition(block: nn.Module, vectors: Float[Tensor, "g d"]) -> Iterator[None]:
             return (_added(args[0], vectors), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": _added(kwargs["hidden_states"], vectors)}
 
-    with hooked([block.register_forward_pre_hook(hook, with_kwargs=True)]):
+    if leaving:
+        handle = block.register_forward_hook(on_output(lambda output: _added(output, vectors)))
+    else:
+        handle = block.register_forward_pre_hook(hook, with_kwargs=True)
+    with hooked([handle]):
         yield
 
 
