@@ -205,7 +205,7 @@ def control_vector(path: Path, *, architecture: str = "controlvector", **tensors
 
 
 def test_control_vectors_of_other_programs_are_read(tmp_path: Path) -> None:
-    half, zeros = np.float16([1, 2, 3]), np.zeros(3, np.float16)
+    half, zeros = np.array([1, 2, 3], np.float16), np.zeros(3, np.float16)
     path = control_vector(tmp_path / "v.gguf", direction_11=zeros, direction_2=half)  # what leaves block 2 enters 3
     read = read_control_vector(path)
     assert {layer: vector.tolist() for layer, vector in read.items()} == {3: [1, 2, 3], 12: [0, 0, 0]}
@@ -220,7 +220,7 @@ def test_control_vectors_of_other_programs_are_read(tmp_path: Path) -> None:
         ({"direction_1": np.ones((3, 2), np.float32)}, "of one width"),
         ({"direction_1": np.ones(3, np.float32), "direction_2": np.ones(2, np.float32)}, "of one width"),
         ({"direction_1": np.ones(3, np.int32)}, "of floats"),
-        ({"direction_1": np.float32([1, np.nan])}, "finite"),
+        ({"direction_1": np.array([1, np.nan], np.float32)}, "finite"),
     ],
 )
 def test_what_is_no_control_vector_is_named(tmp_path: Path, made: dict[str, Any], said: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -54,9 +55,19 @@ def _nowhere(name: str) -> ModelOnDisk:
 
 
 def on_disk(loaded: LoadedModel) -> ModelOnDisk:
-    """The files of a model; one that is only in memory is written into a temporary folder, once."""
+    """The files of a model; one that is only in memory is written into a temporary folder, once.
+
+    Raises `UsageError` for one that transformers cannot write, since another library has put modules into it.
+    """
     files = loaded.files
     if loaded.in_memory and not files.folder.exists():
-        loaded.model.save_pretrained(files.folder)
+        try:
+            loaded.model.save_pretrained(files.folder)
+        except (RuntimeError, ValueError, TypeError) as error:
+            shutil.rmtree(files.folder, ignore_errors=True)
+            raise UsageError(
+                f"model '{files.name}': transformers cannot write it as it is in memory ({str(error)[:200]}); save a "
+                "direction, and apply it to the model that was loaded"
+            ) from error
         loaded.tokenizer.save_pretrained(files.folder)
     return files
