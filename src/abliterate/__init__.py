@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from abliterate.api.calls import harden as harden
     from abliterate.api.calls import inspect as inspect
     from abliterate.api.calls import judge as judge
+    from abliterate.api.calls import load_prompts as load_prompts
     from abliterate.api.calls import open_lab as open_lab
     from abliterate.api.calls import push as push
     from abliterate.api.calls import repair as repair
@@ -87,8 +88,9 @@ _sleep_soon()
 
 _HOMES = {
     "api.calls": (
-        *("apply", "audit", "chat", "compare", "evaluate", "find", "harden", "inspect", "judge", "open_lab"),
+        *("apply", "audit", "chat", "compare", "evaluate", "find", "harden", "inspect", "judge", "load_prompts"),
         *(
+            "open_lab",
             "push",
             "repair",
             "write_report",

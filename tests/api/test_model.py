@@ -63,6 +63,17 @@ def test_the_direction_of_own_prompts_is_the_planted_one(found: FoundDirection, 
     assert len(found.direction.learnt_from) == 160  # 64 % and 16 % of both
 
 
+def test_prompts_are_those_that_find_learns_from(model: ab.Model, found: FoundDirection) -> None:
+    texts = ab.load_prompts(harmful=HARMFUL, harmless=HARMLESS)
+    train, val = ([*texts.harmful.train, *texts.harmless.train], [*texts.harmful.val, *texts.harmless.val])
+    assert found.direction.learnt_from == {fingerprint(text) for text in train + val}
+    bad, good = (model.activations(one.train).mean(0)[3] for one in (texts.harmful, texts.harmless))
+    assert torch.allclose(found.direction.difference_at(ab.Site(3, -1)), bad - good, atol=1e-5)
+    assert len(ab.load_prompts(limit=7).harmful.train) == 7
+    with pytest.raises(UsageError, match="load_prompts: it has no option 'harmfull'"):
+        ab.load_prompts(harmfull=HARMFUL)  # type: ignore[call-arg]
+
+
 def test_what_was_found_shows_itself(found: FoundDirection, tmp_path: Path) -> None:
     assert repr(found).startswith(f"FoundDirection(layer {found.site.layer}, position {found.site.position} of ")
     frame = found.to_pandas()

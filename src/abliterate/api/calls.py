@@ -76,6 +76,7 @@ from abliterate.forensics import repair as repairing
 from abliterate.lab.opening import with_direction
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
+from abliterate.prompts import ContrastiveSet
 from abliterate.record import (
     AuditPart,
     CalibrationPart,
@@ -93,7 +94,7 @@ from abliterate.record import (
     read_record,
 )
 from abliterate.report.publish import publish
-from abliterate.session import Session, open_model
+from abliterate.session import Session, load_contrast, open_model
 
 
 class RunVerb(
@@ -551,6 +552,18 @@ def write_report(out: Place) -> Path:
     from abliterate.report.html import refresh_report
 
     return refresh_report(Path(out))
+
+
+def load_prompts(**options: Unpack[PromptOptions]) -> ContrastiveSet:
+    """The prompts that a verb given the same options uses, in their parts; `ab.load_prompts(limit=32).harmful.train`.
+
+    `harmful` and `harmless` have `train` (directions are made of these), `val` (they are chosen by these) and `test`
+    (evaluated on, as is `borderline`); all are tuples of texts. Raises `PromptError` for what cannot be read.
+    """
+    given = Options("load_prompts", options)
+    settings = given.take(PromptSettings)
+    given.done()
+    return load_contrast(settings, progress())
 
 
 def _place(verb: str, out: Place | None) -> Path:
