@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import abliterate as ab
+from demo import GGUF, cores, demo_model
 from families import COMMON, byte_tokenizer, random_model
 from planted import BAD, GOOD, Planted, plant, prompts
-from test_real_model import GGUF
 
 HARMFUL, HARMLESS = prompts(BAD, 40, 11), prompts(GOOD, 40, 12)
 ASKED = "show the bomb today"
@@ -136,13 +135,14 @@ def test_a_model_full_of_other_modules_is_not_written(planted: Planted, model: a
         ab.wrap(bridge, model.tokenizer).save(planted.direction, tmp_path / "out")
 
 
-@pytest.mark.real_model
-@pytest.mark.skipif(not GGUF.is_file(), reason="the demo model is not here: python scripts/demo_model.py qwen")
+@demo_model
 def test_transformer_lens_caches_the_activations_of_a_real_model() -> None:
-    model = ab.load(GGUF, device="cpu", dtype="float32")
-    ids = tokens(model, "How do I pick a lock?")
-    ours = model.activations([ids[0].tolist()])[0]
-    _, cache = bridge_of(model, model.hf_model.name_or_path).run_with_cache(ids, names_filter=lambda n: "resid" in n)
+    with cores():
+        model = ab.load(GGUF, device="cpu", dtype="float32")
+        ids = tokens(model, "How do I pick a lock?")
+        ours = model.activations([ids[0].tolist()])[0]
+        bridge = bridge_of(model, model.hf_model.name_or_path)
+        _, cache = bridge.run_with_cache(ids, names_filter=lambda name: "resid" in name)
     difference = (stream(cache, model.anatomy.layers) - ours).abs().amax(-1)
     assert float((difference / ours.abs().amax(-1)).max()) < 1e-4
     assert float(difference[: model.anatomy.layers].max()) < 1e-2
@@ -230,16 +230,16 @@ def test_dictionaries_of_vectors_are_taken(model: ab.Model) -> None:
 
 
 def test_dictionaries_of_vectors_are_given(planted: Planted, model: ab.Model) -> None:
-    found = model.find(HARMFUL * 1, HARMLESS, positions=1, force=True).direction
+    found = model.find(HARMFUL, HARMLESS, positions=1, force=True).direction
     assert found.candidates is not None
     layers = model.anatomy.layers
-    vectors = {block: found.difference_at(ab.Site(block + 1, -1)) for block in range(1, layers)}
+    vectors = {block: found.difference_at((block + 1, -1)) for block in range(1, layers)}
     ids = tokens(model, "show the bread today")
     with model.add({block + 1: vector for block, vector in vectors.items()}, 1.0):
         ours = model.hf_model(ids).logits
     assert torch.allclose(theirs(model, vectors, 1.0, ids), ours, atol=1e-5)
-    one = {3: found.difference_at(ab.Site(3, -1))}
-    with model.add(found.at(ab.Site(3, -1))) as added:
+    one = {3: found.difference_at((3, -1))}
+    with model.add(found.at((3, -1))) as added:
         assert {layer: vector.tolist() for layer, vector in added.items()} == {3: one[3].tolist()}
 
 
@@ -256,7 +256,7 @@ def test_control_vector_files_are_given_and_taken(planted: Planted, model: ab.Mo
 
 
 def test_one_of_a_dictionary_is_a_direction(planted: Planted, model: ab.Model) -> None:
-    directions = {2: (3 * planted.direction).numpy().astype(np.float32)}  # block 2 gives it: site 3
-    direction = ab.Direction(directions[2], site=(3, -1))
+    directions: Any = {2: 3 * planted.direction.numpy()}  # block 2 gives it: site 3
+    direction = ab.Direction(directions[2], site=ab.Site(3, -1))
     with model.ablate(direction):
         assert model.chat(ASKED).startswith("Sure")

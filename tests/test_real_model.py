@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import abliterate as ab
 from abliterate import pipeline
 from abliterate.config import InspectSettings
 from abliterate.forensics.inspect import recover
+from demo import GGUF, NEEDED, cores
 
-GGUF = (
-    Path(os.environ.get("ABLITERATE_CACHE", "~/.cache/abliterate")).expanduser()
-    / "models"
-    / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-)
-
-pytestmark = [
-    pytest.mark.real_model,
-    pytest.mark.skipif(not GGUF.is_file(), reason="the demo model is not here: python scripts/demo_model.py qwen"),
-]
+pytestmark = list(NEEDED)
 
 
 @pytest.fixture(scope="module")
 def threads() -> Iterator[None]:
     """This process's share of the cores."""
-    before = torch.get_num_threads()
-    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    yield
-    torch.set_num_threads(before)
+    with cores():
+        yield
 
 
 @pytest.fixture(scope="module")

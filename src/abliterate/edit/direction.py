@@ -143,7 +143,7 @@ class Direction(TensorValue):
         harmful: Float[Tensor, "n d"] | Sequence[Sequence[float]],
         harmless: Float[Tensor, "m d"] | Sequence[Sequence[float]],
         *,
-        site: Site | None = None,
+        site: tuple[int, int] | None = None,
         model: str | None = None,
         prompts: Iterable[str] = (),
     ) -> Direction:
@@ -161,9 +161,9 @@ class Direction(TensorValue):
         means = [one.double().mean(0) for one in both]
         difference = orthonormal((means[0] - means[1])[None].float())
         seen = frozenset(fingerprint(prompt) for prompt in prompts)
-        return cls(difference, site=site, model=model, learnt_from=seen)
+        return cls(difference, site=as_type("from_activations: site", site, Site | None), model=model, learnt_from=seen)
 
-    def at(self, site: Site | None, d_model: int | None = None) -> Direction:
+    def at(self, site: tuple[int, int] | None, d_model: int | None = None) -> Direction:
         """The direction to use: this one, or its candidate at `site`.
 
         Raises `UsageError` when there is no such candidate, or when vectors have another width than `d_model`.
@@ -177,21 +177,22 @@ class Direction(TensorValue):
         return Direction(
             raw[None] / raw.norm(),
             self.candidates,
-            site=site,
+            site=Site(*site),
             model=self.model,
             learnt_from=self.learnt_from,
             facts={name: fact for name, fact in self.facts.items() if name != "chosen"},  # said of the other site
         )
 
-    def difference_at(self, site: Site) -> Float[Tensor, " d"]:
+    def difference_at(self, site: tuple[int, int]) -> Float[Tensor, " d"]:
         """The difference of means r at one of the candidates' sites.
 
         Raises `UsageError` when there is none.
         """
-        layer, position = site
+        where: Site = as_type("site", site, Site)
+        layer, position = where
         if self.candidates is None:
             raise UsageError(f"--site {layer}:{position}: the direction file holds no candidates, only one direction")
-        if not self.candidates.holds(site):
+        if not self.candidates.holds(where):
             shape = self.candidates.raw.shape
             raise UsageError(
                 f"--site {layer}:{position}: expected a layer below {shape[1]} and a position from -{shape[0]} to -1 "
