@@ -39,7 +39,7 @@ MODEL = os.environ.get("ABLITERATE_MODEL", "Qwen/Qwen2.5-Coder-0.5B-Instruct")
 ab.quiet()
 torch.set_grad_enabled(False)
 
-model = ab.load(MODEL, dtype="float32")
+model = ab.load(MODEL)
 texts = ab.load_prompts(limit=24)
 layers = model.anatomy.layers
 
@@ -115,14 +115,15 @@ with model.ablate(between, strengths=strengths) as plan:
 # The plan is the same as weights: W′ = W − s r̂ r̂ᵀ W, by hand for one of them.
 
 # %%
-edit = next(edit for edit in plan.edits if edit.changes)
-weight = model.hf_model.get_parameter(edit.writer.weight)
-r = (between / between.norm()).to(weight)
-by_hand = weight - edit.strength * torch.outer(r, r @ weight)
+edit = max(plan.edits, key=lambda edit: edit.strength)
+weight = model.hf_model.get_parameter(edit.writer.weight).clone()
+r = (between / between.norm()).to(weight.device)
+by_hand = (weight.float() - edit.strength * torch.outer(r, r @ weight.float())).to(weight.dtype)
 model.apply_(between, strengths=strengths)
-error = float((model.hf_model.get_parameter(edit.writer.weight) - by_hand).norm() / by_hand.norm())
-print(f"{edit.writer.weight}, strength {edit.strength:.3f}: relative difference {error:.1e}")
-assert error < 1e-5
+applied = model.hf_model.get_parameter(edit.writer.weight)
+error = float((applied - by_hand).float().norm() / (by_hand - weight).float().norm())
+print(f"{edit.writer.weight}, strength {edit.strength:.3f}: they differ by {error:.2%} of the change")
+assert error < 0.05
 
 # %% [markdown]
 # ## An edited model from elsewhere
@@ -133,11 +134,11 @@ assert error < 1e-5
 model.hf_model.save_pretrained("theirs")
 model.tokenizer.save_pretrained("theirs")
 model.restore()
-found = ab.inspect("theirs", base=MODEL)
-found
+inspected = ab.inspect("theirs", base=MODEL)
+inspected
 
 # %%
-assert found.verdict == "altered"
+assert inspected.verdict == "altered"
 behaviour = ab.compare([MODEL, "theirs"], limit=8, max_new_tokens=24)
 behaviour
 

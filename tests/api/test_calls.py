@@ -31,6 +31,7 @@ from abliterate.cli.app import _COMMANDS
 from abliterate.errors import UsageError
 from abliterate.evaluation.judging import Verdict
 from planted import BAD, GOOD, Planted, plant, prompts
+from records import full_record
 
 HARMFUL, HARMLESS = prompts(BAD, 100, 11), prompts(GOOD, 100, 12)
 SHORT: dict[str, Any] = {"max_new_tokens": 8, "device": "cpu"}
@@ -227,3 +228,14 @@ def test_a_notebook_gets_one_block(monkeypatch: pytest.MonkeyPatch) -> None:
     assert '<progress max="10" value="0">' in drawn[0]
     assert "✓ collect &lt;activations&gt;" in drawn[-1]
     assert "a &lt;b&gt; warning" in drawn[-1]
+
+
+def test_a_notebook_shows_a_result_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is returned is shown by the notebook; nothing is printed beside it."""
+    printed: list[object] = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *shown: printed.append(shown))
+    record = full_record()
+    assert "<pre" in str(record._repr_html_())
+    assert str(record)
+    assert not printed

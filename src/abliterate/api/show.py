@@ -78,7 +78,10 @@ def _cell(value: object) -> str:
 
 
 def _console() -> Console:
-    return Console(file=io.StringIO(), width=_WIDTH, record=True, markup=False, emoji=False, highlight=False)
+    # rich would show it in a notebook at once, beside what is returned
+    return Console(
+        file=io.StringIO(), width=_WIDTH, record=True, force_jupyter=False, markup=False, emoji=False, highlight=False
+    )
 
 
 rec.Shown.text, rec.Shown.html = staticmethod(as_text), staticmethod(as_html)
