@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import nbformat
 from nbclient import NotebookClient
@@ -96,22 +95,18 @@ def _cells(source: str, name: str) -> Iterator[NotebookNode]:
 
 def executed(made: NotebookNode, model: Path) -> NotebookNode:
     """The notebook with its outputs. Raises `nbclient.exceptions.CellExecutionError` where a cell fails."""
+    environment = {"ABLITERATE_MODEL": MODEL, "MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, MODEL).symlink_to(model.resolve())
-        environment = {
-            **os.environ,
-            "ABLITERATE_MODEL": MODEL,
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-        }
         client = NotebookClient(made, timeout=PATIENCE, kernel_name="python3", resources={"metadata": {"path": folder}})
-        client.execute(env=environment)
+        client.execute(env={**os.environ, **environment})
     for cell in made.cells:
         cell.metadata.pop("execution", None)  # when it ran
-        outputs: list[Any] = cell.get("outputs", [])
-        cell_outputs = [one for one in outputs if one.get("name") != "stderr"]
         if cell.cell_type == "code":
-            cell.outputs = cell_outputs
-    return made
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+    text = nbformat.writes(made).replace(str(model.parents[1]), "~/.cache/abliterate")
+    run: NotebookNode = nbformat.reads(text, as_version=4)
+    return run
 
 
 if __name__ == "__main__":
