@@ -3,6 +3,7 @@
 # make check  formatting, lint, types (part of make test)
 # make docs   the documentation site, into site/
 # make oldest tests on the oldest transformers that is allowed (part of make test)
+# make notebooks run the notebooks' sources (notebooks/*.py) and keep them with their outputs (*.ipynb)
 # make newest tests on the newest releases of everything that the ranges of pyproject.toml allow
 
 PYTHON ?= python3
@@ -24,7 +25,7 @@ PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist lo
 # Python is started often: its bytecode is kept, whatever the shell says.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test tests docs oldest newest check format benchmarks fuzz clean
+.PHONY: demo test tests docs oldest newest check format notebooks benchmarks fuzz clean
 
 $(READY): pyproject.toml constraints.txt $(LOCK)
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -74,6 +75,10 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
+
+notebooks: $(READY)
+	$(BIN)/python scripts/demo_model.py qwen
+	$(BIN)/python scripts/notebooks.py
 
 benchmarks: $(READY)
 	$(BIN)/python benchmarks/activations.py
