@@ -184,11 +184,12 @@ def read_control_vector(path: Path) -> dict[int, Float[Tensor, " d"]]:
 
     Raises `UsageError` for a file that is no control vector, `CheckpointError` for one that is damaged.
     """
-    gguf, path = _library(), Path(path)
+    path = Path(path)
+    _library()  # or say that it is missing
     if not path.is_file():
         raise UsageError(f"control vector '{path}': expected a .gguf file, found none")
     try:
-        reader = gguf.GGUFReader(path)
+        reader = read_gguf(path)
         kind = str(reader.fields["general.architecture"].contents())
         vectors = {one.name: np.asarray(one.data) for one in reader.tensors}
     except Exception as error:  # a damaged file shows as any error of numpy or gguf
