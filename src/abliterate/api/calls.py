@@ -355,13 +355,8 @@ def inspect(
 ) -> InspectionPart:
     """Whether directions were taken out of a model's weights: which, where, how strongly.
 
-    <<<<<<< HEAD
-        With `base`, the model it was made from, tensor by tensor. Without it only strong traces can be seen; a `verdict`
-        of "no trace" is not `decided`.
-    =======
-        With `base`, the model it was made from, tensor by tensor; without it only strong traces can be seen, and a
-        `verdict` of "no trace" is not `decided`.
-    >>>>>>> 64e384c (A notebook: from heretic or the paper's code to here)
+    With `base`, the model it was made from, tensor by tensor. Without it only strong traces can be seen; a `verdict`
+    of "no trace" is not `decided`.
     """
     given = Options("inspect", options)
     settings = settings or given.take(InspectSettings)
