@@ -413,7 +413,8 @@ def report(lone: Path, differences: Path) -> None:
     print(f"{counts['others']} other changes taken for one.\n")
     beside_table(compared)
     origin = {"models": bases, "nulls": len(null), "edits": len(cases) - len(null), "strengths": strengths}
-    content = {"coefficients": fit, "fitted_on": origin, "difference": counts}
+    seen = json.loads(CALIBRATION.read_text(encoding="utf-8"))["notches"]  # counted apart, see docs/forensics.md
+    content = {"coefficients": fit, "fitted_on": origin, "difference": counts, "notches": seen}
     CALIBRATION.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

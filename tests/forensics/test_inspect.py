@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,10 +19,15 @@ from abliterate.cli.app import app
 from abliterate.errors import CheckpointError
 from abliterate.forensics import difference
 from abliterate.forensics import single as lone
+from abliterate.forensics.inspect import _notched
+from abliterate.forensics.notches import Notch, Notches, directions_of, notches_along
 from abliterate.forensics.reading import InspectedModel, open_inspected
 from abliterate.forensics.spectra import dips, gram, levelled, lowest
-from abliterate.forensics.verdict import Evidence, judge, judge_difference
+from abliterate.forensics.verdict import NOTCHED, Evidence, judge, judge_difference
 from abliterate.model.anatomy import Kind
+from abliterate.monitor import Monitor
+from abliterate.prompts.prompt import Prompt
+from abliterate.report.wording import explained
 
 D, WIDE, BLOCKS = 128, 512, 8
 Weights = dict[str, Tensor]
@@ -333,6 +340,74 @@ def test_another_model_as_the_base_decides_nothing(tmp_path: Path) -> None:
     assert result.exit_code == 4
     assert result.stdout.startswith("Inconclusive: ")
     assert "is another model" in " ".join(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("along", "strength", "seen"), [("own", 0.0, False), ("own", 0.3, True), ("another", 0.3, False)]
+)
+def test_a_light_edit_shows_along_the_own_direction(along: str, strength: float, seen: bool, tmp_path: Path) -> None:
+    """Where the tensors alone show nothing."""
+    generator = torch.Generator().manual_seed(3)
+    directions = torch.nn.functional.normalize(torch.randn(13, BLOCKS + 1, D, generator=generator), dim=-1)
+    edited = {
+        name: out_of(m, directions[0 if along == "own" else 5, block_of(name) + 1][None], strength)
+        for name, m in weights().items()
+    }
+    mine = subject(tmp_path, edited)
+    assert lone.inspect(mine).verdict.word == "no trace"
+    found = notches_along(directions, mine)
+    assert found is not None
+    assert (found.depth >= NOTCHED) is seen
+    assert (max(found.others) >= NOTCHED) is (along == "another")
+    if seen:
+        assert len([notch for notch in found.writers if notch.edited]) > BLOCKS
+        assert all(0.3 < notch.share < 0.8 for notch in found.writers if notch.edited)
+
+
+def test_the_directions_of_refusal_and_of_categories_are_differences_of_means() -> None:
+    texts = {name: [Prompt(f"{name} {i}", f"{i % 5}") for i in range(60)] for name in ("harmful", "harmless")}
+    values = {name: torch.randn(60, 1, 4, generator=torch.Generator().manual_seed(len(name))) for name in texts}
+
+    def stream(name: str, update: Callable[..., None], _: object) -> None:
+        for layer in range(3):
+            for rows in (list(range(20)), list(range(20, 60))):
+                update(layer, rows, (layer + 1) * values[name][rows])
+
+    session: Any = SimpleNamespace(
+        anatomy=SimpleNamespace(layers=2, d_model=4),
+        encoded={(name, "train"): name for name in texts},
+        prompts=SimpleNamespace(**{name: SimpleNamespace(train=tuple(texts[name])) for name in texts}),
+        stream=stream,
+        monitor=Monitor(),
+    )
+    found = directions_of(session)
+    assert found is not None
+    assert found.shape == (11, 3, 4)
+    means = {name: value[:, 0] for name, value in values.items()}
+    own = torch.nn.functional.normalize(means["harmful"].mean(0) - means["harmless"].mean(0), dim=0)
+    assert torch.allclose(found[0], own.expand(3, 4), atol=1e-5)
+    first = torch.arange(60) % 5 == 0
+    one = torch.nn.functional.normalize(means["harmful"][first].mean(0) - means["harmful"][~first].mean(0), dim=0)
+    assert torch.allclose(found[1], one.expand(3, 4), atol=1e-5)
+    session.prompts.harmless = SimpleNamespace(train=tuple(f"{i}" for i in range(60)))
+    assert directions_of(session) is None, "too few categories"
+
+
+def test_notches_decide_what_the_tensors_leave_open() -> None:
+    place = SimpleNamespace(block=2, kind=Kind.MLP, info=SimpleNamespace(name="w"))
+    part = rec.InspectionPart(model="m", verdict="no trace", probability=0.1, proved=True, writers=20)
+
+    def told(depth: float) -> rec.InspectionPart:
+        writers: Any = (Notch(place, -9.0, 0.25), Notch(place, 0.1, 1.0))  # type: ignore[arg-type]
+        return part.model_copy(update=_notched(part, Notches(depth, (2.0, 3.0), writers)))
+
+    assert told(4.0).verdict == "no trace"
+    assert not told(4.0).decided
+    found = told(7.0)
+    assert (found.verdict, found.decided, found.layers) == ("altered", True, [2])
+    assert [(unit.edited, unit.strength) for unit in found.units] == [(True, 0.5), (False, 0.0)]
+    assert 0.9 < found.probability < 1
+    assert any("7.0 standard deviations" in line for line in explained(found))
 
 
 def test_records_of_earlier_versions_are_read_with_the_words_of_now() -> None:

@@ -5,6 +5,7 @@ spectra     the small end of W Wᵀ
 verdict     evidence → calibrated probability
 single      a checkpoint by itself
 power       which edits would have been seen in it
+notches     writers that write too little along the model's own direction
 difference  a checkpoint beside the one it was made from
 inspect     tensors, activations and behaviour in one inspection
 repair      an edit taken back, exactly or approximately

@@ -20,9 +20,10 @@ from abliterate.files.atomic import refuse_other_kinds
 from abliterate.files.local import reserved
 from abliterate.finding.estimate import auroc, difference_of_means
 from abliterate.forensics import difference, single
+from abliterate.forensics.notches import Notches, notches
 from abliterate.forensics.power import Power
 from abliterate.forensics.reading import InspectedModel, inspected_record, open_inspected, warn_of_inspected
-from abliterate.forensics.verdict import calibration, judge_difference
+from abliterate.forensics.verdict import NOTCHED, calibration, judge_difference, judge_notches
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
@@ -80,6 +81,8 @@ def _inspected(
         )
         if settings.activations:
             update |= _activations(session, settings, recovered, measuring.prompts)
+            if settings.base is None:
+                update |= _notched(part, notches(session, subject))
         if settings.behavioural:
             update["behaviour"] = evaluate(session, measuring.evaluating).before
     update["seconds"] = round(time.perf_counter() - started, 2)
@@ -276,6 +279,31 @@ def _activations(
             f"{other}: expected a stream of width {mine.anatomy.d_model}, found {reference.anatomy.d_model}"
         )
     return {"separation_in": other, "separation": separations(reference, basis), "harm_known": known}
+
+
+def _notched(part: rec.InspectionPart, found: Notches | None) -> dict[str, object]:
+    """What writers show along the model's own direction, and the verdict where they decide it."""
+    if found is None:
+        return {}
+    evidence = {**part.evidence, "notches": found.depth, "notches_elsewhere": max(found.others)}
+    if part.verdict == "altered" or found.depth < NOTCHED:
+        return {"evidence": evidence}
+    units = [
+        rec.WriterTracePart(
+            block=notch.place.block,
+            kind=notch.place.kind.value,
+            strength=max(0.0, 1 - notch.share**0.5) if notch.edited else 0.0,
+            edited=notch.edited,
+            tensor=notch.place.info.name,
+            share=notch.share,
+        )
+        for notch in found.writers
+    ]
+    layers = sorted({unit.block for unit in units if unit.edited and unit.block is not None})
+    variant = "too little is written along the model's own direction of refusal"
+    told = {"verdict": "altered", "decided": True, "variant": variant, "evidence": evidence, "units": units}
+    how_sure = {"probability": judge_notches(), "calibrated_on": calibration().notches}
+    return {**told, **how_sure, "layers": layers, "per_layer": True}
 
 
 def separations(session: Session, basis: Float[Tensor, "k d"] | None) -> list[rec.LayerSeparationPart]:

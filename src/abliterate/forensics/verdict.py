@@ -16,6 +16,9 @@ from typing import Any, Literal
 
 Word = Literal["altered", "no trace", "inconclusive"]
 
+#: Depth of notches (see `forensics.notches`) from which directions were taken out: among the directions of categories,
+#: which nobody took out, none of 180 in two models and seven edits of them was deeper than 4.1.
+NOTCHED = 4.5
 #: Probabilities from which a verdict is given; between them the evidence does not decide.
 ALTERED, NO_TRACE = 0.9, 0.3
 
@@ -56,20 +59,30 @@ def judge_difference(ablation: bool) -> float:
 
     From how often it said so of edited and of other models in the calibration (Laplace's rule of succession).
     """
-    counts = calibration().difference
+    return _by_counts(calibration().difference, ablation)
+
+
+def judge_notches() -> float:
+    """Probability that directions were taken out where notches are deeper than `NOTCHED`, by the same rule."""
+    return _by_counts(calibration().notched, True)
+
+
+def _by_counts(counts: Mapping[str, int], said: bool) -> float:
     found = (counts["found"] + 1) / (counts["edited"] + 2)
     mistaken = (counts["mistaken"] + 1) / (counts["others"] + 2)
-    return found / (found + mistaken) if ablation else (1 - found) / (2 - found - mistaken)
+    return found / (found + mistaken) if said else (1 - found) / (2 - found - mistaken)
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """The coefficients in force, counts of comparisons with a base, and in words what both come from."""
+    """The coefficients in force, counts of comparisons with a base and of notches, and in words what they come from."""
 
     coefficients: Mapping[str, float]
     difference: Mapping[str, int]
+    notched: Mapping[str, int]
     lone: str
     beside: str
+    notches: str
 
 
 @functools.cache
@@ -77,19 +90,22 @@ def calibration() -> Calibration:
     """What `benchmarks/forensics.py` left beside this module."""
     text = importlib.resources.files("abliterate.forensics").joinpath("calibration.json").read_text("utf-8")
     content: dict[str, Any] = json.loads(text)
-    fitted, counts, least = content["fitted_on"], content["difference"], min(content["fitted_on"]["strengths"])
+    fitted, counts, seen = content["fitted_on"], content["difference"], content["notches"]
     models = " and ".join(fitted["models"])
-    what = f"edits at strengths {least:g} to 1, none of them by a search"
+    what = f"edits at strengths {min(fitted['strengths']):g} to 1, none of them by a search"
     return Calibration(
         content["coefficients"],
         counts,
+        seen,
         f"{fitted['nulls']} unedited and {fitted['edits']} edited files made of {models}: {what}",
         f"{counts['edited']} edits and {counts['others']} other changes of {models}",
+        f"{seen['edited']} edits and {seen['others']} directions that nobody took out of {models}",
     )
 
 
 __all__ = [
     "ALTERED",
+    "NOTCHED",
     "NO_TRACE",
     "Calibration",
     "Conclusion",
@@ -98,4 +114,5 @@ __all__ = [
     "calibration",
     "judge",
     "judge_difference",
+    "judge_notches",
 ]

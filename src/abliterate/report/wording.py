@@ -260,6 +260,12 @@ def explained(part: InspectionPart) -> Iterator[str]:
             f"Deepest dip of pooled writers {pooled:.2f} ({part.where or 'no window'}), mean of the three deepest of "
             f"single layers {layers:.2f}; unedited models stayed below 0.6 and 0.9."
         )
+        if (depth := part.evidence.get("notches")) is not None:
+            yield (
+                f"Along its own direction of refusal the five writers that write least are {depth:.1f} standard "
+                f"deviations below what they write along directions of other topics (of those the lowest "
+                f"{part.evidence.get('notches_elsewhere', 0.0):.1f}); 4.5 counts as an edit."
+            )
         yield from _not_seen(part)
     if part.calibrated_on is not None and part.verdict not in ("identical", "inconclusive"):
         yield (
@@ -290,8 +296,8 @@ def _not_seen(part: InspectionPart) -> Iterator[str]:
     elif power is not None:
         yield "Not even a direction taken out of all writers at full strength would have been seen in these weights."
     yield (
-        "Lighter edits, edits of a few writers and those of a search, as `abliterate run` makes them, leave no trace: "
-        "only a comparison with the base decides (--base)."
+        "Lighter edits, edits of a few writers and those of a search, as `abliterate run` makes them, leave no trace "
+        "in the tensors alone: a comparison with the base decides (--base); without one, --activations sees more."
     )
 
 
