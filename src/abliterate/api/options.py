@@ -287,7 +287,8 @@ class InspectOptions(TypedDict, total=False):
     rule_out: float | None
 
     #: Also run models: does the recovered direction separate harmful from harmless prompts (in the base,
-    #: --reference, or the model itself), and does the inspected model still tell them apart.
+    #: --reference, or the model itself), does the inspected model still tell them apart, and, without --base, does
+    #: it write too little along its own direction (sees light edits and those of a search).
     activations: bool
 
     #: A model with the same stream (say, the original) for --activations.

@@ -391,7 +391,8 @@ class InspectSettings(_Settings):
     activations: bool = Field(
         False,
         description="Also run models: does the recovered direction separate harmful from harmless prompts (in the "
-        "base, --reference, or the model itself), and does the inspected model still tell them apart.",
+        "base, --reference, or the model itself), does the inspected model still tell them apart, and, without --base, "
+        "does it write too little along its own direction (sees light edits and those of a search).",
     )
     reference: Text | None = Field(
         None, description="A model with the same stream (say, the original) for --activations."
