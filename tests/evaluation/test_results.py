@@ -15,7 +15,7 @@ import torch
 from abliterate import pipeline
 from abliterate.config import EvalSettings, ModelSettings, PromptSettings
 from abliterate.errors import UsageError
-from abliterate.evaluation.answering import ModelState
+from abliterate.evaluation.answering import ModelState, Unedited, as_loaded, know_replies
 from abliterate.evaluation.examine import control_of, exam_of, examiner_of, relative_change
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
 from abliterate.evaluation.results import (
@@ -301,3 +301,23 @@ def test_interval_of_several_replies_is_over_prompts_and_so_is_the_correction() 
     assert several.effective_n == pytest.approx(20, rel=0.1)
     assert single.effective_n == 80
     assert several.degenerate_ci95 == wilson(0, 20)
+
+
+def test_replies_that_the_session_knows_are_not_asked_for_again(session: pipeline.Session) -> None:
+    prompts = session.encoded["harmless", "test"].take(range(5))
+    state = as_loaded(session)
+    told: list[int] = []
+    whole = state.complete(prompts, 4, lambda _: None)
+    known = Reply((1, 2), "known", True)
+    with session.changed(contextlib.nullcontext()):
+        know_replies(session, 4, {prompts.suffixes[1]: known, prompts.suffixes[3]: known})
+        with session.monitor.phase("some"):
+            found = Unedited(state).complete(prompts, 4, told.append)
+        rest = session.monitor.work_by_phase["some"].head
+        with session.monitor.phase("all"):
+            longer = Unedited(state).complete(prompts, 5, told.append)
+        more = session.monitor.work_by_phase["all"].head
+    assert found == [whole[0], known, whole[2], known, whole[4]]
+    assert sum(told) == 2 * len(prompts)
+    assert known not in longer, "of another length nothing is known"
+    assert 0 < rest < more
