@@ -125,5 +125,4 @@ def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Pa
     assert original.power is not None
     assert original.power.strength == 0.5
     searched, _ = recover(record.output)
-    assert searched.verdict == "no trace"
-    assert not searched.decided, "an edit of a search leaves no trace, so that none being found decides nothing"
+    assert searched.verdict == "altered" or not searched.decided, "it was edited: whatever is not seen is not cleared"
