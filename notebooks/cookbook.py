@@ -199,9 +199,6 @@ assert abs(by_hand[1] - chosen.induce) < 0.5
 # beside it. Of the sites with induce > 0 and KL ≤ 0.1 it takes the one with the least bypass.
 
 # %%
-found.plot()
-
-# %%
 frame = found.to_pandas().dropna().drop(columns="position")
 frame.sort_values("bypass").head(6).round(3)
 

@@ -81,7 +81,9 @@ def test_what_was_found_shows_itself(found: FoundDirection, tmp_path: Path) -> N
     assert frame.chosen.sum() == 1
     assert frame[frame.chosen].auroc.item() == 1.0
     assert "<table>" in found._repr_html_()
-    found.plot().savefig(tmp_path / "found.png")
+    shown: Any = found.plot()
+    shown.savefig(tmp_path / "found.png")
+    assert shown._repr_png_().startswith(b"\x89PNG"), "in a notebook, without pyplot"
     found.save(tmp_path / "d.safetensors")
     assert load_direction(tmp_path / "d.safetensors").learnt_from == found.direction.learnt_from
     assert pickle.loads(pickle.dumps(found)) == found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
@@ -9,13 +10,23 @@ from matplotlib.figure import Figure
 if TYPE_CHECKING:
     from abliterate.api.results import FoundDirection, Front
 
+
+class Shown(Figure):
+    """A figure that a notebook shows, also where pyplot was never imported."""
+
+    def _repr_png_(self) -> bytes:
+        drawn = io.BytesIO()
+        self.savefig(drawn, format="png", dpi=90)
+        return drawn.getvalue()
+
+
 _CHOSEN: dict[str, Any] = {"marker": "*", "s": 180, "color": "crimson", "zorder": 3, "label": "chosen"}
 
 
 def found(result: FoundDirection) -> Figure:
     """AUROC of every site by layer, one line a position; below it the scores of the sites that were tried out."""
     rows = result.rows()
-    figure = Figure(figsize=(9, 6), layout="constrained")
+    figure = Shown(figsize=(9, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True)
     for position in sorted({row["position"] for row in rows}, reverse=True):
         here = [row for row in rows if row["position"] == position]
@@ -39,7 +50,7 @@ def found(result: FoundDirection) -> Figure:
 def front(result: Front) -> Figure:
     """The first two objectives of every point; held-out values with their 95 % intervals beside."""
     across, up = (result.part.objectives[::-1] * 2)[:2] if len(result.part.objectives) > 1 else ("kl", "refusals")
-    figure = Figure(figsize=(7, 5), layout="constrained")
+    figure = Shown(figsize=(7, 5), layout="constrained")
     axes = figure.subplots()
     _points(axes, [point.scores for point in result], across, up, "validation")
     held = [point.held_out for point in result if point.held_out is not None]
