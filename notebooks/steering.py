@@ -165,7 +165,8 @@ for coefficient in (0.0, 0.2, 0.4, 0.6):
         print(coefficient, [reply[:50] for reply in model.answer(asked, max_new_tokens=12)])
 
 # %% [markdown]
-# Too little does nothing, too much breaks the language model: that is what sweeps are for. With a single layer the same vector does much less.
+# Too much breaks the language model: that is what sweeps are for. One layer does much less: at layer 14 alone twice its vector changes no
+# language here.
 #
 # Taking it out is another question: does the model still answer in French when it is told to?
 
