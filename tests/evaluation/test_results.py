@@ -19,7 +19,9 @@ from abliterate.evaluation.answering import ModelState, Unedited, as_loaded, kno
 from abliterate.evaluation.examine import control_of, exam_of, examiner_of, relative_change
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
 from abliterate.evaluation.results import (
+    _TOGETHER,
     Answers,
+    _compared,
     judged,
     manner,
     manner_change,
@@ -180,6 +182,17 @@ def test_shift_is_zero_of_the_same_model_and_each_prompt_counts(session: pipelin
     assert low <= moved.kl_first.mean.value <= high
     assert moved.worst[0][1] == pytest.approx(moved.kl_reply.largest)
     assert moved.worst[0][0] in before.prompts
+
+
+def test_a_long_reply_is_compared_piece_by_piece_with_the_same_result() -> None:
+    generator = torch.Generator().manual_seed(0)
+    p, q = torch.randn(2, 37, 11, generator=generator)
+    reply = torch.randint(0, 11, (37,), generator=generator)
+    kl = (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+    nll = [-torch.distributions.Categorical(logits=logits).log_prob(reply).mean() for logits in (p, q)]
+    torch.testing.assert_close(_compared(p, q, reply), torch.stack([kl[0], kl.mean(), *nll]).double())
+    assert 37 % _TOGETHER
+    assert 2 * _TOGETHER < 37
 
 
 def test_shift_over_no_replies_is_nothing(session: pipeline.Session) -> None:

@@ -24,6 +24,8 @@ from abliterate.evaluation.statistics import (
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, logit_size, logits_at
 from abliterate.model.generation import Reply
 
+#: Tokens whose distributions are compared at once.
+_TOGETHER = 16
 #: Prompts that moved most, by name.
 _WORST = 3
 
@@ -254,8 +256,10 @@ def measure_shift(
 
 def _compared(p: Tensor, q: Tensor, reply: Tensor) -> Tensor:
     """KL of the first token and of all, and what the reply costs under p and under q, from logits [tokens, vocab]."""
-    kl = kl_divergence(p, q)
-    nll = -log_likelihood(p, reply).mean(), -log_likelihood(q, reply).mean()
+    # A few tokens at a time: between two rows of a large vocabulary stand five more of their size.
+    parts = list(zip(*(each.split(_TOGETHER) for each in (p, q, reply)), strict=True))
+    kl = torch.cat([kl_divergence(a, b) for a, b, _ in parts])
+    nll = [-torch.cat([log_likelihood(pair[side], pair[2]) for pair in parts]).mean() for side in (0, 1)]
     return torch.stack([kl[0], kl.mean(), *nll]).double().cpu()
 
 
