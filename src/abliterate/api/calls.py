@@ -23,9 +23,11 @@ from abliterate.api.options import (
     HardenOptions,
     InspectOptions,
     ModelOptions,
+    OtherPromptOptions,
     OutputOptions,
     Place,
     PromptOptions,
+    Prompts,
     RefusalOptions,
     RepairOptions,
     ReplyOptions,
@@ -554,13 +556,16 @@ def write_report(out: Place) -> Path:
     return refresh_report(Path(out))
 
 
-def load_prompts(**options: Unpack[PromptOptions]) -> ContrastiveSet:
+def load_prompts(
+    harmful: Prompts | None = None, harmless: Prompts | None = None, **options: Unpack[OtherPromptOptions]
+) -> ContrastiveSet:
     """The prompts that a verb given the same options uses, in their parts; `ab.load_prompts(limit=32).harmful.train`.
 
     `harmful` and `harmless` have `train` (directions are made of these), `val` (they are chosen by these) and `test`
     (evaluated on, as is `borderline`); all are tuples of texts. Raises `PromptError` for what cannot be read.
     """
-    given = Options("load_prompts", options)
+    sides = {name: side for name, side in (("harmful", harmful), ("harmless", harmless)) if side is not None}
+    given = Options("load_prompts", {**options, **sides})
     settings = given.take(PromptSettings)
     given.done()
     return load_contrast(settings, progress())
