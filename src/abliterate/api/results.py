@@ -100,7 +100,7 @@ class FoundDirection:
         return f"<p>{repr(self)[15:-1]}</p>" + table_html(names, [[row[n] for n in names] for row in tried[:12]], 0)
 
 
-@dataclass(frozen=True, slots=True, repr=False, eq=False)
+@dataclass(frozen=True, slots=True, repr=False)
 class Front(Sequence[Point]):
     """Edits between none and the closed form, from strong to light: each a `Point` with what it scored.
 
@@ -132,16 +132,6 @@ class Front(Sequence[Point]):
     def __iter__(self) -> Iterator[Point]:
         """The points in order."""
         return iter(self.points)
-
-    def __eq__(self, other: object) -> bool:
-        """Whether both hold the same points and choice."""
-        return isinstance(other, Front) and (self.points, self.chosen, self.part) == (
-            other.points,
-            other.chosen,
-            other.part,
-        )
-
-    __hash__ = None  # type: ignore[assignment]
 
     def rows(self) -> list[dict[str, Any]]:
         """One row for each point: its scores on validation prompts, and on held-out ones where they were measured."""

@@ -45,20 +45,14 @@ def drawn(part: object) -> Callable[[Any, Console], None] | None:
 
 def as_text(part: object) -> str | None:
     """A result as the command line prints it, without colours; None of what has no tables."""
-    console = _console()
-    if (show := drawn(part)) is None:
-        return None
-    show(part, console)
-    return console.export_text(styles=False).rstrip()
+    screen = _screen(part)
+    return None if screen is None else screen.export_text(styles=False).rstrip()
 
 
 def as_html(part: object) -> str | None:
     """The same for a notebook."""
-    console = _console()
-    if (show := drawn(part)) is None:
-        return None
-    show(part, console)
-    return console.export_html(inline_styles=True, code_format=_PRE)
+    screen = _screen(part)
+    return None if screen is None else screen.export_html(inline_styles=True, code_format=_PRE)
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[object]], marked: int | None = None) -> str:
@@ -77,11 +71,16 @@ def _cell(value: object) -> str:
     return escape(printable_lines(text))
 
 
-def _console() -> Console:
+def _screen(part: object) -> Console | None:
+    """A console on which the result was drawn."""
+    if (show := drawn(part)) is None:
+        return None
     # rich would show it in a notebook at once, beside what is returned
-    return Console(
+    console = Console(
         file=io.StringIO(), width=_WIDTH, record=True, force_jupyter=False, markup=False, emoji=False, highlight=False
     )
+    show(part, console)
+    return console
 
 
 rec.Shown.text, rec.Shown.html = staticmethod(as_text), staticmethod(as_html)
