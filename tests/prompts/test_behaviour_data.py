@@ -8,6 +8,7 @@ from collections import Counter
 from functools import cache
 from importlib.resources import files
 from itertools import combinations
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +22,13 @@ LEAST = {
     "sycophancy": 170,
     "verbosity": 170,
 }
+#: Those of which there are labelled replies.
+LABELLED = ("hedging", "language", "stock-phrases", "sycophancy", "verbosity")
 BUILTIN = ("harmful", "harmless", "borderline")
 WAYS = {"phrases", "judge", "longer_than", "language", "scorer"}
 TABLES = {"more", "less", "test", "others", "keep", "shows", "read"}
 _DATA = files("abliterate") / "prompts" / "data"
+_REPLIES = Path(__file__).parent / "data" / "behaviours"
 
 
 @cache
@@ -117,3 +121,19 @@ def test_alarming_prompts_are_none_of_the_borderline_ones() -> None:
     for text in _texts("over-refusal"):
         bag = frozenset(_normalise(text).split())
         assert all(len(bag & other) <= 0.8 * min(len(bag), len(other)) for other in theirs), text
+
+
+def test_alarming_prompts_come_in_many_kinds() -> None:
+    kinds = Counter(row["category"] for row in _rows("behaviours/over-refusal.jsonl"))
+    assert len(kinds) >= 12
+    assert max(kinds.values()) <= 25
+
+
+@pytest.mark.parametrize("name", LABELLED)
+def test_labelled_replies_are_to_its_prompts_and_half_show_it(name: str) -> None:
+    rows = [json.loads(line) for line in (_REPLIES / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["prompt"] for row in rows} <= set(_texts(name))
+    assert len({row["reply"] for row in rows}) == len(rows) >= 55
+    for part in (rows, [row for row in rows if row.get("unseen")]):
+        assert 0.35 <= sum(row["shows"] for row in part) / len(part) <= 0.65
+    assert [index for index, row in enumerate(rows) if row.get("unseen")] == list(range(2, len(rows), 3))
