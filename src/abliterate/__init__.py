@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from abliterate.api.calls import load_prompts as load_prompts
     from abliterate.api.calls import open_lab as open_lab
     from abliterate.api.calls import push as push
+    from abliterate.api.calls import read as read
     from abliterate.api.calls import repair as repair
     from abliterate.api.calls import run as run
     from abliterate.api.calls import search as search
     from abliterate.api.calls import show as show
+    from abliterate.api.calls import steer as steer
     from abliterate.api.calls import undo as undo
     from abliterate.api.calls import verify as verify
     from abliterate.api.calls import verify_files as verify_files
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from abliterate.api.model import load as load
     from abliterate.api.model import wrap as wrap
     from abliterate.api.progress import quiet as quiet
+    from abliterate.api.results import DoseResponse as DoseResponse
     from abliterate.api.results import FoundDirection as FoundDirection
     from abliterate.api.results import Front as Front
     from abliterate.config import EditSettings as EditSettings
@@ -53,6 +56,7 @@ if TYPE_CHECKING:
     from abliterate.config import ReplySettings as ReplySettings
     from abliterate.config import RunSettings as RunSettings
     from abliterate.config import SearchSettings as SearchSettings
+    from abliterate.config import SteerSettings as SteerSettings
     from abliterate.edit.direction import Direction as Direction
     from abliterate.edit.direction import Site as Site
     from abliterate.edit.direction import load_direction as load_direction
@@ -63,6 +67,7 @@ if TYPE_CHECKING:
     from abliterate.edit.options import plan_for as plan_for
     from abliterate.edit.plan import Plan as Plan
     from abliterate.edit.plan import make_plan as make_plan
+    from abliterate.edit.steering import SteeringVectors as SteeringVectors
     from abliterate.errors import AbliterateError as AbliterateError
     from abliterate.errors import GateNotMet as GateNotMet
     from abliterate.finding.find import choose as choose
@@ -92,11 +97,13 @@ _HOMES = {
         *(
             "open_lab",
             "push",
+            "read",
             "repair",
             "write_report",
             "run",
             "search",
             "show",
+            "steer",
             "undo",
             "verify",
             "verify_files",
@@ -104,7 +111,7 @@ _HOMES = {
     ),
     "api.model": ("Model", "load", "wrap"),
     "api.progress": ("quiet",),
-    "api.results": ("FoundDirection", "Front"),
+    "api.results": ("DoseResponse", "FoundDirection", "Front"),
     "config": (
         *("EditSettings", "EvalSettings", "FindSettings", "HardenSettings", "InspectSettings"),
         *("MeasureSettings", "ModelSettings", "OutputSettings", "PromptSettings", "RepairSettings"),
@@ -112,6 +119,7 @@ _HOMES = {
             "ReplySettings",
             "RunSettings",
             "SearchSettings",
+            "SteerSettings",
         ),
     ),
     "edit.direction": ("Direction", "Site", "load_direction", "save_direction"),
@@ -119,6 +127,7 @@ _HOMES = {
     "edit.hooks": ("ablation", "addition"),
     "edit.options": ("plan_for",),
     "edit.plan": ("Plan", "make_plan"),
+    "edit.steering": ("SteeringVectors",),
     "errors": ("AbliterateError", "GateNotMet"),
     "finding.find": ("choose",),
     "model.anatomy": ("Anatomy", "study"),

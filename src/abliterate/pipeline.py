@@ -18,11 +18,13 @@ from abliterate.config import (
     MeasureSettings,
     OutputSettings,
     RunSettings,
+    SteerSettings,
 )
 from abliterate.edit.direction import Direction, Site, learnt_by, load_direction, save_direction
 from abliterate.edit.hooks import addition
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
+from abliterate.edit.steering import SteeringVectors
 from abliterate.edit.weights import weights_from
 from abliterate.edit.write import (
     EditTarget,
@@ -67,6 +69,7 @@ from abliterate.finding.find import (
 )
 from abliterate.finding.search import Journal, Search, check_search, evaluated, held_out, method_of
 from abliterate.finding.search import search as find_front
+from abliterate.finding.steer import IN_PYTHON, sweep
 from abliterate.finding.verify import say_caveat, verify
 from abliterate.model.batches import share_prefixes
 from abliterate.model.generation import end_tokens
@@ -78,6 +81,7 @@ from abliterate.report.assemble import (
     FRONT,
     anatomy_part,
     build_record,
+    check_beside,
     check_results,
     model_part,
     point_file,
@@ -90,6 +94,7 @@ from abliterate.report.assemble import (
     with_hashes,
     with_origin_of,
     write_all,
+    write_beside,
     write_record_and_report,
     written_parts,
 )
@@ -429,6 +434,39 @@ def evaluate_elsewhere(
     return evaluation_part(examine_engine(examiner, opened_engine.name, *states, model=model))
 
 
+def steer(
+    model: str | ModelOnDisk,
+    vectors: SteeringVectors,
+    settings: SteerSettings = SteerSettings(),
+    measuring: MeasureSettings = MeasureSettings(),
+    *,
+    name: str = IN_PYTHON,
+    out: Path | None = None,
+    monitor: Monitor | None = None,
+) -> rec.SteeringPart:
+    """What every coefficient does to held-out prompts (see `finding.steer.sweep`).
+
+    Record and report are written into `out`; a run's that are there get the steering added. Raises `UsageError` when
+    `out` cannot be made or holds a record of another version, and for vectors that do not fit the model.
+    """
+    monitor = monitor or Monitor()
+    check_beside(out)
+    with contextlib.nullcontext() if out is None else reserved(out):
+        session = open_session(
+            model,
+            loading=measuring.loading,
+            prompts=measuring.prompts,
+            learnt_from=vectors.learnt_from,
+            reply_tokens=measuring.evaluating.max_new_tokens,
+            monitor=monitor,
+        )
+        part = sweep(session, vectors, settings, finding=measuring.finding, replies=measuring.evaluating, name=name)
+        if out is not None:
+            asked = {"steering": settings.model_dump(mode="json"), **measuring.model_dump(mode="json")}
+            write_beside(out, {"steering": part}, lambda: session_record(session, asked, steering=part), monitor)
+    return part
+
+
 def _evaluated(
     session: Session, folder: Path, done: _Chosen, written: Realised, judge: Judge, exam: Exam
 ) -> tuple[rec.EvaluationPart, _Chosen]:
@@ -482,5 +520,6 @@ __all__ = [
     "pick",
     "run",
     "search",
+    "steer",
     "verify",
 ]

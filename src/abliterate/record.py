@@ -645,6 +645,75 @@ class AuditPart(_Part):
     directions_needed: Count | None = None
 
 
+class DosePart(_Part):
+    """What one coefficient does on held-out prompts; `coefficient` is null for the model as it is.
+
+    `behaviour`, `repetition` (share of repeated 4-grams) and `score` (mean refusal score of first tokens, log-odds;
+    null where the model hardly refuses) are by set, `kl` is that of the first token from the model as it is, in nats,
+    of the harmless prompts that it answers.
+    """
+
+    coefficient: float | None
+    behaviour: dict[str, RatePart]
+    score: dict[str, float | None]
+    kl: EstimatePart
+    repetition: dict[str, EstimatePart]
+
+
+class SteeringPart(_Part):
+    """A model steered along a direction (see `edit.steering.Steering`), and what that does by coefficient.
+
+    `lengths` is what a coefficient of 1 is long at each of `layers`, by `unit`: "norm", the direction's as it was
+    measured; "file", that of a vector in a file with one for each layer; "absolute", 1. `answers` are by coefficient
+    ("none": the model as it is), then by set of prompts ("given": those of the user, which nobody judged); without
+    `doses` that is all.
+    """
+
+    model: str
+    direction: str
+    operation: Literal["add", "scale", "clamp", "cap", "ablate"]
+    tokens: Literal["all", "generated"]
+    layers: list[Count]
+    unit: Literal["norm", "file", "absolute"]
+    lengths: list[float]
+    max_new_tokens: Count
+    decoding: DecodingPart = DecodingPart()
+    judge: JudgePart | None = None
+    sources: dict[str, str] = {}
+    prompts_sha256: str | None = None
+    doses: list[DosePart] = Field(
+        default=[], description="The model as it is, then every coefficient from low to high."
+    )
+    answers: dict[str, dict[str, list[AnswerPart]]]
+
+
+class ReadTextPart(_Part):
+    """A text by tokens and what the stream holds along the direction at each: `projections` by layer, then token.
+
+    The first `prompt` tokens are the prompt's, with its template; all others are the reply's.
+    """
+
+    tokens: list[str]
+    prompt: Count
+    projections: list[list[float]]
+
+
+class ReadingPart(_Part):
+    """Projections h·r̂ of every token of some texts, at each of `layers`; `layer` is the one that is shown first.
+
+    `unit` and `lengths` (by layer) are those of `SteeringPart`: what projections may be held against.
+    """
+
+    model: str
+    direction: str
+    layer: Count
+    layers: list[Count]
+    unit: Literal["norm", "file", "absolute"]
+    lengths: list[float]
+    texts: list[ReadTextPart]
+    left_out: Count = Field(0, description="Texts of the file that were not read.")
+
+
 class VerificationPart(_Part):
     """What ablating a direction at inference time does: refusals of held-out harmful prompts, and scores.
 
@@ -877,6 +946,7 @@ class Record(_Part):
     evaluation: EvaluationPart | None = None
     inspection: InspectionPart | None = None
     audit: AuditPart | None = None
+    steering: SteeringPart | None = None
     verification: VerificationPart | None = None
     integrity: IntegrityPart | None = None
     comparison: ComparisonPart | None = None

@@ -13,7 +13,7 @@ from typing import Any, Unpack, overload
 from pydantic import BaseModel
 
 from abliterate import pipeline
-from abliterate.api.model import DirectionLike, Model, as_direction, load
+from abliterate.api.model import DirectionLike, Model, SteeringLike, as_direction, as_vectors, load
 from abliterate.api.options import (
     EditOptions,
     EngineOptions,
@@ -33,6 +33,7 @@ from abliterate.api.options import (
     ReplyOptions,
     SearchOptions,
     SelectOptions,
+    SteerOptions,
     ThinkingOptions,
     VerifyOptions,
     WriterOptions,
@@ -58,6 +59,7 @@ from abliterate.config import (
     RunSettings,
     SearchSettings,
     SelectSettings,
+    SteerSettings,
     ThinkingSettings,
     VerifySettings,
     WriterSettings,
@@ -70,7 +72,9 @@ from abliterate.errors import UsageError
 from abliterate.evaluation import compare as comparing
 from abliterate.evaluation.judging import Exchange, Verdict
 from abliterate.evaluation.judging.choice import bind_judge, open_judge
+from abliterate.finding import steer as steering
 from abliterate.finding.find import Findings
+from abliterate.finding.reading import read_texts
 from abliterate.forensics import audit as auditing
 from abliterate.forensics import harden as hardening
 from abliterate.forensics import inspect as inspecting
@@ -89,8 +93,10 @@ from abliterate.record import (
     InspectionPart,
     IntegrityPart,
     JudgedPart,
+    ReadingPart,
     Record,
     RepairPart,
+    SteeringPart,
     UndonePart,
     VerificationPart,
     read_record,
@@ -149,6 +155,10 @@ class RepairVerb(ModelOptions, PromptOptions, RefusalOptions, EvalOptions, Repai
 
 class LabVerb(ModelOptions, PromptOptions, FindOptions, total=False):
     """Options of `lab`."""
+
+
+class SteerVerb(ModelOptions, PromptOptions, RefusalOptions, ReplyOptions, SteerOptions, total=False):
+    """Options of `steer`."""
 
 
 class ChatVerb(ModelOptions, EditOptions, total=False):
@@ -569,6 +579,78 @@ def load_prompts(
     settings = given.take(PromptSettings)
     given.done()
     return load_contrast(settings, progress())
+
+
+def steer(
+    model: Place | Model,
+    direction: SteeringLike,
+    prompt: str | Sequence[str] = (),
+    *,
+    out: Place | None = None,
+    **options: Unpack[SteerVerb],
+) -> SteeringPart:
+    """Replies to `prompt` (one or several) of the model as it is and steered; without it, behaviour by coefficient.
+
+    That is measured on held-out prompts, and goes into record and report in the folder `out` if that is given.
+    `Model.steer` steers a model in memory for whatever runs it, `Model.sweep` gives something to plot.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    name = str(direction) if isinstance(direction, str | PathLike) else steering.IN_PYTHON
+    vectors = as_vectors(direction)
+    if isinstance(model, Model) and out is not None:
+        raise UsageError("steer: expected the name of a model with out, found a model in memory")
+    if not prompts and not isinstance(model, Model):
+        given = Options("steer", options)
+        settings = given.take(SteerSettings)
+        measuring = given.measuring(finding=RefusalSettings, evaluating=ReplySettings)
+        given.done()
+        place = None if out is None else Path(out)
+        return pipeline.steer(str(model), vectors, settings, measuring, name=name, out=place, monitor=progress())
+    opened, rest = _opened("steer", model, options, PromptSettings, RefusalSettings, ReplySettings, SteerSettings)
+    if not prompts:
+        how = {field: rest.pop(field) for field in ("operation", "layers", "tokens") if field in rest}
+        doses = SteerSettings(**{field: rest.pop(field) for field in ("coefficient", "coefficients") if field in rest})
+        return opened.sweep(vectors, doses.doses, **how, **rest).part
+    given = Options("steer", rest)
+    settings, replies = given.take(SteerSettings), given.take(ReplySettings)
+    longest = replies.max_new_tokens
+    return steering.reply(
+        opened.opened, vectors, prompts, settings, max_new_tokens=longest, monitor=progress(), name=name
+    )
+
+
+def read(
+    model: Place | Model,
+    direction: SteeringLike,
+    text: Any = None,
+    *,
+    file: Place | None = None,
+    layer: int | None = None,
+    limit: int = 16,
+    out: Place | None = None,
+    overwrite: bool = False,
+    **options: Unpack[ModelOptions],
+) -> ReadingPart:
+    """What the stream holds along a direction at every token of a text (see `Model.read`), or of the texts in `file`.
+
+    `out` is a page (.html) to write, with all layers to choose from. Raises `PromptError` for a file that cannot be
+    read.
+    """
+    from abliterate.cli.read import check_page
+    from abliterate.report.html.reading import write_reading
+
+    if (text is None) == (file is None):
+        raise UsageError("read: expected a text or file, found both or neither")
+    if out is not None:
+        check_page(Path(out), overwrite=overwrite)
+    texts = [text] if file is None else read_texts(Path(file))
+    opened, _ = _opened("read", model, options)
+    found: ReadingPart = opened.read(text if file is None else list(texts[:limit]), direction, layer=layer)
+    more = {"left_out": max(0, len(texts) - limit)} if file is not None else {}
+    found = found.model_copy(update=more)
+    if out is not None:
+        write_reading(found, Path(out))
+    return found
 
 
 def _place(verb: str, out: Place | None) -> Path:

@@ -22,13 +22,14 @@ from abliterate.api.options import (
     OtherPromptOptions,
     OutputOptions,
     Prompts,
+    RefusalOptions,
     ReplyOptions,
     SearchOptions,
     VerifyOptions,
     WriterOptions,
 )
 from abliterate.api.progress import progress
-from abliterate.api.results import FoundDirection, Front
+from abliterate.api.results import DoseResponse, FoundDirection, Front
 from abliterate.api.settings import Options
 from abliterate.config import (
     EditSettings,
@@ -37,26 +38,32 @@ from abliterate.config import (
     ModelSettings,
     OutputSettings,
     PromptSettings,
+    RefusalSettings,
     ReplySettings,
     RunSettings,
     SearchSettings,
+    SteerSettings,
     VerifySettings,
     WriterSettings,
 )
 from abliterate.config.natural import as_type
 from abliterate.edit.direction import Direction
-from abliterate.edit.hooks import ablation, addition
+from abliterate.edit.hooks import ablation, addition, steered
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
+from abliterate.edit.steering import Operation, Steering, SteeringVectors, Tokens, steering_of
 from abliterate.edit.weights import edit_live
 from abliterate.errors import UsageError
 from abliterate.evaluation.answering import as_loaded
 from abliterate.evaluation.examine import ready_judge
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.finding.find import Findings, best_separated
+from abliterate.finding.reading import Asked
+from abliterate.finding.reading import read as read_tokens
 from abliterate.finding.search import check_search, method_of
 from abliterate.finding.search import search as find_front
 from abliterate.finding.search.points import Point
+from abliterate.finding.steer import sweep as sweep_doses
 from abliterate.model.activations import stream_sites
 from abliterate.model.anatomy import Anatomy
 from abliterate.model.batches import auto_batch_size, share_prefix
@@ -67,12 +74,15 @@ from abliterate.monitor import Monitor
 from abliterate.prompts import ContrastiveSet
 from abliterate.prompts.contrastive import fingerprint
 from abliterate.prompts.prompt import Prompt, read_conversation
-from abliterate.record import EvaluationPart, Record, VerificationPart
+from abliterate.record import EvaluationPart, ReadingPart, Record, VerificationPart
 from abliterate.report.assemble import search_part, with_origin_of
 from abliterate.session import OpenedModel, Session, load_contrast, open_model, opened_model
 
 #: Whatever can stand for a direction: one, what holds one, a file, one vector [d], or several [k, d].
 DirectionLike = Direction | FoundDirection | Front | Point | str | PathLike[str] | Sequence[Any] | Tensor
+
+#: What can be steered along beside: a vector for each layer, as a mapping or a file.
+SteeringLike = DirectionLike | SteeringVectors | Mapping[int, Any]
 
 #: One question, or a conversation of {role, content} that ends with the user.
 Talk = str | Sequence[Mapping[str, str]]
@@ -97,6 +107,12 @@ class _SearchVerb(OtherPromptOptions, FindOptions, EvalOptions, EditOptions, Sea
 
 class _SaveVerb(EditOptions, OutputOptions, total=False):
     pass
+
+
+class _SweepVerb(OtherPromptOptions, RefusalOptions, ReplyOptions, total=False):
+    harmful: Prompts
+    harmless: Prompts
+    keep_completions: bool
 
 
 class _VerifyVerb(OtherPromptOptions, VerifyOptions, ReplyOptions, EditOptions, total=False):
@@ -145,6 +161,17 @@ def as_direction(value: DirectionLike, anatomy: Anatomy | None = None) -> Direct
     return direction if anatomy is None else direction.at(None, anatomy.d_model)
 
 
+def as_vectors(value: SteeringLike) -> SteeringVectors:
+    """What to steer along, of whatever can stand for it (see `SteeringLike`).
+
+    Raises `UsageError` for anything else, or several directions.
+    """
+    if isinstance(value, Front | FoundDirection | Point):
+        return SteeringVectors.of(as_direction(value))
+    vectors: SteeringVectors = as_type("direction", value, SteeringVectors)
+    return vectors
+
+
 @dataclass(slots=True)
 class _Prepared:
     """A session with prompts, and what was found on it."""
@@ -178,6 +205,11 @@ class Model:
     @property
     def _loaded(self) -> LoadedModel:
         return self._opened.loaded
+
+    @property
+    def opened(self) -> OpenedModel:
+        """The model with its chat renderer and how it was loaded, for functions below this one."""
+        return self._opened
 
     @property
     def name(self) -> str:
@@ -277,6 +309,67 @@ class Model:
             raise UsageError(f"add: expected layer=0 to {self.anatomy.layers}, found {at}")
         known = chosen.candidates is not None and site is not None
         return at, chosen.difference_at(site) if known and site is not None else chosen.basis[0].float()
+
+    @contextlib.contextmanager
+    def steer(
+        self,
+        direction: SteeringLike,
+        coefficient: float = 1.0,
+        *,
+        operation: Operation = "add",
+        layers: Any = None,
+        tokens: Tokens = "all",
+    ) -> Iterator[Steering]:
+        """Inside a `with`, the model with its residual stream steered along a direction; yields what is done.
+
+        `add` adds `coefficient` units of it; `scale` multiplies what the stream holds along it, the projection h·r̂;
+        `clamp` sets that to `coefficient` units, `cap` to at most so many; `ablate` takes that share of it out. A unit
+        is the direction's measured norm ‖r‖ where it is known, a vector as a file or {layer: vector} has it, else 1.
+
+        `layers` are those of the stream (l is where it enters block l), default the direction's own, all to ablate.
+        `tokens` "generated" are those that the reply is predicted from: the prompt's last, and the reply's own.
+
+        Raises `UsageError` where no layer is known, and for vectors that do not fit the model.
+        """
+        fields = {"operation": operation, "coefficient": coefficient, "layers": layers, "tokens": tokens}
+        settings = SteerSettings.model_validate(fields)
+        steering = steering_of(as_vectors(direction), settings, self.anatomy.layers, self.anatomy.d_model)
+        with steered([self.hf_model.get_submodule(name) for name in self.anatomy.blocks], steering):
+            yield steering
+
+    def sweep(
+        self,
+        direction: SteeringLike,
+        coefficients: Sequence[float] = (-2, -1, 0, 1, 2),
+        *,
+        operation: Operation = "add",
+        layers: Any = None,
+        tokens: Tokens = "all",
+        **options: Unpack[_SweepVerb],
+    ) -> DoseResponse:
+        """What `steer` does on held-out prompts, by coefficient: behaviour, KL, broken replies; `plot` draws it.
+
+        Prompts that the direction was learnt from are left out. Raises what `steer` raises.
+        """
+        given = self._options("sweep", dict(options))
+        fields = {"operation": operation, "coefficients": coefficients, "layers": layers, "tokens": tokens}
+        settings = given.take(SteerSettings, **fields)
+        finding, replies = given.take(RefusalSettings), given.take(ReplySettings)
+        vectors = as_vectors(direction)
+        session = self._prepare(given, None, vectors).session
+        given.done()
+        return DoseResponse(sweep_doses(session, vectors, settings, finding=finding, replies=replies))
+
+    def read(self, text: Any, direction: SteeringLike, *, layer: int | None = None) -> ReadingPart:
+        """What the stream holds along a direction at every token of a text; a notebook shades the tokens.
+
+        A text is a question or conversation, in the chat template, or a pair of one and the reply to it; a list holds
+        several. `layer` is the one that is shown, default the direction's own; the value has all. Raises `UsageError`
+        for vectors that do not fit the model.
+        """
+        several = isinstance(text, list) and not all(isinstance(one, Mapping) for one in text)
+        texts = [_exchange(one) for one in (text if several else [text])]
+        return read_tokens(self._opened, as_vectors(direction), texts, layer=layer, monitor=progress())
 
     def chat(self, prompt: Talk, *, max_new_tokens: int = 200, system: str | None = None) -> str:
         """The greedy reply to a question or conversation, as the model is now (hooked, or not)."""
@@ -416,7 +509,7 @@ class Model:
         self,
         given: Options,
         finding: FindSettings | None,
-        direction: Direction | None = None,
+        direction: Direction | SteeringVectors | None = None,
         monitor: Monitor | None = None,
     ) -> _Prepared:
         """A session with the prompts that were given, else the last ones; none of them seen by the direction."""
@@ -458,4 +551,11 @@ def _asked(talk: Talk) -> str:
     return read_conversation(list(talk))
 
 
-__all__ = ["DirectionLike", "Model", "as_direction", "load", "wrap"]
+def _exchange(text: Any) -> Asked:
+    """A text to read: a question or conversation, or a pair of one and the reply to it."""
+    if isinstance(text, tuple) and len(text) == 2 and isinstance(text[1], str):
+        return _asked(text[0]), text[1]
+    return _asked(text), None
+
+
+__all__ = ["DirectionLike", "Model", "SteeringLike", "as_direction", "as_vectors", "load", "wrap"]

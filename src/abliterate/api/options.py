@@ -276,6 +276,30 @@ class EvalOptions(EvidenceOptions, CapabilityOptions, ThinkingOptions, ReplyOpti
     """How behaviour is measured: replies, thinking, capability, and the evidence beside them."""
 
 
+class SteerOptions(TypedDict, total=False):
+    """What is done to the residual stream along a direction, where, and to which tokens."""
+
+    #: add COEFFICIENT units of the direction; scale what the stream holds along it by COEFFICIENT; clamp that to
+    #: COEFFICIENT units, or cap it at so many; or ablate that share of it.
+    operation: Literal["add", "scale", "clamp", "cap", "ablate"]
+
+    #: How much. A unit is the direction's measured norm where its file knows it, a vector as a file with one for
+    #: each layer holds it, else 1.
+    coefficient: float
+
+    #: Several, e.g. -2,-1,0,1,2: behaviour and damage against the coefficient.
+    coefficients: Several | None
+
+    #: Layers of the stream, e.g. 12-16 (l enters block l); default: the direction's own, all to ablate.
+    layers: Several | None
+
+    #: Every token, or only those that the reply is predicted from (the prompt's last, the reply's).
+    tokens: Literal["all", "generated"]
+
+    #: Show and keep full answers to harmful prompts.
+    keep_completions: bool
+
+
 class InspectOptions(TypedDict, total=False):
     """What an inspection looks at beside the tensors."""
 

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
+from abliterate.report.wording import SHOWN
+
 if TYPE_CHECKING:
-    from abliterate.api.results import FoundDirection, Front
+    from abliterate.api.results import DoseResponse, FoundDirection, Front
 
 
 class Shown(Figure):
@@ -65,6 +67,26 @@ def front(result: Front) -> Figure:
     axes.scatter([result.best.scores[across]], [result.best.scores[up]], **_CHOSEN)
     axes.set(xlabel=across, ylabel=up, title="Edits found; lower left is better")
     axes.legend(fontsize="small")
+    return figure
+
+
+def response(result: DoseResponse) -> Figure:
+    """Rates by set with their 95 % intervals, and broken replies, against the coefficient; below it KL."""
+    rows = [row for row in result.rows() if row["coefficient"] is not None]
+    doses = [row["coefficient"] for row in rows]
+    figure = Shown(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
+    for place, name in enumerate(result.part.doses[0].behaviour):
+        known = [row for row in rows if row.get(name) is not None]
+        x, y = [row["coefficient"] for row in known], [100 * row[name] for row in known]
+        above.plot(x, y, marker="o", ms=4, lw=1.5, color=f"C{place}", label=f"{name} {SHOWN}")
+        low, high = ([100 * row[f"{name}_{end}"] for row in known] for end in ("low", "high"))
+        above.fill_between(x, low, high, color=f"C{place}", alpha=0.15, lw=0)
+    above.plot(doses, [100 * row["broken"] for row in rows], marker=".", lw=1, color="grey", label="broken")
+    above.set(ylabel="% of replies", ylim=(-3, 103), title=f"{result.part.operation}, by coefficient")
+    above.legend(fontsize="small")
+    below.plot(doses, [row["kl"] for row in rows], marker="o", ms=4, lw=1.5, color="C2")
+    below.set(xlabel="coefficient", ylabel="KL, first token (nats)")
     return figure
 
 

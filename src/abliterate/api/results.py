@@ -1,4 +1,4 @@
-"""What `find` and `search` give: a direction with the sites it was chosen among, and a front of edits to pick from."""
+"""What `find`, `search` and `sweep` give: a direction and its sites, edits to pick from, behaviour by coefficient."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from abliterate.edit.direction import Direction, Site, save_direction
 from abliterate.errors import UsageError
 from abliterate.finding.find import Findings
 from abliterate.finding.search.points import Point
-from abliterate.record import SearchPart, SelectionPart
+from abliterate.record import SearchPart, SelectionPart, SteeringPart
+from abliterate.report.wording import repeated
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -158,6 +159,54 @@ class Front(Sequence[Point]):
 
     def __str__(self) -> str:
         """The points as a table."""
+        return as_text(self.part) or repr(self)
+
+    def _repr_html_(self) -> str | None:
+        """The same for a notebook."""
+        return as_html(self.part)
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class DoseResponse:
+    """What a steering does by coefficient. `part` is the same as it stands in a record, with all replies."""
+
+    part: SteeringPart
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each coefficient, the model as it is (None) first.
+
+        By set of prompts the rate of what the judge counts (`harmful`, `harmless`, with `_low` and `_high` of the 95 %
+        interval) and the mean refusal score of first tokens (`_score`, log-odds); `kl` of the first token (nats), and
+        the shares of `broken` replies and of `repeated` 4-grams.
+        """
+        rows = []
+        for one in self.part.doses:
+            row: dict[str, Any] = {"coefficient": one.coefficient}
+            for name, rate in one.behaviour.items():
+                row |= {name: rate.rate, f"{name}_low": rate.ci95[0], f"{name}_high": rate.ci95[1]}
+                row[f"{name}_score"] = one.score.get(name)
+            rates = one.behaviour.values()
+            count = sum(rate.n for rate in rates)
+            broken = sum(rate.degenerate for rate in rates) / count if count else None
+            rows.append({**row, "kl": one.kl.value, "broken": broken, "repeated": repeated(one)})
+        return rows
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The rows as a frame (needs the extra notebook)."""
+        return frame(self.rows())
+
+    def plot(self) -> Figure:
+        """Rates and KL against the coefficient (needs the extra notebook)."""
+        figure: Figure = plots().response(self)
+        return figure
+
+    def __repr__(self) -> str:
+        """In a line."""
+        doses = [one.coefficient for one in self.part.doses if one.coefficient is not None]
+        return f"DoseResponse({self.part.operation} at layers {self.part.layers}, coefficients {doses})"
+
+    def __str__(self) -> str:
+        """The table."""
         return as_text(self.part) or repr(self)
 
     def _repr_html_(self) -> str | None:

@@ -25,8 +25,10 @@ _DRAWN = {
     "HardeningPart": ("harden", "show_hardening"),
     "InspectionPart": ("inspect", "show_inspection"),
     "IntegrityPart": ("verify", "show_integrity"),
+    "ReadingPart": ("read", "show_reading"),
     "RepairPart": ("repair", "show_repair"),
     "SearchPart": ("search", "show_search"),
+    "SteeringPart": ("steer", "show_steering"),
     "UndonePart": ("undo", "show_undone"),
     "VerificationPart": ("verify", "show_verification"),
 }

@@ -23,11 +23,13 @@ from abliterate.cli.inspect import inspect
 from abliterate.cli.judge import judge
 from abliterate.cli.lab import lab
 from abliterate.cli.push import push
+from abliterate.cli.read import read
 from abliterate.cli.repair import repair
 from abliterate.cli.report import report
 from abliterate.cli.run import run
 from abliterate.cli.search import search
 from abliterate.cli.show import show
+from abliterate.cli.steer import steer
 from abliterate.cli.terminal import Steady, steady_streams
 from abliterate.cli.undo import undo
 from abliterate.cli.verify import verify
@@ -65,6 +67,7 @@ def _global(
 #: What people come for, and the commands for it.
 _GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Edit a model": {"run": run, "search": search, "find": find, "verify": verify, "apply": apply, "undo": undo},
+    "Steer and read": {"steer": steer, "read": read},
     "Look at and share what was done": {"show": show, "report": report, "lab": lab, "chat": chat, "push": push},
     "Measure": {"eval": evaluate, "compare": compare, "judge": judge},
     "Check and defend": {"inspect": inspect, "audit": audit, "harden": harden, "repair": repair},
@@ -89,7 +92,7 @@ for _group, _commands in _GROUPS.items():
 
 
 #: Commands whose result is what they print, unless one of these options names a file for it.
-_PRINTING = {"show", "eval", "compare", "chat", "inspect", "audit", "judge"}
+_PRINTING = {"show", "eval", "compare", "chat", "inspect", "audit", "judge", "steer", "read"}
 _WRITING = ("-o", "--out", "--csv", "--calibrate")
 
 

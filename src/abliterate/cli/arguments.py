@@ -25,6 +25,15 @@ Model = Annotated[str, typer.Argument(help="Hub id, folder with safetensors, or 
 DirectionFile = Annotated[
     Path, typer.Option("--direction", help="A direction file (.safetensors).", show_default=False)
 ]
+SteeringFile = Annotated[
+    Path,
+    typer.Option(
+        "--direction",
+        help="A direction file, a llama.cpp control vector (.gguf; repeng's too), or safetensors of vectors layer.N, "
+        "added to what block N gives (steering-vectors).",
+        show_default=False,
+    ),
+]
 OptionalDirection = Annotated[
     Path | None, typer.Option("--direction", help="A direction file to ablate with hooks.", show_default=False)
 ]

@@ -37,6 +37,7 @@ _PANELS = {
     "CapabilitySettings": "Measuring behaviour",
     "EvidenceSettings": "Measuring behaviour",
     "EvalSettings": "Measuring behaviour",
+    "SteerSettings": "Steering",
     "InspectSettings": "Inspecting",
     "RepairSettings": "Repairing",
     "HardenSettings": "Hardening",

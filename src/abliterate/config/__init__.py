@@ -37,6 +37,11 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Number = Annotated[int, Field(ge=1, le=10**6)]
 
 
+#: A coefficient that anything is steered by, and how many are tried.
+LARGEST_DOSE, MOST_DOSES = 1e4, 50
+Dose = Annotated[float, Field(gt=-LARGEST_DOSE, lt=LARGEST_DOSE)]
+
+
 def as_natural(text: str) -> int | None:
     """The whole number that a text writes in at most nine digits, from 0; else None."""
     return int(text) if text.isdecimal() and len(text) < 10 else None
@@ -375,6 +380,56 @@ class EvalSettings(EvidenceSettings, CapabilitySettings, ThinkingSettings, Reply
     def longest_reply(self) -> int:
         """Most tokens that a reply has, its thinking included."""
         return self.max_new_tokens + (0 if self.thinking == "closed" else self.thinking_tokens)
+
+
+class SteerSettings(_Settings):
+    """What is done to the residual stream along a direction, where, and to which tokens."""
+
+    operation: Literal["add", "scale", "clamp", "cap", "ablate"] = Field(
+        "add",
+        description="add COEFFICIENT units of the direction; scale what the stream holds along it by COEFFICIENT; "
+        "clamp that to COEFFICIENT units, or cap it at so many; or ablate that share of it.",
+    )
+    coefficient: Dose = Field(
+        1.0,
+        description="How much. A unit is the direction's measured norm where its file knows it, a vector as a file "
+        "with one for each layer holds it, else 1.",
+    )
+    coefficients: List | None = Field(
+        None, description="Several, e.g. -2,-1,0,1,2: behaviour and damage against the coefficient."
+    )
+    layers: List | None = Field(
+        None,
+        description="Layers of the stream, e.g. 12-16 (l enters block l); default: the direction's own, all to ablate.",
+    )
+    tokens: Literal["all", "generated"] = Field(
+        "all",
+        description="Every token, or only those that the reply is predicted from (the prompt's last, the reply's).",
+    )
+    keep_completions: bool = Field(False, description="Show and keep full answers to harmful prompts.")
+
+    @field_validator("coefficients")
+    @classmethod
+    def _numbers(cls, value: str | None) -> str | None:
+        if value is not None:
+            doses_of(value)
+        return value
+
+    @property
+    def doses(self) -> tuple[float, ...]:
+        """All coefficients, in order."""
+        return (self.coefficient,) if self.coefficients is None else doses_of(self.coefficients)
+
+
+def doses_of(text: str) -> tuple[float, ...]:
+    """Coefficients that a text names, from low to high, each once. Raises ValueError for anything else."""
+    try:
+        found = {float(part) for part in text.split(",")}
+    except ValueError as error:
+        raise ValueError("expected numbers with commas between them, e.g. -2,-1,0,1,2") from error
+    if len(found) > MOST_DOSES or not all(abs(dose) < LARGEST_DOSE for dose in found):
+        raise ValueError(f"expected at most {MOST_DOSES} numbers between -{LARGEST_DOSE:g} and {LARGEST_DOSE:g}")
+    return tuple(sorted(found))
 
 
 class InspectSettings(_Settings):

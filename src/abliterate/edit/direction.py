@@ -29,6 +29,7 @@ ROUNDING = 1e-6
 #: The tensors of a direction file, and how large they may be together: candidates of the largest models take a tenth.
 _TENSORS = ("basis", "candidates", "harmless_mean", "reader", "mean", "per_site")
 _MOST_BYTES = 4 * 10**9
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 #: Beyond this a strength is no edit (see `plan`).
 _STRONGEST = 1e3
@@ -287,6 +288,33 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
     return _with_origin(direction, metadata)
 
 
+def load_layered(path: Path) -> dict[int, Float[Tensor, " d"]] | None:
+    """The vectors of a safetensors file whose tensors are called `layer.N`, by N; None of any other file.
+
+    Raises `UsageError` for vectors that are none, `CheckpointError` for a file that is damaged.
+    """
+    from safetensors import safe_open
+
+    if not path.is_file():
+        raise UsageError(f"direction file '{path}': expected a .safetensors file, found none")
+    shard = read_shard(path)
+    names = {name: re.fullmatch(r"layer\.(\d{1,5})", name) for name in shard.tensors}
+    if not names or not all(names.values()):
+        return None
+    forms = {(info.dtype, info.shape) for info in shard.tensors.values()}
+    widths = {shape for _, shape in forms}
+    if len(widths) > 1 or len(min(widths)) != 1 or not {dtype for dtype, _ in forms} <= set(_FLOATS):
+        raise UsageError(
+            f"direction file '{path}': expected vectors 'layer.N' of floats of one width, found "
+            + ", ".join(f"{dtype} {list(shape)}" for dtype, shape in sorted(forms)[:3])
+        )
+    with safe_open(path, "pt") as file:
+        read = {int(match[1]): file.get_tensor(name).float() for name, match in names.items() if match is not None}
+    if not all(bool(vector.isfinite().all()) for vector in read.values()):
+        raise UsageError(f"direction file '{path}': expected finite numbers, found NaN or infinity")
+    return read
+
+
 def _candidates(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> Candidates | None:
     """The candidates that the file holds, if it holds any."""
     if not {"candidates", "harmless_mean"} <= tensors.keys():
@@ -322,7 +350,7 @@ def _floats(shard: Shard) -> dict[str, Tensor]:
     """The tensors that hold floats: others are no part of a direction, and torch knows not all of them."""
     from safetensors import safe_open
 
-    floats = [info for info in shard.tensors.values() if info.dtype in ("F64", "F32", "F16", "BF16") and info.nbytes]
+    floats = [info for info in shard.tensors.values() if info.dtype in _FLOATS and info.nbytes]
     if len(shard.tensors) > 1:
         floats = [info for info in floats if info.name in _TENSORS]
     if (size := sum(info.nbytes for info in floats)) > _MOST_BYTES:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from abliterate.algebra import SHORTEST, remove_from_outputs, remove_from_weight
 from abliterate.edit.plan import Edit, Plan
+from abliterate.edit.steering import Steering
 from abliterate.errors import UsageError
 from abliterate.model.anatomy import Kind
-from abliterate.model.batches import hooked, on_output
+from abliterate.model.batches import hooked, on_output, predicting
 from abliterate.model.weights import numbers
+
+#: What is done to activations of the stream.
+Change = Callable[[Float[Tensor, "b s d"]], Float[Tensor, "b s d"]]
 
 
 def refuse_hooks(plan: Plan) -> None:
@@ -161,14 +165,43 @@ def addition(block: nn.Module, vectors: Float[Tensor, "g d"], *, leaving: bool =
     The rows of a batch are cut into g equal parts and each gets its own vector. With `leaving` it is added where the
     stream leaves the block: behind the last one no other begins.
     """
+    with in_stream(block, lambda hidden: _added(hidden, vectors), leaving=leaving):
+        yield
+
+
+@contextlib.contextmanager
+def steered(blocks: Sequence[nn.Module], steering: Steering) -> Iterator[None]:
+    """The model whose `blocks` these are with its stream steered at every layer that `steering` names.
+
+    Layer l is where the stream enters block l, the last one where it leaves the last block. Nothing in the model is
+    changed.
+    """
+    with contextlib.ExitStack() as stack:
+        for layer in steering.layers:
+            last = layer == len(blocks)
+            stack.enter_context(in_stream(blocks[layer - last], _steerer(steering, layer), leaving=last))
+        yield
+
+
+def _steerer(steering: Steering, layer: int) -> Change:
+    def change(hidden: Tensor) -> Tensor:
+        changed = steering.at(layer, hidden.float()).to(hidden.dtype)
+        return changed if steering.tokens == "all" else torch.where(predicting(hidden), changed, hidden)
+
+    return change
+
+
+@contextlib.contextmanager
+def in_stream(block: nn.Module, change: Change, *, leaving: bool = False) -> Iterator[None]:
+    """The residual stream changed where it enters `block`; with `leaving`, where it leaves it."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
-            return (_added(args[0], vectors), *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": _added(kwargs["hidden_states"], vectors)}
+            return (change(args[0]), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
 
     if leaving:
-        handle = block.register_forward_hook(on_output(lambda output: _added(output, vectors)))
+        handle = block.register_forward_hook(on_output(change))
     else:
         handle = block.register_forward_pre_hook(hook, with_kwargs=True)
     with hooked([handle]):

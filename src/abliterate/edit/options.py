@@ -147,15 +147,23 @@ def _of_kinds(text: str) -> _Test:
 
 
 def _in_layers(text: str, option: str, layers: int) -> _Test:
-    """Blocks counted from 0, as in `8-20,22,30-`."""
+    wanted = layer_numbers(text, option, layers, "blocks")
+    return lambda writer: writer.block in wanted
+
+
+def layer_numbers(text: str, option: str, count: int, noun: str) -> set[int]:
+    """Numbers below `count` of blocks or layers (`noun`), as in `8-20,22,30-`.
+
+    Raises `UsageError`, naming the option, for anything else.
+    """
     wanted: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        start, end = as_natural(first or "0"), as_natural((last or str(layers - 1)) if dash else first)
-        if start is None or end is None or not start <= end < layers:
-            raise UsageError(f"{option} {text}: expected blocks 0 to {layers - 1}, as in 2-5, found '{part}'")
+        start, end = as_natural(first or "0"), as_natural((last or str(count - 1)) if dash else first)
+        if start is None or end is None or not start <= end < count:
+            raise UsageError(f"{option} {text}: expected {noun} 0 to {count - 1}, as in 2-5, found '{part}'")
         wanted |= set(range(start, end + 1))
-    return lambda writer: writer.block in wanted
+    return wanted
 
 
 def _rule(text: str, anatomy: Anatomy) -> tuple[_Test, float]:

@@ -84,7 +84,12 @@ def _bins(answers: Answers) -> Counter[str]:
 
 def behaviour_part(answers: Sets, corrections: Corrections = MappingProxyType({})) -> rec.BehaviourPart:
     """Counts, rates and intervals of every set."""
-    return rec.BehaviourPart(**{name: _corrected(group, corrections.get(name)) for name, group in answers.items()})
+    return rec.BehaviourPart(**rate_parts(answers, corrections))
+
+
+def rate_parts(answers: Sets, corrections: Corrections = MappingProxyType({})) -> dict[str, rec.RatePart]:
+    """The same of whatever sets there are."""
+    return {name: _corrected(group, corrections.get(name)) for name, group in answers.items()}
 
 
 def _corrected(group: Answers, chosen: ChosenCalibration | None) -> rec.RatePart:

@@ -11,12 +11,13 @@ import contextlib
 import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from abliterate.errors import ModelError, NumericalError
@@ -25,6 +26,9 @@ from abliterate.model.context import check_fits
 from abliterate.prompts.rendering import common_prefix
 
 _Key = TypeVar("_Key")
+
+#: From which token of each row on the pass under way predicts a reply; None where nobody said.
+_REPLIES: ContextVar[Tensor | None] = ContextVar("replies", default=None)
 
 #: Bytes of float32 logits that may be alive at once where many tokens' are asked for.
 _LOGIT_BYTES = 96 << 20
@@ -90,7 +94,8 @@ class SharedPrefix:
         if prefix:
             self._cache = new_cache(model)
             ids = torch.tensor([list(prefix)] * copies, device=input_device(model))
-            with differentiable(grad):
+            nothing = torch.full((copies,), len(prefix))
+            with differentiable(grad), replies_from(nothing):
                 body(model)(input_ids=ids, **cached(model, self._cache))
 
     def options(self, rows: int) -> dict[str, Any]:
@@ -143,7 +148,7 @@ def forward(model: Any, shared: SharedPrefix, suffixes: Sequence[Sequence[int]])
     """Run the body of the model over one batch, for hooks to look at; returns the rows' lengths."""
     check_fits(model, shared.length + max(map(len, suffixes)))
     ids, lengths = right_padded(suffixes, input_device(model))
-    with torch.inference_mode():
+    with torch.inference_mode(), replies_from(lengths - 1):
         body(model)(input_ids=ids, **shared.options(len(suffixes)))
     return lengths
 
@@ -178,8 +183,30 @@ def require_finite(best: Float[Tensor, "*n"]) -> None:
 
 
 @contextlib.contextmanager
-def cut_head(model: Any, index: Int[Tensor, "b p"]) -> Iterator[None]:
-    """Let the head see only the tokens at `index`.
+def replies_from(start: Int[Tensor, " b"]) -> Iterator[None]:
+    """Say, of the passes inside, from which token of each row on they predict a reply: the prompt's last, or later."""
+    token = _REPLIES.set(start)
+    try:
+        yield
+    finally:
+        _REPLIES.reset(token)
+
+
+def predicting(hidden: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s 1"]:
+    """Which tokens of the pass under way predict a token of a reply; the last ones where nobody said.
+
+    Whoever generates one token after the other from a cache (`generate` of transformers too) need not say it.
+    """
+    rows, width = hidden.shape[:2]
+    start = _REPLIES.get()
+    if start is None:
+        start = torch.full((rows,), width - 1)
+    return (torch.arange(width, device=hidden.device) >= start.to(hidden.device)[:, None])[..., None]
+
+
+@contextlib.contextmanager
+def cut_head(model: Any, index: Int[Tensor, "b p"], start: Int[Tensor, " b"] | None = None) -> Iterator[None]:
+    """Let the head see only the tokens at `index`; the first of them, or `start`, is the first that predicts a reply.
 
     Its input is cut down before it runs, so the model's own scaling and soft-capping still apply, but the vocabulary
     is multiplied only where it is asked for.
@@ -190,7 +217,8 @@ def cut_head(model: Any, index: Int[Tensor, "b p"]) -> Iterator[None]:
         rows = torch.arange(hidden.shape[0], device=hidden.device)[:, None]
         return (hidden[rows, index.to(hidden.device)].contiguous(), *args[1:])
 
-    with hooked([model.get_output_embeddings().register_forward_pre_hook(pick)]):
+    said = index.amin(1) if start is None else start
+    with hooked([model.get_output_embeddings().register_forward_pre_hook(pick)]), replies_from(said):
         yield
 
 

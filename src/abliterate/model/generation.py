@@ -29,6 +29,7 @@ from abliterate.model.batches import (
     input_device,
     is_out_of_memory,
     new_cache,
+    replies_from,
     require_finite,
 )
 from abliterate.model.context import check_fits
@@ -194,7 +195,8 @@ def _steps_agree(model: Any, prompts: list[tuple[int, ...]], expected: list[Floa
 
 
 def _whole(model: Any, tokens: tuple[int, ...]) -> Float[Tensor, " vocab"]:
-    with torch.inference_mode():
+    """Logits after `tokens`, of which the last is the reply's first."""
+    with torch.inference_mode(), replies_from(torch.tensor([len(tokens) - 2])):
         ids = torch.tensor([tokens], device=input_device(model))
         logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, -1].float()
     return logits
@@ -291,7 +293,8 @@ class _WholeBatch(_Batch):
         """Logits after the `fresh` tokens."""
         self.all = torch.cat([self.all, fresh], dim=1)
         last = torch.full((len(fresh), 1), self.all.shape[1] - 1, device=fresh.device)
-        with cut_head(self.model, last), torch.inference_mode():
+        start = torch.full((len(fresh),), self.ids.shape[1] - 1, device=fresh.device)
+        with cut_head(self.model, last, start), torch.inference_mode():
             logits: Tensor = self.model(input_ids=self.all, use_cache=False).logits[:, -1]
         return logits
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +10,7 @@ if TYPE_CHECKING:
         AuditPart,
         BehaviourPart,
         DecodingPart,
+        DosePart,
         EstimatePart,
         EvaluationPart,
         HardeningPart,
@@ -19,14 +20,19 @@ if TYPE_CHECKING:
         PlanPart,
         PromptsPart,
         RatePart,
+        ReadingPart,
         Record,
         RepairPart,
+        SteeringPart,
         ThinkingPart,
         UsedCalibrationPart,
     )
 
     #: One state of a model: its name, its rates, and how each prompt changed.
     State = tuple[str, BehaviourPart, dict[str, PairedPart]]
+
+#: What a judge counts in replies, as tables head it.
+SHOWN = "refused"
 
 #: Sets of prompts that are answered, in the order in which they are told.
 SETS = ("harmful", "harmless", "borderline")
@@ -352,3 +358,98 @@ def hardened(part: HardeningPart) -> Iterator[str]:
     for when, audit in (("Before", part.before), ("After", part.after)):
         yield f"{when}: {' '.join(audited(audit))}"
     yield f"{len(part.tensors)} tensors have an addition."
+
+
+_UNITS = {"norm": "‖r‖", "file": "the file's vector", "absolute": "a vector of length 1"}
+_DONE = {
+    "add": "Adds COEFFICIENT × {unit} to the stream",
+    "scale": "Multiplies what the stream holds along the direction by COEFFICIENT",
+    "clamp": "Sets what the stream holds along the direction to COEFFICIENT × {unit}",
+    "cap": "Caps what the stream holds along the direction at COEFFICIENT × {unit}",
+    "ablate": "Takes COEFFICIENT of what the stream holds along the direction out",
+}
+
+
+def steered(part: SteeringPart) -> str:
+    """What a steering does, where, and to which tokens."""
+    least, most = min(part.lengths, default=0.0), max(part.lengths, default=0.0)
+    length = "" if part.unit == "absolute" else f" ({least:.3g}{f' to {most:.3g}' if most > least else ''})"
+    where = numbers_in_words(part.layers)
+    tokens = "every token" if part.tokens == "all" else "the tokens that the reply is predicted from"
+    done = _DONE[part.operation].format(unit=_UNITS[part.unit] + length)
+    return f"{done}, at layer{'s' if len(part.layers) > 1 else ''} {where}, at {tokens}."
+
+
+def numbers_in_words(numbers: Sequence[int]) -> str:
+    """'2-5, 9': sorted whole numbers, runs of them by their ends."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1] = [runs[-1][0], number]
+        else:
+            runs.append([number])
+    return ", ".join("-".join(map(str, run)) for run in runs)
+
+
+def responded(part: SteeringPart) -> str:
+    """How the behaviour goes with the coefficient, from the lowest to the highest; "" where nothing was measured."""
+    if len(part.doses) < 2:
+        return ""
+    plain, ends = part.doses[0], dict.fromkeys((1, len(part.doses) - 1))
+    said = []
+    for name, rate in plain.behaviour.items():
+        shares = [
+            f"{_share(part.doses[end].behaviour.get(name))} at {part.doses[end].coefficient or 0:g}" for end in ends
+        ]
+        said.append(f"{name} prompts {SHOWN}: {_share(rate)} as the model is, {', '.join(shares)}")
+    text = "; ".join(said)
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def _share(part: RatePart | None) -> str:
+    return "–" if part is None or part.rate is None else f"{100 * part.rate:.0f} %"
+
+
+def broken(part: DosePart) -> str:
+    """'3/40': replies of all sets that are empty, looping or broken."""
+    rates = part.behaviour.values()
+    return f"{sum(rate.degenerate for rate in rates)}/{sum(rate.n for rate in rates)}"
+
+
+def repeated(part: DosePart) -> float | None:
+    """The share of repeated 4-grams, the mean over sets."""
+    known = [one.value for one in part.repetition.values() if one.value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def shade_scale(part: ReadingPart, place: int) -> float:
+    """The projection that is shaded most at a layer: nine of ten tokens (by size) are below it."""
+    sizes = sorted(abs(value) for text in part.texts for value in text.projections[place])
+    return sizes[int(0.9 * (len(sizes) - 1))] or 1.0 if sizes else 1.0
+
+
+def shade(value: float, scale: float) -> int:
+    """How strongly a token is shaded, -10 (far below 0) to 10 (far above)."""
+    return round(10 * max(-1.0, min(1.0, value / scale)))
+
+
+#: Colours far below 0, at 0, and far above it, as red, green and blue; black can be read on all of them.
+_BELOW, _ZERO, _ABOVE = (59, 130, 196), (243, 246, 249), (217, 89, 38)
+
+
+def shade_colour(step: int) -> tuple[int, int, int]:
+    """The colour of a shade, as red, green and blue."""
+    end, share = (_ABOVE if step > 0 else _BELOW), abs(step) / 10
+    red, green, blue = (round(zero + share * (one - zero)) for zero, one in zip(_ZERO, end, strict=True))
+    return red, green, blue
+
+
+def token_shown(token: str) -> str:
+    """A token as it is shown: where it breaks the line one sees that it does."""
+    return token.replace("\n", "↵\n")
+
+
+def reading_said(part: ReadingPart, place: int) -> str:
+    """What the numbers of a reading are, at the layer at `place`."""
+    unit = "" if part.unit == "absolute" else f"; {_UNITS[part.unit]} is {part.lengths[place]:.3g} long"
+    return f"Projection on the unit direction at layer {part.layers[place]}, in units of the stream{unit}."

@@ -47,18 +47,18 @@ def render(record: Record) -> str:
 
 
 def _html(page: Page) -> str:
-    style, charts, script = _text("style.css"), _text("echarts.min.js"), _text("report.js")
+    style, charts, script = text_of("style.css"), text_of("echarts.min.js"), text_of("report.js")
     policy = (
-        f"default-src 'none'; script-src {_hash(charts)} {_hash(script)}; style-src {_hash(style)}; "
+        f"default-src 'none'; script-src {hash_of(charts)} {hash_of(script)}; style-src {hash_of(style)}; "
         "base-uri 'none'; form-action 'none'"
     )
-    return _template().render(
+    return template("page.html.j2").render(
         page=page,
         policy=policy,
         style=Markup(style),
         charts=Markup(charts),
         script=Markup(script),
-        data=Markup(_json(page.charts)),
+        data=Markup(json_of(page.charts)),
     )
 
 
@@ -73,19 +73,21 @@ def write_report(record: Record, folder: Path) -> Path:
 
 
 @functools.cache
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page's template: everything is escaped, and text that could mislead is shown as escapes."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, finalize=_shown
     )
-    return environment.from_string(_text("page.html.j2"))
+    return environment.from_string(text_of(name))
 
 
 @functools.cache
-def _text(name: str) -> str:
+def text_of(name: str) -> str:
+    """A file of the page's: style, script or template."""
     return files("abliterate.report.html").joinpath(name).read_text(encoding="utf-8")
 
 
-def _hash(text: str) -> str:
+def hash_of(text: str) -> str:
     """A source expression of a content security policy; browsers hash what stands between the tags."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
@@ -103,7 +105,7 @@ def _finite(data: object) -> object:
     return finite(data) if isinstance(data, float) else _shown(data)
 
 
-def _json(data: object) -> str:
+def json_of(data: object) -> str:
     """JSON that cannot end the element it stands in. What is not finite is null, as in the record."""
     text = json.dumps(_finite(data), allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -11,7 +11,8 @@ from abliterate.report.html.inspected import brittleness, changed_back, inspecte
 from abliterate.report.html.parts import Page, Tile, between, number, percent, short
 from abliterate.report.html.proving import edited_weights, front, proved
 from abliterate.report.html.reproducing import glossary, question, reproduce
-from abliterate.report.wording import SETS, audited, headline, repaired
+from abliterate.report.html.steered import dose_response
+from abliterate.report.wording import SETS, audited, headline, repaired, responded
 
 _SECTIONS = (
     question,
@@ -22,6 +23,7 @@ _SECTIONS = (
     cost,
     replies,
     front,
+    dose_response,
     inspected,
     changed_back,
     spread,
@@ -55,6 +57,7 @@ def _kind(record: Record) -> str:
             "Repaired model": record.repair,
             "Inspection": record.inspection,
             "Audit": record.audit,
+            "Steering": record.steering,
         }
         return next((name for name, part in kinds.items() if part is not None), "Measurement")
     return {
@@ -98,6 +101,8 @@ def answer(record: Record) -> Iterator[str]:
         yield headline(record.inspection)
     elif record.plan is None and record.audit is not None:
         yield from list(audited(record.audit))[:2]
+    elif record.plan is None and record.steering is not None:
+        yield responded(record.steering)
     elif record.plan is not None:
         yield (
             f"{len(record.plan.edits) or len(record.plan.strengths)} tensors were edited with a direction that was "

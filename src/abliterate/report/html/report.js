@@ -57,14 +57,15 @@
     },
     lines(chart) {
       const series = chart.series.map((one) => ({
-        type: "line", name: one.name, symbol: "none", lineStyle: { width: 1.8 },
+        type: "line", name: one.name, symbol: chart.x ? "circle" : "none", symbolSize: 7, lineStyle: { width: 1.8 },
+        ...(one.role ? { color: colour[one.role] } : {}),
         data: chart.log ? one.points.filter((p) => p[1] > 0) : one.points }));
       if (chart.mark[1] !== null) series.push({ type: "scatter", name: "chosen", symbolSize: 12, z: 5, data: [chart.mark],
                     itemStyle: { color: "transparent", borderColor: colour.ink, borderWidth: 2 } });
       return { ...common({ tooltip: { trigger: "axis", valueFormatter: (v) => (Array.isArray(v) ? text(v[1]) : v === undefined ? "–" : text(Number(v))) },
-                           grid: { top: 58 } }),
-        xAxis: axis("layer", { minInterval: 1, max: "dataMax", splitLine: { show: false } }),
-        yAxis: axis("", { type: chart.log ? "log" : "value", min: chart.least === null ? undefined : Math.min(chart.least,
+                           grid: { top: 58, left: chart.y ? 24 : 8 } }),
+        xAxis: axis(chart.x ?? "layer", { minInterval: chart.x ? undefined : 1, min: chart.x ? "dataMin" : undefined, max: "dataMax", splitLine: { show: false } }),
+        yAxis: axis(chart.y ?? "", { nameGap: 40, type: chart.log ? "log" : "value", min: chart.least === null ? undefined : Math.min(chart.least,
           ...chart.series.flatMap((one) => one.points.map((p) => p[1]))) }), series };
     },
     scatter(chart) {
