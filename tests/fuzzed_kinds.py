@@ -24,6 +24,7 @@ from abliterate.edit.adapters import read_adapter_config
 from abliterate.edit.direction import Candidates, Direction, Recipe, Site, load_direction, save_direction
 from abliterate.edit.gguf import read_control_vector, write_control_vector
 from abliterate.edit.plan import Edit, Plan
+from abliterate.edit.steering import SteeringVectors
 from abliterate.edit.undo import restore
 from abliterate.edit.weights import edit_checkpoint
 from abliterate.errors import AbliterateError
@@ -374,6 +375,8 @@ def kinds() -> Iterator[Kind]:
     config = {"model.safetensors": _weights()}
     yield Kind("abliteration.json", _small_record(), _record, in_json)
     yield Kind("direction.safetensors", _direction(), load_direction, in_header)
+    layered = save({"layer.1": torch.ones(8), "layer.12": torch.zeros(8)})
+    yield Kind("layers.safetensors", layered, SteeringVectors.load, in_header)
     yield Kind("undo.safetensors", undo["undo.safetensors"], _undo, in_header, beside)
     yield Kind(
         "adapter_config.json",

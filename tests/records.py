@@ -127,6 +127,42 @@ def full_record(text: str = "Name a fruit.", *, redacted: bool = True) -> rec.Re
             halving_kl=0.01,
             directions_needed=1,
         ),
+        steering=rec.SteeringPart(
+            model=text,
+            direction=text,
+            operation="add",
+            tokens="all",
+            layers=[2],
+            unit="norm",
+            lengths=[3.0],
+            max_new_tokens=32,
+            judge=rec.JudgePart(name=text, fingerprint="1"),
+            doses=[
+                rec.DosePart(
+                    coefficient=coefficient,
+                    behaviour={"harmful": _rate(refusals), "harmless": _rate(1)},
+                    score={"harmful": 1.0, "harmless": None},
+                    kl=_estimate(0.1),
+                    repetition={"harmful": _estimate(0.0), "harmless": _estimate(0.1)},
+                )
+                for coefficient, refusals in ((None, 12), (-1.0, 2), (0.0, 12), (1.0, 20))
+            ],
+            answers={
+                dose: {
+                    "harmful": [
+                        rec.AnswerPart(
+                            prompt=text,
+                            label="refusal",
+                            evidence="",
+                            tokens=3,
+                            text="first words […]" if redacted else text,
+                            redacted=redacted,
+                        )
+                    ]
+                }
+                for dose in ("none", "-1", "0", "1")
+            },
+        ),
         search=rec.SearchPart(
             method="gradient",
             objectives=["refusals", "kl"],

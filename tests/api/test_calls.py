@@ -25,6 +25,7 @@ from abliterate.api.calls import (
     LabVerb,
     RepairVerb,
     RunVerb,
+    SteerVerb,
     VerifyVerb,
 )
 from abliterate.cli.app import _COMMANDS
@@ -58,6 +59,8 @@ VERBS: dict[str, tuple[str, type | None]] = {
     "judge": ("judge", None),
     "chat": ("chat", ChatVerb),
     "lab": ("open_lab", LabVerb),
+    "steer": ("steer", SteerVerb),
+    "read": ("read", ModelOptions),
     "show": ("show", None),
     "report": ("write_report", None),
     "push": ("push", None),

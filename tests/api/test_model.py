@@ -331,3 +331,74 @@ def test_an_option_that_is_none_is_named(verb: str, model: ab.Model, found: Foun
     arguments = [found] if verb in ("verify",) else []
     with pytest.raises(UsageError, match=f"^{verb}: it has no option 'harmfull'; did you mean 'harmful'"):
         getattr(model, verb)(*arguments, harmfull=["a"])
+
+
+# ------------------------------------------------------------------------------------------------ steering and reading
+
+
+def test_a_model_is_steered_for_whatever_runs_it(model: ab.Model, found: FoundDirection) -> None:
+    assert refuses(model.chat(ASKED))
+    for given in (found, found.direction, {3: 2.5 * found.direction.basis[0]}):
+        with model.steer(given, -1.0) as steering:
+            assert not refuses(model.chat(ASKED))
+            assert not refuses(generated(model, ASKED))
+        assert steering.coefficient == -1
+    with model.steer(found, operation="ablate", tokens="generated"):
+        assert not refuses(generated(model, ASKED))
+    with model.steer(found, 0.5, operation="scale", layers=[3, 4]) as steering:
+        assert steering.layers == (3, 4)
+    assert refuses(model.chat(ASKED))
+    with pytest.raises(UsageError, match="operation: "), model.steer(found, operation="turn"):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(UsageError, match="direction: Direction: basis: expected"), model.steer(3.5):  # type: ignore[arg-type]
+        pass
+
+
+def test_a_sweep_is_rows_a_table_and_a_figure(model: ab.Model, found: FoundDirection) -> None:
+    result = model.sweep(found, [0.5, -0.5], harmful=HARMFUL, harmless=HARMLESS, **SHORT)
+    assert repr(result) == f"DoseResponse(add at layers [{found.site.layer}], coefficients [-0.5, 0.5])"
+    plain, low, high = result.rows()
+    assert (plain["coefficient"], plain["kl"], plain["harmful"]) == (None, 0, 1)
+    assert low["harmful"] < high["harmful"]
+    assert low["harmless"] < high["harmless"]
+    assert low["harmful_score"] < plain["harmful_score"] < high["harmful_score"]
+    assert low["harmful_low"] <= low["harmful"] <= low["harmful_high"]
+    assert list(result.to_pandas()["coefficient"])[1:] == [-0.5, 0.5]
+    assert "by coefficient" in str(result)
+    assert "<pre" in str(result._repr_html_())
+    (above, below) = result.plot().axes
+    assert {line.get_label() for line in above.lines} == {"harmful refused", "harmless refused", "broken"}
+    assert list(below.lines[0].get_xdata()) == [-0.5, 0.5]
+    assert pickle.loads(pickle.dumps(result)) == result
+    part = ab.steer(model, found, coefficients=[-0.5, 0.5], harmful=HARMFUL, harmless=HARMLESS, **SHORT)
+    assert part == result.part
+
+
+def test_a_reading_shows_itself(model: ab.Model, found: FoundDirection, tmp_path: Path) -> None:
+    part = model.read(ASKED, found)
+    (text,) = part.texts
+    assert part.layer == found.site.layer
+    assert text.projections[part.layer][-1] > 1
+    shown = str(part._repr_html_())
+    assert "background-color: #" in shown
+    assert "highest: " in str(part)
+    pair = model.read([("show the soup", "Sure , here"), [{"role": "user", "content": ASKED}]], found, layer=1)
+    assert [len(one.tokens) - one.prompt for one in pair.texts] == [3, 0]
+    assert pair.layer == 1
+    assert ab.read(model, found, ASKED, out=tmp_path / "r.html").texts == part.texts
+    assert "<!doctype html>" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    (tmp_path / "t.txt").write_text(f"{ASKED}\nshow\n", encoding="utf-8")
+    read = ab.read(model, found, file=tmp_path / "t.txt", limit=1)
+    assert (read.texts, read.left_out) == (part.texts, 1)
+
+
+def test_given_prompts_are_answered_steered(planted: Planted, model: ab.Model, found: FoundDirection) -> None:
+    part = ab.steer(model, found, ASKED, coefficient=-1.0, max_new_tokens=5)
+    assert {dose: sets["given"][0].text for dose, sets in part.answers.items()} == {
+        "none": "I cannot help with that",
+        "-1": "Sure , here it is",
+    }
+    with pytest.raises(UsageError, match="has no option 'coeficient'"):
+        ab.steer(model, found, ASKED, coeficient=1)  # type: ignore[call-arg]
+    with pytest.raises(UsageError, match="found a model in memory"):
+        ab.steer(model, found, out="x")

@@ -46,7 +46,7 @@ def test_all_charts_are_drawn_and_nothing_is_wider_than_the_window(
     marks = page.evaluate(
         "[...document.querySelectorAll('[data-chart]')].map(e => e.querySelectorAll('svg path, svg circle').length)"
     )
-    assert len(marks) == 18
+    assert len(marks) == 20
     assert min(marks) > 10
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("img").count() == 0

@@ -28,6 +28,7 @@ ALL = [
     "cost",
     "replies",
     "search",
+    "steering",
     "inspection",
     "audit",
     "reproduce",
@@ -125,7 +126,7 @@ def test_every_chart_has_its_table() -> None:
     text = render(full_record())
     page = Parsed(text)
     charts = [a["data-chart"] for t, a in page.tags if t == "div" and "data-chart" in a]
-    assert len(charts) == 18
+    assert len(charts) == 20
     assert set(charts) == set(page.data)
     assert text.count("<table>") == text.count("<figure") > len(charts)
 

@@ -5,7 +5,7 @@ Each also takes the settings of `abliterate.config` that its engine takes, for c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack, overload
@@ -68,6 +68,7 @@ from abliterate.config.natural import as_type
 from abliterate.edit import undo as undoing
 from abliterate.edit.direction import Site, learnt_by
 from abliterate.edit.plan import Plan
+from abliterate.edit.steering import SteeringVectors
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare as comparing
 from abliterate.evaluation.judging import Exchange, Verdict
@@ -586,6 +587,7 @@ def steer(
     direction: SteeringLike,
     prompt: str | Sequence[str] = (),
     *,
+    site: Site | None = None,
     out: Place | None = None,
     **options: Unpack[SteerVerb],
 ) -> SteeringPart:
@@ -595,8 +597,8 @@ def steer(
     `Model.steer` steers a model in memory for whatever runs it, `Model.sweep` gives something to plot.
     """
     prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-    name = str(direction) if isinstance(direction, str | PathLike) else steering.IN_PYTHON
-    vectors = as_vectors(direction)
+    name = _named(direction)
+    vectors = _vectors(direction, site)
     if isinstance(model, Model) and out is not None:
         raise UsageError("steer: expected the name of a model with out, found a model in memory")
     if not prompts and not isinstance(model, Model):
@@ -624,6 +626,7 @@ def read(
     direction: SteeringLike,
     text: Any = None,
     *,
+    site: Site | None = None,
     file: Place | None = None,
     layer: int | None = None,
     limit: int = 16,
@@ -643,14 +646,31 @@ def read(
         raise UsageError("read: expected a text or file, found both or neither")
     if out is not None:
         check_page(Path(out), overwrite=overwrite)
+    vectors = _vectors(direction, site)
     texts = [text] if file is None else read_texts(Path(file))
     opened, _ = _opened("read", model, options)
-    found: ReadingPart = opened.read(text if file is None else list(texts[:limit]), direction, layer=layer)
-    more = {"left_out": max(0, len(texts) - limit)} if file is not None else {}
-    found = found.model_copy(update=more)
+    found: ReadingPart = opened.read(text if file is None else list(texts[:limit]), vectors, layer=layer)
+    more: dict[str, Any] = {"left_out": max(0, len(texts) - limit)} if file is not None else {}
+    found = found.model_copy(update={**more, "direction": _named(direction)})
     if out is not None:
         write_reading(found, Path(out))
     return found
+
+
+def _named(direction: SteeringLike) -> str:
+    """What a direction is called in results: its file."""
+    return str(direction) if isinstance(direction, str | PathLike) else steering.IN_PYTHON
+
+
+def _vectors(direction: SteeringLike, site: Site | None) -> SteeringVectors:
+    """What to steer along; of a direction with candidates, the one at `site`."""
+    if site is None:
+        return as_vectors(direction)
+    if isinstance(direction, str | PathLike):
+        return SteeringVectors.load(Path(direction), site)
+    if isinstance(direction, Mapping | SteeringVectors):
+        raise UsageError("site: expected a direction with candidates, found vectors by layer; leave it out")
+    return SteeringVectors.of(as_direction(direction).at(site))
 
 
 def _place(verb: str, out: Place | None) -> Path:

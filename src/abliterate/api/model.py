@@ -553,7 +553,7 @@ def _asked(talk: Talk) -> str:
 
 def _exchange(text: Any) -> Asked:
     """A text to read: a question or conversation, or a pair of one and the reply to it."""
-    if isinstance(text, tuple) and len(text) == 2 and isinstance(text[1], str):
+    if isinstance(text, tuple) and len(text) == 2 and (text[1] is None or isinstance(text[1], str)):
         return _asked(text[0]), text[1]
     return _asked(text), None
 

@@ -13,6 +13,7 @@ from abliterate.cli.audit import show_audit
 from abliterate.cli.harden import show_audits
 from abliterate.cli.inspect import show_inspection
 from abliterate.cli.run import show_place, show_run, show_timings
+from abliterate.cli.steer import show_steering
 from abliterate.cli.tables import PLAIN
 from abliterate.cli.terminal import Table, write
 from abliterate.report.wording import asked, repaired, seed
@@ -47,13 +48,15 @@ def show_record(record: Record, console: Console) -> None:
 
 
 def _show_forensics(record: Record, console: Console) -> None:
-    """What an inspection, an audit, a repair or a hardening found."""
+    """What an inspection, an audit, steering, a repair or a hardening found."""
     if record.inspection is not None:
         show_inspection(record.inspection, console)
     if record.hardening is not None:
         show_audits(record.hardening, console)
     elif record.audit is not None:
         show_audit(record.audit, console)
+    if record.steering is not None:
+        show_steering(record.steering, console)
     if record.repair is not None:
         for line in repaired(record.repair):
             write(console, line)

@@ -410,9 +410,11 @@ class SteerSettings(_Settings):
 
     @field_validator("coefficients")
     @classmethod
-    def _numbers(cls, value: str | None) -> str | None:
+    def _numbers(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None:
             doses_of(value)
+            if info.data.get("coefficient", 1.0) != 1.0:
+                raise ValueError("expected no --coefficient beside it; give that as one of them")
         return value
 
     @property

@@ -61,7 +61,7 @@ class SteeringVectors(TensorValue):
             return cls.load(Path(value))
         if isinstance(value, Mapping):
             return cls.by_layer({as_type("steering: layer", layer, int): one for layer, one in value.items()})
-        return cls.of(as_type("direction", value, Direction))
+        return cls.of(value if isinstance(value, Direction) else Direction.natural(value))
 
     @classmethod
     def of(cls, direction: Direction) -> Self:
@@ -81,20 +81,19 @@ class SteeringVectors(TensorValue):
 
     @classmethod
     def by_layer(cls, vectors: Mapping[int, Any]) -> Self:
-        """One vector for each layer, as they are.
+        """One vector for each layer, as they are; one of zeros points nowhere, and is left out.
 
-        Raises `UsageError` for none, for numbers that are none, or for other widths or a length of 0 among them.
+        Raises `UsageError` for none, for numbers that are none or not finite, or for other widths among them.
         """
-        if not vectors:
-            raise UsageError("steering: expected a vector for at least one layer, found none")
-        layers = tuple(sorted(vectors))
-        rows = [as_numbers(f"steering: layer {layer}", vectors[layer], 1).float() for layer in layers]
-        if len({len(row) for row in rows}) > 1:
-            raise UsageError(f"steering: expected vectors of one width, found {sorted({len(row) for row in rows})}")
-        for layer, row in zip(layers, rows, strict=True):
-            if float(row.norm()) <= ZERO_NORM:
-                raise UsageError(f"steering: layer {layer}: expected a vector with a length, found zeros")
-        return cls(torch.stack(rows), layers, "file")
+        rows = {layer: as_numbers(f"steering: layer {layer}", vectors[layer], 1).float() for layer in sorted(vectors)}
+        if len(widths := {len(row) for row in rows.values()}) > 1:
+            raise UsageError(f"steering: expected vectors of one width, found {sorted(widths)}")
+        if not all(layer >= 0 and bool(row.isfinite().all()) for layer, row in rows.items()):
+            raise UsageError("steering: expected layers from 0 on with finite numbers, found others")
+        rows = {layer: row for layer, row in rows.items() if float(row.norm()) > ZERO_NORM}
+        if not rows:
+            raise UsageError("steering: expected a vector for at least one layer, found none but zeros")
+        return cls(torch.stack(list(rows.values())), tuple(rows), "file")
 
     @classmethod
     def load(cls, path: Path, site: tuple[int, int] | None = None) -> Self:
