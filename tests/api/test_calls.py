@@ -28,6 +28,7 @@ from abliterate.api.calls import (
     SteerVerb,
     VerifyVerb,
 )
+from abliterate.api.options import ModelOptions
 from abliterate.cli.app import _COMMANDS
 from abliterate.errors import UsageError
 from abliterate.evaluation.judging import Verdict

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -368,7 +369,7 @@ def test_a_sweep_is_rows_a_table_and_a_figure(model: ab.Model, found: FoundDirec
     assert "<pre" in str(result._repr_html_())
     (above, below) = result.plot().axes
     assert {line.get_label() for line in above.lines} == {"harmful refused", "harmless refused", "broken"}
-    assert list(below.lines[0].get_xdata()) == [-0.5, 0.5]
+    assert np.asarray(below.lines[0].get_xdata()).tolist() == [-0.5, 0.5]
     assert pickle.loads(pickle.dumps(result)) == result
     part = ab.steer(model, found, coefficients=[-0.5, 0.5], harmful=HARMFUL, harmless=HARMLESS, **SHORT)
     assert part == result.part

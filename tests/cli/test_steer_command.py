@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -187,10 +188,10 @@ def test_what_cannot_be_read_is_refused(
 HOSTILE = "\x1b[31m[bold]\u202e<b>"
 
 
-def console(width: int = 100, **options: object) -> Console:
+def console(width: int = 100, **options: Any) -> Console:
     return Console(
         file=io.StringIO(), width=width, markup=False, emoji=False, highlight=False, legacy_windows=False, **options
-    )  # type: ignore[arg-type]
+    )
 
 
 def printed(screen: Console) -> str:

@@ -62,8 +62,8 @@ def test_every_operation_moves_the_projection_as_it_says_and_nothing_else(coeffi
     for operation, along in expected.items():
         after = steering(operation, c, vector).at(LAYER, hidden)  # type: ignore[arg-type]
         assert torch.allclose(after @ unit, along, atol=1e-3), operation
-        rest = [one - (one @ unit)[..., None] * unit for one in (hidden, after)]
-        assert torch.allclose(*rest, atol=1e-3), operation
+        first, second = (one - (one @ unit)[..., None] * unit for one in (hidden, after))
+        assert torch.allclose(first, second, atol=1e-3), operation
 
 
 @pytest.mark.parametrize("operation", NEUTRAL)

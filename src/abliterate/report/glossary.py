@@ -20,10 +20,10 @@ GLOSSARY: dict[str, str] = {
     "ablation, orthogonalise": "To take the direction out of what writers write: y − r̂r̂ᵀy by hooks while the model "
     "runs, W − r̂r̂ᵀW in its weights.",
     "strength": "How much of the projection is taken out: 1 removes it, 0 changes nothing, below 0 strengthens it.",
-    "addition, steering": "To add r to the residual stream at one layer, instead of taking it out; or to scale, clamp or "
-    "cap the projection there, while the model runs.",
-    "coefficient": "How much of a direction steering adds, in units of ‖r‖ where that was measured: 1 adds r, −1 takes it "
-    "away.",
+    "addition, steering": "To add r to the residual stream at one layer, instead of taking it out; or to scale, clamp "
+    "or cap the projection there, while the model runs.",
+    "coefficient": "How much of a direction steering adds, in units of ‖r‖ where that was measured: 1 adds r, −1 takes "
+    "it away.",
     "broken": "A reply that is degenerate, where behaviour is set against the coefficient.",
     "refusal tokens": "First tokens with which this model's own refusals start.",
     "refusal score": "log p − log(1 − p), with p the next-token probability of the refusal tokens together.",
