@@ -12,7 +12,9 @@ import pytest
 import abliterate as ab
 from abliterate.errors import AbliterateError, GateNotMet, UsageError
 from abliterate.record import read_record, write_record
+from abliterate.report.publish import without_places
 from planted import plant
+from records import full_record
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +63,17 @@ def test_private_and_without_places(made: Path, hub: SimpleNamespace) -> None:
         assert record.model.folder not in hub.files[name].decode(), name
     ab.push(made, "me/edited", public=True)
     assert hub.repo == ("me/edited", False, True)
+
+
+def test_steering_goes_along_without_places(made: Path) -> None:
+    steering = full_record().steering
+    assert steering is not None
+    named = steering.model_copy(update={"model": str(made), "direction": f"{made.parent}/vectors/kind.gguf"})
+    told = without_places(read_record(made).model_copy(update={"steering": named})).steering
+    assert told is not None
+    assert str(made.parent) not in told.model_dump_json()
+    assert told.direction == "kind.gguf"
+    assert told.doses == steering.doses
 
 
 def test_what_was_saved_past_a_gate_needs_force(made: Path, hub: SimpleNamespace, tmp_path: Path) -> None:

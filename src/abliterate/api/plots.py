@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from abliterate.report.wording import SHOWN
+from abliterate.report.wording import counted
 
 if TYPE_CHECKING:
     from abliterate.api.results import DoseResponse, FoundDirection, Front
@@ -77,11 +77,12 @@ def response(result: DoseResponse) -> Figure:
     figure = Shown(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
     for place, name in enumerate(result.part.doses[0].behaviour):
+        colour = {"harmful": "C3", "harmless": "C0"}.get(name, f"C{place}")
         known = [row for row in rows if row.get(name) is not None]
         x, y = [row["coefficient"] for row in known], [100 * row[name] for row in known]
-        above.plot(x, y, marker="o", ms=4, lw=1.5, color=f"C{place}", label=f"{name} {SHOWN}")
+        above.plot(x, y, marker="o", ms=4, lw=1.5, color=colour, label=counted(result.part, name))
         low, high = ([100 * row[f"{name}_{end}"] for row in known] for end in ("low", "high"))
-        above.fill_between(x, low, high, color=f"C{place}", alpha=0.15, lw=0)
+        above.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
     above.plot(doses, [100 * row["broken"] for row in rows], marker=".", lw=1, color="grey", label="broken")
     above.set(ylabel="% of replies", ylim=(-3, 103), title=f"{result.part.operation}, by coefficient")
     above.legend(fontsize="small")

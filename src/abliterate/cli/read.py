@@ -70,7 +70,7 @@ def _show_listed(text: ReadTextPart, values: list[float], number: int, console: 
 def _legend(scale: float) -> Text:
     line = Text()
     for value in (-scale, -scale / 2, 0.0, scale / 2, scale):
-        line.append(f" {value:+.2f} ", _style(shade(value, scale)))
+        line.append(f" {value:.2f} ", _style(shade(value, scale)))
     return line
 
 

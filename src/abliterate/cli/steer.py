@@ -35,10 +35,10 @@ from abliterate.config import (
     SteerSettings,
 )
 from abliterate.errors import UsageError
-from abliterate.report.wording import SHOWN, broken, judged_by, repeated, replies_of, steered
+from abliterate.report.wording import broken, counted, judged_by, repeated, replies_of, steered
 
 if TYPE_CHECKING:
-    from abliterate.record import AnswerPart, DosePart, SteeringPart
+    from abliterate.record import AnswerPart, SteeringPart
 
 #: Prompts of each set whose replies are shown.
 _MOST = 4
@@ -48,7 +48,7 @@ def show_steering(part: SteeringPart, console: Console) -> None:
     """What is done, what it does by coefficient; replies of one coefficient, or to prompts that were given."""
     write(console, steered(part))
     if part.doses:
-        write(console, dose_table(part.doses))
+        write(console, dose_table(part))
         write(console, f"{replies_of(part.max_new_tokens, part.decoding)}.", style="dim")
         if part.judge is not None:
             write(console, judged_by(part.judge), style="dim")
@@ -56,16 +56,16 @@ def show_steering(part: SteeringPart, console: Console) -> None:
         _show_answers(part, console)
 
 
-def dose_table(doses: list[DosePart]) -> Table:
+def dose_table(part: SteeringPart) -> Table:
     """Rates by the judge, KL from the model as it is, broken and repetitive replies, by coefficient."""
     table = Table(title="Held-out prompts, by coefficient", title_justify="left", **PLAIN)
     table.add_column("", justify="right", no_wrap=True)
-    sets = list(doses[0].behaviour)
+    sets = list(part.doses[0].behaviour)
     for name in sets:
-        table.add_column(f"{name} {SHOWN}, % [95 %]", justify="right")
+        table.add_column(f"{counted(part, name)}, % [95 %]", justify="right")
     for column in ("KL, first token", "broken", "repeated"):
         table.add_column(column, justify="right")
-    for one in doses:
+    for one in part.doses:
         rates = [percent(one.behaviour[name]) if name in one.behaviour else "" for name in sets]
         name = "none" if one.coefficient is None else f"{one.coefficient:g}"
         share = repeated(one)

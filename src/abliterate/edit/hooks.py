@@ -179,7 +179,9 @@ def steered(blocks: Sequence[nn.Module], steering: Steering) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for layer in steering.layers:
             last = layer == len(blocks)
-            stack.enter_context(in_stream(blocks[layer - last], _steerer(steering, layer), leaving=last))
+            block = blocks[layer - last]
+            there = steering.on(next(block.parameters()).device)  # once, and not at every token
+            stack.enter_context(in_stream(block, _steerer(there, layer), leaving=last))
         yield
 
 

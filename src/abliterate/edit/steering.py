@@ -6,6 +6,7 @@ vector to what block N gives (steering-vectors, repeng, llama.cpp) number it N: 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +58,7 @@ class SteeringVectors(TensorValue):
         """What it is already, or made of a direction, a file, {layer: vector}, or one vector [d]."""
         if isinstance(value, SteeringVectors):
             return value  # type: ignore[return-value]
-        if isinstance(value, str | Path):
+        if isinstance(value, str | os.PathLike):
             return cls.load(Path(value))
         if isinstance(value, Mapping):
             return cls.by_layer({as_type("steering: layer", layer, int): one for layer, one in value.items()})
@@ -184,6 +185,10 @@ class Steering(TensorValue):
     def by(self, coefficient: float) -> Steering:
         """The same with another coefficient."""
         return replace(self, coefficient=coefficient)
+
+    def on(self, device: torch.device) -> Steering:
+        """The same with its directions on a device."""
+        return replace(self, directions=self.directions.to(device))
 
     @property
     def changes(self) -> bool:

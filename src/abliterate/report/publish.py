@@ -70,7 +70,12 @@ def without_places(record: Record) -> Record:
     kept: Mapping[str, Any] = {name: value for name, value in record.settings.items() if name not in _PLACES}
     model = record.model.model_copy(update={"folder": "", "seal": None, "name": _public(record)})
     files = {name: known for name, known in record.files.items() if name != REPORT}
-    return record.model_copy(update={"command": "", "settings": kept, "output": None, "model": model, "files": files})
+    steering = record.steering
+    if steering is not None:
+        named = {"model": model.name, "direction": Path(steering.direction).name}
+        steering = steering.model_copy(update=named)
+    told = {"command": "", "settings": kept, "output": None, "model": model, "files": files, "steering": steering}
+    return record.model_copy(update=told)
 
 
 def _public(record: Record) -> str:

@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     #: One state of a model: its name, its rates, and how each prompt changed.
     State = tuple[str, BehaviourPart, dict[str, PairedPart]]
 
-#: What a judge counts in replies, as tables head it.
-SHOWN = "refused"
-
 #: Sets of prompts that are answered, in the order in which they are told.
 SETS = ("harmful", "harmless", "borderline")
 
@@ -391,6 +388,11 @@ def numbers_in_words(numbers: Sequence[int]) -> str:
     return ", ".join("-".join(map(str, run)) for run in runs)
 
 
+def counted(part: SteeringPart, name: str = "") -> str:
+    """What the judge counts in replies to a set of prompts, as tables head it: 'harmful refused'."""
+    return f"{name} refused".strip()
+
+
 def responded(part: SteeringPart) -> str:
     """How the behaviour goes with the coefficient, from the lowest to the highest; "" where nothing was measured."""
     if len(part.doses) < 2:
@@ -401,7 +403,7 @@ def responded(part: SteeringPart) -> str:
         shares = [
             f"{_share(part.doses[end].behaviour.get(name))} at {part.doses[end].coefficient or 0:g}" for end in ends
         ]
-        said.append(f"{name} prompts {SHOWN}: {_share(rate)} as the model is, {', '.join(shares)}")
+        said.append(f"{counted(part, f'{name} prompts')}: {_share(rate)} as the model is, {', '.join(shares)}")
     text = "; ".join(said)
     return f"{text[:1].upper()}{text[1:]}."
 

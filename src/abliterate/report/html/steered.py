@@ -6,7 +6,7 @@ from typing import Any
 
 from abliterate.record import DosePart, Record, SteeringPart
 from abliterate.report.html.parts import Figure, Section, Table, between, number, percent, short
-from abliterate.report.wording import SHOWN, broken, repeated, replies_of, responded, steered
+from abliterate.report.wording import broken, counted, repeated, replies_of, responded, steered
 
 #: Prompts of each set whose replies are shown.
 _MOST = 8
@@ -25,7 +25,7 @@ def dose_response(record: Record) -> Section | None:
 def _rates(part: SteeringPart) -> Figure:
     sets = list(part.doses[0].behaviour)
     series = [
-        {"name": f"{name} {SHOWN}", "role": name, "points": _points(part, lambda one, name=name: _rate(one, name))}
+        {"name": counted(part, name), "role": name, "points": _points(part, lambda one, name=name: _rate(one, name))}
         for name in sets
     ]
     series.append({"name": "broken", "role": "random", "points": _points(part, _broken)})
@@ -39,9 +39,11 @@ def _rates(part: SteeringPart) -> Figure:
                 "–" if rate is None else f"{number(percent(rate.rate), '.0f')} {between(rate.ci95, 100, '.0f')}"
             )
         rows.append([*cells, broken(one)])
-    head = ["coefficient", *(f"{name} {SHOWN}, % [95 %]" for name in sets), "broken"]
+    head = ["coefficient", *(f"{counted(part, name)}, % [95 %]" for name in sets), "broken"]
     table = Table(head, rows, frozenset({0}), frozenset())
-    return Figure("dose-rates", f"Held-out prompts {SHOWN}, and broken replies, by coefficient", table, chart)
+    return Figure(
+        "dose-rates", f"{counted(part, 'Held-out prompts')}, and broken replies, by coefficient", table, chart
+    )
 
 
 def _damage(part: SteeringPart) -> Figure:
