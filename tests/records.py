@@ -147,6 +147,16 @@ def full_record(text: str = "Name a fruit.", *, redacted: bool = True) -> rec.Re
                 )
                 for coefficient, refusals in ((None, 12), (-1.0, 2), (0.0, 12), (1.0, 20))
             ],
+            control=[
+                rec.DosePart(
+                    coefficient=coefficient,
+                    behaviour={"harmful": _rate(12), "harmless": _rate(1)},
+                    score={"harmful": 1.0, "harmless": None},
+                    kl=_estimate(0.1),
+                    repetition={},
+                )
+                for coefficient in (-1.0, 1.0)
+            ],
             answers={
                 dose: {
                     "harmful": [

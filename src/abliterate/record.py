@@ -684,6 +684,9 @@ class SteeringPart(_Part):
     doses: list[DosePart] = Field(
         default=[], description="The model as it is, then every coefficient from low to high."
     )
+    control: list[DosePart] = Field(
+        default=[], description="A random direction of the same length, at the lowest and the highest coefficient."
+    )
     answers: dict[str, dict[str, list[AnswerPart]]]
 
 

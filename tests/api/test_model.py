@@ -358,13 +358,14 @@ def test_a_model_is_steered_for_whatever_runs_it(model: ab.Model, found: FoundDi
 def test_a_sweep_is_rows_a_table_and_a_figure(model: ab.Model, found: FoundDirection) -> None:
     result = model.sweep(found, [0.5, -0.5], harmful=HARMFUL, harmless=HARMLESS, **SHORT)
     assert repr(result) == f"DoseResponse(add at layers [{found.site.layer}], coefficients [-0.5, 0.5])"
-    plain, low, high = result.rows()
+    plain, low, high, *random = result.rows()
+    assert [(row["coefficient"], row["random"]) for row in random] == [(-0.5, True), (0.5, True)]
     assert (plain["coefficient"], plain["kl"], plain["harmful"]) == (None, 0, 1)
     assert low["harmful"] < high["harmful"]
     assert low["harmless"] < high["harmless"]
     assert low["harmful_score"] < plain["harmful_score"] < high["harmful_score"]
     assert low["harmful_low"] <= low["harmful"] <= low["harmful_high"]
-    assert list(result.to_pandas()["coefficient"])[1:] == [-0.5, 0.5]
+    assert list(result.to_pandas()["coefficient"])[1:3] == [-0.5, 0.5]
     assert "by coefficient" in str(result)
     assert "<pre" in str(result._repr_html_())
     (above, below) = result.plot().axes

@@ -51,8 +51,8 @@ def test_a_sweep_is_a_table_a_record_and_a_page(
     result = cli(*asked, "--coefficients", "-0.5,0,0.5", "-o", out)
     assert result.code == 0, result.err
     assert f"Adds COEFFICIENT × ‖r‖ (2.5) to the stream, at layer {WRITES + 2}, at every token." in result.out
-    rows = re.findall(r"^ +(none|-?[\d.]+) +(\d+) \[.*?\] +(\d+) \[.*?\]", result.out, re.MULTILINE)
-    assert [row[0] for row in rows] == ["none", "-0.5", "0", "0.5"]
+    rows = re.findall(r"^ +((?:random )?(?:none|-?[\d.]+)) +(\d+) \[.*?\] +(\d+) \[.*?\]", result.out, re.MULTILINE)
+    assert [row[0] for row in rows] == ["none", "-0.5", "0", "0.5", "random -0.5", "random 0.5"]
     assert int(rows[1][1]) < int(rows[0][1]) == int(rows[2][1])
     assert int(rows[3][2]) > int(rows[2][2])
     assert "bomb" not in result.out, "replies of a sweep are not printed"

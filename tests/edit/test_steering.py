@@ -23,7 +23,7 @@ from abliterate.edit.hooks import addition, steered
 from abliterate.edit.steering import NEUTRAL, Operation, Steering, SteeringVectors, Tokens, steering_of
 from abliterate.errors import AbliterateError, UsageError
 from abliterate.model import generation
-from abliterate.model.batches import BatchSize, share_prefix
+from abliterate.model.batches import BatchSize, SharedPrefix, logits_at, share_prefix
 from abliterate.model.generation import complete
 from planted import BLOCKS, D_MODEL, model, tokenizer
 
@@ -73,6 +73,17 @@ def test_one_coefficient_changes_nothing(operation: Operation) -> None:
     assert torch.equal(one.at(LAYER, hidden), hidden)
     assert not one.changes
     assert one.by(0.5).changes
+
+
+def test_a_random_one_is_as_long_and_keeps_to_its_layers() -> None:
+    shared = Steering("add", 1.0, "all", (1, 2), normal(1, 64).expand(2, 64), (2.0, 3.0)).random(5)
+    assert torch.equal(shared.directions[0], shared.directions[1])
+    apart = Steering("add", 1.0, "all", (1, 2), normal(2, 64), (2.0, 3.0)).random(5)
+    assert abs(float(apart.directions[0] @ apart.directions[1])) < 0.5
+    for one in (shared, apart):
+        assert torch.allclose(one.directions.norm(dim=1), torch.ones(2))
+        assert (one.layers, one.lengths) == ((1, 2), (2.0, 3.0))
+    assert apart == Steering("add", 1.0, "all", (1, 2), normal(2, 64), (2.0, 3.0)).random(5)
 
 
 # ---------------------------------------------------------------------------------------------------- where it is done
@@ -157,6 +168,23 @@ def test_replies_are_the_same_whichever_way_they_are_made(
     assert together == alone == whole
     assert together == [tokenizer().decode(each, skip_special_tokens=True) for each in theirs]
     assert together != plain, "the control"
+
+
+def test_a_reply_is_predicted_in_one_pass_as_it_was_made(live: Any) -> None:
+    """As the shift along replies is measured: prompt and reply together, padded on the right."""
+    _, direction = model()
+    one = steering("add", 1.0, 2.5 * direction, 3, "generated")
+    ids = [prompt("show the bread today"), prompt("tell me the small quick soup")]
+    with steered(live.model.layers, one):
+        replies = [reply.tokens for reply in complete(live, tokenizer(), share_prefix(ids), 6, SIZE)]
+        shared = share_prefix([[*each, *reply[:-1]] for each, reply in zip(ids, replies, strict=True)])
+        starts = torch.tensor([len(each) - 1 - len(shared.prefix) for each in ids])[:, None]
+        steps = torch.arange(6)
+        logits = logits_at(live, SharedPrefix(live, shared.prefix), shared.suffixes, lambda _: starts + steps)
+    assert [tuple(row) for row in logits.argmax(-1).tolist()] == replies
+    with steered(live.model.layers, one):
+        late = logits_at(live, SharedPrefix(live, shared.prefix), shared.suffixes, lambda lengths: lengths[:, None] - 1)
+    assert not torch.allclose(late[:, 0], logits[:, -1], atol=1e-3), "the control: a reply of one token is another one"
 
 
 def test_how_to_step_is_not_mistaken_under_steering() -> None:

@@ -21,7 +21,7 @@ from abliterate.model.batches import BatchSize, Encoded
 from abliterate.monitor import Monitor
 from abliterate.record import DosePart, SteeringPart
 from abliterate.session import OpenedModel, Session, load_contrast, open_model
-from planted import BLOCKS, D_MODEL, WRITES, Planted, plant
+from planted import BLOCKS, WRITES, Planted, plant
 
 SHORT = ReplySettings(max_new_tokens=8)
 #: Tokens that refusals of the planted model start with: they need not be found.
@@ -84,12 +84,20 @@ def test_behaviour_rises_with_the_coefficient(session: Session, vectors: Steerin
     assert 0 < kl[4] < kl[5] < kl[6]
 
 
-def test_a_random_direction_does_nothing_of_the_kind(session: Session) -> None:
-    random = torch.nn.functional.normalize(torch.randn(1, D_MODEL, generator=torch.Generator().manual_seed(3)))
-    control = SteeringVectors.of(Direction(random, site=Site(WRITES + 2, -1), facts={"chosen": {"norm": 2.5}}))
-    part = sweep(session, control, SteerSettings(coefficients="-0.5,0,0.5"), finding=KNOWN, replies=SHORT)
-    assert len(set(rates(part, "harmful"))) == len(set(rates(part, "harmless"))) == 1
-    assert max(scores(part, "harmful")) - min(scores(part, "harmful")) < 3, "the planted one moves it by 10 and more"
+def test_a_random_direction_does_nothing_of_the_kind(session: Session, vectors: SteeringVectors) -> None:
+    part = sweep(session, vectors, SteerSettings(coefficients="-0.5,0,0.5"), finding=KNOWN, replies=SHORT)
+    low, high = part.control
+    plain = part.doses[0]
+    assert (low.coefficient, high.coefficient) == (-0.5, 0.5)
+    for one in (low, high):
+        assert {name: rate.rate for name, rate in one.behaviour.items()} == {
+            name: rate.rate for name, rate in plain.behaviour.items()
+        }
+    moved = abs((high.score["harmful"] or 0) - (low.score["harmful"] or 0))
+    assert moved < 3 < 6 < scores(part, "harmful")[-1] - scores(part, "harmful")[0]
+    alone = sweep(session, vectors, SteerSettings(no_control=True), finding=KNOWN, replies=SHORT)
+    assert alone.control == []
+    assert len(sweep(session, vectors, SteerSettings(), finding=KNOWN, replies=SHORT).control) == 1
 
 
 @pytest.mark.parametrize(

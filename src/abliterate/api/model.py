@@ -112,6 +112,7 @@ class _SaveVerb(EditOptions, OutputOptions, total=False):
 class _SweepVerb(OtherPromptOptions, RefusalOptions, ReplyOptions, total=False):
     harmful: Prompts
     harmless: Prompts
+    no_control: bool
     keep_completions: bool
 
 
@@ -349,7 +350,8 @@ class Model:
     ) -> DoseResponse:
         """What `steer` does on held-out prompts, by coefficient: behaviour, KL, broken replies; `plot` draws it.
 
-        Prompts that the direction was learnt from are left out. Raises what `steer` raises.
+        A random direction is measured beside, at the lowest and the highest coefficient (unless `no_control`). Prompts
+        that the direction was learnt from are left out. Raises what `steer` raises.
         """
         given = self._options("sweep", dict(options))
         fields = {"operation": operation, "coefficients": coefficients, "layers": layers, "tokens": tokens}

@@ -296,6 +296,9 @@ class SteerOptions(TypedDict, total=False):
     #: Every token, or only those that the reply is predicted from (the prompt's last, the reply's).
     tokens: Literal["all", "generated"]
 
+    #: Do not measure a random direction at the lowest and the highest coefficient beside.
+    no_control: bool
+
     #: Show and keep full answers to harmful prompts.
     keep_completions: bool
 

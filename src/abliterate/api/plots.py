@@ -72,7 +72,8 @@ def front(result: Front) -> Figure:
 
 def response(result: DoseResponse) -> Figure:
     """Rates by set with their 95 % intervals, and broken replies, against the coefficient; below it KL."""
-    rows = [row for row in result.rows() if row["coefficient"] is not None]
+    found = [row for row in result.rows() if row["coefficient"] is not None]
+    rows, random = ([row for row in found if row["random"] == drawn] for drawn in (False, True))
     doses = [row["coefficient"] for row in rows]
     figure = Shown(figsize=(8, 6), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
@@ -83,6 +84,10 @@ def response(result: DoseResponse) -> Figure:
         above.plot(x, y, marker="o", ms=4, lw=1.5, color=colour, label=counted(result.part, name))
         low, high = ([100 * row[f"{name}_{end}"] for row in known] for end in ("low", "high"))
         above.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    for name, colour in (("harmful", "C3"), ("harmless", "C0")):
+        drawn = [row for row in random if row.get(name) is not None]
+        x, y = [row["coefficient"] for row in drawn], [100 * row[name] for row in drawn]
+        above.scatter(x, y, marker="x", color=colour, label=f"{name}, random direction" if drawn else None)
     above.plot(doses, [100 * row["broken"] for row in rows], marker=".", lw=1, color="grey", label="broken")
     above.set(ylabel="% of replies", ylim=(-3, 103), title=f"{result.part.operation}, by coefficient")
     above.legend(fontsize="small")

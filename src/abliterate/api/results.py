@@ -173,15 +173,15 @@ class DoseResponse:
     part: SteeringPart
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row for each coefficient, the model as it is (None) first.
+        """One row for each coefficient, the model as it is (None) first, and last those of a `random` direction.
 
         By set of prompts the rate of what the judge counts (`harmful`, `harmless`, with `_low` and `_high` of the 95 %
         interval) and the mean refusal score of first tokens (`_score`, log-odds); `kl` of the first token (nats), and
         the shares of `broken` replies and of `repeated` 4-grams.
         """
         rows = []
-        for one in self.part.doses:
-            row: dict[str, Any] = {"coefficient": one.coefficient}
+        for place, one in enumerate((*self.part.doses, *self.part.control)):
+            row: dict[str, Any] = {"coefficient": one.coefficient, "random": place >= len(self.part.doses)}
             for name, rate in one.behaviour.items():
                 row |= {name: rate.rate, f"{name}_low": rate.ci95[0], f"{name}_high": rate.ci95[1]}
                 row[f"{name}_score"] = one.score.get(name)

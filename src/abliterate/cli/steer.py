@@ -35,7 +35,7 @@ from abliterate.config import (
     SteerSettings,
 )
 from abliterate.errors import UsageError
-from abliterate.report.wording import broken, counted, judged_by, repeated, replies_of, steered
+from abliterate.report.wording import broken, counted, judged_by, named_dose, repeated, replies_of, steered
 
 if TYPE_CHECKING:
     from abliterate.record import AnswerPart, SteeringPart
@@ -58,16 +58,18 @@ def show_steering(part: SteeringPart, console: Console) -> None:
 
 def dose_table(part: SteeringPart) -> Table:
     """Rates by the judge, KL from the model as it is, broken and repetitive replies, by coefficient."""
-    table = Table(title="Held-out prompts, by coefficient", title_justify="left", **PLAIN)
+    table = Table(
+        title="Held-out prompts by coefficient: rates in % [95 %], KL at the first token", title_justify="left", **PLAIN
+    )
     table.add_column("", justify="right", no_wrap=True)
     sets = list(part.doses[0].behaviour)
     for name in sets:
-        table.add_column(f"{counted(part, name)}, % [95 %]", justify="right")
-    for column in ("KL, first token", "broken", "repeated"):
+        table.add_column(counted(part, name), justify="right")
+    for column in ("KL", "broken", "repeated"):
         table.add_column(column, justify="right")
-    for one in part.doses:
+    for row, one in enumerate((*part.doses, *part.control)):
         rates = [percent(one.behaviour[name]) if name in one.behaviour else "" for name in sets]
-        name = "none" if one.coefficient is None else f"{one.coefficient:g}"
+        name = ("random " if row >= len(part.doses) else "") + named_dose(one)
         share = repeated(one)
         cells = ["–" if one.kl.value is None else f"{one.kl.value:.3f}", broken(one)]
         table.add_row(name, *rates, *cells, "–" if share is None else f"{100 * share:.1f} %")
@@ -134,7 +136,7 @@ def steer(
         if out is not None:
             raise UsageError("--out: does nothing with --prompt, which measures nothing; leave it out")
         refuse_idle("steer --prompt", given.prompts, given.finding)
-        refuse_set("in steer --prompt", given.steering, "keep_completions")
+        refuse_set("in steer --prompt", given.steering, "keep_completions", "no_control")
         refuse_set("in steer --prompt", given.replies, *(set(ReplySettings.model_fields) - {"max_new_tokens"}))
         from abliterate.finding.steer import reply
         from abliterate.session import open_model

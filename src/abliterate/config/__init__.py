@@ -406,6 +406,9 @@ class SteerSettings(_Settings):
         "all",
         description="Every token, or only those that the reply is predicted from (the prompt's last, the reply's).",
     )
+    no_control: bool = Field(
+        False, description="Do not measure a random direction at the lowest and the highest coefficient beside."
+    )
     keep_completions: bool = Field(False, description="Show and keep full answers to harmful prompts.")
 
     @field_validator("coefficients")

@@ -186,6 +186,13 @@ class Steering(TensorValue):
         """The same with another coefficient."""
         return replace(self, coefficient=coefficient)
 
+    def random(self, seed: int) -> Steering:
+        """The same along random directions of the same lengths: one for all layers where they share one."""
+        generator = torch.Generator().manual_seed(seed)
+        shared = bool((self.directions == self.directions[0]).all())
+        drawn = torch.randn(1 if shared else len(self.layers), self.directions.shape[1], generator=generator)
+        return replace(self, directions=_unit(drawn).expand_as(self.directions).clone())
+
     def on(self, device: torch.device) -> Steering:
         """The same with its directions on a device."""
         return replace(self, directions=self.directions.to(device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from abliterate.config import RefusalSettings, ReplySettings, SteerSettings
@@ -52,7 +52,9 @@ def sweep(
     replies: ReplySettings = ReplySettings(),
     name: str = IN_PYTHON,
 ) -> SteeringPart:
-    """What every coefficient does to held-out prompts, beside the model as it is. The vectors are called `name`.
+    """What every coefficient does to held-out prompts, beside the model as it is and a random direction.
+
+    The vectors are called `name`.
 
     Raises `UsageError` for vectors that do not fit the model.
     """
@@ -60,8 +62,15 @@ def sweep(
     judge = ready_judge(replies, session.loading.device, session.monitor)
     judge = bind_judge(judge, as_loaded(session), session.monitor)
     probe = Probe(session, _tokens(session, finding), "test", judge, replies)
-    measured = list(_measured(session, probe, steering, steer.doses))
-    corrections = corrections_of(judge, session.loaded.files.name, [one.replies for _, one in measured if one.replies])
+    ends = () if steer.no_control else tuple(dict.fromkeys((steer.doses[0], steer.doses[-1])))
+    with session.monitor.phase("steer", 1 + len(steer.doses) + len(ends)) as advance:
+        plain = probe.measure(None, Level.REPLIES)
+        advance(1)
+        steered_ones = list(_measured(session, probe, steering, steer.doses, plain, advance))
+        control = list(_measured(session, probe, steering.random(session.seed), ends, plain, advance))
+    measured: list[tuple[float | None, Measured]] = [(None, plain), *steered_ones]
+    states = [one.replies for _, one in (*measured, *control) if one.replies]
+    corrections = corrections_of(judge, session.loaded.files.name, states)
     decoding = chosen_decoding(session.model.generation_config, replies, session.seed, session.monitor)
     return SteeringPart(
         **_said(session.loaded.files.name, name, steering, vectors),
@@ -71,23 +80,25 @@ def sweep(
         sources=session.prompts.sources,
         prompts_sha256=session.prompts.sha256,
         doses=[_dose(dose, one, corrections, probe) for dose, one in measured],
+        control=[_dose(dose, one, corrections, probe) for dose, one in control],
         answers={named(dose): answer_parts(one.replies or {}, keep=steer.keep_completions) for dose, one in measured},
     )
 
 
 def _measured(
-    session: Session, probe: Probe, steering: Steering, doses: Sequence[float]
-) -> Iterator[tuple[float | None, Measured]]:
-    """The model as it is, then every coefficient; one that changes nothing is not measured again."""
-    with session.monitor.phase("steer", 1 + len(doses)) as advance:
-        plain = probe.measure(None, Level.REPLIES)
-        yield None, plain
+    session: Session,
+    probe: Probe,
+    steering: Steering,
+    doses: Sequence[float],
+    plain: Measured,
+    advance: Callable[[int], None],
+) -> Iterator[tuple[float, Measured]]:
+    """Every coefficient; one that changes nothing is not measured, but as the model is (`plain`)."""
+    for dose in doses:
+        one = steering.by(dose)
+        state = ModelState(session, functools.partial(steered, session.blocks, one))
+        yield dose, probe.measure(state, Level.REPLIES) if one.changes else plain
         advance(1)
-        for dose in doses:
-            one = steering.by(dose)
-            state = ModelState(session, functools.partial(steered, session.blocks, one))
-            yield dose, probe.measure(state, Level.REPLIES) if one.changes else plain
-            advance(1)
 
 
 def _tokens(session: Session, finding: RefusalSettings) -> list[int]:

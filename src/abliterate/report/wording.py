@@ -404,12 +404,23 @@ def responded(part: SteeringPart) -> str:
             f"{_share(part.doses[end].behaviour.get(name))} at {part.doses[end].coefficient or 0:g}" for end in ends
         ]
         said.append(f"{counted(part, f'{name} prompts')}: {_share(rate)} as the model is, {', '.join(shares)}")
-    text = "; ".join(said)
-    return f"{text[:1].upper()}{text[1:]}."
+    text = "; ".join(said) + "."
+    if part.control:
+        shares = [
+            f"{' and '.join(_share(rate) for rate in one.behaviour.values())} at {named_dose(one)}"
+            for one in part.control
+        ]
+        text += f" With a random direction in its place {', '.join(shares)}."
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _share(part: RatePart | None) -> str:
     return "–" if part is None or part.rate is None else f"{100 * part.rate:.0f} %"
+
+
+def named_dose(part: DosePart) -> str:
+    """A coefficient as it is written; "none" for the model as it is."""
+    return "none" if part.coefficient is None else f"{part.coefficient:g}"
 
 
 def broken(part: DosePart) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from abliterate.record import DosePart, Record, SteeringPart
 from abliterate.report.html.parts import Figure, Section, Table, between, number, percent, short
-from abliterate.report.wording import broken, counted, repeated, replies_of, responded, steered
+from abliterate.report.wording import broken, counted, named_dose, repeated, replies_of, responded, steered
 
 #: Prompts of each set whose replies are shown.
 _MOST = 8
@@ -25,14 +26,21 @@ def dose_response(record: Record) -> Section | None:
 def _rates(part: SteeringPart) -> Figure:
     sets = list(part.doses[0].behaviour)
     series = [
-        {"name": counted(part, name), "role": name, "points": _points(part, lambda one, name=name: _rate(one, name))}
+        {
+            "name": counted(part, name),
+            "role": name,
+            "points": _points(part.doses, lambda one, name=name: _rate(one, name)),
+        }
         for name in sets
     ]
-    series.append({"name": "broken", "role": "random", "points": _points(part, _broken)})
+    series.append({"name": "broken", "role": "before", "points": _points(part.doses, _broken)})
+    if part.control and (name := next(iter(sets), None)) is not None:
+        points = _points(part.control, lambda one, name=name: _rate(one, name))
+        series.append({"name": f"{counted(part, name)}, random direction", "role": "random", "points": points})
     chart = _lines(series, "coefficient", "%", 0.0, [0, None])
     rows = []
-    for one in part.doses:
-        cells = [_name(one)]
+    for called, one in _named(part):
+        cells = [called]
         for name in sets:
             rate = one.behaviour.get(name)
             cells.append(
@@ -48,15 +56,15 @@ def _rates(part: SteeringPart) -> Figure:
 
 def _damage(part: SteeringPart) -> Figure:
     series: list[dict[str, Any]] = [
-        {"name": "KL, first token, nats", "role": "after", "points": _points(part, lambda one: one.kl.value)}
+        {"name": "KL, first token, nats", "role": "after", "points": _points(part.doses, lambda one: one.kl.value)}
     ]
     chart = _lines(series, "coefficient", "nats", 0.0, [0, None])
     rows = []
-    for one in part.doses:
+    for called, one in _named(part):
         share = repeated(one)
         scores = [number(one.score.get(name), ".2f") for name in one.score]
         kl = f"{number(one.kl.value)} {between(one.kl.ci95)}"
-        rows.append([_name(one), kl, "–" if share is None else f"{100 * share:.1f} %", " / ".join(scores)])
+        rows.append([called, kl, "–" if share is None else f"{100 * share:.1f} %", " / ".join(scores)])
     head = ["coefficient", "KL [95 %]", "repeated 4-grams", f"score of first tokens, {' / '.join(part.doses[0].score)}"]
     table = Table(head, rows, frozenset({0}), frozenset())
     return Figure("dose-kl", "How far first tokens of harmless prompts move, by coefficient", table, chart)
@@ -80,8 +88,8 @@ def _lines(series: list[dict[str, Any]], x: str, y: str, least: float, mark: lis
     return {"kind": "lines", "x": x, "y": y, "half": True, "least": least, "log": False, "mark": mark, "series": series}
 
 
-def _points(part: SteeringPart, value: Any) -> list[list[float | None]]:
-    return [[one.coefficient, value(one)] for one in part.doses if one.coefficient is not None]
+def _points(doses: Sequence[DosePart], value: Any) -> list[list[float | None]]:
+    return [[one.coefficient, value(one)] for one in doses if one.coefficient is not None]
 
 
 def _rate(one: DosePart, name: str) -> float | None:
@@ -93,5 +101,7 @@ def _broken(one: DosePart) -> float | None:
     return 100 * sum(rate.degenerate for rate in one.behaviour.values()) / count if count else None
 
 
-def _name(one: DosePart) -> str:
-    return "none" if one.coefficient is None else f"{one.coefficient:g}"
+def _named(part: SteeringPart) -> list[tuple[str, DosePart]]:
+    """Every row of the tables: coefficients, and those of a random direction."""
+    own = [(named_dose(one), one) for one in part.doses]
+    return own + [(f"random {named_dose(one)}", one) for one in part.control]
