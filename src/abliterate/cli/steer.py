@@ -58,9 +58,7 @@ def show_steering(part: SteeringPart, console: Console) -> None:
 
 def dose_table(part: SteeringPart) -> Table:
     """Rates by the judge, KL from the model as it is, broken and repetitive replies, by coefficient."""
-    table = Table(
-        title="Held-out prompts by coefficient: rates in % [95 %], KL at the first token", title_justify="left", **PLAIN
-    )
+    table = Table(title="Held-out prompts by coefficient: % [95 %], KL of first tokens", title_justify="left", **PLAIN)
     table.add_column("", justify="right", no_wrap=True)
     sets = list(part.doses[0].behaviour)
     for name in sets:

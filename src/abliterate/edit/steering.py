@@ -106,8 +106,8 @@ class SteeringVectors(TensorValue):
         if path.suffix.lower() in _PICKLES:
             raise UsageError(
                 f"direction file '{path}': expected safetensors or GGUF, found a pickle, which may run code and is "
-                "never read; save a SteeringVector v as safetensors: safetensors.torch.save_file({f'layer.{n}': "
-                "t.contiguous() for n, t in v.layer_activations.items()}, 'v.safetensors')"
+                "never read; save a SteeringVector v with save_file of safetensors.torch, as the tensors "
+                "{f'layer.{n}': t.contiguous() for n, t in v.layer_activations.items()}"
             )
         blocks = None
         if path.suffix.lower() == ".gguf":
