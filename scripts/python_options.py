@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 if TYPE_CHECKING:
     import torch
 
+    from abliterate.prompts import Behaviour
+
 #: A file or folder.
 Place = str | os.PathLike[str]
 #: Prompts: a list of texts or conversations, or a SPEC (builtin, FILE[:column], id[:config]:split:column).
@@ -49,6 +51,7 @@ _TAKEN = {
     "_as_text": "str | int | os.PathLike[str]",
     "_as_list": "Several",
     "_as_source": "Prompts",
+    "_as_behaviour": "str | os.PathLike[str] | Mapping[str, Any] | Behaviour",
 }
 _TORCH = {"device": "str | torch.device", "dtype": "str | torch.dtype"}
 

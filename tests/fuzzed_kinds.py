@@ -20,6 +20,7 @@ from safetensors.torch import save, save_file
 import gguf_files
 from abliterate import record as rec
 from abliterate.cli.show import show_record
+from abliterate.config import PromptSettings
 from abliterate.edit.adapters import read_adapter_config
 from abliterate.edit.direction import Candidates, Direction, Recipe, Site, load_direction, save_direction
 from abliterate.edit.gguf import read_control_vector, write_control_vector
@@ -31,11 +32,13 @@ from abliterate.errors import AbliterateError
 from abliterate.evaluation import servers
 from abliterate.evaluation.capability.tasks import load_tasks
 from abliterate.evaluation.engines.vllm import read_adapter as read_for_vllm
+from abliterate.evaluation.judging import Exchange
 from abliterate.evaluation.judging.calibration import Calibration
 from abliterate.evaluation.judging.calibration import read as read_calibration
 from abliterate.evaluation.judging.drift import Profile
 from abliterate.evaluation.judging.labelled import read_exchanges, read_labelled
 from abliterate.evaluation.judging.llm import read_answer
+from abliterate.evaluation.judging.scorers import scorer_of
 from abliterate.evaluation.reply_cache import kept_replies
 from abliterate.files.cache import DiskCache, digest
 from abliterate.files.checkpoint import open_checkpoint, read_shard
@@ -46,7 +49,7 @@ from abliterate.forensics.repair import read_adapter
 from abliterate.model.anatomy import Kind as WriterKind
 from abliterate.model.anatomy import Stored, Writer
 from abliterate.model.gguf_source import dequantise
-from abliterate.prompts import ChatRenderer
+from abliterate.prompts import ChatRenderer, build_contrastive_set
 from abliterate.prompts.rendering import read_template
 from abliterate.prompts.sources import load_prompts
 from abliterate.report.html import render
@@ -258,6 +261,34 @@ TEMPLATE = (
 )
 
 
+BEHAVIOUR = b"""
+name = "chatty"
+description = "Saying much."
+shown = "ran on"
+[more]
+prompts = ["What is rain?", "What is snow?", "Who baked this?", "Why is it late?", "Where is it?", "When was that?"]
+system = "Be long."
+[less]
+system = "Be short."
+[others]
+prompts = ["Say hello.", "Say goodbye."]
+[shows]
+phrases = ["^well", "as * said", "on the one hand"]
+unless = ["no"]
+at_least = 2
+within = 300
+[read]
+at = "reply"
+tokens = 12
+"""
+
+
+def _behaviour(path: Path) -> None:
+    found = build_contrastive_set(PromptSettings(behaviour=str(path))).behaviour
+    if (scorer := scorer_of(found)) is not None:
+        scorer.judge([Exchange("What is rain?", "Well, as I said, on the one hand it is wet. " * 3)])
+
+
 def _template(path: Path) -> None:
     ChatRenderer(TOKENIZER, read_template(str(path))).render("Name a fruit.")
 
@@ -418,6 +449,7 @@ def kinds() -> Iterator[Kind]:
     yield Kind("kept.json", json.dumps(_kept()).encode(), _replies, in_json)
     yield Kind("answer.json", json.dumps(ANSWER).encode(), _server, in_json)
     yield Kind("template.jinja", TEMPLATE, _template)
+    yield Kind("behaviour.toml", BEHAVIOUR, _behaviour)
     yield Kind("model.gguf", _gguf_file(), _gguf)
     yield Kind("control.gguf", _control_vector_file(), _control_vector)
     yield Kind("opened/model.gguf", _small_gguf(), _opened_gguf, _in_settings)

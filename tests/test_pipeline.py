@@ -366,6 +366,7 @@ def test_negative_strength_makes_refusal_firmer(planted: Planted, out: Path, ses
     scores = {}
     for strength in (-0.5, 0.0, 0.5, 1.0):
         result = pipeline.verify(session, Direction(basis), editing=EditSettings(strength=strength))
+        assert result.bypass is not None
         scores[strength] = result.bypass
     assert scores[-0.5] > scores[0.0] > scores[0.5] > scores[1.0]
 
@@ -630,9 +631,10 @@ def test_verify_tells_the_direction_from_a_random_one(
     assert result.verified
     assert result.before.refusals == result.control.refusals == sum(map(is_bad, session.test_texts["harmful"]))
     assert result.after.refusals == 0
-    assert result.bypass < 0 < result.bypass_control
-    assert result.induce is not None
-    assert result.induce_before < 0 < result.induce
+    assert None not in (result.bypass, result.bypass_control, result.induce, result.induce_before)
+    scores: Any = result
+    assert scores.bypass < 0 < scores.bypass_control
+    assert scores.induce_before < 0 < scores.induce
     other = pipeline.verify(session, random_direction)
     assert not other.verified
     assert other.after.refusals == other.before.refusals
@@ -984,7 +986,7 @@ def test_control_vector_is_measured_as_what_it_is(planted: Planted, out: Path, t
     live = open_session(planted)
     with abliterate.addition(live.blocks[site.layer], vector[None]):
         steered = asked(live, EvalSettings().max_new_tokens)
-    assert answer_parts(steered, keep=False) == behaviour(record).answers["after"]
+    assert answer_parts(steered, {"harmful"}) == behaviour(record).answers["after"]
     if strength < 0:
         assert behaviour(record).after.harmless.refusals > 0, "the control: an ablation can not do this"
 

@@ -76,7 +76,7 @@ from abliterate.model.generation import end_tokens
 from abliterate.model.loading import load, load_tokenizer
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
-from abliterate.prompts import build_contrastive_set
+from abliterate.prompts import build_contrastive_set, load_behaviour
 from abliterate.report.assemble import (
     FRONT,
     anatomy_part,
@@ -123,10 +123,11 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
 
 def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec.Record:
     exam = exam_of(settings.evaluating, settings.prompts.seed)
-    build_contrastive_set(settings.prompts)  # a fault in a file of prompts is said before a model is fetched
-    method = method_of(settings.searching, settings.finding, settings.editing, output)
+    # A fault in a file of prompts is said before a model is fetched.
+    behaviour = build_contrastive_set(settings.prompts).behaviour
+    method = method_of(settings.searching, settings.finding, settings.editing, output, behaviour=behaviour)
     check_search(settings.searching, method, settings.finding, settings.editing)
-    judge = ready_judge(settings.evaluating, settings.loading.device, monitor)
+    judge = ready_judge(settings.evaluating, behaviour, settings.loading.device, monitor)
     files = _located(settings.model, settings.loading, output, monitor)
     session = _opened(files, settings, monitor)
     judge = bind_judge(judge, as_loaded(session), monitor)
@@ -216,9 +217,10 @@ def search(settings: RunSettings, *, resume: bool = False, monitor: Monitor | No
 
 
 def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor: Monitor) -> rec.Record:
-    method = method_of(settings.searching, settings.finding, settings.editing)
+    behaviour = load_behaviour(settings.prompts.behaviour)
+    method = method_of(settings.searching, settings.finding, settings.editing, behaviour=behaviour)
     check_search(settings.searching, method, settings.finding, settings.editing)
-    judge = ready_judge(settings.evaluating, settings.loading.device, monitor)
+    judge = ready_judge(settings.evaluating, behaviour, settings.loading.device, monitor)
     session = _opened(settings.model, settings, monitor)
     judge = bind_judge(judge, as_loaded(session), monitor)
     findings = find(session, settings.finding, settings.editing)
@@ -380,7 +382,7 @@ def evaluate(
         raise UsageError("evaluate: expected a base or a plan, found both")
     exam = exam_of(evaluating, session.seed)
     original = as_loaded(base or session, evaluating)
-    judge = ready_judge(evaluating, session.loading.device, session.monitor)
+    judge = ready_judge(evaluating, session.prompts.behaviour, session.loading.device, session.monitor)
     examiner = examiner_of(session, evaluating, bind_judge(judge, original, session.monitor))
     if plan is not None:
         edited = ModelState(session, functools.partial(session.ablated, plan))
@@ -408,7 +410,9 @@ def evaluate_elsewhere(
             f"--engine {engine.engine}: expected "
             + ("--served and --served-edited, found --edited" if is_server else "--edited, found names of a server")
         )
-    judge = bind_judge(ready_judge(evaluating, loading.device, monitor), None, monitor)
+    judge = bind_judge(
+        ready_judge(evaluating, load_behaviour(measuring.prompts.behaviour), loading.device, monitor), None, monitor
+    )
     with monitor.phase("find model"):
         files = locate_model(model, loading)
         tokenizer, settings = load_tokenizer(files)

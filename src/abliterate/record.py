@@ -102,6 +102,22 @@ class PromptsPart(_Part):
     )
     shared_prefix_tokens: Count
     positions: Count
+    behaviour: SoughtPart | None = Field(None, description="The behaviour, where it is another than refusal.")
+
+
+class SoughtPart(_Part):
+    """The behaviour that was looked for, where it is another than refusal.
+
+    Sets keep the names that they have of refusal: `harmful` are the prompts where it shows, `harmless` those where it
+    does not; `names` says what tables call them.
+    """
+
+    name: str
+    description: str = ""
+    shown: str = Field(description="How a table says that a reply shows it.")
+    names: dict[str, str]
+    sides: tuple[str, str] = Field(description="What the sides are called that directions are made of.")
+    definition: dict[str, Any] = Field(default={}, description="All fields of the behaviour file.")
 
 
 class AnatomyPart(_Part):
@@ -208,6 +224,10 @@ class SelectionPart(_Part):
     max_depth: float
     trained_on: dict[str, Count]
     candidates: list[SitePart]
+    by: Literal["first tokens", "replies"] = Field(
+        "first tokens",
+        description="What scores are of: log-odds of first tokens, or shares of replies that show the behaviour.",
+    )
 
     def passes(self, site: SitePart) -> bool:
         """Whether a site meets the rule."""
@@ -507,6 +527,7 @@ class EvaluationPart(_Part):
     decoding: DecodingPart = DecodingPart()
     before: BehaviourPart
     after: BehaviourPart | None = None
+    behaviour: SoughtPart | None = Field(None, description="The behaviour, where it is another than refusal.")
     shift: ShiftPart | None = None
     answers: dict[str, dict[str, list[AnswerPart]]]
     judge: JudgePart | None = None
@@ -727,11 +748,12 @@ class VerificationPart(_Part):
     before: RatePart
     after: RatePart
     control: RatePart
-    bypass: float
-    bypass_before: float
-    bypass_control: float
+    behaviour: SoughtPart | None = Field(None, description="The behaviour, where it is another than refusal.")
+    bypass: float | None = Field(description="Null, as the next, where first tokens do not tell the behaviour.")
+    bypass_before: float | None
+    bypass_control: float | None
     induce: float | None
-    induce_before: float
+    induce_before: float | None
     kl: float
     max_kl: float
     tokens: list[TokenPart]
@@ -822,6 +844,7 @@ class ComparisonPart(_Part):
     counts: dict[str, Count]
     dropped: dict[str, Count]
     prompts_sha256: str
+    behaviour: SoughtPart | None = Field(None, description="The behaviour, where it is another than refusal.")
     reference: str
     entries: list[ContenderPart]
 

@@ -166,7 +166,10 @@ def _session(
     sequences = {key: renderer.encode(value) for key, value in texts.items()}
     everything = [ids for group in sequences.values() for ids in group]
     _check_context(loaded.model, list(map(len, everything)), reply_tokens, monitor)
-    wanted = positions or min(_MOST_POSITIONS, max(1, common_suffix(everything)))
+    at_reply = contrast.behaviour.read.at == "reply"
+    if at_reply and positions not in (None, 1):
+        raise UsageError(f"--positions {positions}: the behaviour {contrast.behaviour.name} is read at replies, at one")
+    wanted = 1 if at_reply else positions or min(_MOST_POSITIONS, max(1, common_suffix(everything)))
     shortest = min(map(len, everything))
     if wanted > shortest:
         raise UsageError(f"--positions {wanted}: expected at most the shortest prompt's {shortest} tokens")
@@ -262,8 +265,12 @@ def load_contrast(settings: PromptSettings, monitor: Monitor, learnt_from: Conta
     for spec in dict.fromkeys(contrast.sources.values()):
         if (known := describe(spec)) is not None:
             monitor.note(known)
+    behaviour = contrast.behaviour
+    names = behaviour.names | dict(zip(("harmful", "harmless"), behaviour.side_names, strict=True))
     counts = "; ".join(
-        f"{name} " + " / ".join(str(count) for count in parts.values()) for name, parts in contrast.counts.items()
+        f"{names[name]} " + " / ".join(str(count) for count in parts.values())
+        for name, parts in contrast.counts.items()
+        if any(parts.values())
     )
     dropped = ", ".join(f"{count} {where}" for where, count in contrast.dropped.items())
     monitor.note(
@@ -281,4 +288,9 @@ def _texts(contrast: ContrastiveSet) -> dict[tuple[str, str], tuple[str, ...]]:
         for name in ("harmful", "harmless")
         for split in ("train", "val", "test")
     }
-    return texts | {("borderline", "test"): contrast.borderline}
+    texts |= {(name, f"plain {split}"): prompts for (name, split), prompts in contrast.plain.items()}
+    if contrast.keep is not None:
+        texts |= {("keep", split): getattr(contrast.keep, split) for split in ("train", "val", "test")}
+    if "borderline" in contrast.test_texts:
+        texts["borderline", "test"] = contrast.borderline
+    return texts

@@ -16,6 +16,7 @@ from abliterate.evaluation.judging.drift import Profile, bin_of, bins_of, distan
 from abliterate.evaluation.parts import behaviour_part, corrections_of, judge_part
 from abliterate.evaluation.results import Answers
 from abliterate.model.generation import Reply
+from abliterate.prompts import load_behaviour
 from abliterate.report.wording import drifted, judged_by
 
 SETS = ("harmful", "harmless", "borderline")
@@ -184,7 +185,7 @@ def test_record_says_what_corrects_which_rate_and_what_is_unlike() -> None:
     before = {name: answers(Label.COMPLIANCE, LONG) for name in SETS}
     after = {**before, "borderline": answers(Label.COMPLIANCE, SHORT)}
     judge = Scripted()
-    corrections = corrections_of(judge, "m", [before, after])
+    corrections = corrections_of(judge, "m", [before, after], load_behaviour("refusal"))
     part = judge_part(judge, corrections)
     assert [(one.rates, one.labels) for one in part.calibrations] == [
         (["harmful"], "harmful.csv"),
@@ -210,7 +211,7 @@ def test_record_says_what_corrects_which_rate_and_what_is_unlike() -> None:
 def test_nothing_known_is_said_and_corrects_nothing() -> None:
     sets = {name: answers(Label.REFUSAL, SORRY) for name in SETS}
     judge = Scripted()
-    corrections = corrections_of(judge, "m", [sets])
+    corrections = corrections_of(judge, "m", [sets], load_behaviour("refusal"))
     assert corrections == {}
     part = behaviour_part(sets, corrections)
     assert part.harmful.corrected is None

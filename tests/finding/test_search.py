@@ -87,7 +87,7 @@ def test_every_site_has_its_own_direction(session: Session, findings: Findings, 
 
 
 def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, findings: Findings, start: Direction) -> None:
-    way = legs(3, 45, lightest=1e-3, heaviest=1e9)
+    way = legs(3, 45, weights=(1e-3, 1e9))
     found = descend(replace(session, seed=1), findings.ids, start, EditSettings(), way)
     probe = Probe(session, findings.ids)
     measured = [probe.measure(session.plan(direction), Level.ALL) for direction in found]

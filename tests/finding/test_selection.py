@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -41,7 +41,9 @@ def findings(session: pipeline.Session) -> pipeline.Findings:
 
 @pytest.fixture(scope="module")
 def scorer(session: pipeline.Session, findings: pipeline.Findings) -> SiteScorer:
-    return scorer_of(session, findings)
+    found = scorer_of(session, findings)
+    assert isinstance(found, SiteScorer)
+    return found
 
 
 def validated_on(session: pipeline.Session, harmful: Encoded, harmless: Encoded) -> pipeline.Session:
@@ -220,7 +222,7 @@ def test_sign_of_a_direction_matters_to_induce_and_not_to_bypass(
 
 def test_control_depends_on_the_seed_alone(session: pipeline.Session, findings: pipeline.Findings) -> None:
     scorers = [scorer_of(replace(session, seed=seed), findings) for seed in (0, 0, 1)]
-    first, again, other = (choose(scorer, findings, Rule()) for scorer in scorers)
+    first, again, other = (choose(cast(SiteScorer, scorer), findings, Rule()) for scorer in scorers)
     assert first == again
     assert first.control != other.control
     assert first.chosen == other.chosen

@@ -453,11 +453,12 @@ class Model:
             searching=searching,
             output=output,
         )
-        method = method_of(searching, finding, editing)
-        check_search(searching, method, finding, editing)
         monitor = progress()
-        judge = ready_judge(evaluating, str(self._loaded.device), monitor)
         prepared = self._prepare(given, finding, monitor=monitor)
+        behaviour = prepared.session.prompts.behaviour
+        method = method_of(searching, finding, editing, behaviour=behaviour)
+        check_search(searching, method, finding, editing)
+        judge = ready_judge(evaluating, behaviour, str(self._loaded.device), monitor)
         given.done()
         session = prepared.session
         findings = self._findings(prepared, finding, editing)
@@ -517,8 +518,10 @@ class Model:
         """A session with the prompts that were given, else the last ones; none of them seen by the direction."""
         prompts = given.take(PromptSettings)
         if prompts.model_fields_set:
-            sides = {name: getattr(self._prompts, name) for name in ("harmful", "harmless")}
-            self._prompts = PromptSettings(**{**sides, **prompts.model_dump(exclude_unset=True)})
+            before = {name: getattr(self._prompts, name) for name in ("behaviour", "harmful", "harmless")}
+            if "behaviour" in prompts.model_fields_set:  # another one has other sides
+                before = {}
+            self._prompts = PromptSettings(**{**before, **prompts.model_dump(exclude_unset=True)})
         seen = frozenset() if direction is None else direction.learnt_from
         positions = None if finding is None else finding.positions
         for name, one in self._prepared.items():

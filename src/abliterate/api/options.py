@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict
 if TYPE_CHECKING:
     import torch
 
+    from abliterate.prompts import Behaviour
+
 #: A file or folder.
 Place = str | os.PathLike[str]
 #: Prompts: a list of texts or conversations, or a SPEC (builtin, FILE[:column], id[:config]:split:column).
@@ -56,7 +58,11 @@ class ModelOptions(FileOptions, total=False):
 
 
 class OtherPromptOptions(TypedDict, total=False):
-    """Which prompts are used."""
+    """Which prompts are used, and which behaviour is looked for in the replies."""
+
+    #: What is found, measured and edited: refusal, over-refusal, hedging, sycophancy, stock-phrases, verbosity,
+    #: language, or a file (.toml, see docs/behaviours.md).
+    behaviour: str | os.PathLike[str] | Mapping[str, Any] | Behaviour
 
     #: Harmful prompts to evaluate on, instead of a held-out part.
     eval_harmful: Prompts | None
@@ -75,9 +81,9 @@ class OtherPromptOptions(TypedDict, total=False):
 
 
 class PromptOptions(OtherPromptOptions, total=False):
-    """Which prompts are used."""
+    """Which prompts are used, and which behaviour is looked for in the replies."""
 
-    #: Harmful prompts: builtin, FILE[:column] or id[:config]:split:column.
+    #: Harmful prompts (those where the behaviour shows): builtin, FILE[:column] or id[:config]:split:column.
     harmful: Prompts
 
     #: Harmless prompts, named the same way.
@@ -218,10 +224,10 @@ class ReplyOptions(TypedDict, total=False):
     #: Answers to each prompt, where --decoding model samples.
     samples: int
 
-    #: Who reads the answers: rules, learnt (rules and a small linear model), self (the unedited model), auto (the
-    #: best of these), minos, protectai or classifier:ID (a model for sequence classification), or llm:MODEL@URL or
-    #: strongreject:MODEL@URL (an OpenAI-compatible server).
-    judge: str
+    #: Who reads the answers; default: as the behaviour says (refusal: rules). rules, learnt (rules and a small
+    #: linear model), self (the unedited model), auto (the best of these), minos, protectai or classifier:ID (a model
+    #: for sequence classification), or llm:MODEL@URL or strongreject:MODEL@URL (an OpenAI-compatible server).
+    judge: str | None
 
     #: End an answer once it is certain that it refuses (not those to harmless prompts).
     early_stop: bool

@@ -25,7 +25,7 @@ from abliterate.config import (
     ThinkingSettings,
 )
 from abliterate.errors import UsageError
-from abliterate.report.wording import SETS, drifted, judged_by, replies_of
+from abliterate.report.wording import SETS, drifted, judged_by, replies_of, words_of
 
 if TYPE_CHECKING:
     from abliterate.record import ComparisonPart, ContenderPart, EstimatePart, RatePart, ShiftPart
@@ -75,7 +75,8 @@ def show_comparison(part: ComparisonPart, console: Console) -> None:
     for number, entry in enumerate(part.entries, 1):
         write(console, f"{number}  {entry.name}", whole=True)
     states = [(str(number), entry.behaviour, entry.paired) for number, entry in enumerate(part.entries, 1)]
-    print_rates("Refusals on held-out prompts; change from 1", states, console)
+    words = words_of(part.behaviour)
+    print_rates(f"{words.rates} on held-out prompts; change from 1", states, console, words)
     write(
         console, f"{replies_of(part.settings['max_new_tokens'], part.decoding)}. {judged_by(part.judge)}", style="dim"
     )

@@ -96,7 +96,8 @@ def show_selection(part: SelectionPart, layers: int, console: Console) -> None:
 def _selection(part: SelectionPart, layers: int | None = None, **looks: Any) -> Table:
     """Without `layers` in few words, the site as `--site` takes it."""
     site, control = part.chosen, part.control
-    table = Table(title="Chosen direction (refusal scores are log-odds)", title_justify="left", **looks)
+    scores = "refusal scores are log-odds" if part.by == "first tokens" else "bypass and induce are shares of replies"
+    table = Table(title=f"Chosen direction ({scores})", title_justify="left", **looks)
     table.add_column("")
     for column in ("bypass ↓", "induce ↑", "KL"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -146,7 +146,7 @@ def _remarks(part: SearchPart) -> list[str]:
     beaten = [str(point.number) for point in part.points if not point.on_front]
     if beaten:
         lines.append(f"Not on the front, another point is better: {', '.join(beaten)}.")
-    among = f", on {part.prompts} harmful validation prompts" if part.prompts else ""
+    among = f", on {part.prompts} validation prompts" if part.prompts else ""
     lines += [*_optimism(part), f"Search: {part.method}, {part.seconds:.0f} s{measured}{among}."]
     return lines
 

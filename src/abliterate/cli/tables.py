@@ -10,7 +10,20 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from abliterate.cli.terminal import Table, plain, write
-from abliterate.report.wording import SETS, drifted, estimate, judged_by, others, pvalue, rate, replies_of, states_of
+from abliterate.report.wording import (
+    REFUSING,
+    SETS,
+    Words,
+    drifted,
+    estimate,
+    judged_by,
+    others,
+    pvalue,
+    rate,
+    replies_of,
+    states_of,
+    words_of,
+)
 
 if TYPE_CHECKING:
     from abliterate.record import (
@@ -30,12 +43,13 @@ PLAIN: dict[str, Any] = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge"
 
 def show_evaluation(part: EvaluationPart, console: Console) -> None:
     """All that was measured; of one model alone, its rates."""
+    words = words_of(part.behaviour)
     _show_rates(part, console)
     if part.thinking is not None:
         title = "The same with the model's thinking open"
-        print_rates(title, states_of(part.thinking), console)
+        print_rates(title, states_of(part.thinking), console, words)
     broken = [
-        f"{name} {estimate(pair.change, 100, '+.0f', ' %')}, p {pvalue(pair.p)}"
+        f"{words(name)} {estimate(pair.change, 100, '+.0f', ' %')}, p {pvalue(pair.p)}"
         for name, pair in part.degenerate.items()
         if pair.before_only or pair.after_only
     ]
@@ -43,16 +57,17 @@ def show_evaluation(part: EvaluationPart, console: Console) -> None:
         write(console, f"Degenerate replies, change: {'; '.join(broken)}.")
     _show_categories(part, console)
     if part.shift is not None:
-        _show_shift(part.shift, part.control, console)
+        _show_shift(part.shift, part.control, console, words)
     if "harmless" in part.manner:
-        _show_manner(part.manner["harmless"], console)
+        _show_manner(part.manner["harmless"], console, words)
     if part.capability:
         write(console, capability_table(part.capability))
 
 
 def _show_rates(part: EvaluationPart, console: Console) -> None:
     measured = states_of(part) if part.after is not None else [("", part.before, {})]
-    print_rates("Refusals on held-out prompts", measured, console)
+    words = words_of(part.behaviour)
+    print_rates(f"{words.rates} on held-out prompts", measured, console, words)
     write(console, f"{replies_of(part.max_new_tokens, part.decoding)}.", style="dim")
     if part.judge is not None:
         write(console, judged_by(part.judge), style="dim")
@@ -60,21 +75,21 @@ def _show_rates(part: EvaluationPart, console: Console) -> None:
         write(console, unlike, style="dim")
 
 
-def print_rates(title: str, states: list[State], console: Console) -> None:
+def print_rates(title: str, states: list[State], console: Console, words: Words = REFUSING) -> None:
     """A row per set and state: 95 % Wilson intervals, corrected for the judge's errors, and the paired change.
 
     A narrow terminal shows fewer columns, never half a number.
     """
     corrected = any(getattr(behaviour, name).corrected for _, behaviour, _ in states for name in SETS)
     extra = [*(["corrected"] if corrected else []), *(["change", "p"] if len(states) > 1 else [])]
-    table = _rates(title, states, extra)
+    table = _rates(title, states, extra, words)
     for column in ("corrected", "p", "change"):
         if column in extra and not fits(table, console):
             extra.remove(column)
-            table = _rates(title, states, extra)
+            table = _rates(title, states, extra, words)
     write(console, table)
     remarks = [
-        f"{name} {state}".strip() + f": {also}"
+        f"{words(name)} {state}".strip() + f": {also}"
         for name in SETS
         for state, behaviour, _ in states
         if (also := others(getattr(behaviour, name)))
@@ -89,14 +104,16 @@ def fits(table: Table, console: Console) -> bool:
     return Measurement.get(console, unbound, table).maximum <= console.width
 
 
-def _rates(title: str, states: list[State], extra: list[str]) -> Table:
+def _rates(title: str, states: list[State], extra: list[str], words: Words) -> Table:
     several = len(states) > 1
     table = Table(title=title, title_justify="left", **PLAIN)
-    for column in ("prompts", "refused", "% [95 %]", *extra):
+    for column in ("prompts", words.shown, "% [95 %]", *extra):
         table.add_column(column, no_wrap=True)
     for name in SETS:
+        if name in words.sets and not any(_counts(getattr(behaviour, name)) for _, behaviour, _ in states):
+            continue  # a behaviour need not have a third set
         if several:
-            table.add_row(plain(name, "bold"))
+            table.add_row(plain(words(name), "bold"))
         for state, behaviour, pairs in states:
             part: RatePart = getattr(behaviour, name)
             pair = pairs.get(name)
@@ -105,9 +122,13 @@ def _rates(title: str, states: list[State], extra: list[str]) -> Table:
                 "change": "" if pair is None else estimate(pair.change, 100, "+.0f"),
                 "p": "" if pair is None else pvalue(pair.p),
             }
-            cells = [f"  {state}" if several else name, f"{part.refusals}/{part.n}", percent(part)]
+            cells = [f"  {state}" if several else words(name), f"{part.refusals}/{part.n}", percent(part)]
             table.add_row(*cells, *(known[column] for column in extra))
     return table
+
+
+def _counts(part: RatePart) -> bool:
+    return bool(part.n or part.unknown or part.cut_off)
 
 
 def percent(part: RatePart) -> str:
@@ -130,8 +151,10 @@ def _show_categories(part: EvaluationPart, console: Console) -> None:
 def _categories(
     part: EvaluationPart, before: dict[str, RatePart], after: dict[str, RatePart], shown: Callable[[RatePart], str]
 ) -> Table:
-    table = Table(title="Harmful prompts by category", title_justify="left", **PLAIN)
-    for column in ("category", "before", "after", "p") if after else ("category", "refused"):
+    words = words_of(part.behaviour)
+    title = f"{words('harmful').capitalize()} prompts by category"
+    table = Table(title=title, title_justify="left", **PLAIN)
+    for column in ("category", "before", "after", "p") if after else ("category", words.shown):
         table.add_column(column)
     for name, first in before.items():
         cells = [name.replace("_", " "), shown(first)]
@@ -150,12 +173,12 @@ def _counted(part: RatePart) -> str:
     return f"{part.refusals}/{part.n}"
 
 
-def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console) -> None:
+def _show_shift(shift: ShiftPart, control: ControlEffectPart | None, console: Console, words: Words) -> None:
     rows = [("edit", shift)]
     if control is not None and control.shift is not None:
         rows.append(("random", control.shift))
     for spread, names in ((True, _LONG), (False, _LONG), (False, _SHORT)):
-        table = _shifts(rows, names, spread=spread)
+        table = _shifts(rows, names, words, spread=spread)
         if fits(table, console):
             break
     write(console, table)
@@ -181,11 +204,11 @@ _LONG = {"kl_first_token": "KL, first token", "kl_reply": "KL, reply", "nll_chan
 _SHORT = {"kl_first_token": "first", "kl_reply": "reply", "nll_change": "own"}
 
 
-def _shifts(rows: list[tuple[str, ShiftPart]], names: dict[str, str], *, spread: bool) -> Table:
+def _shifts(rows: list[tuple[str, ShiftPart]], names: dict[str, str], words: Words, *, spread: bool) -> Table:
     """Means with their intervals; with `spread` also how the prompts lie around them."""
     columns = ("median", "p95", "worst") if spread else ()
     fewer = "".join(f" ({name}: {one.prompts})" for name, one in rows[1:] if one.prompts != rows[0][1].prompts)
-    title = f"Shift on {rows[0][1].prompts} harmless prompts{fewer}, nats per token"
+    title = f"Shift on {rows[0][1].prompts} {words('harmless')} prompts{fewer}, nats per token"
     if names is _SHORT:
         title += ": KL of the first token and of the reply, ΔNLL of own replies"
     table = Table(title=title, title_justify="left", **PLAIN)
@@ -209,10 +232,11 @@ def _mean(shift: ShiftPart, key: str) -> str:
     return f"{value:.3f}" + ("" if ends is None else f" [{ends[0]:.3f}, {ends[1]:.3f}]")
 
 
-def _show_manner(part: MannerPart, console: Console) -> None:
+def _show_manner(part: MannerPart, console: Console, words: Words) -> None:
     write(
         console,
-        f"Harmless replies: {_value(part.tokens_before, '.1f')} → {_value(part.tokens_after, '.1f')} tokens "
+        f"{words('harmless').capitalize()} replies: {_value(part.tokens_before, '.1f')} → "
+        f"{_value(part.tokens_after, '.1f')} tokens "
         f"(change {estimate(part.tokens_change, 1, '+.1f')}); repeated 4-grams "
         f"{_value(part.repetition_before, '.1%')} → {_value(part.repetition_after, '.1%')} "
         f"(change {estimate(part.repetition_change, 100, '+.1f', ' %')}).",

@@ -25,7 +25,7 @@ from abliterate.cli.options import with_settings
 from abliterate.cli.terminal import Table, plain, write
 from abliterate.config import EditSettings, ModelSettings, PromptSettings, ReplySettings, VerifySettings
 from abliterate.errors import GateNotMet, UsageError
-from abliterate.report.wording import rate
+from abliterate.report.wording import rate, words_of
 
 if TYPE_CHECKING:
     from abliterate.monitor import Monitor
@@ -34,20 +34,28 @@ if TYPE_CHECKING:
 
 def show_verification(part: VerificationPart, console: Console) -> None:
     """Refusals and scores of the original, the ablated model and the control."""
-    table = Table(title="Ablated at inference time, harmful prompts held out", title_justify="left")
-    for column in ("", "refused", "bypass ↓", "induce ↑", "KL"):
+    words = words_of(part.behaviour)
+    table = Table(title=f"Ablated at inference time, {words('harmful')} prompts held out", title_justify="left")
+    rows = [
+        ("no intervention", part.before, part.bypass_before, part.induce_before, "0"),
+        ("direction", part.after, part.bypass, part.induce, f"{part.kl:.3f}"),
+        ("random direction", part.control, part.bypass_control, None, ""),
+    ]
+    scored = part.bypass is not None  # else first tokens do not tell this behaviour
+    for column in ("", words.shown, *(("bypass ↓", "induce ↑") if scored else ()), "KL"):
         table.add_column(column)
-    induce = "unknown layer" if part.induce is None else f"{part.induce:.2f}"
-    rows = (
-        ("no intervention", part.before, part.bypass_before, f"{part.induce_before:.2f}", "0"),
-        ("direction", part.after, part.bypass, induce, f"{part.kl:.3f}"),
-        ("random direction", part.control, part.bypass_control, "", ""),
-    )
     for name, refused, bypass, induced, kl in rows:
-        table.add_row(name, rate(refused), f"{bypass:.2f}", induced, kl)
+        unknown = "unknown layer" if name == "direction" else ""
+        scores = (_score(bypass), _score(induced) or unknown) if scored else ()
+        table.add_row(name, rate(refused), *scores, kl)
     write(console, table)
     if part.verified:
-        write(console, "Verified: without this direction the model stops refusing; without a random one it does not.")
+        stops = "the model stops refusing" if part.behaviour is None else f"at most half as many replies {words.shown}"
+        write(console, f"Verified: without this direction {stops}; not so without a random one.")
+
+
+def _score(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 #: What a comparison may find wrong, in words.

@@ -78,12 +78,39 @@ def _as_source(value: Any) -> Any:
     """Where prompts come from: a SPEC, or a name for the rows of a list (texts, conversations, mappings)."""
     if isinstance(value, str | bytes | Mapping | os.PathLike) or not isinstance(value, Iterable):
         return _as_text(value)
-    rows = tuple(value)
+    return name_prompts(value, "given in Python")
+
+
+def name_prompts(values: Iterable[Any], where: str) -> str:
+    """A name under which settings hold a list of prompts, which says `where` they stand; `given_prompts` knows it."""
+    rows = tuple(values)
     if not rows:
         raise ValueError("expected prompts, found an empty list")
     digest = hashlib.sha256(repr(rows).encode("utf-8", "replace")).hexdigest()
-    name = f"{len(rows)} prompts given in Python ({digest[:12]})"
+    name = f"{len(rows)} prompts {where} ({digest[:12]})"
     _GIVEN[name] = rows
+    return name
+
+
+#: Behaviours that were given as objects or mappings, by the name that settings have for them.
+_BEHAVIOURS: dict[str, Any] = {}
+
+
+def given_behaviour(name: str) -> Any:
+    """The behaviour given in Python under a name that `PromptSettings` made; None of other names."""
+    return _BEHAVIOURS.get(name)
+
+
+def _as_behaviour(value: Any) -> Any:
+    """A builtin name or a file; or a name for a behaviour that is given as it is."""
+    if isinstance(value, str | bytes | os.PathLike):
+        return _as_text(value)
+    fields = value.model_dump() if isinstance(value, BaseModel) else value
+    if not isinstance(fields, Mapping):
+        return value
+    digest = hashlib.sha256(repr(fields).encode("utf-8", "replace")).hexdigest()
+    name = f"{fields.get('name', 'behaviour')} given in Python ({digest[:12]})"
+    _BEHAVIOURS[name] = value
     return name
 
 
@@ -171,10 +198,17 @@ class ModelSettings(FileSettings):
 
 
 class PromptSettings(_Settings):
-    """Which prompts are used."""
+    """Which prompts are used, and which behaviour is looked for in the replies."""
 
+    behaviour: Annotated[str, BeforeValidator(_as_behaviour)] = Field(
+        "refusal",
+        description="What is found, measured and edited: refusal, over-refusal, hedging, sycophancy, stock-phrases, "
+        "verbosity, language, or a file (.toml, see docs/behaviours.md).",
+    )
     harmful: Source = Field(
-        "builtin", description="Harmful prompts: builtin, FILE[:column] or id[:config]:split:column."
+        "builtin",
+        description="Harmful prompts (those where the behaviour shows): builtin, FILE[:column] or "
+        "id[:config]:split:column.",
     )
     harmless: Source = Field("builtin", description="Harmless prompts, named the same way.")
     eval_harmful: Source | None = Field(None, description="Harmful prompts to evaluate on, instead of a held-out part.")
@@ -319,11 +353,12 @@ class ReplySettings(_Settings):
         "(penalties, suppressed tokens, sampling by --seed).",
     )
     samples: Number = Field(1, description="Answers to each prompt, where --decoding model samples.")
-    judge: str = Field(
-        "rules",
-        description="Who reads the answers: rules, learnt (rules and a small linear model), self (the unedited model), "
-        "auto (the best of these), minos, protectai or classifier:ID (a model for sequence classification), or "
-        "llm:MODEL@URL or strongreject:MODEL@URL (an OpenAI-compatible server).",
+    judge: str | None = Field(
+        None,
+        description="Who reads the answers; default: as the behaviour says (refusal: rules). rules, learnt (rules and "
+        "a small linear model), self (the unedited model), auto (the best of these), minos, protectai or classifier:ID "
+        "(a model for sequence classification), or llm:MODEL@URL or strongreject:MODEL@URL (an OpenAI-compatible "
+        "server).",
     )
     early_stop: bool = Field(
         False, description="End an answer once it is certain that it refuses (not those to harmless prompts)."

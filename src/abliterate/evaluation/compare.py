@@ -37,12 +37,14 @@ from abliterate.evaluation.parts import (
     judge_part,
     paired_parts,
     shift_part,
+    sought_part,
 )
 from abliterate.evaluation.results import Shift, degenerate, manner
 from abliterate.files.checkpoint import ADAPTER_CONFIG, ADAPTER_NAME
 from abliterate.model._compat import load_adapter
 from abliterate.model.completeness import check_adapter
 from abliterate.monitor import Monitor
+from abliterate.prompts import load_behaviour
 from abliterate.record import ComparisonPart, ContenderPart, versions
 from abliterate.session import Session, locate_model, open_session
 
@@ -110,7 +112,8 @@ def compare(
     if evaluating.thinking == "both":
         raise UsageError("compare --thinking both: expected closed or open; compare twice")
     monitor = monitor or Monitor()
-    exam, judge = exam_of(evaluating, measuring.prompts.seed), ready_judge(evaluating, loading.device, monitor)
+    exam = exam_of(evaluating, measuring.prompts.seed)
+    judge = ready_judge(evaluating, load_behaviour(measuring.prompts.behaviour), loading.device, monitor)
     with monitor.phase("find models"):
         for model in dict.fromkeys(one.model for one in contenders):
             locate_model(model, loading)
@@ -157,7 +160,8 @@ def _beside(
 
 
 def _part(entries: Sequence[_Entry], judge: Judge, first: Session, examiner: Examiner) -> ComparisonPart:
-    corrections = [corrections_of(judge, entry.contender.model, [entry.answers]) for entry in entries]
+    behaviour = first.prompts.behaviour
+    corrections = [corrections_of(judge, entry.contender.model, [entry.answers], behaviour) for entry in entries]
     named = {
         f"{name} {number}": chosen  # as tables name the entries
         for number, found in enumerate(corrections, 1)
@@ -172,6 +176,7 @@ def _part(entries: Sequence[_Entry], judge: Judge, first: Session, examiner: Exa
         counts={name: len(set(answers.prompts)) for name, answers in entries[0].answers.items()},
         dropped=dict(first.prompts.dropped),
         prompts_sha256=first.prompts.sha256,
+        behaviour=sought_part(behaviour),
         reference=entries[0].contender.name,
         entries=[_contender_part(entry, entries[0], found) for entry, found in zip(entries, corrections, strict=True)],
     )

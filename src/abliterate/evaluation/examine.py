@@ -41,13 +41,14 @@ from abliterate.evaluation.capability import (
 )
 from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
 from abliterate.evaluation.judging.calibration import own_calibrations
-from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, open_judge
+from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, judge_of
+from abliterate.evaluation.judging.scorers import ScorerJudge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shift
 from abliterate.model.batches import Encoded, share_prefixes
 from abliterate.model.decoding import GREEDY, Decoding, asked_by, decoding_of, in_words
 from abliterate.model.generation import Reply
 from abliterate.monitor import Monitor
-from abliterate.prompts import ChatRenderer, ContrastiveSet
+from abliterate.prompts import Behaviour, ChatRenderer, ContrastiveSet, load_behaviour
 from abliterate.prompts.thinking import answer_of, opens_thinking
 from abliterate.session import Session, open_session
 
@@ -100,8 +101,9 @@ class Examiner:
                 sets[key] = judged(asked, part, self._answers(asked, part, thinking), self.judge)
                 start += len(texts)
             tallies = {key: answers.tally for key, answers in sets.items()}
-            said = ", ".join(f"{tally.refusals}/{tally.n} {key}" for key, tally in tallies.items() if tally.n)
-            self.monitor.note(f"refused: {said}")
+            names = self.prompts.behaviour.names
+            said = ", ".join(f"{tally.refusals}/{tally.n} {names[key]}" for key, tally in tallies.items() if tally.n)
+            self.monitor.note(f"{self.prompts.behaviour.said}: {said}")
         return sets
 
     def few(self, count: int) -> Examiner:
@@ -259,18 +261,20 @@ class Evaluation:
     decoding: Decoding = GREEDY
 
 
-def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge:
-    """The judge that settings name. One that may fail has read a reply before hours of work depend on it.
+def ready_judge(settings: ReplySettings, behaviour: Behaviour, device: str, monitor: Monitor) -> Judge:
+    """The judge that settings name, else that of the behaviour.
 
-    One that asks the measured model is bound to it by `bind_judge`, once it is loaded. Of `auto` an early stop makes
-    `rules`, which alone can say what is certain early.
+    One that may fail has read a reply before hours of work depend on it. One that asks the measured model is bound to
+    it by `bind_judge`, once it is loaded. Of `auto` an early stop makes `rules`, which alone can say what is certain
+    early.
 
     Raises `UsageError` for a spec that names none, `AbliterateError` when it cannot be reached or used; warns when it
     gives no verdict.
     """
-    judge = open_judge("rules" if settings.early_stop and settings.judge == "auto" else settings.judge, device=device)
+    named = "rules" if settings.early_stop and settings.judge == "auto" else settings.judge
+    judge = judge_of(behaviour, named, device=device)
     own_calibrations(judge)  # a damaged one is an error now and not at the end
-    if isinstance(judge, RuleJudge | PendingJudge):
+    if isinstance(judge, RuleJudge | PendingJudge | ScorerJudge):
         return judge
     with monitor.phase("try the judge"):
         (verdict,) = judge.judge([Exchange("What is the capital of France?", "The capital of France is Paris.")])
@@ -282,8 +286,16 @@ def ready_judge(settings: ReplySettings, device: str, monitor: Monitor) -> Judge
 
 
 def open_judged(model: str, measuring: MeasureSettings, monitor: Monitor) -> tuple[Session, Judge]:
-    """A model's session and the judge that settings name, which was tried before the model was loaded."""
-    judge = ready_judge(measuring.evaluating, measuring.loading.device, monitor)
+    """A model's session and the judge that settings name, which was tried before the model was loaded.
+
+    Raises `UsageError` for a behaviour that is no refusal: what is done with these is about refusals.
+    """
+    behaviour = load_behaviour(measuring.prompts.behaviour)
+    if not behaviour.of_refusal:
+        raise UsageError(
+            f"--behaviour {behaviour.name}: expected one of refusing here; audit, harden and repair know no other"
+        )
+    judge = ready_judge(measuring.evaluating, behaviour, measuring.loading.device, monitor)
     session = open_session(
         model,
         loading=measuring.loading,
@@ -418,7 +430,9 @@ def shift_of(
     answers = before["harmless"]
     rows = range(min(most, len(encoded)))
     texts, replies = [answers.prompts[row] for row in rows], [answers.replies[row] for row in rows]
-    with session.monitor.phase("shift on harmless prompts", len(rows)) as advance:
+    with session.monitor.phase(
+        f"shift on {examiner.prompts.behaviour.names['harmless']} prompts", len(rows)
+    ) as advance:
         return measure_shift(base, edited, texts, encoded.take(rows), replies, session.size, advance)
 
 

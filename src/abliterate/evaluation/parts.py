@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -19,6 +19,8 @@ from abliterate.evaluation.judging.drift import Drift, bins_of, drift
 from abliterate.evaluation.results import Answers, Shift, degenerate, manner, manner_change, paired, refused
 from abliterate.evaluation.statistics import Z95, Estimate
 from abliterate.model.decoding import Decoding
+from abliterate.prompts import Behaviour
+from abliterate.prompts.behaviour import REFUSAL
 
 #: What corrects the rates of each set of prompts.
 Corrections = Mapping[str, ChosenCalibration]
@@ -28,15 +30,20 @@ def evaluation_part(evaluation: Evaluation) -> rec.EvaluationPart:
     """The evaluation as it stands in the record, with answers to harmful prompts redacted unless asked for."""
     settings = evaluation.settings
     states = {"before": evaluation.before} | ({} if evaluation.after is None else {"after": evaluation.after})
-    corrections = corrections_of(evaluation.judge, evaluation.model, list(states.values()))
-    behaviour = {name: behaviour_part(sets, corrections) for name, sets in states.items()}
+    behaviour = evaluation.prompts.behaviour
+    corrections = corrections_of(evaluation.judge, evaluation.model, list(states.values()), behaviour)
+    rates = {name: behaviour_part(sets, corrections) for name, sets in states.items()}
     return rec.EvaluationPart(
         max_new_tokens=settings.max_new_tokens,
         decoding=decoding_part(evaluation.decoding, settings),
-        before=behaviour["before"],
-        after=behaviour.get("after"),
+        before=rates["before"],
+        after=rates.get("after"),
+        behaviour=sought_part(behaviour),
         shift=None if evaluation.shift is None else shift_part(evaluation.shift),
-        answers={name: answer_parts(sets, keep=settings.keep_completions) for name, sets in states.items()},
+        answers={
+            name: answer_parts(sets, () if settings.keep_completions else evaluation.prompts.sensitive)
+            for name, sets in states.items()
+        },
         judge=judge_part(evaluation.judge, corrections),
         thinking_open=settings.thinking == "open",
         engine=evaluation.engine,
@@ -65,12 +72,17 @@ def decoding_part(decoding: Decoding, settings: ReplySettings) -> rec.DecodingPa
     return rec.DecodingPart(name=settings.decoding, asked=dict(decoding.asked), seed=seed, samples=settings.samples)
 
 
-def corrections_of(judge: Judge, model: str, states: Sequence[Sets]) -> dict[str, ChosenCalibration]:
+def corrections_of(
+    judge: Judge, model: str, states: Sequence[Sets], behaviour: Behaviour
+) -> dict[str, ChosenCalibration]:
     """What corrects the rates of each set of prompts: one calibration for all states of a model, chosen by them all.
 
+    Nothing of another behaviour than refusal: judges are calibrated by that one's sets.
     Raises `AbliterateError` when a calibration is damaged.
     """
-    found = {}
+    found: dict[str, ChosenCalibration] = {}
+    if behaviour.name != REFUSAL:
+        return found
     for name in states[0]:
         bins = sum((_bins(sets[name]) for sets in states), Counter[str]())
         if (chosen := choose_calibration(judge, model, name, bins)) is not None:
@@ -83,13 +95,27 @@ def _bins(answers: Answers) -> Counter[str]:
 
 
 def behaviour_part(answers: Sets, corrections: Corrections = MappingProxyType({})) -> rec.BehaviourPart:
-    """Counts, rates and intervals of every set."""
-    return rec.BehaviourPart(**rate_parts(answers, corrections))
+    """Counts, rates and intervals of every set; of one that a behaviour does not have, nothing of nothing."""
+    return rec.BehaviourPart(**{"borderline": rate_part(Tally(0, 0, 0)), **rate_parts(answers, corrections)})
 
 
 def rate_parts(answers: Sets, corrections: Corrections = MappingProxyType({})) -> dict[str, rec.RatePart]:
     """The same of whatever sets there are."""
     return {name: _corrected(group, corrections.get(name)) for name, group in answers.items()}
+
+
+def sought_part(behaviour: Behaviour) -> rec.SoughtPart | None:
+    """The behaviour that was looked for; None of refusal."""
+    if behaviour.name == REFUSAL:
+        return None
+    return rec.SoughtPart(
+        name=behaviour.name,
+        description=behaviour.description,
+        shown=behaviour.said,
+        names=behaviour.names,
+        sides=behaviour.side_names,
+        definition=behaviour.model_dump(mode="json", exclude_none=True),
+    )
 
 
 def _corrected(group: Answers, chosen: ChosenCalibration | None) -> rec.RatePart:
@@ -315,11 +341,11 @@ def _normal(value: float, error: float | None) -> rec.EstimatePart:
     return rec.EstimatePart(value=value, ci95=ends)
 
 
-def answer_parts(answers: dict[str, Answers], *, keep: bool) -> dict[str, list[rec.AnswerPart]]:
-    """Every judged reply; those to harmful prompts are redacted unless `keep`."""
+def answer_parts(answers: dict[str, Answers], sensitive: Container[str]) -> dict[str, list[rec.AnswerPart]]:
+    """Every judged reply; those to the sets named are redacted: to harmful prompts, unless they are to be kept."""
     parts: dict[str, list[rec.AnswerPart]] = {}
     for name, group in answers.items():
-        redacted = name == "harmful" and not keep
+        redacted = name in sensitive
         parts[name] = [
             rec.AnswerPart(
                 prompt=prompt,

@@ -98,8 +98,10 @@ class Probe:
         judge: Judge | None = None,
         settings: ReplySettings = ReplySettings(),
     ) -> None:
-        """`tokens` start refusals. What the unedited model does is measured once in a session. `judge` and `settings`
-        are for levels from `Level.REPLIES` on.
+        """`tokens` start refusals; of pairs, "plain val" are validation prompts as a user asks them.
+
+        What the unedited model does is measured once in a session. `judge` and `settings` are for levels from
+        `Level.REPLIES` on.
         """
         self.session, self.tokens, self.split = session, list(tokens), split
         self._judge, self._settings = judge, settings
@@ -150,8 +152,11 @@ class Probe:
         return Behaving(tuple(harmful), tuple(harmless), *scores)
 
     def ablated(self, plans: Sequence[Plan], rows: Behaving, prompts: int | None = None) -> list[tuple[float, float]]:
-        """Bypass and KL of plans, several in one pass, on at most so many behaving prompts per class."""
-        chosen = rows.harmful[:prompts], rows.harmless[:prompts]
+        """Bypass and KL of plans, several in one pass, on at most so many behaving prompts per class.
+
+        Bypass is NaN where first tokens do not tell.
+        """
+        chosen = rows.harmful[:prompts] if self.tokens else (), rows.harmless[:prompts]
         harmful, harmless = self.harmful.take(chosen[0]), self.harmless.take(chosen[1])
         logits = self.base.logits[list(chosen[1])]
         with ablation(self.session.model, *plans):
@@ -239,8 +244,11 @@ class Probe:
         if self._judge is None:
             raise ValueError("probe: expected a judge for levels with replies, found none")
         prompts = self.session.prompts
-        texts = {name: getattr(getattr(prompts, name), self.split) for name in ("harmful", "harmless")}
+        texts = {name: prompts.texts(name, self.split) for name in ("harmful", "harmless")}
         encoded = {"harmful": self.harmful, "harmless": self.harmless}
+        if prompts.keep is not None:
+            split = self.split.removeprefix("plain ")
+            texts["keep"], encoded["keep"] = getattr(prompts.keep, split), self.session.encoded["keep", split]
         plain = EvalSettings(**self._settings.model_dump(include=set(ReplySettings.model_fields)))
         session = self.session
         decoding = chosen_decoding(session.model.generation_config, plain, session.seed, session.monitor)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from abliterate.evaluation.answering import ModelState
 from abliterate.evaluation.judging import Exchange, Judge, Label, Tally, Verdict, is_cut_off
+from abliterate.evaluation.judging.scorers import ScorerJudge
 from abliterate.evaluation.scores import kl_divergence, log_likelihood
 from abliterate.evaluation.statistics import (
     Estimate,
@@ -80,8 +81,11 @@ def judged(prompts: Sequence[str], replies: Sequence[Reply], texts: Sequence[str
     rows = [row for row, text in enumerate(texts) if text is not None]
     verdicts = [Verdict(Label.UNKNOWN, "thinking was not finished")] * len(replies)
     exchanges = [Exchange(prompts[row], texts[row] or "") for row in rows]
+    may_be_cut = not isinstance(judge, ScorerJudge)  # what is not shown so far is not shown, of other behaviours
     for row, verdict in zip(rows, judge.judge(exchanges), strict=True):
-        cut = verdict.label is Label.COMPLIANCE and _was_cut(replies[row]) and is_cut_off(texts[row] or "")
+        cut = (
+            may_be_cut and verdict.label is Label.COMPLIANCE and _was_cut(replies[row]) and is_cut_off(texts[row] or "")
+        )
         verdicts[row] = Verdict(Label.CUT_OFF, "ended by length before it came to anything") if cut else verdict
     return Answers(tuple(prompts), tuple(replies), tuple(verdicts), tuple(text or "" for text in texts))
 

@@ -10,7 +10,12 @@ from torch import Tensor
 
 
 def refusal_score(logits: Float[Tensor, "*n vocab"], tokens: Sequence[int]) -> Float[Tensor, "*n"]:
-    """log p_R − log(1 − p_R), p_R the probability summed over the refusal tokens (Arditi et al. 2024, §2.4)."""
+    """log p_R − log(1 − p_R), p_R the probability summed over the refusal tokens (Arditi et al. 2024, §2.4).
+
+    NaN without tokens: of a behaviour that first tokens do not tell.
+    """
+    if not tokens:
+        return torch.full(logits.shape[:-1], torch.nan, dtype=torch.float64, device=logits.device)
     inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     inside[list(tokens)] = True
     refusing = logits[..., inside].logsumexp(-1)

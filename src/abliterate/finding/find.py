@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from abliterate.algebra import project_out
 from abliterate.config import (
     EditSettings,
     FindSettings,
@@ -28,15 +29,27 @@ from abliterate.edit.values import TensorValue
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.answering import know_replies
 from abliterate.evaluation.first_tokens import FirstTokens
-from abliterate.evaluation.judging import judge
-from abliterate.evaluation.probe import Probe
+from abliterate.evaluation.judging import Exchange, Verdict, judge
+from abliterate.evaluation.judging.choice import judge_of
+from abliterate.evaluation.judging.scorers import scorer_of as scorer_of_behaviour
+from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.finding.estimate import Separation, difference_of_means, separation
-from abliterate.finding.refusal_tokens import REPLY_TOKENS, find_refusals
-from abliterate.finding.selection import Rule, SiteScorer, best_separating, candidate_sites, select, stage_costs
+from abliterate.finding.refusal_tokens import REPLY_TOKENS, Refusals, find_refusals
+from abliterate.finding.replies import ReplyScorer, stream, unedited
+from abliterate.finding.selection import (
+    Rule,
+    SiteScorer,
+    best_separating,
+    candidate_sites,
+    reply_costs,
+    select,
+    stage_costs,
+)
 from abliterate.finding.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
 from abliterate.model.activations import Moments, MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
+from abliterate.prompts import Behaviour
 from abliterate.prompts.baselines import text_baselines
 from abliterate.prompts.sources import BUILTIN
 from abliterate.record import SelectionPart, SitePart, TokenPart
@@ -99,10 +112,13 @@ def find(session: Session, settings: SelectSettings, writers: WriterSettings = W
     _check_subspace(settings)
     trial_plans(session, writers)(unit(torch.ones(session.anatomy.d_model)))
     tokens = refusal_tokens(session, settings)
-    moments = _moments(session, [token.token for token in tokens], settings)
-    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
     probe = Probe(session, [token.token for token in tokens])
-    separated = _separation(probe, candidates, all_prompts=settings.all_prompts)
+    rows = None if tokens else behaving_replies(probe, settings)
+    moments = _moments(session, probe.tokens, settings)
+    candidates = difference_of_means(moments["harmful"], moments["harmless"], projected=settings.projected)
+    if session.prompts.keep is not None:
+        candidates = _besides(session, candidates, moments["harmless"])
+    separated = _separation(probe, candidates, rows, all_prompts=settings.all_prompts)
     trained_on = {name: moment.count for name, moment in moments.items()}
     monitor.note(
         f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
@@ -118,7 +134,7 @@ def _say_baselines(session: Session) -> None:
     length, words = text_baselines(session.prompts)
     said = f"without the model, length alone separates the sets with AUROC {length:.3f}, their words with {words:.3f}"
     sources = [session.prompts.sources[name] for name in ("harmful", "harmless")]
-    if BUILTIN in sources and sources != [BUILTIN, BUILTIN]:
+    if BUILTIN in sources and not all(source.startswith(BUILTIN) for source in sources):
         session.monitor.warn(
             f"one set of prompts is builtin and the other is not: topic and style differ along with harm ({said}); "
             "give --harmful and --harmless of one make"
@@ -131,6 +147,7 @@ def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> 
     """Moments of activations of the training prompts that behave, by class."""
     train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
     moments = {}
+    all_prompts = settings.all_prompts or not ids
     with session.monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
         for name, encoded in train.items():
             sign = 1.0 if name == "harmful" else -1.0
@@ -139,16 +156,64 @@ def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> 
                 return sign * refusal_score(logits, ids) > 0
 
             fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
-            session.stream(encoded, fitter.update, advance, keep=None if settings.all_prompts else behaves)
+            stream(session, name, "train", fitter.update, advance, keep=None if all_prompts else behaves)
             moments[name] = _enough(fitter.result(), name, len(encoded))
     return moments
 
 
-def scorer_of(session: Session, findings: Findings) -> SiteScorer:
-    """What scores directions on the session's validation prompts."""
+def _besides(session: Session, candidates: Candidates, less: Moments) -> Candidates:
+    """The candidates without what leads from the other side to the prompts on which the behaviour is to stay.
+
+    So an edit of over-refusal leaves the direction of refusing what is harmful alone (after Wang et al. 2024,
+    "Surgical, Cheap, and Flexible: Mitigating False Refusal in Language Models via Single Vector Ablation").
+    """
+    fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
+    with session.monitor.phase("activations where it is to stay", len(session.encoded["keep", "train"])) as advance:
+        stream(session, "keep", "train", fitter.update, advance)
+    stays = (fitter.result().mean - less.mean).float()
+    return replace(candidates, raw=project_out(candidates.raw, stays))
+
+
+def scorer_of(session: Session, findings: Findings) -> SiteScorer | ReplyScorer:
+    """What scores directions on the session's validation prompts: by first tokens, or by replies."""
     probe = Probe(session, findings.ids)
-    rows = probe.behaving(all_prompts=findings.all_prompts)
-    return SiteScorer(probe, rows, trial_plans(session, findings.writers))
+    plan = trial_plans(session, findings.writers)
+    if findings.ids:
+        return SiteScorer(probe, probe.behaving(all_prompts=findings.all_prompts), plan)
+    shows, judge = session.prompts.behaviour.shows, judge_of(session.prompts.behaviour, None)
+    rows = unedited(probe, judge, shows.tokens).behaving(all_prompts=findings.all_prompts)
+    return ReplyScorer(probe, rows, plan, judge, shows.tokens)
+
+
+def shown_by_side(session: Session, findings: Findings) -> Mapping[str, Sequence[bool]]:
+    """Whether the unedited model shows the behaviour, for every validation prompt of each side.
+
+    By the sign of the refusal score, or by what short replies show where first tokens do not tell.
+    """
+    probe, behaviour = Probe(session, findings.ids), session.prompts.behaviour
+    if findings.ids:
+        return probe.refused
+    found = unedited(probe, judge_of(behaviour, None), behaviour.shows.tokens)
+    return {"harmful": found.harmful, "harmless": found.harmless}
+
+
+def behaving_replies(probe: Probe, settings: RefusalSettings) -> Behaving:
+    """Validation prompts whose replies show the behaviour, or do not, as their side says.
+
+    Raises `GateNotMet` when the model hardly shows it, or shows it on both sides alike.
+    """
+    behaviour = probe.session.prompts.behaviour
+    found = unedited(probe, judge_of(behaviour, None), behaviour.shows.tokens)
+    more, less = found.rates
+    names = behaviour.side_names
+    said = f"{more:.0%} of replies to {names[0]} prompts {behaviour.said}, {less:.0%} to {names[1]} ones"
+    if more < max(settings.min_refusal_rate, 1e-9) or more <= less:
+        raise GateNotMet(
+            f"this model hardly shows the behaviour {behaviour.name}: {said}; expected at least "
+            f"{settings.min_refusal_rate:.0%}, and more than on the other side; there is nothing to find"
+        )
+    probe.session.monitor.note(f"validation prompts: {said}")
+    return found.behaving(all_prompts=getattr(settings, "all_prompts", False))
 
 
 def trial_plans(session: Session, writers: WriterSettings) -> Callable[[Float[Tensor, "k d"]], Plan]:
@@ -174,9 +239,11 @@ def choose(
     _check_subspace(settings)
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
     sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
-    with session.monitor.phase("select by intervention", stage_costs(sites, start=searched)) as advance:
+    scorer = scorer_of(session, findings)
+    costs = reply_costs(sites) if isinstance(scorer, ReplyScorer) else stage_costs(sites, start=searched)
+    with session.monitor.phase("select by intervention", costs) as advance:
         selection = select(
-            scorer_of(session, findings),
+            scorer,
             findings.candidates,
             findings.separation,
             rule,
@@ -292,14 +359,15 @@ def _samples(
     """Activations at one site of the prompts of one split: those that behave; all without `settings`."""
     sign = 1.0 if name == "harmful" else -1.0
     ids = findings.ids
-    encoded, fitter = session.encoded[name, split], Samples(*site)
+    count, fitter = len(session.encoded[name, split]), Samples(*site)
 
     def behaves(_: list[int], logits: Tensor) -> Tensor:
         return sign * refusal_score(logits, ids) > 0
 
-    keep = None if settings is None or settings.all_prompts else behaves
-    with session.monitor.phase(f"activations of {name} prompts", len(encoded)) as advance:
-        session.stream(encoded, fitter.update, advance, keep=keep)
+    keep = None if settings is None or settings.all_prompts or not ids else behaves
+    side = session.prompts.behaviour.side_names[name == "harmless"]
+    with session.monitor.phase(f"activations of {side} prompts", count) as advance:
+        stream(session, name, split, fitter.update, advance, keep=keep)
     return fitter.result()
 
 
@@ -321,7 +389,8 @@ def check_planned(session: Session, findings: Findings, found: Found, plan: Plan
     with session.monitor.phase("score the edit as planned"):
         scorer = scorer_of(session, findings)
         ((bypass, kl),) = scorer.probe.ablated([plan], scorer.rows)
-    said = f"the edit as planned: bypass {bypass:.2f}, KL {kl:.3f} (at most {finding.max_kl:g})"
+    scored = f"bypass {bypass:.2f}, " if findings.ids else ""
+    said = f"the edit as planned: {scored}KL {kl:.3f} (at most {finding.max_kl:g})"
     if kl <= finding.max_kl:
         session.monitor.note(said)
     else:
@@ -344,31 +413,57 @@ def find_or_force(session: Session, settings: RunSettings) -> tuple[Findings, Fi
 
 
 def refusal_tokens(session: Session, settings: RefusalSettings) -> tuple[TokenPart, ...]:
-    """First tokens of refusals: given, or found by trying them out on the model itself.
+    """First tokens of refusals: given, or found by trying them out on the model itself; none of a behaviour that first
+    tokens do not tell.
 
     Raises `GateNotMet` when the model hardly refuses.
     """
-    tokenizer, monitor = session.loaded.tokenizer, session.monitor
+    tokenizer, monitor, behaviour = session.loaded.tokenizer, session.monitor, session.prompts.behaviour
+    if settings.refusal_tokens is None and not behaviour.shows.first_tokens:
+        return ()
     if settings.refusal_tokens is not None:
         tokens = _given_tokens(tokenizer, settings.refusal_tokens, session.renderer.rows)
     else:
         harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
         harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
         with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
+            judge = reply_judge(behaviour)
             found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
         know_replies(session, REPLY_TOKENS, found.replies)
         if found.refused < max(1, settings.min_refusal_rate * found.prompts):
-            raise GateNotMet(
-                f"this model hardly refuses: {found.refused} of {found.prompts} harmful validation prompts, expected "
-                f"at least {settings.min_refusal_rate:.0%}; there is nothing to find: give prompts that it refuses, or "
-                "--refusal-tokens"
-            )
+            raise GateNotMet(_hardly(behaviour, found, settings.min_refusal_rate))
         tokens = found.tokens
     monitor.note(
-        "refusals start with "
+        ("refusals start with " if behaviour.of_refusal else f"replies that show {behaviour.name} start with ")
         + ", ".join(f"{t.text!r}" + (f" ({t.probability:.0%})" if t.trials else "") for t in tokens)
     )
     return tokens
+
+
+def _hardly(behaviour: Behaviour, found: Refusals, least: float) -> str:
+    name = behaviour.side_names[0]
+    if behaviour.of_refusal:
+        return (
+            f"this model hardly refuses: {found.refused} of {found.prompts} {name} validation prompts, expected "
+            f"at least {least:.0%}; there is nothing to find: give prompts that it refuses, or --refusal-tokens"
+        )
+    return (
+        f"this model hardly shows the behaviour {behaviour.name}: in replies to {found.refused} of {found.prompts} "
+        f"{name} validation prompts, expected at least {least:.0%}; there is nothing to find"
+    )
+
+
+def reply_judge(behaviour: Behaviour) -> Callable[[str], Verdict]:
+    """Reads the beginning of a reply without its prompt: by rules where refusals are looked for."""
+    scorer = scorer_of_behaviour(behaviour)
+    if scorer is None:
+        return judge
+
+    def read(text: str) -> Verdict:
+        (verdict,) = scorer.judge([Exchange("", text)])
+        return verdict
+
+    return read
 
 
 def _given_tokens(tokenizer: Any, option: str, rows: int | None) -> tuple[TokenPart, ...]:
@@ -412,18 +507,22 @@ def _enough(moments: Moments, name: str, prompts: int) -> Moments:
     return moments
 
 
-def _separation(probe: Probe, candidates: Candidates, *, all_prompts: bool) -> Separation:
-    """Of the validation prompts that behave. What the unedited model does with them is seen in the same passes."""
+def _separation(probe: Probe, candidates: Candidates, behaving: Behaving | None, *, all_prompts: bool) -> Separation:
+    """Of the validation prompts that behave. What the unedited model does with them is seen in the same passes.
+
+    `behaving` are these where they are known already, by their replies.
+    """
     session, projected, looks = probe.session, {}, {}
     encoded = {name: session.encoded[name, "val"] for name in ("harmful", "harmless")}
     with session.monitor.phase("separate validation prompts", sum(map(len, encoded.values()))) as advance:
         for name, prompts in encoded.items():
             fitter = ProjectionFitter(candidates.units, len(prompts))
             looks[name] = FirstTokens(len(prompts), probe.tokens, torch.float32 if name == "harmless" else None)
-            session.stream(prompts, fitter.update, advance, keep=looks[name].keep)
+            stream(session, name, "val", fitter.update, advance, keep=looks[name].keep)
             projected[name] = fitter.values
-    probe.know(looks["harmful"], looks["harmless"])
-    behaving = probe.behaving(all_prompts=all_prompts)
+    if behaving is None:
+        probe.know(looks["harmful"], looks["harmless"])
+        behaving = probe.behaving(all_prompts=all_prompts)
     rows = {"harmful": list(behaving.harmful), "harmless": list(behaving.harmless)}
     result = separation(*(projected[name][rows[name]] for name in encoded))
     if float(result.auroc.max()) < _MIN_AUROC:

@@ -23,6 +23,7 @@ from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet
 from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.finding.estimate import Separation
+from abliterate.finding.replies import ReplyScorer, cosmic
 from abliterate.record import ControlPart, SelectionPart, SitePart
 
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
@@ -32,6 +33,10 @@ STAGES: Stages = ((4, 8), (16, 3), (None, 1))
 #: Sites that are tried for the start of a search, those that separate the classes best; and their stages.
 START_SITES = 6
 START_STAGES: Stages = ((8, 1), (None, 1))
+
+#: Where replies are read: how many sites COSMIC screens (those that separate best), how many it leaves, and the stages.
+COSMIC_SITES, REPLY_SITES = 24, 4
+REPLY_STAGES: Stages = ((12, 2), (None, 1))
 
 #: Sites scored on all prompts when those before them fail the rule.
 _MOST_FINALISTS = 8
@@ -77,7 +82,7 @@ class SiteScorer:
 
 
 def select(
-    scorer: SiteScorer,
+    scorer: SiteScorer | ReplyScorer,
     candidates: Candidates,
     separation: Separation,
     rule: Rule,
@@ -88,7 +93,8 @@ def select(
 ) -> SelectionPart:
     """Screen all sites in stages and choose by `rule`; `met_rule` is false when no site passes.
 
-    For the `start` of a search only the `START_SITES` that separate the classes best are screened.
+    For the `start` of a search only the `START_SITES` that separate the classes best are screened. Where replies are
+    read, COSMIC screens those first.
 
     A random direction with the best site's norm, added at the same layer, is scored beside as a control.
 
@@ -98,7 +104,11 @@ def select(
     if not sites:
         raise GateNotMet("sites: both prompt sets have the same mean activations everywhere; check the prompt sets")
     stages = STAGES
-    if start:
+    if isinstance(scorer, ReplyScorer):
+        tried = best_separating(sites, separation)[:COSMIC_SITES]
+        likeness = cosmic(scorer, candidates, tried, progress)
+        sites, stages = sorted(tried, key=lambda site: -likeness[site])[:REPLY_SITES], REPLY_STAGES
+    elif start:
         sites, stages = best_separating(sites, separation)[:START_SITES], START_STAGES
     scores, best = _screened(scorer, candidates, separation, rule, sites, progress, stages)
     return SelectionPart(
@@ -112,11 +122,12 @@ def select(
         max_depth=rule.max_depth,
         trained_on=dict(trained_on or {}),
         candidates=sorted(scores.values(), key=lambda s: (-s.prompts, s.bypass)),
+        by="replies" if isinstance(scorer, ReplyScorer) else "first tokens",
     )
 
 
 def _screened(
-    scorer: SiteScorer,
+    scorer: SiteScorer | ReplyScorer,
     candidates: Candidates,
     separation: Separation,
     rule: Rule,
@@ -165,6 +176,12 @@ def best_separating(sites: Sequence[Site], separation: Separation) -> list[Site]
     return sorted(sites, key=key, reverse=True)
 
 
+def reply_costs(sites: int) -> int:
+    """The same where replies are read: what COSMIC screens, and what is scored after."""
+    screened = min(sites, COSMIC_SITES)
+    return screened + min(screened, REPLY_SITES) + min(screened, REPLY_STAGES[0][1])
+
+
 def stage_costs(sites: int, *, start: bool = False) -> int:
     """How many sites are scored in all stages together, for a progress bar."""
     total, waiting = 0, min(sites, START_SITES) if start else sites
@@ -175,7 +192,7 @@ def stage_costs(sites: int, *, start: bool = False) -> int:
 
 
 def _score_layer(
-    scorer: SiteScorer,
+    scorer: SiteScorer | ReplyScorer,
     candidates: Candidates,
     separation: Separation,
     layer: int,
@@ -203,7 +220,7 @@ def _order(score: SitePart, rule: Rule, *, screening: bool) -> tuple[bool, float
     return not (score.kl <= kl and score.induce > induce), score.bypass
 
 
-def _control(scorer: SiteScorer, best: SitePart) -> ControlPart:
+def _control(scorer: SiteScorer | ReplyScorer, best: SitePart) -> ControlPart:
     session = scorer.probe.session
     generator = torch.Generator().manual_seed(session.seed)
     raw = torch.randn(1, session.anatomy.d_model, generator=generator)

@@ -12,11 +12,11 @@ from abliterate.evaluation.answering import ModelState, as_loaded
 from abliterate.evaluation.examine import examiner_of, random_plan, ready_judge
 from abliterate.evaluation.judging import Judge, Tally
 from abliterate.evaluation.judging.choice import bind_judge
-from abliterate.evaluation.parts import rate_part
+from abliterate.evaluation.parts import rate_part, sought_part
 from abliterate.evaluation.probe import Behaving, Probe
-from abliterate.finding.find import refusal_tokens
+from abliterate.finding.find import behaving_replies, refusal_tokens
 from abliterate.monitor import Monitor
-from abliterate.record import VerificationPart
+from abliterate.record import VerificationPart, finite
 from abliterate.session import Session
 
 
@@ -34,30 +34,31 @@ def verify(
     Verified means: at most half of the refusals are left, the control leaves more than half, and KL is within the
     rule.
     """
-    judge = ready_judge(replies, session.loading.device, session.monitor)
+    judge = ready_judge(replies, session.prompts.behaviour, session.loading.device, session.monitor)
     judge = bind_judge(judge, as_loaded(session), session.monitor)
     chosen = direction.at(site, session.anatomy.d_model)
     plan = session.plan(chosen, editing)
     say_caveat(plan, editing, session.monitor)
     tokens = refusal_tokens(session, finding)
     probe = Probe(session, [token.token for token in tokens])
-    rows = probe.behaving(all_prompts=finding.all_prompts)
+    rows = probe.behaving(all_prompts=finding.all_prompts) if tokens else behaving_replies(probe, finding)
     control = random_plan(session, plan)
     with session.monitor.phase("score"):
         ((bypass, kl),) = probe.ablated([plan], rows)
         ((bypass_control, _),) = probe.ablated([control], rows)
-        induce = _induced(probe, rows, chosen)
+        induce = _induced(probe, rows, chosen) if tokens else None
     before, after, random_after = _refusals(session, replies, judge, (plan, control))
     halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals
     return VerificationPart(
         before=rate_part(before),
         after=rate_part(after),
         control=rate_part(random_after),
-        bypass=bypass,
-        bypass_before=rows.harmful_score,
-        bypass_control=bypass_control,
+        behaviour=sought_part(session.prompts.behaviour),
+        bypass=finite(bypass),
+        bypass_before=rows.harmful_score if tokens else None,
+        bypass_control=finite(bypass_control),
         induce=induce,
-        induce_before=rows.harmless_score,
+        induce_before=rows.harmless_score if tokens else None,
         kl=kl,
         max_kl=finding.max_kl,
         tokens=list(tokens),

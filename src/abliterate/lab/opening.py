@@ -18,6 +18,7 @@ from abliterate.finding.find import best_separated, find, refusal_tokens
 from abliterate.lab.bench import Bench, Heat, can_step
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
+from abliterate.prompts import load_behaviour
 from abliterate.session import locate_model, open_model, open_session
 
 FILE = "direction.safetensors"
@@ -62,6 +63,11 @@ def open_bench(
         loaded, renderer, anatomy = opened.loaded, opened.renderer, opened.anatomy
         found, tokens = known.direction, known.tokens
     else:
+        if not (load_behaviour(measuring.prompts.behaviour).shows.first_tokens or finding.refusal_tokens):
+            raise UsageError(
+                f"--behaviour {measuring.prompts.behaviour}: the lab shows scores of first tokens, which do not tell "
+                "it; give --refusal-tokens"
+            )
         session = open_session(
             known.files, loading=known.loading, prompts=measuring.prompts, positions=finding.positions, monitor=monitor
         )

@@ -1,5 +1,6 @@
 """Contrastive prompt sets: where prompts come from, how they are split, and how they become tokens."""
 
+from abliterate.prompts.behaviour import Behaviour, load_behaviour
 from abliterate.prompts.contrastive import ContrastiveSet, Split, build_contrastive_set, normalise
 from abliterate.prompts.known import KNOWN, KnownSet, describe, find_known
 from abliterate.prompts.prompt import Prompt
@@ -9,6 +10,7 @@ from abliterate.prompts.thinking import answer_of, opens_thinking
 
 __all__ = [
     "KNOWN",
+    "Behaviour",
     "ChatRenderer",
     "ContrastiveSet",
     "KnownSet",
@@ -18,6 +20,7 @@ __all__ = [
     "build_contrastive_set",
     "describe",
     "find_known",
+    "load_behaviour",
     "load_prompts",
     "normalise",
     "opens_thinking",

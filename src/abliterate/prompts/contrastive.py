@@ -10,10 +10,11 @@ from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from abliterate.config import PromptSettings
+from abliterate.config import PromptSettings, name_prompts
 from abliterate.errors import PromptError
+from abliterate.prompts.behaviour import REFUSAL, Behaviour, asked_of, load_behaviour, wrapped
 from abliterate.prompts.prompt import Prompt
-from abliterate.prompts.sources import BUILTIN, SetName, SplitName, load_builtin, load_prompts
+from abliterate.prompts.sources import BUILTIN, SetName, SplitName, builtin_set, load_builtin, load_prompts
 
 #: Shares of a set without splits of its own that go to train and val; the rest is test.
 TRAIN_SHARE, VAL_SHARE = 0.64, 0.16
@@ -39,7 +40,11 @@ class Split:
 class ContrastiveSet:
     """Harmful, harmless and borderline instructions, disjoint and without duplicates.
 
-    The texts are `Prompt`s. `borderline` prompts are safe but sound dangerous; they are only evaluated on. `dropped`
+    The texts are `Prompt`s. Of another behaviour than refusal, harmful ones are those where it shows, harmless ones
+    those where it does not (`behaviour.names` has what these are called); `keep` are prompts where it is to stay. Where
+    both sides ask the same prompts, `plain` has those of (harmful, train) and (harmful, val) as a user asks them, and
+    beside them others, as (harmless, train) and (harmless, val): what an edit is to do, it is to do there.
+    `borderline` prompts are safe but sound dangerous, or the test part of `keep`; they are only evaluated on. `dropped`
     counts prompts left out because their normalised text had been seen in another split or set, by where that was
     ("harmful train, also in harmful test").
     """
@@ -49,6 +54,9 @@ class ContrastiveSet:
     borderline: tuple[str, ...]
     sources: dict[str, str]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    behaviour: Behaviour = field(default_factory=lambda: load_behaviour(REFUSAL))
+    keep: Split | None = None
+    plain: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def duplicates_dropped(self) -> int:
@@ -62,14 +70,36 @@ class ContrastiveSet:
 
     @property
     def test_texts(self) -> dict[str, tuple[str, ...]]:
-        """Held-out prompts by set."""
-        return {"harmful": self.harmful.test, "harmless": self.harmless.test, "borderline": self.borderline}
+        """Held-out prompts by set; a behaviour without a third set has none."""
+        sets = {"harmful": self.harmful.test, "harmless": self.harmless.test, "borderline": self.borderline}
+        return {name: texts for name, texts in sets.items() if texts or self.behaviour.name == REFUSAL}
+
+    @property
+    def sensitive(self) -> frozenset[str]:
+        """The sets that may hold harmful prompts: replies to them are redacted.
+
+        Where refusals are looked for, these are the side that shows them and what is to stay; of other behaviours,
+        sets from the builtin harmful prompts.
+        """
+        stays = {"borderline", "keep"} if self.behaviour.keep is not None else set()
+        if self.behaviour.of_refusal:
+            return frozenset({"harmful"} | stays)
+        alarming = (f"{BUILTIN}:harmful", BUILTIN)
+        found = {"harmful"} if self.sources["eval_harmful"] in alarming else set()
+        return frozenset(found | (stays if self.sources.get("borderline") in alarming else set()))
+
+    def texts(self, name: str, split: str) -> tuple[str, ...]:
+        """The prompts of a set: of train, val or test, or of "plain train" and "plain val"."""
+        if split.startswith("plain "):
+            return self.plain[name, split.removeprefix("plain ")]
+        texts: tuple[str, ...] = getattr(getattr(self, name), split)
+        return texts
 
     @property
     def learnt_from(self) -> list[str]:
         """Fingerprints of the prompts that directions are made of and chosen by: training and validation."""
-        splits = (self.harmful, self.harmless)
-        return sorted({fingerprint(text) for split in splits for text in (*split.train, *split.val)})
+        splits = [split for split in (self.harmful, self.harmless, self.keep) if split is not None]
+        return sorted({fingerprint(asked_of(text)) for split in splits for text in (*split.train, *split.val)})
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -130,6 +160,8 @@ class _Claims:
         return tuple(kept)
 
 
+#: The two sides of a behaviour.
+SIDES: tuple[SetName, ...] = ("harmful", "harmless")
 #: In the order in which they are made of a source; they claim prompts from the last to the first.
 SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
 
@@ -141,43 +173,129 @@ def build_contrastive_set(
 
     A source without splits is shuffled with the seed and cut 64 / 16 / 20 %; with an eval source it is cut 80 / 20
     into train and val, and the eval source is the test split. Of a source with more than `MOST_PROMPTS` so many
-    are drawn. The limit caps every split, for quick looks.
+    are drawn. The limit caps every split, for quick looks. Where both sides of a behaviour have the same prompts, these
+    are cut once, and each side puts its own around those for training and validation.
     Prompts are claimed in the order test, borderline, val, train, so that nothing evaluated on was trained on.
     `learnt_from` are fingerprints of prompts that must not be evaluated on: a direction of before was learnt from them.
 
     Raises `PromptError` when a source cannot be read or a split ends up empty.
     """
-    named: dict[SetName, str] = {"harmful": settings.harmful, "harmless": settings.harmless}
-    measured = {"harmful": settings.eval_harmful, "harmless": settings.eval_harmless}
-    parts = {name: _parts(name, spec, measured[name], settings.seed) for name, spec in named.items()}
-    builtin = settings.borderline == BUILTIN
-    border = load_builtin("borderline")["test"] if builtin else load_prompts(settings.borderline, "borderline")
+    behaviour = load_behaviour(settings.behaviour)
+    sources = _sources(behaviour, settings)
+    parts = {
+        name: _parts(name, sources[name], sources.get(f"eval_{name}"), settings.seed)
+        for name in SIDES
+        if name in sources
+    }
+    if behaviour.paired:
+        parts["harmless"] = {"test": _test(sources["eval_harmless"], "harmless")}
+    keep, border = _third(behaviour, sources.get("borderline"), settings.seed)
     claims = _Claims()
     claimed: dict[tuple[SetName, SplitName], tuple[Prompt, ...]] = {}
     border_kept: tuple[Prompt, ...] = ()
     for part in SPLITS[::-1]:
-        for name in named:
-            unwanted = learnt_from if part == "test" else ()
-            claimed[name, part] = claims.claim(parts[name][part], f"{name} {part}", unwanted)
+        for name in SIDES:
+            if part in parts[name]:
+                unwanted = learnt_from if part == "test" else ()
+                claimed[name, part] = claims.claim(parts[name][part], f"{name} {part}", unwanted)
         if part == "test":
             border_kept = claims.claim(border, "borderline", learnt_from)
     for (name, part), texts in claimed.items():
         if not texts:
             raise PromptError(
                 f"{name} prompts: expected some in the {part} split, found none after dropping duplicates and "
-                f"what the direction has seen; give a larger source than '{named[name]}'"
+                f"what the direction has seen; give a larger source than '{sources[name]}'"
             )
     cut = slice(settings.limit)
-    harmful, harmless = (Split(*(claimed[name, part][cut] for part in SPLITS)) for name in named)
-    evaluated = {f"eval_{name}": measured[name] or spec for name, spec in named.items()}
-    sources: dict[str, str] = {"harmful": settings.harmful, "harmless": settings.harmless}
-    sources |= {**evaluated, "borderline": settings.borderline}
-    return ContrastiveSet(harmful, harmless, borderline=border_kept[cut], sources=sources, dropped=dict(claims.dropped))
+    asked = {key: texts[cut] for key, texts in claimed.items()}
+    plain = _plain(behaviour, asked, sources.get("eval_harmless"), cut)
+    for part in SPLITS:
+        bare = behaviour.paired and part == "test"
+        less = asked["harmful" if behaviour.paired and not bare else "harmless", part]
+        asked["harmless", part] = less if bare else wrapped(behaviour.less, less)
+        asked["harmful", part] = asked["harmful", part] if bare else wrapped(behaviour.more, asked["harmful", part])
+    harmful, harmless = (Split(*(asked[name, part] for part in SPLITS)) for name in SIDES)
+    evaluated = {f"eval_{name}": sources.get(f"eval_{name}") or sources[name] for name in SIDES}
+    third = {name: spec for name, spec in sources.items() if name == "borderline"}
+    sources = {name: sources.get(name, sources["harmful"]) for name in SIDES} | evaluated | third
+    kept = None if keep is None else Split(*(tuple(keep[part])[cut] for part in SPLITS))
+    dropped = dict(claims.dropped)
+    return ContrastiveSet(
+        harmful, harmless, border_kept[cut], sources, dropped, behaviour=behaviour, keep=kept, plain=plain
+    )
+
+
+def _plain(
+    behaviour: Behaviour, asked: Mapping[tuple[SetName, SplitName], tuple[Prompt, ...]], others: str | None, cut: slice
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Prompts of pairs as they are, and others beside them: of a builtin set, else what the other side asks."""
+    if not behaviour.paired:
+        return {}
+    builtin = None if others is None else builtin_set(others, "harmless")
+    parts = None if builtin is None else load_builtin(builtin)
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for part in SPLITS[:2]:
+        prompts = asked["harmful", part]
+        beside = wrapped(behaviour.less, prompts) if parts is None else tuple(parts[part])[cut]
+        found |= {("harmful", part): prompts, ("harmless", part): beside}
+    return found
+
+
+def _sources(behaviour: Behaviour, settings: PromptSettings) -> dict[str, str]:
+    """The SPEC of every set that there is: those of the behaviour where settings name no other.
+
+    A side that has the prompts of the other one has no source of its own.
+    """
+
+    def of(prompts: str | tuple[str, ...], role: SetName) -> str:
+        if not isinstance(prompts, str):
+            return name_prompts(prompts, f"of the behaviour {behaviour.name}")
+        return BUILTIN if builtin_set(prompts, role) == role else prompts
+
+    sides, tests = (behaviour.more, behaviour.less), (behaviour.test, behaviour.others)
+    sources: dict[str, str] = {}
+    for name, side, test in zip(SIDES, sides, tests, strict=True):
+        given, measured = getattr(settings, name), getattr(settings, f"eval_{name}")
+        if given != BUILTIN:
+            sources[name] = given
+        elif side.prompts is not None and not (behaviour.paired and name == "harmless"):
+            sources[name] = of(side.prompts, name)
+        if measured is not None or test is not None:
+            sources[f"eval_{name}"] = measured or of(test.prompts, name)  # type: ignore[union-attr]
+    if behaviour.paired:
+        if "harmless" in sources:
+            raise PromptError(
+                f"--harmless: the behaviour {behaviour.name} asks the same prompts on both sides; give --harmful"
+            )
+        sources.setdefault("eval_harmless", BUILTIN)
+    if behaviour.keep is not None:
+        sources["borderline"] = of(behaviour.keep.prompts, "borderline")
+    elif behaviour.name == REFUSAL or settings.borderline != BUILTIN:
+        sources["borderline"] = settings.borderline
+    return sources
+
+
+def _third(
+    behaviour: Behaviour, spec: str | None, seed: int
+) -> tuple[dict[SplitName, list[Prompt]] | None, list[Prompt]]:
+    """What is to stay, in parts, and the third set that is evaluated."""
+    if spec is None:
+        return None, []
+    if behaviour.keep is not None:
+        keep = _parts("borderline", spec, None, seed)
+        return keep, keep["test"]
+    return None, _test(spec, "borderline")
+
+
+def _test(spec: str, role: SetName) -> list[Prompt]:
+    """Prompts to evaluate on: of a builtin set its test part."""
+    name = builtin_set(spec, role)
+    return load_prompts(spec, role) if name is None else load_builtin(name)["test"]
 
 
 def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[SplitName, list[Prompt]]:
-    if spec == BUILTIN:
-        parts = load_builtin(name)
+    if (builtin := builtin_set(spec, name)) is not None:
+        parts = load_builtin(builtin)
     else:
         texts = _unique(load_prompts(spec, name))
         random.Random(seed).shuffle(texts)
@@ -188,7 +306,7 @@ def _parts(name: SetName, spec: str, eval_spec: str | None, seed: int) -> dict[S
             first, second = round(len(texts) * (1 - VAL_SHARE)), len(texts)
         parts = {"train": texts[:first], "val": texts[first:second], "test": texts[second:]}
     if eval_spec is not None:
-        parts["test"] = load_builtin(name)["test"] if eval_spec == BUILTIN else load_prompts(eval_spec, name)
+        parts["test"] = _test(eval_spec, name)
     return parts
 
 

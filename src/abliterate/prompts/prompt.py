@@ -29,12 +29,14 @@ class Prompt(str):
     The text is the whole identity. Of a single turn it is the instruction, of a conversation a transcript with the
     roles in it; equality, hash, de-duplication and digests therefore cover every message. `category` is what the
     source calls this kind of prompt, or None. `messages` is what is said, (role, content) in order, the last one by
-    the user. `answered` says that its source gave a reply, which was left out. Methods of `str` give plain strings.
+    the user. `answered` says that its source gave a reply, which was left out, `origin` is the prompt that this one was
+    made of by putting something around it. Methods of `str` give plain strings.
     """
 
     category: str | None
     messages: tuple[Message, ...]
     answered: bool
+    origin: Prompt | None
 
     def __new__(cls, text: str, category: str | None = None) -> Prompt:
         """One instruction. Raises `PromptError` for text that no encoding can hold."""
@@ -42,6 +44,7 @@ class Prompt(str):
         prompt = super().__new__(cls, text)
         prompt.category = category
         prompt.answered = False
+        prompt.origin = None
         prompt.messages = (("user", text),)
         return prompt
 

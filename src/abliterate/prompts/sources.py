@@ -1,7 +1,8 @@
 """Prompt sources: builtin sets, published sets, local files and hub datasets, each named by one string (a SPEC).
 
 =============================  ===================================================================
-``builtin``                    the set written for this project (CC0), with its own splits
+``builtin``                    the set written for this project (CC0), with its own splits; ``builtin:NAME`` another
+                               than the one of the side
 ``NAME`` or ``NAME=PATH``      a published set (see `known`) from the hub, or from a copy of its files
 ``FILE`` or ``FILE:column``    .json, .jsonl, .csv, .tsv, .txt (one prompt a line) or .parquet
 ``id[:config]:split:column``   a dataset of the Hugging Face hub
@@ -12,10 +13,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from abliterate.config import given_prompts
 from abliterate.errors import PromptError
@@ -39,6 +41,14 @@ SetName = Role
 SplitName = Literal["train", "val", "test"]
 
 
+def builtin_set(spec: str, role: SetName) -> SetName | None:
+    """The builtin set with its own splits that a spec names, for that role; None of any other source."""
+    if spec == BUILTIN:
+        return role
+    name = spec.removeprefix(f"{BUILTIN}:")
+    return next((known for known in get_args(SetName) if spec != name == known), None)
+
+
 def load_builtin(name: SetName) -> dict[SplitName, list[Prompt]]:
     """The builtin set `name`, by split."""
     text = resources.files(__package__).joinpath(f"data/{name}.jsonl").read_text(encoding="utf-8")
@@ -50,13 +60,17 @@ def load_builtin(name: SetName) -> dict[SplitName, list[Prompt]]:
 
 
 def load_prompts(spec: str, role: SetName = "harmful") -> list[Prompt]:
-    """Prompts named by a `spec` other than 'builtin' (see the module's table), in their order, blank ones dropped.
+    """Prompts named by a `spec` (see the module's table), in their order, blank ones dropped.
 
     `role` chooses among the rows of a published set, whose harmful and safe prompts stand together; of other sources
     all are taken. Raises `PromptError` when the source does not exist, has not the column, or holds no such prompts.
     """
     if (given := given_prompts(spec)) is not None:
         prompts = _given(given, spec)
+    elif (whole := builtin_set(spec, role)) is not None:
+        prompts = [prompt for part in load_builtin(whole).values() for prompt in part]
+    elif spec.startswith(f"{BUILTIN}:"):
+        prompts = _of_behaviour(spec.removeprefix(f"{BUILTIN}:"), spec)
     elif (known := find_known(spec)) is not None:
         prompts = _load_known(*known, role)
     elif (local := find_local(spec)) is not None:
@@ -68,6 +82,14 @@ def load_prompts(spec: str, role: SetName = "harmful") -> list[Prompt]:
     if not prompts:
         raise PromptError(f"prompt source '{spec}': expected at least one prompt, found none")
     return prompts
+
+
+def _of_behaviour(name: str, spec: str) -> list[Prompt]:
+    """The prompts of a builtin behaviour, by the name of their file."""
+    if not re.fullmatch(r"[a-z-]+\.jsonl", name):
+        raise PromptError(f"prompt source '{spec}': expected {', '.join(get_args(SetName))} after 'builtin:'")
+    text = resources.files(__package__).joinpath(f"data/behaviours/{name}").read_text(encoding="utf-8")
+    return [Prompt(row["text"], row.get("category")) for row in map(json.loads, text.splitlines())]
 
 
 def _given(rows: Sequence[Any], where: str) -> list[Prompt]:

@@ -32,6 +32,7 @@ from abliterate.report.wording import (
     rate,
     replies_of,
     states_of,
+    words_of,
 )
 from abliterate.texts import markdown, markdown_code, printable
 
@@ -112,7 +113,8 @@ def _how_to_use(plan: PlanPart) -> list[str]:
 
 
 def _weakened(record: Record) -> bool:
-    return record.plan is None or record.plan.strength > 0
+    other = record.prompts is not None and record.prompts.behaviour is not None
+    return not other and (record.plan is None or record.plan.strength > 0)
 
 
 def write_card(record: Record, folder: Path) -> Path:
@@ -225,22 +227,30 @@ def _what_was_done(record: Record) -> list[str]:
     if (search := record.search) is not None:
         lines.append(
             f"- Strengths and directions were searched ({markdown(search.method)}); of {len(search.points)} points "
-            f"between less refusal and less damage, number {search.chosen} was taken ({markdown(search.why)})."
+            f"between less {_less_of(record)} and less damage, number {search.chosen} was taken "
+            f"({markdown(search.why)})."
         )
     return [*lines, *(f"- Warning: {markdown(warning)}" for warning in record.warnings)]
 
 
+def _less_of(record: Record) -> str:
+    sought = None if record.prompts is None else record.prompts.behaviour
+    return "refusal" if sought is None else f"of what was looked for ({markdown(sought.name)})"
+
+
 def _measured(evaluation: EvaluationPart) -> list[str]:
-    measured = states_of(evaluation)
+    measured, words = states_of(evaluation), words_of(evaluation.behaviour)
     names = [name.replace("random", "random direction") for name, _, _ in measured]
+    rows = {name: [getattr(behaviour, name) for _, behaviour, _ in measured] for name in SETS}
     lines = [
         "## Measured on held-out prompts",
         "",
-        f"| refused | {' | '.join(names)} |",
+        f"| {markdown(words.shown)} | {' | '.join(names)} |",
         f"| --- |{' --- |' * len(measured)}",
         *(
-            f"| {name} | {' | '.join(_with_correction(getattr(behaviour, name)) for _, behaviour, _ in measured)} |"
-            for name in SETS
+            f"| {markdown(words(name))} | {' | '.join(map(_with_correction, rates))} |"
+            for name, rates in rows.items()
+            if not words.sets or any(part.n for part in rates)
         ),
         "",
         markdown(replies_of(evaluation.max_new_tokens, evaluation.decoding))
@@ -260,8 +270,9 @@ def _shifted(evaluation: EvaluationPart) -> list[str]:
     shift = evaluation.shift
     if shift is None or shift.kl_first_token is None or shift.kl_reply is None:
         return []
+    less = markdown(words_of(evaluation.behaviour)("harmless"))
     text = (
-        f"Answers to {shift.prompts} harmless prompts: KL of the first token {shift.kl_first_token:.3f}, over the "
+        f"Answers to {shift.prompts} {less} prompts: KL of the first token {shift.kl_first_token:.3f}, over the "
         f"reply {shift.kl_reply:.3f} nats per token; the original's own replies have an NLL of "
         f"{shift.nll_before:.3f} nats per token before and {shift.nll_after:.3f} after."
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         ReadingPart,
         Record,
         RepairPart,
+        SoughtPart,
         SteeringPart,
         ThinkingPart,
         UsedCalibrationPart,
@@ -33,6 +35,35 @@ if TYPE_CHECKING:
 
 #: Sets of prompts that are answered, in the order in which they are told.
 SETS = ("harmful", "harmless", "borderline")
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """The words for a behaviour: what sets of prompts are called, and how it is said that replies show it."""
+
+    sets: Mapping[str, str]
+    sides: tuple[str, str]
+    shown: str
+    rates: str
+
+    def __call__(self, name: str) -> str:
+        """What a set is called."""
+        return self.sets.get(name, name)
+
+
+#: The words for refusal.
+REFUSING = Words({}, ("harmful", "harmless"), "refused", "Refusals")
+
+
+def words_of(part: SoughtPart | None) -> Words:
+    """The words for what was looked for: refusal where nothing else is said."""
+    return REFUSING if part is None else Words(part.names, part.sides, part.shown, f"Replies that {part.shown}")
+
+
+def words_of_record(record: Record) -> Words:
+    """The words for what the record is about."""
+    found = record.prompts or record.evaluation
+    return words_of(None if found is None else found.behaviour)
 
 
 def states_of(part: EvaluationPart | ThinkingPart) -> list[State]:
@@ -68,16 +99,20 @@ def asked(record: Record) -> list[tuple[str, str]]:
         rows += _prompts(record.prompts)
     if record.refusal_tokens:
         texts = ", ".join(f"{token.text!r}" for token in record.refusal_tokens)
-        rows.append(("refusals start with", texts))
+        sought = None if record.prompts is None else record.prompts.behaviour
+        rows.append(("refusals start with" if sought is None else "replies that show it start with", texts))
     return rows
 
 
 def _prompts(part: PromptsPart) -> list[tuple[str, str]]:
+    words, sought = words_of(part.behaviour), part.behaviour
     counts = [
-        f"{name} " + " + ".join(f"{count} {split}" for split, count in splits.items())
+        f"{words(name)} " + " + ".join(f"{count} {split}" for split, count in splits.items() if count)
         for name, splits in part.counts.items()
+        if any(splits.values())
     ]
     return [
+        *([] if sought is None else [("behaviour", f"{sought.name}: {sought.description}".removesuffix(": "))]),
         ("prompts", "; ".join(counts)),
         ("from", ", ".join(sorted(set(part.sources.values())))),
         ("system prompt", "the template's own" if part.system is None else part.system or "none"),

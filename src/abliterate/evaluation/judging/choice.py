@@ -14,7 +14,9 @@ from abliterate.evaluation.judging.base import Exchange, Judge, Label, ModelJudg
 from abliterate.evaluation.judging.calibration import own_calibrations
 from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.judging.rules import RuleJudge
+from abliterate.evaluation.judging.scorers import scorer_of
 from abliterate.monitor import Monitor
+from abliterate.prompts.behaviour import Behaviour
 
 if TYPE_CHECKING:
     from abliterate.evaluation.answering import ModelState
@@ -72,6 +74,35 @@ def _own(judge: PendingJudge, state: ModelState | None) -> Judge:
     from abliterate.evaluation.judging.self_judge import open_self
 
     return open_self(state)
+
+
+def judge_of(behaviour: Behaviour, spec: str | None, *, device: str = "auto") -> Judge:
+    """The judge that `spec` names, else that of the behaviour: whether a reply shows it.
+
+    Raises what `open_judge` and `scorer_of` raise, and `UsageError` for a judge that can only tell refusals.
+    """
+    shows = behaviour.shows
+    spec = spec or shows.judge
+    if spec is None:
+        scorer = scorer_of(behaviour)
+        assert scorer is not None  # the file names one or the other
+        return scorer
+    if shows.judge is None and not spec.startswith(("classifier:", "llm:")):
+        raise UsageError(
+            f"--judge {spec}: it tells refusals, and the behaviour is {behaviour.name}; leave it out, or give "
+            "classifier:ID or llm:MODEL@URL"
+        )
+    if shows.rubric is not None or (shows.judge is None and spec.startswith("llm:")):
+        return _asking(shows.rubric or f"Does the reply show this: {behaviour.description or behaviour.name}?", spec)
+    return open_judge(spec, device=device)
+
+
+def _asking(question: str, spec: str) -> Judge:
+    from abliterate.evaluation.judging.llm import LlmJudge, rubric_of
+
+    if not (match := re.fullmatch(r"llm:(.+?)@(https?://\S+)", spec)):
+        raise UsageError(f"judge '{spec}': expected llm:MODEL@URL (http:// or https://)")
+    return LlmJudge(match[1], match[2], rubric=rubric_of(question))
 
 
 def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> Judge:

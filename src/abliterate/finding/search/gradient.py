@@ -6,6 +6,14 @@ A plan is differentiable in its strengths and its basis, and so are the first to
 
 where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every site that is
 written to has its own direction, which starts as its own difference of means without the part along the harmless mean.
+Of a behaviour that first tokens do not tell, and that is found by the same prompts under two instructions, whole
+replies take the place of the first token: with prompts asked plainly, the model's own replies under the one instruction
+are to become as unlikely, and those under the other as likely, as they are under the other. The loss is then
+
+    mean over prompts of softplus(k (l₊ − t₊)) + softplus(k (t₋ − l₋)) + λ · mean KL
+
+with l the mean log-likelihood of a token of the reply, t what it is under the other instruction, and k = `SLOPE`.
+
 Each point of the front has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few
 steps.
 """
@@ -14,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -31,9 +39,10 @@ from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
 from abliterate.evaluation.first_tokens import first_tokens
-from abliterate.evaluation.scores import kl_divergence, refusal_score
+from abliterate.evaluation.scores import kl_divergence, log_likelihood, refusal_score
+from abliterate.finding.replies import own_replies
 from abliterate.finding.search.space import free_and_fixed
-from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
+from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits, logits_at
 from abliterate.session import Session
 
 #: Prompts of each class in one step.
@@ -46,6 +55,10 @@ LAST = 0.1
 START = 0.5
 #: A writer whose strength ends below this is left alone: it holds nothing worth a changed file.
 LEAST = 0.02
+#: How steep the loss of replies is, per nat of a token's mean log-likelihood; and how many tokens of them count.
+SLOPE, LESSON_TOKENS = 4.0, 32
+#: Replies whose likelihood is measured at once.
+_GOALS = 8
 #: Tokens whose activations are kept for one backward pass.
 _TOKENS = 512
 
@@ -58,9 +71,15 @@ class Leg:
     steps: int
 
 
-def legs(points: int, steps: int, *, lightest: float = 40.0, heaviest: float = 320.0) -> list[Leg]:
+#: Weights of KL at the ends of the front; lighter where a behaviour is to stay somewhere: prompts that show it are then
+#: among those that must not move, and tell far more against an edit.
+WEIGHTS, WEIGHTS_BESIDE = (40.0, 320.0), (2.5, 40.0)
+
+
+def legs(points: int, steps: int, *, weights: tuple[float, float] = WEIGHTS) -> list[Leg]:
     """`points` weights in even ratios, least KL last; `steps` in all, of which the first leg gets a double share."""
     share = max(1, steps // (points + 1))
+    lightest, heaviest = weights
     ratio = (heaviest / lightest) ** (1 / max(1, points - 1))
     return [Leg(lightest * ratio**i, share * (1 + (i == 0))) for i in range(points)]
 
@@ -87,15 +106,18 @@ def descend(
     if editing.affine or start.reader is not None:
         raise UsageError("--method gradient: expected an edit that takes a direction out, found an affine or LEACE one")
     with frozen(session.model):
-        descent = _Descent(session, list(tokens), start, editing, refine)
+        kind = _Descent if tokens else _Lesson
+        descent = kind(session, list(tokens), start, editing, refine)
         return [descent.leg(leg, progress) for leg in way]
 
 
 class _Descent:
-    """The state of the optimisation.
+    """The state of the optimisation; `split` are the prompts that it learns from.
 
     `strengths` [w] has one per free writer. `directions` are rows of length √d, [k, d] for all sites or [L+1, k, d].
     """
+
+    split = "train"
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
@@ -114,7 +136,11 @@ class _Descent:
         if not groups:
             raise UsageError("--method gradient: strengths and direction are both fixed; there is nothing to search")
         self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
-        self.prompts = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
+        self.prompts = {name: session.encoded[name, self.split] for name in ("harmful", "harmless")}
+        self.kept = range(len(self.prompts["harmless"]), len(self.prompts["harmless"]))
+        if (stays := session.encoded.get(("keep", "train"))) is not None:  # what is to stay is to stay as it is
+            self.kept = range(self.kept.stop, self.kept.stop + len(stays))
+            self.prompts["harmless"] = self.prompts["harmless"] + stays
         self.base, self.target, answered = self._unedited()
         rows = {"harmful": range(len(self.prompts["harmful"])), "harmless": answered}
         self.draw = {name: _shuffled(chosen, session.seed) for name, chosen in rows.items()}
@@ -135,12 +161,12 @@ class _Descent:
 
     def _step(self, weight: float) -> None:
         rows = {name: [next(draw) for _ in range(BATCH)] for name, draw in self.draw.items()}
-        joined = self.prompts["harmful"].take(rows["harmful"]) + self.prompts["harmless"].take(rows["harmless"])
+        joined = self._joined(rows)
         wanted = [p for p in (self.strengths, self.directions) if p.requires_grad]
         sums = [torch.zeros_like(p) for p in wanted]
 
         def work(chosen: list[int]) -> None:
-            loss = self._loss(joined, chosen, rows["harmless"], weight)
+            loss = self._loss(joined, chosen, rows, weight) / BATCH
             for total, gradient in zip(sums, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True):
                 if gradient is not None:
                     total += gradient
@@ -151,7 +177,13 @@ class _Descent:
             parameter.grad = total
         self.optimiser.step()
 
-    def _loss(self, joined: Encoded, chosen: list[int], harmless: list[int], weight: float) -> Float[Tensor, ""]:
+    def _joined(self, rows: Mapping[str, list[int]]) -> Encoded:
+        """What is run in a step."""
+        return self.prompts["harmful"].take(rows["harmful"]) + self.prompts["harmless"].take(rows["harmless"])
+
+    def _loss(
+        self, joined: Encoded, chosen: list[int], rows: Mapping[str, list[int]], weight: float
+    ) -> Float[Tensor, ""]:
         """The part of a step's loss that some of its prompts have: the first `BATCH` are harmful ones."""
         model = self.session.model
         with ablation(model, self._plan()):
@@ -160,9 +192,9 @@ class _Descent:
         refusing = [i for i, row in enumerate(chosen) if row < BATCH]
         answering = [i for i, row in enumerate(chosen) if row >= BATCH]
         scores = refusal_score(logits[refusing], self.tokens).float()
-        base = self.base[[harmless[chosen[i] - BATCH] for i in answering]].to(logits)
+        base = self.base[[rows["harmless"][chosen[i] - BATCH] for i in answering]].to(logits)
         loss: Tensor = softplus(scores - self.target).sum() + weight * kl_divergence(base, logits[answering]).sum()
-        return loss / BATCH
+        return loss
 
     def _plan(self) -> Plan:
         """The plan of the parameters as they are, differentiable in them."""
@@ -192,8 +224,84 @@ class _Descent:
         """
         session, prompts = self.session, self.prompts["harmless"]
         found = first_tokens(session.model, prompts, self.tokens, session.size, keep=session.loaded.dtype)
-        answered = (found.scores < 0).nonzero().flatten().tolist() or list(range(len(prompts)))
-        return found.logits, float(found.scores[answered].mean()), answered
+        others = range(self.kept.start)
+        answered = (found.scores[: len(others)] < 0).nonzero().flatten().tolist() or list(others)
+        return found.logits, float(found.scores[answered].mean()), [*answered, *self.kept]
+
+
+class _Lesson(_Descent):
+    """The same, guided by whole replies: see the module."""
+
+    split = "plain train"
+
+    def __init__(
+        self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
+    ) -> None:
+        super().__init__(session, tokens, start, editing, refine)
+        told = [session.encoded[name, "train"] for name in ("harmful", "harmless")]
+        most = min(LESSON_TOKENS, session.prompts.behaviour.shows.tokens)
+        replies = [own_replies(session, prompts, most) for prompts in told]
+        # A reply without a word teaches nothing.
+        usable = [row for row, pair in enumerate(zip(*replies, strict=True)) if all(reply.tokens for reply in pair)]
+        if not usable:
+            raise UsageError("--method gradient: expected replies under both instructions, found only empty ones")
+        self.draw["harmful"] = _shuffled(usable, session.seed)
+        self.replies = [[tuple(reply.tokens) for reply in side] for side in replies]
+        self.goals = [self._goals(told[1], side, usable) for side in (0, 1)]
+
+    def _joined(self, rows: Mapping[str, list[int]]) -> Encoded:
+        prompts = self.prompts["harmful"]
+        answered = [(*prompts.suffixes[row], *self.replies[side][row]) for side in (0, 1) for row in rows["harmful"]]
+        return Encoded(prompts.prefix, tuple(answered)) + self.prompts["harmless"].take(rows["harmless"])
+
+    def _loss(
+        self, joined: Encoded, chosen: list[int], rows: Mapping[str, list[int]], weight: float
+    ) -> Float[Tensor, ""]:
+        model, loss = self.session.model, torch.zeros(())
+        with ablation(model, self._plan()):
+            for side, sign in ((0, 1), (1, -1)):
+                mine = [i - side * BATCH for i in chosen if i // BATCH == side]
+                if mine:
+                    asked = [rows["harmful"][i] for i in mine]
+                    found = self._likelihoods(self.prompts["harmful"], side, asked, grad=True)
+                    goal = torch.tensor([self.goals[side][row] for row in asked]).to(found)
+                    loss = loss + softplus(sign * SLOPE * (found - goal)).sum()
+            others = [i for i in chosen if i >= 2 * BATCH]
+            if others:
+                shared = SharedPrefix(model, joined.prefix, grad=True)
+                logits = last_logits(model, shared, joined.take(others).suffixes)
+                base = self.base[[rows["harmless"][i - 2 * BATCH] for i in others]].to(logits)
+                loss = loss + weight * kl_divergence(base, logits).sum()
+        return loss
+
+    def _goals(self, told: Encoded, side: int, rows: Sequence[int]) -> dict[int, float]:
+        """How likely one side's replies are under the other instruction, by row."""
+        found: dict[int, float] = {}
+        for start in range(0, len(rows), _GOALS):
+            piece = rows[start : start + _GOALS]
+            found |= zip(piece, self._likelihoods(told, side, piece).tolist(), strict=True)
+        return found
+
+    def _likelihoods(
+        self, prompts: Encoded, side: int, rows: Sequence[int], *, grad: bool = False
+    ) -> Float[Tensor, " b"]:
+        """Mean log-likelihood of a token of one side's replies after some of the prompts, in nats."""
+        model = self.session.model
+        shared = SharedPrefix(model, prompts.prefix, grad=grad)
+        replies = [self.replies[side][row] for row in rows]
+        suffixes = [(*prompts.suffixes[row], *reply[:-1]) for row, reply in zip(rows, replies, strict=True)]
+        starts = torch.tensor([len(prompts.suffixes[row]) - 1 for row in rows])
+        steps = torch.arange(max(map(len, replies)))
+
+        def positions(lengths: Tensor) -> Tensor:
+            return torch.minimum((starts[:, None] + steps).to(lengths.device), lengths[:, None] - 1)
+
+        logits = logits_at(model, shared, suffixes, positions)
+        means = [
+            log_likelihood(one[: len(reply)], torch.tensor(reply, device=one.device)).mean()
+            for one, reply in zip(logits, replies, strict=True)
+        ]
+        return torch.stack(means)
 
 
 def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:

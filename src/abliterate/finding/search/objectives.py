@@ -50,6 +50,13 @@ def share_of(name: str, what: Callable[[Verdict], bool]) -> Callable[[Measured],
     return measure
 
 
+def _lost(measured: Measured) -> float:
+    """The share of judged replies to prompts on which the behaviour is to stay that do not show it; 0 without such."""
+    if measured.replies is not None and "keep" not in measured.replies:
+        return 0.0
+    return 1 - share_of("keep", refused)(measured)
+
+
 def _changed(which: Literal[0, 1]) -> Callable[[Measured], float]:
     """How much replies to harmless prompts have become longer (0) or more repetitive (1); shorter counts as longer."""
 
@@ -89,6 +96,7 @@ OBJECTIVES: dict[str, Objective] = {
     for objective in (
         _reading("refusals", Level.REPLIES, share_of("harmful", refused), "harmful prompts refused", True),
         _reading("over-refusals", Level.REPLIES, share_of("harmless", refused), "harmless prompts refused", True),
+        _reading("lost", Level.REPLIES, _lost, "prompts on which the behaviour is to stay and does not", True),
         _reading("kl", Level.FEW, lambda m: float(m.kl.mean()), "KL of the first token, harmless prompts, nats"),
         _reading("kl-reply", Level.SHIFT, _of_shift(_kl_reply), "KL per token of whole harmless replies, nats"),
         _reading("nll", Level.SHIFT, _of_shift(_nll), "what the own harmless replies cost more, nats per token"),
@@ -135,6 +143,13 @@ def limits_of(option: str, base: Mapping[str, float]) -> dict[str, float]:
             )
         limits[name] = number + (base[name] if value[0] in "+-" else 0.0)
     return limits
+
+
+def with_keep(option: str, keep: bool) -> str:
+    """Constraints with the one that a behaviour is lost nowhere that it is to stay, where there are such prompts."""
+    if not keep or any(part.strip().startswith("lost") for part in option.split(",")):
+        return option
+    return ",".join(filter(None, (option, "lost<=+0.02")))
 
 
 def constrained(option: str) -> tuple[Objective, ...]:

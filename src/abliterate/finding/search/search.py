@@ -28,11 +28,13 @@ from abliterate.finding.search.objectives import (
     limits_of,
     objectives_named,
     values,
+    with_keep,
 )
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 from abliterate.model.anatomy import Anatomy
 from abliterate.monitor import Monitor
+from abliterate.prompts import Behaviour
 from abliterate.session import Session
 
 #: Edits that leave at most this share of refusals are alike good: of these, the one with the least damage is chosen.
@@ -78,9 +80,27 @@ class Search:
 
 
 def method_of(
-    settings: SearchSettings, finding: FindSettings, editing: EditSettings, output: OutputSettings | None = None
+    settings: SearchSettings,
+    finding: FindSettings,
+    editing: EditSettings,
+    output: OutputSettings | None = None,
+    *,
+    behaviour: Behaviour | None = None,
 ) -> str:
-    """The method that settings ask for. `auto` is the gradient, unless the edit is fixed or cannot be had by it."""
+    """The method that settings ask for. `auto` is the gradient, unless the edit is fixed or cannot be had by it.
+
+    Raises `UsageError` for a search that first tokens would have to guide, where they do not tell the behaviour; of
+    pairs the gradient is guided by whole replies.
+    """
+    if behaviour is not None and not behaviour.shows.first_tokens and finding.refusal_tokens is None:
+        known = ("auto", "closed-form", *(["gradient"] if behaviour.paired else []))
+        if settings.method not in known:
+            raise UsageError(
+                f"--method {settings.method}: it is guided by first tokens, and the behaviour does not show in them; "
+                "give --refusal-tokens, or --method closed-form"
+            )
+        if not behaviour.paired:
+            return "closed-form"
     if settings.method != "auto":
         return settings.method
     fixed = editing.strength != EditSettings().strength or editing.strengths or editing.affine
@@ -119,11 +139,14 @@ def search(
     Raises `UsageError` for settings that do not go together, `GateNotMet` when no point keeps the constraints.
     """
     began, monitor, searching = time.perf_counter(), session.monitor, settings.searching
-    named, limited = objectives_named(searching.objectives), constrained(searching.constraints)
+    constraints = with_keep(searching.constraints, session.prompts.keep is not None)
+    named, limited = objectives_named(searching.objectives), constrained(constraints)
     wanted = tuple(dict.fromkeys((*named, *limited, OBJECTIVES["kl"])))
     with monitor.phase("measure the unedited model"):
-        short = settings.evaluating.model_copy(update={"max_new_tokens": searching.search_tokens})
-        probe = Probe(session, findings.ids, "val", judge, short)
+        behaviour = session.prompts.behaviour
+        longest = searching.search_tokens if findings.ids else max(searching.search_tokens, behaviour.shows.tokens)
+        short = settings.evaluating.model_copy(update={"max_new_tokens": longest})
+        probe = Probe(session, findings.ids, "plain val" if behaviour.paired else "val", judge, short)
         base = values(probe.measure(None, Level.REPLIES), wanted)
         monitor.note(f"unedited: {_worded(base)}")
     attempt = _Attempt(probe, start, settings, within(session.anatomy, settings.editing), journal)
@@ -132,8 +155,8 @@ def search(
     result = Search(
         method,
         names,
-        searching.constraints,
-        limits_of(searching.constraints, base) | {"kl": settings.finding.max_kl},
+        constraints,
+        limits_of(constraints, base) | {"kl": settings.finding.max_kl},
         tuple(sorted(points, key=lambda point: _values(point.scores, names))),
         0,
         "",
@@ -205,7 +228,9 @@ class _Attempt:
 
     def _descend(self) -> list[tuple[Direction, str]]:
         searching = self.settings.searching
-        way = gradient.legs(searching.points, searching.steps)
+        beside = self.session.prompts.keep is not None or not self.probe.tokens
+        weights = gradient.WEIGHTS_BESIDE if beside else gradient.WEIGHTS
+        way = gradient.legs(searching.points, searching.steps, weights=weights)
         with self.session.monitor.phase("descend the gradient", sum(leg.steps for leg in way)) as advance:
             directions = gradient.descend(
                 self.session,

@@ -21,11 +21,11 @@ from abliterate.edit.direction import Direction, Site
 from abliterate.edit.plan import Plan
 from abliterate.edit.write import Realised
 from abliterate.errors import UsageError
-from abliterate.evaluation.probe import Probe
+from abliterate.evaluation.parts import sought_part
 from abliterate.files.atomic import real_folder, refuse_other_kinds
 from abliterate.files.checkpoint import DIRECTION, FRONT, JOURNAL, sha256
 from abliterate.files.local import seal
-from abliterate.finding.find import Findings
+from abliterate.finding.find import Findings, shown_by_side
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
@@ -114,6 +114,7 @@ def prompts_part(session: Session) -> rec.PromptsPart:
         template_time=session.renderer.printed_time,
         shared_prefix_tokens=len(session.encoded["harmful", "test"].prefix),
         positions=session.positions,
+        behaviour=sought_part(contrast.behaviour),
     )
 
 
@@ -128,7 +129,7 @@ def separation_part(
     """How the classes separate at every site, and what `finding.projections` says of the prompts at one."""
     found, norms = findings.separation, findings.candidates.norms
     texts = {"harmful": session.prompts.harmful.val, "harmless": session.prompts.harmless.val}
-    refuses = Probe(session, findings.ids).refused
+    refuses = shown_by_side(session, findings)
     length, words = text_baselines(session.prompts)
     return rec.SeparationPart(
         sites=[

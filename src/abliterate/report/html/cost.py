@@ -30,6 +30,7 @@ from abliterate.report.wording import (
     replies_of,
     states_of,
     test_of,
+    words_of,
 )
 
 #: Replies of each set that are shown.
@@ -64,23 +65,26 @@ def cost(record: Record) -> Section | None:
 
 def _rates(evaluation: EvaluationPart) -> Figure:
     states = states_of(evaluation)
-    rows: list[list[str]] = []
+    words, rows = words_of(evaluation.behaviour), list[list[str]]()
     marked = set()
-    for name in SETS:
+    sets = [name for name in SETS if not words.sets or any(getattr(found, name).n for _, found, _ in states)]
+    for name in sets:
         for state, behaviour, pairs in states:
             part: RatePart = getattr(behaviour, name)
             if state == "after":
                 marked.add(len(rows))
             corrected = "" if part.corrected is None else estimate(part.corrected, 100, ".0f")
-            rows.append([name, state, *_rate_cells(part), corrected, *_paired_cells(pairs.get(name)), others(part)])
-    head = ["prompts", "state", "refused", "% [95 %]", "corrected [95 %]", "change [95 %]", "p", "also"]
+            rows.append(
+                [words(name), state, *_rate_cells(part), corrected, *_paired_cells(pairs.get(name)), others(part)]
+            )
+    head = ["prompts", "state", words.shown, "% [95 %]", "corrected [95 %]", "change [95 %]", "p", "also"]
     table = Table(head, rows, frozenset(marked), frozenset({0, 1}))
     series = [
-        dot_series(state, [rate_point(getattr(behaviour, name)) for name in SETS]) for state, behaviour, _ in states
+        dot_series(state, [rate_point(getattr(behaviour, name)) for name in sets]) for state, behaviour, _ in states
     ]
-    chart = dots(SETS, series, "% refused", least=0)
-    note = "Degenerate replies count as not refused."
-    return Figure("rates", "Refusals on held-out prompts", table, chart, note, folded=False)
+    chart = dots([words(name) for name in sets], series, f"% {words.shown}", least=0)
+    note = f"Degenerate replies count as not {words.shown}." if not words.sets else "Degenerate replies do not count."
+    return Figure("rates", f"{words.rates} on held-out prompts", table, chart, note, folded=False)
 
 
 def _rate_cells(part: RatePart) -> list[str]:
@@ -96,7 +100,7 @@ def _categories(evaluation: EvaluationPart) -> Iterator[Figure]:
     before, after = evaluation.categories.get("before", {}), evaluation.categories.get("after", {})
     if len(before) < 2:
         return
-    names = list(before)
+    names, words = list(before), words_of(evaluation.behaviour)
     rows = [
         [short(name, 60), *_rate_cells(before[name])]
         + ([*_rate_cells(after[name]), *_paired_cells(evaluation.paired_categories.get(name))] if name in after else [])
@@ -107,12 +111,13 @@ def _categories(evaluation: EvaluationPart) -> Iterator[Figure]:
         dot_series(state, [rate_point(parts[name]) if name in parts else None for name in names])
         for state, parts in evaluation.categories.items()
     ]
-    chart = dots([short(name, 24) for name in names], series, "% refused", least=0)
-    yield Figure("categories", "Harmful prompts by category", Table(head, rows), chart)
+    chart = dots([short(name, 24) for name in names], series, f"% {words.shown}", least=0)
+    title = f"{words('harmful').capitalize()} prompts by category"
+    yield Figure("categories", title, Table(head, rows), chart)
 
 
 def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
-    shift = evaluation.shift
+    shift, less = evaluation.shift, words_of(evaluation.behaviour)("harmless")
     if shift is None:
         return
     control = None if evaluation.control is None else evaluation.control.shift
@@ -141,11 +146,11 @@ def _shift(evaluation: EvaluationPart) -> Iterator[Figure]:
     chart = dots([*(label for _, label in names), "ΔNLL of own replies"], series, "nats per token")
     fewer = "" if control is None else f"; of the random direction {control.prompts} and {control.tokens}"
     note = (
-        f"{shift.prompts} harmless prompts, {shift.tokens} tokens{fewer}. KL(original ‖ edited); ΔNLL is "
+        f"{shift.prompts} {less} prompts, {shift.tokens} tokens{fewer}. KL(original ‖ edited); ΔNLL is "
         "the change of the negative log-likelihood of the original's own replies "
         f"({number(shift.nll_before)} → {number(shift.nll_after)} nats per token)."
     )
-    yield Figure("shift", "Shift on harmless prompts", table, chart, note)
+    yield Figure("shift", f"Shift on {less} prompts", table, chart, note)
 
 
 def _kl_point(part: ShiftPart, field: str) -> Point:
@@ -182,13 +187,14 @@ def _capability(evaluation: EvaluationPart) -> Iterator[Figure]:
 def _worst(evaluation: EvaluationPart) -> Iterator[Figure]:
     if evaluation.shift is not None and evaluation.shift.worst:
         rows = [[short(moved.prompt), f"{moved.kl_reply:.4f}"] for moved in evaluation.shift.worst]
-        yield Figure("worst", "Harmless prompts whose answers moved most", Table(["prompt", "KL over the reply"], rows))
+        less = words_of(evaluation.behaviour)("harmless").capitalize()
+        yield Figure("worst", f"{less} prompts whose answers moved most", Table(["prompt", "KL over the reply"], rows))
 
 
 def _manner(evaluation: EvaluationPart) -> Iterator[Figure]:
     rows = [
         [
-            name,
+            words_of(evaluation.behaviour)(name),
             estimate(part.tokens_before, 1, ".1f"),
             estimate(part.tokens_after, 1, ".1f"),
             estimate(part.tokens_change, 1, "+.1f"),
@@ -210,7 +216,8 @@ def replies(record: Record) -> Section | None:
     redacted = any(
         answer.redacted for sets in evaluation.answers.values() for answers in sets.values() for answer in answers
     )
-    text = ["Of replies to harmful prompts the record holds the first words and the verdict only."] if redacted else []
+    name = words_of(evaluation.behaviour)("harmful")
+    text = [f"Of replies to {name} prompts the record holds the first words and the verdict only."] if redacted else []
     return Section("replies", "What did it say?", text, figures) if figures else None
 
 
@@ -221,13 +228,16 @@ def _replies(name: str, evaluation: EvaluationPart) -> Figure | None:
     if not pairs:
         return None
     pairs.sort(key=lambda pair: pair[1] is None or pair[0].label == pair[1].label)  # stable: changed verdicts first
-    rows = [
-        [short(one.prompt), one.label, short(one.text)] + ([] if other is None else [other.label, short(other.text)])
-        for one, other in pairs[:_MOST]
-    ]
+    words = words_of(evaluation.behaviour)
+    labels = {"refusal": words.shown, "compliance": f"not {words.shown}"} if words.sets else {}
+
+    def said(one: AnswerPart) -> list[str]:
+        return [labels.get(one.label, one.label), short(one.text)]
+
+    rows = [[short(one.prompt), *said(one), *([] if other is None else said(other))] for one, other in pairs[:_MOST]]
     head = ["prompt", "before", "reply"] + (["after", "reply"] if after else [])
     changed = sum(other is not None and one.label != other.label for one, other in pairs)
     more = "" if len(rows) == len(pairs) else f"{len(rows)} of {len(pairs)}; the record has all."
     note = f"{changed} of {len(pairs)} verdicts changed; these come first." if after else ""
     table = Table(head, rows, words=frozenset(range(len(head))), more=more)
-    return Figure(f"replies-{name}", f"{name.capitalize()} prompts", table, note=note)
+    return Figure(f"replies-{name}", f"{words(name).capitalize()} prompts", table, note=note)

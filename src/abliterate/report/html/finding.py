@@ -6,6 +6,7 @@ from typing import Any
 
 from abliterate.record import Record, SelectionPart, SeparationPart
 from abliterate.report.html.parts import Figure, Section, Table, number, short
+from abliterate.report.wording import Words, words_of_record
 
 
 def separated(record: Record) -> Section | None:
@@ -15,16 +16,18 @@ def separated(record: Record) -> Section | None:
         return None
     best = max(part.sites, key=lambda site: site.auroc)
     here = next((s for s in part.sites if (s.layer, s.position) == (part.layer, part.position)), best)
+    words = words_of_record(record)
+    more, less = words.sides
     text = (
-        f"Along its own difference of means, layer {here.layer} at position {here.position} tells harmful from "
-        f"harmless validation prompts with an AUROC of {here.auroc:.3f} and d′ {here.dprime:.2f} (0.5 and 0 are "
+        f"Along its own difference of means, layer {here.layer} at position {here.position} tells {more} from "
+        f"{less} validation prompts with an AUROC of {here.auroc:.3f} and d′ {here.dprime:.2f} (0.5 and 0 are "
         f"chance); the best site is layer {best.layer} at position {best.position} with {best.auroc:.3f}. Position "
         "-1 is the last token before the reply."
     )
     texts = (
         [text] if part.words_auroc is None or part.length_auroc is None else [text, _without_model(part, best.auroc)]
     )
-    return Section("separation", "Do harmful and harmless separate?", texts, [*_by_layer(part), _scatter(part)])
+    return Section("separation", f"Do {more} and {less} separate?", texts, [*_by_layer(part), _scatter(part, words)])
 
 
 def _without_model(part: SeparationPart, best: float) -> str:
@@ -35,7 +38,7 @@ def _without_model(part: SeparationPart, best: float) -> str:
     )
     return (
         f"Without the model, the prompts' length alone has an AUROC of {length:.3f} and a bag of their words "
-        f"{words:.3f}.{as_well} That the direction is what refusal hangs on is shown by intervention, below."
+        f"{words:.3f}.{as_well} That the behaviour hangs on the direction is shown by intervention, below."
     )
 
 
@@ -62,10 +65,12 @@ def _by_layer(part: SeparationPart) -> list[Figure]:
     return figures
 
 
-def _scatter(part: SeparationPart) -> Figure:
+def _scatter(part: SeparationPart, words: Words) -> Figure:
+    sides = dict(zip(("harmful", "harmless"), words.sides, strict=True))
+    said = {True: words.shown, False: f"not {words.shown}" if words.sets else "answered"}
     series = [
         {
-            "name": f"{kind}, {'refused' if refused else 'answered'}",
+            "name": f"{sides[kind]}, {said[refused]}",
             "role": kind,
             "hollow": (kind == "harmful") != refused,
             "points": [[p.x, p.y, short(p.prompt, 80)] for p in part.prompts if (p.set, p.refused) == (kind, refused)],
@@ -79,17 +84,19 @@ def _scatter(part: SeparationPart) -> Figure:
         "series": [one for one in series if one["points"]],
     }
     rows = [
-        [short(p.prompt, 120), p.set, "refused" if p.refused else "answered", f"{p.x:.2f}", f"{p.y:.2f}"]
-        for p in part.prompts[:400]
+        [short(p.prompt, 120), sides[p.set], said[p.refused], f"{p.x:.2f}", f"{p.y:.2f}"] for p in part.prompts[:400]
     ]
     table = Table(
         ["prompt", "set", "by the model", "on the direction", "first component"], rows, words=frozenset({0, 1, 2})
     )
     note = (
-        "Validation prompts, which the direction was not made from. Filled: harmful ones that the model refuses and "
-        "harmless ones that it answers, by the sign of the refusal score of the first token."
+        "Validation prompts, which the direction was not made from. Filled: those on which the model does as their "
+        "side says, by the sign of the score of the first token, or by what short replies show."
     )
     return Figure("scatter", f"Prompts at layer {part.layer}, position {part.position}", table, chart, note)
+
+
+_SCORE = "mean refusal score (log-odds that a reply starts as a refusal, or as the behaviour does)"
 
 
 def direction_found(record: Record) -> Section | None:
@@ -98,13 +105,16 @@ def direction_found(record: Record) -> Section | None:
     if part is None or not part.candidates:
         return None
     control = part.control
+    (more, less), by_replies = words_of_record(record).sides, part.by == "replies"
+    score = "share of short replies that show the behaviour" if by_replies else _SCORE
     rule = f"KL at most {part.max_kl:g}, induce above {part.min_induce:g}, layer below {part.max_depth:g} of the depth"
     text = [
-        "Bypass is the mean refusal score (log-odds that a reply starts as a refusal) of harmful prompts with the "
-        "direction taken out; induce is that of harmless prompts with it added; KL is what taking it out does to the "
-        f"first token of answers to harmless prompts. The rule is the least bypass with {rule}. Without intervention "
-        f"the scores are {part.harmful:.2f} and {part.harmless:.2f}. Random control, a direction of the same norm: "
-        f"bypass {control.bypass:.2f}, induce {control.induce:.2f}, KL {control.kl:.3f}."
+        f"Bypass is the {score} of {more} prompts with the direction taken out; induce is "
+        f"{'how much that of' if by_replies else 'that of'} {less} prompts {'rises ' if by_replies else ''}with it "
+        f"added; KL is what taking it out does to the first token of answers to {less} prompts. The rule is the least "
+        f"bypass with {rule}. Without intervention the scores are {part.harmful:.2f} and {part.harmless:.2f}. Random "
+        f"control, a direction of the same norm: bypass {control.bypass:.2f}, induce {control.induce:.2f}, KL "
+        f"{control.kl:.3f}."
     ]
     if (site := part.chosen) is not None:
         met = "" if part.met_rule else " It does not meet the rule."

@@ -12,7 +12,7 @@ from abliterate.report.html.parts import Page, Tile, between, number, percent, s
 from abliterate.report.html.proving import edited_weights, front, proved
 from abliterate.report.html.reproducing import glossary, question, reproduce
 from abliterate.report.html.steered import dose_response
-from abliterate.report.wording import SETS, audited, headline, repaired, responded
+from abliterate.report.wording import SETS, audited, headline, repaired, responded, words_of_record
 
 _SECTIONS = (
     question,
@@ -70,21 +70,26 @@ def _kind(record: Record) -> str:
 
 def answer(record: Record) -> Iterator[str]:
     """What came out, in a sentence or two."""
-    evaluation, search = record.evaluation, record.search
+    evaluation, search, words = record.evaluation, record.search, words_of_record(record)
     if evaluation is not None and evaluation.after is not None:
         before, after = evaluation.before.harmful, evaluation.after.harmful
         random = ""
         if evaluation.control is not None:
             control = evaluation.control.behaviour.harmful
             random = f"; with a random direction in its place {control.refusals} of {control.n}"
+        counted = (
+            f"Of {after.n} harmful prompts the model refused {before.refusals} before the edit and {after.refusals}"
+            if evaluation.behaviour is None
+            else f"Of {after.n} replies to {words('harmful')} prompts {before.refusals} {words.shown} before the edit "
+            f"and {after.refusals}"
+        )
         yield (
-            f"Of {after.n} harmful prompts the model refused {before.refusals} before the edit and {after.refusals} "
-            f"after it ({number(percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random})."
+            f"{counted} after it ({number(percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random})."
         )
         if evaluation.shift is not None and evaluation.shift.kl_first_token is not None:
             shift = evaluation.shift
             yield (
-                f"Its answers to harmless prompts moved by {shift.kl_first_token:.3f} "
+                f"Its answers to {words('harmless')} prompts moved by {shift.kl_first_token:.3f} "
                 f"{between(shift.kl_first_token_ci95)} nats at the first token (KL)."
             )
     elif search is not None and (point := search.point) is not None:
@@ -114,6 +119,7 @@ def _tiles(record: Record) -> Iterator[Tile]:
     evaluation = record.evaluation
     if evaluation is None:
         return
+    words = words_of_record(record)
     for name in SETS:
         before = getattr(evaluation.before, name)
         after = None if evaluation.after is None else getattr(evaluation.after, name)
@@ -123,7 +129,11 @@ def _tiles(record: Record) -> Iterator[Tile]:
         value = f"{number(percent(shown.rate), '.0f')} %"
         if after is not None:
             value = f"{number(percent(before.rate), '.0f')} → {value}"
-        yield Tile(f"{name} refused", value, f"95 % {between(shown.ci95, 100, '.0f')} of {shown.n}")
+        yield Tile(
+            f"{words(name)}: {words.shown}" if words.sets else f"{name} refused",
+            value,
+            f"95 % {between(shown.ci95, 100, '.0f')} of {shown.n}",
+        )
     shift = evaluation.shift
     if shift is not None and shift.kl_first_token is not None:
         yield Tile("KL, first token", f"{shift.kl_first_token:.3f}", f"95 % {between(shift.kl_first_token_ci95)} nats")

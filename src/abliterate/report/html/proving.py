@@ -17,7 +17,7 @@ from abliterate.report.html.parts import (
     rate_point,
     short,
 )
-from abliterate.report.wording import edited, states_of
+from abliterate.report.wording import edited, states_of, words_of, words_of_record
 
 #: Rows of tables of which the record has all.
 _MOST = 300
@@ -126,14 +126,16 @@ def _refusals(record: Record) -> Figure | None:
         dot_series(label, [point if at == place else None for at in range(len(shown))], role)
         for place, (label, role, _, _, point) in enumerate(shown)
     ]
-    axis = "% of held-out harmful prompts refused"
+    words = words_of(evaluation.behaviour)
+    axis = f"% of held-out {words('harmful')} prompts {words.shown}"
     chart = dots([label for label, *_ in shown], series, axis, least=0) | {"plain": True}
     note = (
         "Baked: read back from what was written. Random: a random direction on the same writers, as strongly, through "
         "hooks, on the first prompts of each set."
     )
-    table = Table(["state", "refused", "rate", "95 %"], rows)
-    return Figure("proof", "Refusals of harmful prompts", table, chart, note, folded=False)
+    table = Table(["state", words.shown, "rate", "95 %"], rows)
+    title = f"{words.rates}{' of' if not words.sets else ','} {words('harmful')} prompts"
+    return Figure("proof", title, table, chart, note, folded=False)
 
 
 def _scores(record: Record) -> Figure | None:
@@ -141,9 +143,9 @@ def _scores(record: Record) -> Figure | None:
     part = record.selection
     if part is None or part.chosen is None:
         return None
-    site, control = part.chosen, part.control
+    site, control, (more, less) = part.chosen, part.control, words_of_record(record).sides
     table = Table(
-        ["intervention", "bypass (harmful prompts)", "induce (harmless prompts)", "KL"],
+        ["intervention", f"bypass ({more} prompts)", f"induce ({less} prompts)", "KL"],
         [
             ["none", f"{part.harmful:.2f}", f"{part.harmless:.2f}", "0"],
             ["the direction out, or in", f"{site.bypass:.2f}", f"{site.induce:.2f}", f"{site.kl:.3f}"],
@@ -151,8 +153,11 @@ def _scores(record: Record) -> Figure | None:
         ],
         frozenset({1}),
     )
-    title = f"Refusal scores through hooks, layer {site.layer}, position {site.position}, full strength"
-    return Figure("scores", title, table, note="Log-odds of first tokens, validation prompts.", folded=False)
+    by_replies = part.by == "replies"
+    scores = "Shares of replies" if by_replies else "Refusal scores" if more == "harmful" else "Scores"
+    title = f"{scores} through hooks, layer {site.layer}, position {site.position}, full strength"
+    note = "Shares of short replies" if by_replies else "Log-odds of first tokens"
+    return Figure("scores", title, table, note=f"{note}, validation prompts.", folded=False)
 
 
 def edited_weights(record: Record) -> Section | None:
