@@ -700,6 +700,7 @@ class SteeringPart(_Part):
     max_new_tokens: Count
     decoding: DecodingPart = DecodingPart()
     judge: JudgePart | None = None
+    behaviour: SoughtPart | None = Field(None, description="The behaviour, where it is another than refusal.")
     sources: dict[str, str] = {}
     prompts_sha256: str | None = None
     doses: list[DosePart] = Field(

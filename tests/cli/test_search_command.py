@@ -93,7 +93,7 @@ def test_what_the_table_cannot_say_stands_below() -> None:
     assert "→ Point 2 was chosen (farthest below the line between the ends of the front)." in text
     asked = " ".join(shown(part().model_copy(update={"why": "the least kl of some", "prompts": 80})).split())
     assert "→ Point 2 was chosen (the least kl of some)." in asked
-    assert "5 by replies, on 80 harmful validation prompts." in asked
+    assert "5 by replies, on 80 validation prompts." in asked
     assert "✗ Point 3: over-refusals 11.0 %, at most 5.0 %." in text
     assert "Point 4:" not in text
     assert "Not on the front" not in text

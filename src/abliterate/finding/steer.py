@@ -22,6 +22,7 @@ from abliterate.evaluation.parts import (
     estimate_part,
     judge_part,
     rate_parts,
+    sought_part,
 )
 from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.evaluation.results import manner
@@ -59,7 +60,8 @@ def sweep(
     Raises `UsageError` for vectors that do not fit the model.
     """
     steering = steering_of(vectors, steer, session.anatomy.layers, session.anatomy.d_model)
-    judge = ready_judge(replies, session.loading.device, session.monitor)
+    behaviour = session.prompts.behaviour
+    judge = ready_judge(replies, behaviour, session.loading.device, session.monitor)
     judge = bind_judge(judge, as_loaded(session), session.monitor)
     probe = Probe(session, _tokens(session, finding), "test", judge, replies)
     ends = () if steer.no_control else tuple(dict.fromkeys((steer.doses[0], steer.doses[-1])))
@@ -70,18 +72,20 @@ def sweep(
         control = list(_measured(session, probe, steering.random(session.seed), ends, plain, advance))
     measured: list[tuple[float | None, Measured]] = [(None, plain), *steered_ones]
     states = [one.replies for _, one in (*measured, *control) if one.replies]
-    corrections = corrections_of(judge, session.loaded.files.name, states)
+    corrections = corrections_of(judge, session.loaded.files.name, states, behaviour)
+    sensitive = () if steer.keep_completions else session.prompts.sensitive
     decoding = chosen_decoding(session.model.generation_config, replies, session.seed, session.monitor)
     return SteeringPart(
         **_said(session.loaded.files.name, name, steering, vectors),
         max_new_tokens=replies.max_new_tokens,
         decoding=decoding_part(decoding, replies),
         judge=judge_part(judge, corrections),
+        behaviour=sought_part(behaviour),
         sources=session.prompts.sources,
         prompts_sha256=session.prompts.sha256,
         doses=[_dose(dose, one, corrections, probe) for dose, one in measured],
         control=[_dose(dose, one, corrections, probe) for dose, one in control],
-        answers={named(dose): answer_parts(one.replies or {}, keep=steer.keep_completions) for dose, one in measured},
+        answers={named(dose): answer_parts(one.replies or {}, sensitive) for dose, one in measured},
     )
 
 

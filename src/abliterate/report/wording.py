@@ -425,20 +425,21 @@ def numbers_in_words(numbers: Sequence[int]) -> str:
 
 def counted(part: SteeringPart, name: str = "") -> str:
     """What the judge counts in replies to a set of prompts, as tables head it: 'harmful refused'."""
-    return f"{name} refused".strip()
+    words = words_of(part.behaviour)
+    return f"{words(name)} {words.shown}".strip()
 
 
 def responded(part: SteeringPart) -> str:
     """How the behaviour goes with the coefficient, from the lowest to the highest; "" where nothing was measured."""
     if len(part.doses) < 2:
         return ""
-    plain, ends = part.doses[0], dict.fromkeys((1, len(part.doses) - 1))
+    words, plain, ends = words_of(part.behaviour), part.doses[0], dict.fromkeys((1, len(part.doses) - 1))
     said = []
     for name, rate in plain.behaviour.items():
         shares = [
             f"{_share(part.doses[end].behaviour.get(name))} at {part.doses[end].coefficient or 0:g}" for end in ends
         ]
-        said.append(f"{counted(part, f'{name} prompts')}: {_share(rate)} as the model is, {', '.join(shares)}")
+        said.append(f"{words(name)} prompts {words.shown}: {_share(rate)} as the model is, {', '.join(shares)}")
     text = "; ".join(said) + "."
     if part.control:
         shares = [

@@ -7,7 +7,7 @@ from typing import Any
 
 from abliterate.record import DosePart, Record, SteeringPart
 from abliterate.report.html.parts import Figure, Section, Table, between, number, percent, short
-from abliterate.report.wording import broken, counted, named_dose, repeated, replies_of, responded, steered
+from abliterate.report.wording import broken, counted, named_dose, repeated, replies_of, responded, steered, words_of
 
 #: Prompts of each set whose replies are shown.
 _MOST = 8
@@ -67,7 +67,12 @@ def _damage(part: SteeringPart) -> Figure:
         rows.append([called, kl, "–" if share is None else f"{100 * share:.1f} %", " / ".join(scores)])
     head = ["coefficient", "KL [95 %]", "repeated 4-grams", f"score of first tokens, {' / '.join(part.doses[0].score)}"]
     table = Table(head, rows, frozenset({0}), frozenset())
-    return Figure("dose-kl", "How far first tokens of harmless prompts move, by coefficient", table, chart)
+    return Figure(
+        "dose-kl",
+        f"How far first tokens of {words_of(part.behaviour)('harmless')} prompts move, by coefficient",
+        table,
+        chart,
+    )
 
 
 def _replies(part: SteeringPart) -> Figure:
