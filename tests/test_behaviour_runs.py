@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import abliterate
 from abliterate import pipeline
@@ -229,3 +230,56 @@ def test_verbs_take_a_behaviour(planted: Planted) -> None:
     assert found.selection.by == "replies"
     with torch.no_grad():
         assert abs(float(found.direction.basis[0] @ planted.direction)) > 0.9
+
+
+def two_directions(planted: Planted) -> tuple[Direction, Direction]:
+    """The planted one, and one that is neither it nor orthogonal to it."""
+    other = planted.direction + torch.randn(D_MODEL, generator=torch.Generator().manual_seed(3)) / 8
+    return Direction(planted.direction[None]), Direction(other[None] / other.norm())
+
+
+def test_composed_plans_do_what_they_do_one_after_the_other(planted: Planted, tmp_path: Path) -> None:
+    first, second = two_directions(planted)
+    once = abliterate.apply(planted.folder, first, out=tmp_path / "once")
+    abliterate.apply(str(once.output), second, out=tmp_path / "twice", strength=0.5)
+    abliterate.apply(planted.folder, first, out=tmp_path / "both", also=[(second, 0.5)])
+    one_by_one, together = (load_file(tmp_path / name / "model.safetensors") for name in ("twice", "both"))
+    assert one_by_one.keys() == together.keys()
+    for name, tensor in together.items():
+        torch.testing.assert_close(tensor, one_by_one[name], rtol=0, atol=1e-5)
+
+
+def test_composed_plans_are_the_same_as_hooks_and_as_an_adapter(planted: Planted, tmp_path: Path) -> None:
+    first, second = two_directions(planted)
+    model = abliterate.load(str(planted.folder), device="cpu")
+    plan = abliterate.compose(model.plan(first), model.plan(second, strength=0.5))
+    abliterate.apply(planted.folder, first, out=tmp_path / "both", also=[(second, 0.5)])
+    written = abliterate.load(str(tmp_path / "both"), device="cpu")
+    ids = torch.arange(4, 20)[None]
+    with torch.no_grad():
+        with model.ablate(plan):
+            hooked = model.hf_model(input_ids=ids).logits
+        torch.testing.assert_close(written.hf_model(input_ids=ids).logits, hooked, rtol=0, atol=1e-4)
+
+
+def test_orthogonal_directions_leave_each_other_alone(planted: Planted) -> None:
+    model = abliterate.load(str(planted.folder), device="cpu")
+    first = Direction(planted.direction[None])
+    rest = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(4))
+    rest -= (rest @ planted.direction) * planted.direction
+    second = Direction(rest[None] / rest.norm())
+    both = abliterate.compose(model.plan(first), model.plan(second))
+    swapped = abliterate.compose(model.plan(second), model.plan(first))
+    vector = torch.randn(D_MODEL)
+    for one, other in zip(both.edits, swapped.edits, strict=True):
+        results = [vector - (vector @ edit.reads.T) @ edit.basis for edit in (one, other)]
+        torch.testing.assert_close(*results)
+
+
+def test_only_removals_compose(planted: Planted) -> None:
+    model = abliterate.load(str(planted.folder), device="cpu")
+    first, second = two_directions(planted)
+    with pytest.raises(UsageError, match="norm-preserving"):
+        abliterate.compose(model.plan(first), model.plan(second, norm_preserving=True))
+    with pytest.raises(UsageError, match="expected plans"):
+        abliterate.compose()

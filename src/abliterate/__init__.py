@@ -66,6 +66,7 @@ if TYPE_CHECKING:
     from abliterate.edit.hooks import addition as addition
     from abliterate.edit.options import plan_for as plan_for
     from abliterate.edit.plan import Plan as Plan
+    from abliterate.edit.plan import compose as compose
     from abliterate.edit.plan import make_plan as make_plan
     from abliterate.edit.steering import SteeringVectors as SteeringVectors
     from abliterate.errors import AbliterateError as AbliterateError
@@ -73,6 +74,8 @@ if TYPE_CHECKING:
     from abliterate.finding.find import choose as choose
     from abliterate.model.anatomy import Anatomy as Anatomy
     from abliterate.model.anatomy import study as study
+    from abliterate.prompts import Behaviour as Behaviour
+    from abliterate.prompts import load_behaviour as load_behaviour
     from abliterate.record import Record as Record
     from abliterate.record import read_record as read_record
     from abliterate.session import Session as Session
@@ -126,11 +129,12 @@ _HOMES = {
     "edit.gguf": ("read_control_vector",),
     "edit.hooks": ("ablation", "addition"),
     "edit.options": ("plan_for",),
-    "edit.plan": ("Plan", "make_plan"),
+    "edit.plan": ("Plan", "compose", "make_plan"),
     "edit.steering": ("SteeringVectors",),
     "errors": ("AbliterateError", "GateNotMet"),
     "finding.find": ("choose",),
     "model.anatomy": ("Anatomy", "study"),
+    "prompts": ("Behaviour", "load_behaviour"),
     "record": ("Record", "read_record"),
     "session": ("Session", "open_session"),
 }

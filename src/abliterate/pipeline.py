@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+
+from torch.nn.functional import normalize
 
 from abliterate import record as rec
 from abliterate.config import (
@@ -23,7 +25,7 @@ from abliterate.config import (
 from abliterate.edit.direction import Direction, Site, learnt_by, load_direction, save_direction
 from abliterate.edit.hooks import addition
 from abliterate.edit.options import plan_for
-from abliterate.edit.plan import Plan
+from abliterate.edit.plan import Plan, compose
 from abliterate.edit.steering import SteeringVectors
 from abliterate.edit.weights import weights_from
 from abliterate.edit.write import (
@@ -324,12 +326,14 @@ def apply(
     output: OutputSettings,
     *,
     site: Site | None = None,
+    also: Sequence[tuple[Path | Direction, float]] = (),
     editing: EditSettings = EditSettings(),
     loading: FileSettings = FileSettings(),
     monitor: Monitor | None = None,
 ) -> rec.Record:
     """Write MODEL with a direction taken out of its weights, or what takes it out (`output.realisation`).
 
+    `also` are other directions, each taken out of what is left then, at so many times its strength.
     The model is never loaded, unless its numbers can only be had from a live one (an adapter for quantised weights).
 
     Raises `UsageError` when the direction does not fit the model or the edit cannot be realised, `AnatomyError` when
@@ -337,21 +341,27 @@ def apply(
     """
     monitor = monitor or Monitor()
     with reserved(output.out):
-        chosen = (direction if isinstance(direction, Direction) else load_direction(direction)).at(site)
+        chosen = _read(direction).at(site)
+        others = [(_read(one), times) for one, times in also]
         files = _located(model, loading, output, monitor)
         with monitor.phase("prove that every writer is known"):
             anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
         warn_of_files(files, monitor)
         warn_of_leaks(anatomy, monitor)
         plan = plan_for(anatomy, chosen, editing)
+        if others:
+            for number, (other, _) in enumerate(others, 2):
+                most = float((normalize(chosen.basis) @ normalize(other.basis).T).abs().max())
+                monitor.note(f"directions 1 and {number}: cosine {most:.3f} (0 is none of one in the other)")
+            plan = compose(plan, *(plan_for(anatomy, other, editing, strength=times) for other, times in others))
         say_caveat(plan, editing, monitor)
         refuse(plan, anatomy, output)
         target = EditTarget(files, anatomy, skeleton, None if files.storage.editable else load(files))
         with opened(output, target, plan) as staging:
             done = realise(plan, chosen, target, staging, output, monitor)
             dtype = str(skeleton.config.dtype).removeprefix("torch.")
-            where = "given in Python" if isinstance(direction, Direction) else str(direction)
-            asked: dict[str, object] = {"model": files.name, "direction": where, "site": site}
+            asked: dict[str, object] = {"model": files.name, "direction": _named(direction), "site": site}
+            asked |= {"also": {_named(one): times for one, times in also}} if also else {}
             asked |= {"editing": editing.model_dump(mode="json"), "output": output.model_dump(mode="json")}
             record = build_record(
                 model_part(files, skeleton, anatomy, dtype=dtype, hashes=source_hashes(done, files)),
@@ -362,6 +372,14 @@ def apply(
             )
             save_direction(staging.folder / DIRECTION, chosen)
             return write_all(record, staging.folder, monitor)
+
+
+def _read(direction: Path | Direction) -> Direction:
+    return direction if isinstance(direction, Direction) else load_direction(direction)
+
+
+def _named(direction: Path | Direction) -> str:
+    return "given in Python" if isinstance(direction, Direction) else str(direction)
 
 
 def evaluate(

@@ -66,7 +66,7 @@ from abliterate.config import (
 )
 from abliterate.config.natural import as_type
 from abliterate.edit import undo as undoing
-from abliterate.edit.direction import Site, learnt_by
+from abliterate.edit.direction import Direction, Site, learnt_by
 from abliterate.edit.plan import Plan
 from abliterate.edit.steering import SteeringVectors
 from abliterate.errors import UsageError
@@ -269,6 +269,7 @@ def apply(
     output: OutputSettings | None = None,
     *,
     site: Site | None = None,
+    also: Sequence[DirectionLike | tuple[DirectionLike, float]] = (),
     editing: EditSettings | None = None,
     loading: FileSettings | None = None,
     monitor: Monitor | None = None,
@@ -276,7 +277,8 @@ def apply(
 ) -> Record:
     """Write a model with a direction taken out of its weights to `out`; the model is never loaded.
 
-    `direction` is a file or a direction; `as_` "lora", "gguf-lora" and "control-vector" write these instead. Raises
+    `direction` is a file or a direction, and `also` are others, taken out of what is left then: each alone, or with how
+    many times the strength. `as_` "lora", "gguf-lora" and "control-vector" write these instead. Raises
     `UsageError` when the direction does not fit the model or the edit cannot be held, `AnatomyError` when a writer is
     not known.
     """
@@ -288,8 +290,16 @@ def apply(
     loading = loading or given.take(FileSettings)
     given.done()
     monitor, where = monitor or progress(), model if isinstance(model, ModelOnDisk) else str(model)
-    chosen = Path(direction) if isinstance(direction, str | PathLike) else as_direction(direction)
-    return pipeline.apply(where, chosen, output, site=site, editing=editing, loading=loading, monitor=monitor)
+    pairs = [one if isinstance(one, tuple | list) and len(one) == 2 else (one, 1.0) for one in also]
+    others = [(_file_or_direction(one), float(times)) for one, times in pairs]
+    chosen = _file_or_direction(direction)
+    return pipeline.apply(
+        where, chosen, output, site=site, also=others, editing=editing, loading=loading, monitor=monitor
+    )
+
+
+def _file_or_direction(value: DirectionLike) -> Path | Direction:
+    return Path(value) if isinstance(value, str | PathLike) else as_direction(value)
 
 
 def evaluate(

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from abliterate.cli.arguments import DirectionFile, Json, Model, Quiet, SiteOption, monitor_for, say, site_of
 from abliterate.cli.options import with_settings
 from abliterate.cli.run import show_done
 from abliterate.config import EditSettings, FileSettings, OutputSettings
+from abliterate.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,14 @@ def apply(
     model: Model,
     direction: DirectionFile,
     site: SiteOption = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another direction file to take out of what is left then, or FILE@TIMES for so many times the "
+            "strength (refusal out and hedging halved: hedging.safetensors@0.5); may come several times.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -36,8 +49,20 @@ def apply(
         direction,
         given.output,
         site=site_of(site),
+        also=[_with_times(text) for text in also or ()],
         editing=given.editing,
         loading=given.loading,
         monitor=monitor_for(quiet),
     )
     say(record, show_done, as_json)
+
+
+def _with_times(text: str) -> tuple[Path, float]:
+    """FILE or FILE@TIMES."""
+    file, at, times = text.rpartition("@")
+    if not at or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        return Path(file), float(times)
+    except ValueError:
+        raise UsageError(f"--also {text}: expected FILE or FILE@TIMES, as in hedging.safetensors@0.5") from None

@@ -134,6 +134,42 @@ def make_plan(
     return Plan(tuple(edits), basis, strength, tuple(left_alone), variant.untie)
 
 
+def compose(*plans: Plan) -> Plan:
+    """One plan that does what plans do one after the other, each to what the one before it left.
+
+    Where two edit a writer, (I − M₂)(I − M₁) = I − (M₁ + M₂ − M₂ M₁) with Mᵢ = sᵢ Lᵢᵀ Rᵢ is one oblique edit of
+    strength 1: R is R₁ above R₂, and L is s₁ L₁ − s₁ s₂ (L₁ R₂ᵀ) L₂ above s₂ L₂. Orthogonal directions leave each other
+    alone.
+
+    Raises `UsageError` for no plans, and for edits that are no removal alone: norm-preserving or affine ones.
+    """
+    if not plans:
+        raise UsageError("compose: expected plans, found none")
+    edits: dict[str, Edit] = {}
+    for plan in plans:
+        for edit in plan.edits:
+            if edit.norm_preserving or edit.offset is not None:
+                raise UsageError(
+                    f"compose: writer '{edit.writer.module}': expected edits that take something out and do no more, "
+                    "found a norm-preserving or an affine one"
+                )
+            known = edits.get(edit.writer.name)
+            edits[edit.writer.name] = edit if known is None else _after(known, edit)
+    modules = {edit.writer.module for edit in edits.values()}
+    alone = dict(pair for plan in plans for pair in plan.left_alone if pair[0] not in modules)
+    strengths = {plan.strength for plan in plans}
+    strength = strengths.pop() if len(strengths) == 1 else 1.0
+    direction = torch.cat([plan.direction for plan in plans])
+    return Plan(tuple(edits.values()), direction, strength, tuple(alone.items()), any(plan.untie for plan in plans))
+
+
+def _after(first: Edit, second: Edit) -> Edit:
+    left = first.strength * first.basis
+    rest = left - second.strength * (left @ second.reads.T) @ second.basis
+    basis = torch.cat([rest, second.strength * second.basis])
+    return Edit(first.writer, basis, 1.0, torch.cat([first.reads, second.reads]))
+
+
 def _check_strength(strength: float) -> None:
     try:
         fits = bool(-1e3 < strength < 1e3)
