@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from abliterate.cli import terminal as terminals
 from abliterate.cli.live import Screen
 from abliterate.cli.show import show_record
-from abliterate.cli.terminal import Steady, plain, terminal, write, write_csv, write_json
+from abliterate.cli.terminal import Steady, plain, terminal, write, write_json, write_lines
 from abliterate.cli.verify import show_integrity
 from abliterate.errors import PromptError
 from abliterate.files.checkpoint import open_checkpoint
@@ -133,7 +133,7 @@ def test_json_and_csv_on_stdout_obey_nothing(text: str, capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert json.loads(out) == {"a": text}
     assert not HIDDEN.search(out)
-    write_csv(f"a,{text}\n")
+    write_lines(f"a,{text}\n")
     assert not HIDDEN.search(capsys.readouterr().out)
 
 

@@ -32,7 +32,7 @@ def write_jsonl(path: Path, rows: Sequence[object]) -> None:
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
 
 
-def write_csv(path: Path, columns: dict[str, list[str]]) -> None:
+def write_lines(path: Path, columns: dict[str, list[str]]) -> None:
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
@@ -59,10 +59,10 @@ FORMATS: dict[str, tuple[str, Callable[[Path, str], None]]] = {
     "json dict of lists": ("x.json", lambda path, column: write_json(path, columns(column))),
     "json under a key": ("x.json", lambda path, column: write_json(path, {"version": 1, "rows": objects(column)})),
     "jsonl": ("x.jsonl", lambda path, column: write_jsonl(path, objects(column))),
-    "csv": ("x.csv", lambda path, column: write_csv(path, columns(column))),
+    "csv": ("x.csv", lambda path, column: write_lines(path, columns(column))),
     "parquet": ("x.parquet", lambda path, column: write_parquet(path, columns(column))),
     "upper case suffix": ("x.JSONL", lambda path, column: write_jsonl(path, objects(column))),
-    "colon in the folder": ("a:b/x.csv", lambda path, column: write_csv(path, columns(column))),
+    "colon in the folder": ("a:b/x.csv", lambda path, column: write_lines(path, columns(column))),
 }
 
 
@@ -119,7 +119,7 @@ def test_lists_of_texts_and_plain_text_need_no_column(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "x.jsonl", TEXTS)
     (tmp_path / "x.txt").write_text("\n".join(TEXTS), encoding="utf-8")
     write_json(tmp_path / "one.json", {"whatever": TEXTS})
-    write_csv(tmp_path / "one.csv", {"whatever": TEXTS})
+    write_lines(tmp_path / "one.csv", {"whatever": TEXTS})
     for name in ("x.json", "x.jsonl", "x.txt", "one.json", "one.csv"):
         assert load_prompts(str(tmp_path / name)) == TEXTS, name
 
@@ -132,7 +132,7 @@ def test_one_file_may_hold_several_sets_as_lists(tmp_path: Path) -> None:
 
 def test_blank_prompts_are_dropped_and_edges_trimmed(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("  one \n\n \t\ntwo\n", encoding="utf-8")
-    write_csv(tmp_path / "x.csv", {"text": ["one", "", "  ", " two"]})
+    write_lines(tmp_path / "x.csv", {"text": ["one", "", "  ", " two"]})
     write_parquet(tmp_path / "x.parquet", {"text": ["one", None, "two"]})
     for name in ("x.txt", "x.csv", "x.parquet"):
         assert load_prompts(str(tmp_path / name)) == ["one", "two"], name
@@ -152,7 +152,7 @@ def test_line_separators_inside_a_prompt_do_not_break_jsonl(tmp_path: Path) -> N
 
 def test_csv_prompts_may_hold_commas_quotes_and_line_breaks(tmp_path: Path) -> None:
     texts = ['a, b and "c"', "line\nbreak"]
-    write_csv(tmp_path / "x.csv", {"text": texts, "n": ["1", "2"]})
+    write_lines(tmp_path / "x.csv", {"text": texts, "n": ["1", "2"]})
     assert load_prompts(str(tmp_path / "x.csv")) == texts
 
 
@@ -468,7 +468,7 @@ def test_category_of_each_prompt_is_kept_in_every_format(tmp_path: Path, name: s
     write_json(tmp_path / "rows.json", rows)
     write_json(tmp_path / "lists.json", table)
     write_jsonl(tmp_path / "x.jsonl", rows)
-    write_csv(tmp_path / "x.csv", table)
+    write_lines(tmp_path / "x.csv", table)
     write_parquet(tmp_path / "x.parquet", table)
     for path in sorted(tmp_path.iterdir()):
         prompts = load_prompts(str(path))
@@ -492,7 +492,7 @@ def test_most_telling_category_column_is_taken(tmp_path: Path) -> None:
 
 
 def test_blank_prompts_take_their_category_with_them(tmp_path: Path) -> None:
-    write_csv(tmp_path / "x.csv", {"text": ["", "b", " ", "d"], "category": ["1", "2", "3", "4"]})
+    write_lines(tmp_path / "x.csv", {"text": ["", "b", " ", "d"], "category": ["1", "2", "3", "4"]})
     assert [(p, p.category) for p in load_prompts(str(tmp_path / "x.csv"))] == [("b", "2"), ("d", "4")]
 
 

@@ -16,6 +16,7 @@ from abliterate.cli.apply import apply
 from abliterate.cli.audit import audit
 from abliterate.cli.chat import chat
 from abliterate.cli.compare import compare
+from abliterate.cli.config import config
 from abliterate.cli.eval import evaluate
 from abliterate.cli.find import find
 from abliterate.cli.harden import harden
@@ -66,7 +67,15 @@ def _global(
 
 #: What people come for, and the commands for it.
 _GROUPS: dict[str, dict[str, Callable[..., None]]] = {
-    "Edit a model": {"run": run, "search": search, "find": find, "verify": verify, "apply": apply, "undo": undo},
+    "Edit a model": {
+        "run": run,
+        "search": search,
+        "find": find,
+        "verify": verify,
+        "apply": apply,
+        "undo": undo,
+        "config": config,
+    },
     "Steer and read": {"steer": steer, "read": read},
     "Look at and share what was done": {"show": show, "report": report, "lab": lab, "chat": chat, "push": push},
     "Measure": {"eval": evaluate, "compare": compare, "judge": judge},
@@ -92,7 +101,7 @@ for _group, _commands in _GROUPS.items():
 
 
 #: Commands whose result is what they print, unless one of these options names a file for it.
-_PRINTING = {"show", "eval", "compare", "chat", "inspect", "audit", "judge", "steer", "read"}
+_PRINTING = {"show", "config", "eval", "compare", "chat", "inspect", "audit", "judge", "steer", "read"}
 _WRITING = ("-o", "--out", "--csv", "--calibrate")
 
 

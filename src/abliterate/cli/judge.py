@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.measure import Measurement
 
 from abliterate.cli.arguments import Json
-from abliterate.cli.terminal import Table, plain, terminal, write, write_csv, write_json
+from abliterate.cli.terminal import Table, plain, terminal, write, write_json, write_lines
 from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def judge(
         if as_json:
             write_json(json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False))
         else:
-            write_csv(as_csv(rows))
+            write_lines(as_csv(rows))
         return
     if calibrate is not None:
         of = _whose(model, prompts)

@@ -12,6 +12,7 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from abliterate.cli.configured import Config
 from abliterate.errors import UsageError
 
 #: Other names of options.
@@ -59,14 +60,16 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     }
     fields = {name: kind.model_fields for name, kind in kinds.items()}
     options = [_parameter(name, field, kinds[group]) for group in kinds for name, field in fields[group].items()]
+    config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config)
 
     def wrapper(**values: Any) -> None:
+        values.pop("config", None)  # it has taken the place of defaults by now
         taken = {
             group: _build(kind, {name: values.pop(name) for name in fields[group]}) for group, kind in kinds.items()
         }
         command(groups.annotation(**taken), **values)
 
-    parameters = [*own, *options]
+    parameters = [*own, config, *options]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from abliterate.cli.arguments import Json, Model, Quiet, monitor_for, say
+from abliterate.cli.configured import FromRecord, recorded
 from abliterate.cli.options import with_settings
 from abliterate.cli.search import show_search
 from abliterate.cli.tables import PLAIN, fits, show_evaluation
-from abliterate.cli.terminal import Table, plain, write
+from abliterate.cli.terminal import Table, plain, terminal, write
 from abliterate.config import (
     EditSettings,
     EvalSettings,
@@ -159,6 +160,7 @@ def run(
     /,
     *,
     model: Model,
+    from_record: FromRecord = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -175,5 +177,25 @@ def run(
         searching=given.searching,
         output=given.output,
     )
+    before = None if from_record is None else recorded(from_record)
     record = pipeline.run(settings, monitor_for(quiet))
     say(record, show_done, as_json)
+    if before is not None and not as_json:
+        write(terminal(), compared(before, record), style="bold")
+
+
+def compared(before: Record, again: Record) -> str:
+    """Whether a run that was done again wrote the same weights, and if not, what it may come from."""
+    old, new = before.output_sha256, again.output_sha256
+    if old == new:
+        return f"Done again: all {len(new)} files of weights have the SHA-256 of the record."
+    same = sum(new.get(name) == digest for name, digest in old.items())
+    parts = {
+        "the original's files": (before.model.source_sha256, again.model.source_sha256),
+        "the prompts": (before.prompts and before.prompts.sha256, again.prompts and again.prompts.sha256),
+        "versions": (before.versions, again.versions),
+        "the device": (before.model.device, again.model.device),
+    }
+    others = [name for name, (one, other) in parts.items() if one != other]
+    why = f"{' and '.join(others)} are other ones" if others else "sums on another processor may round otherwise"
+    return f"Done again: {same} of {len(old)} files of weights have the SHA-256 of the record; {why}."

@@ -72,8 +72,8 @@ def write_json(text: str) -> None:
     sys.stdout.flush()
 
 
-def write_csv(text: str) -> None:
-    """Print rows on stdout. Cells are shown as texts are elsewhere; `write_json` gives them as they are."""
+def write_lines(text: str) -> None:
+    """Print lines on stdout, without control characters: a file, or rows of CSV (`write_json` gives cells raw)."""
     sys.stdout.write(printable_lines(text))
     sys.stdout.flush()
 
