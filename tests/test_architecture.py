@@ -183,6 +183,7 @@ def test_library_does_not_print_and_loads_no_pickle() -> None:
 _OPENING = {
     *(
         "open",
+        "open_file",
         "fdopen",
         "read_text",
         "read_bytes",
@@ -200,6 +201,7 @@ _LOOKED_AT = {"open_regular", "open_source", "new_file"}
 #: The only modules that open files themselves; all others ask `files.bounded` or `files.checkpoint`.
 OPENS = {
     "files.bounded": "what all others ask",
+    "files.portable": "what opens for the others, on every system",
     "files.atomic": "new files of our own",
     "files.checkpoint.growing": "what was written a moment ago",
     "files.checkpoint.journal": "to write on, not through links",
@@ -215,7 +217,8 @@ OPENS = {
     "cli.terminal": "standard streams",
     "lab.serving": "a browser",
     "lab.ui": "the page's style, of this package",
-    "model.batches": "/proc",
+    "model.placement": "/proc",
+    "model.read_ahead": "safetensors that were checked",
     "monitor": "/proc",
     "prompts.watched": "/proc",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from abliterate.errors import CheckpointError
 from abliterate.files.interrupts import one_interrupt
+from abliterate.files.portable import NO_LINK, open_file, open_folder, set_mode
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def write_atomically(path: Path, content: str | bytes, *, private: bool = False)
 
 def new_file(path: Path, mode: int = 0o666) -> int:
     """A descriptor to read and write the file `path`, which must not exist, not even as a link."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    return open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, mode)
 
 
 def real_folder(path: Path) -> Path:
@@ -94,11 +95,10 @@ def refuse_other_kinds(path: Path) -> None:
 
 def _settle(draft: Path, mode: int | None) -> None:
     """Give a draft its mode and wait until it is on disk."""
-    handle = os.open(draft, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    handle = open_file(draft, os.O_RDWR | NO_LINK)
     try:
         if mode is not None:
-            with contextlib.suppress(PermissionError):  # file systems without modes
-                os.fchmod(handle, mode)
+            set_mode(handle, mode)
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -107,11 +107,11 @@ def _settle(draft: Path, mode: int | None) -> None:
 def _flush(folder: Path) -> None:
     """Wait until the names in a folder are on disk, where folders can be flushed."""
     with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        if (handle := open_folder(folder)) is not None:
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
 
 def _umask() -> int:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from abliterate.errors import AbliterateError, CheckpointError
+from abliterate.files.portable import NO_WAIT, open_file
 from abliterate.texts import printable
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -69,7 +70,7 @@ def open_regular(path: Path) -> int:
     Raises `NotRegularError` for what is no regular file, `OSError` where nothing can be opened.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = open_file(path, os.O_RDONLY | NO_WAIT)
     except ValueError as error:  # a NUL in the name
         raise NotRegularError(f"no name of a file ({error})") from error
     mode = os.fstat(fd).st_mode

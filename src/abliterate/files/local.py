@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import hmac
@@ -17,6 +16,7 @@ from pathlib import Path
 from abliterate.config import cache_folder
 from abliterate.errors import UsageError
 from abliterate.files.atomic import new_file
+from abliterate.files.portable import NO_LINK, NO_WAIT, is_private, lock, open_file
 
 _KEY, _LOCKS = "key", "locks"
 _KEY_BYTES = 32
@@ -52,28 +52,27 @@ def reserved(out: Path, *, wait: bool = False) -> Iterator[None]:
     if mine in _reserved:
         yield
         return
-    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-    lock = _locked(cache_folder() / _LOCKS / hashlib.sha256(os.fsencode(place)).hexdigest(), out, how)
+    held = _locked(cache_folder() / _LOCKS / hashlib.sha256(os.fsencode(place)).hexdigest(), out, wait)
     _reserved.add(mine)
     try:
         yield
     finally:
         _reserved.discard(mine)
-        if lock is not None:
-            path, handle = lock
+        if held is not None:
+            path, handle = held
             with contextlib.suppress(OSError):
                 path.unlink()
             os.close(handle)
 
 
-def _locked(path: Path, out: Path, how: int) -> tuple[Path, int] | None:
+def _locked(path: Path, out: Path, wait: bool) -> tuple[Path, int] | None:
     """A lock file that is ours until it is closed; None where there are no locks."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            handle = open_file(path, os.O_RDWR | os.O_CREAT | NO_LINK, 0o600)
             try:
-                fcntl.flock(handle, how)
+                lock(handle, wait=wait)
                 if os.path.exists(path) and os.path.samestat(os.fstat(handle), os.stat(path)):
                     return path, handle  # else its last owner has just removed it
             except BlockingIOError:
@@ -103,12 +102,12 @@ def _key(folder: Path) -> bytes:
 def _read(path: Path) -> bytes | None:
     """The key in a file of this user that nobody else can read or write."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = open_file(path, os.O_RDONLY | NO_LINK | NO_WAIT)
     except OSError:
         return None
     try:
         about = os.fstat(handle)
-        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+        if not stat.S_ISREG(about.st_mode) or not is_private(about):
             return None
         found = os.read(handle, _KEY_BYTES + 1)
     finally:

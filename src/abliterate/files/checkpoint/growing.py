@@ -19,6 +19,7 @@ from types import TracebackType
 from abliterate.files.atomic import new_file
 from abliterate.files.checkpoint.messages import damaged
 from abliterate.files.checkpoint.reading import CALL_LIMIT
+from abliterate.files.portable import open_file, open_folder, read_at, set_mode, write_at
 
 _PIECE = 256 * 2**10  # bytes hashed at once: they stay in the core's own cache
 _CHUNK = 4 * 2**20  # plain read and write
@@ -74,7 +75,7 @@ class Trail:
         with memoryview(bytearray(_PIECE)) as view:
             while (position := self._positions.get()) is not None:
                 while done < position and not self._left.is_set():
-                    got = os.preadv(fd, [view[: position - done]], done)
+                    got = read_at(fd, view[: position - done], done)
                     if not got:
                         raise damaged(self._path, "it became shorter while it was read")
                     digest.update(view[:got])
@@ -95,8 +96,7 @@ class GrowingFile:
         self._told = self._flushed = 0
         self._flushes: list[Future[None]] = []
         if mode is not None:
-            with suppress(PermissionError):  # file systems without modes
-                os.fchmod(self.fd, mode)
+            set_mode(self.fd, mode)
 
     def __enter__(self) -> GrowingFile:
         """Nothing more: the file is open."""
@@ -117,7 +117,7 @@ class GrowingFile:
         """Append bytes."""
         done = 0
         while done < len(view):
-            done += os.pwrite(self.fd, view[done : done + CALL_LIMIT], self.position + done)
+            done += write_at(self.fd, view[done : done + CALL_LIMIT], self.position + done)
         self._wrote(len(view))
 
     def copy(self, src: int, start: int, end: int, path: Path) -> None:
@@ -165,10 +165,11 @@ def copy_some(src: int, dst: int, start: int, position: int, count: int) -> int:
         except OSError as exc:
             if exc.errno not in _UNSUPPORTED:
                 raise
-    data = os.pread(src, min(count, _CHUNK), start)
+    data = memoryview(bytearray(min(count, _CHUNK)))
+    data = data[: read_at(src, data, start)]
     done = 0
     while done < len(data):
-        done += os.pwrite(dst, data[done:], position + done)
+        done += write_at(dst, data[done:], position + done)
     return done
 
 
@@ -178,7 +179,9 @@ def by_copy_file_range(src: int, dst: int, start: int, position: int, count: int
 
 
 def by_sendfile(src: int, dst: int, start: int, position: int, count: int) -> int:
-    """One `sendfile`."""
+    """One `sendfile`, 0 where there is none."""
+    if not hasattr(os, "sendfile"):
+        return 0
     os.lseek(dst, position, os.SEEK_SET)
     return os.sendfile(dst, src, start, count)
 
@@ -201,7 +204,9 @@ def sync_folders(folder: Path, *, files: bool = False) -> None:
 
 def sync_path(path: Path) -> None:
     """Flush one file or folder."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_folder(path) if path.is_dir() else open_file(path, os.O_RDONLY)
+    if fd is None:
+        return
     try:
         sync(fd)
     finally:

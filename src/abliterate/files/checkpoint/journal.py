@@ -20,6 +20,7 @@ from abliterate.errors import CheckpointError
 from abliterate.files.atomic import real_folder
 from abliterate.files.bounded import MB, Kind
 from abliterate.files.checkpoint.growing import sync_path
+from abliterate.files.portable import NO_LINK, open_file
 
 MODEL = "model"
 """The folder, beside the journal, that is to become OUT."""
@@ -126,7 +127,7 @@ def _line(entry: tuple[str, Finished]) -> dict[str, Any]:
 
 
 def _append(path: Path, *lines: Mapping[str, Any]) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    handle = open_file(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | NO_LINK, 0o600)
     with open(handle, "ab") as file:
         file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
         file.flush()

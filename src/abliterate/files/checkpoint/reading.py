@@ -19,6 +19,7 @@ from abliterate.files.bounded import MB, Kind, NotRegularError, open_regular
 from abliterate.files.bounded import parse_json as parse
 from abliterate.files.checkpoint.links import leads_out
 from abliterate.files.checkpoint.messages import OUR_FAULT, damaged, error, short
+from abliterate.files.portable import read_at
 
 BITS: Mapping[str, int] = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -110,7 +111,7 @@ class TensorReader:
         with memoryview(buffer) as view:
             done = 0
             while done < length:
-                got = os.preadv(self._fd, [view[done : done + CALL_LIMIT]], self.info.start + offset + done)
+                got = read_at(self._fd, view[done : done + CALL_LIMIT], self.info.start + offset + done)
                 if not got:
                     raise damaged(self.info.file, "it became shorter while it was read")
                 done += got

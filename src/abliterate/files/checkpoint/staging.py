@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -26,6 +25,8 @@ from abliterate.files.checkpoint.messages import error, free_bytes, readable_siz
 from abliterate.files.checkpoint.outputs import walk
 from abliterate.files.interrupts import one_interrupt
 from abliterate.files.local import is_sealed, reserved, seal
+from abliterate.files.portable import NO_LINK, NO_WAIT, is_own, lives, open_file, open_folder
+from abliterate.files.portable import lock as hold
 from abliterate.texts import printable
 
 _REPLACED, _SEAL = "replaced", "seal"
@@ -178,10 +179,10 @@ def _is_ours(place: Path, out: Path) -> bool:
     with suppress(OSError, UnicodeDecodeError):
         folders = [place, *(place / name for name in (MODEL, SCRATCH, _REPLACED) if os.path.lexists(place / name))]
         about = [os.lstat(folder) for folder in folders]
-        real = all(stat.S_ISDIR(one.st_mode) for one in about) and about[0].st_uid == os.geteuid()
+        real = all(stat.S_ISDIR(one.st_mode) for one in about) and is_own(about[0])
         if not real or not set(os.listdir(place)) - {_SEAL}:
             return real  # killed before it was sealed: an empty folder, which says nothing
-        handle = os.open(place / _SEAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        handle = open_file(place / _SEAL, os.O_RDONLY | NO_LINK | NO_WAIT)
         with open(handle, "rb") as file:
             return is_sealed(file.read(100).decode(), *_identity(place, out))
     return False
@@ -311,29 +312,23 @@ def _claim(folder: Path, pid: int) -> int | None:
     except BlockingIOError:
         return None
     except OSError:
-        return None if pid == os.getpid() or _lives(pid) else -1
+        return None if pid == os.getpid() or lives(pid) else -1
     young = time.time() - os.fstat(lock).st_mtime < _SETTLED
-    if young and pid != os.getpid() and _lives(pid):  # it may be about to lock it
+    if young and pid != os.getpid() and lives(pid):  # it may be about to lock it
         _unlock(lock)
         return None
     return lock
 
 
-def _lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
 def _lock(folder: Path) -> int:
-    """A descriptor that holds the lock of `folder` until it is closed; BlockingIOError if another has it."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    """A descriptor that holds the lock of `folder` until it is closed; BlockingIOError if another has it.
+
+    OSError where folders have no locks: that of OUT in the cache folder is left (`local.reserved`).
+    """
+    if (fd := open_folder(folder)) is None:
+        raise OSError(errno.ENOTSUP, "folders have no locks here")
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        hold(fd)
     except OSError:
         os.close(fd)
         raise

@@ -10,7 +10,6 @@ is killed and resumed proposes what it would have proposed undisturbed.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -28,6 +27,7 @@ from abliterate.edit.direction import Direction
 from abliterate.errors import CheckpointError, NumericalError, UsageError
 from abliterate.evaluation.probe import Level
 from abliterate.files.bounded import MB, Kind, check_plain
+from abliterate.files.portable import NO_LINK, NO_WAIT, is_own, lock, open_file
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 
@@ -312,15 +312,15 @@ def _locked(journal: Path) -> Iterator[None]:
     """A lock that ends with the process, however that ends."""
     try:
         journal.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+        descriptor = open_file(journal, os.O_RDWR | os.O_CREAT | NO_LINK | NO_WAIT, 0o644)
     except OSError as error:
         raise CheckpointError(f"'{journal}': cannot be written ({error.strerror})") from error
     try:
         about = os.fstat(descriptor)
-        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_nlink > 1:
+        if not stat.S_ISREG(about.st_mode) or not is_own(about) or about.st_nlink > 1:
             raise CheckpointError(f"'{journal}': expected a file of this user alone, found another; give another OUT")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(descriptor)
         except BlockingIOError as error:
             raise UsageError(f"'{journal}': another search is writing it; wait for it, or give another OUT") from error
         yield
