@@ -41,14 +41,14 @@ def orthonormal(rows: Float[Tensor, "k d"]) -> Float[Tensor, "k d"]:
 
     Raises `NumericalError` when the rows are not finite or not independent.
     """
-    wide = rows.double()
+    wide = rows.cpu().double()  # not every accelerator has it
     if not bool(torch.isfinite(wide).all()) or bool((wide.norm(dim=1) < ZERO_NORM).any()):
         raise NumericalError("direction: expected finite non-zero vectors, found NaN, infinity or zero")
     q, r = torch.linalg.qr(wide.T)
     diagonal = r.diagonal()
     if len(wide) > wide.shape[1] or bool((diagonal.abs() < 1e-9 * wide.norm(dim=1)).any()):
         raise NumericalError("direction: expected independent vectors, found one in the span of the others")
-    basis: Tensor = (q * diagonal.sign()).T.to(rows.dtype).contiguous()
+    basis: Tensor = (q * diagonal.sign()).T.to(rows).contiguous()
     return basis
 
 
@@ -99,10 +99,15 @@ def remove_from_weight(
     """The weight table of this module's docstring, for any shape with the stream on `axis`; in float32 inside."""
     wide = weight.float()
     reader = basis if reader is None else reader
-    if axis in (-1, weight.dim() - 1):
-        return (wide - strength * ((wide @ reader.T) @ basis)).to(weight.dtype)
-    wide = wide.movedim(axis, -2)
-    return (wide - strength * (basis.T @ (reader @ wide))).movedim(-2, axis).to(weight.dtype).contiguous()
+    last = axis in (-1, weight.dim() - 1)
+    turned = wide if last else wide.movedim(axis, -2)
+    matrices = turned.reshape(-1, *((1,) if turned.dim() == 1 else ()), *turned.shape[-2:])
+    left, right = (matrices @ reader.T, basis) if last else (basis.T, reader @ matrices)
+    if isinstance(strength, Tensor):  # one that is differentiated by
+        left, strength = strength * left, 1.0
+    left, right = (part.expand(len(matrices), *part.shape[-2:]) for part in (left, right))
+    new = torch.baddbmm(matrices, left, right, alpha=-strength).reshape(turned.shape)
+    return (new if last else new.movedim(-2, axis)).to(weight.dtype).contiguous()
 
 
 def check_finite(name: str, *values: Tensor) -> None:

@@ -129,7 +129,7 @@ def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec
     behaviour = build_contrastive_set(settings.prompts).behaviour
     method = method_of(settings.searching, settings.finding, settings.editing, output, behaviour=behaviour)
     check_search(settings.searching, method, settings.finding, settings.editing)
-    judge = ready_judge(settings.evaluating, behaviour, settings.loading.device, monitor)
+    judge = ready_judge(settings.evaluating, behaviour, settings.loading.judge_device, monitor)
     files = _located(settings.model, settings.loading, output, monitor)
     session = _opened(files, settings, monitor)
     judge = bind_judge(judge, as_loaded(session), monitor)
@@ -222,7 +222,7 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     behaviour = load_behaviour(settings.prompts.behaviour)
     method = method_of(settings.searching, settings.finding, settings.editing, behaviour=behaviour)
     check_search(settings.searching, method, settings.finding, settings.editing)
-    judge = ready_judge(settings.evaluating, behaviour, settings.loading.device, monitor)
+    judge = ready_judge(settings.evaluating, behaviour, settings.loading.judge_device, monitor)
     session = _opened(settings.model, settings, monitor)
     judge = bind_judge(judge, as_loaded(session), monitor)
     findings = find(session, settings.finding, settings.editing)
@@ -400,7 +400,7 @@ def evaluate(
         raise UsageError("evaluate: expected a base or a plan, found both")
     exam = exam_of(evaluating, session.seed)
     original = as_loaded(base or session, evaluating)
-    judge = ready_judge(evaluating, session.prompts.behaviour, session.loading.device, session.monitor)
+    judge = ready_judge(evaluating, session.prompts.behaviour, session.loading.judge_device, session.monitor)
     examiner = examiner_of(session, evaluating, bind_judge(judge, original, session.monitor))
     if plan is not None:
         edited = ModelState(session, functools.partial(session.ablated, plan))
@@ -429,7 +429,9 @@ def evaluate_elsewhere(
             + ("--served and --served-edited, found --edited" if is_server else "--edited, found names of a server")
         )
     judge = bind_judge(
-        ready_judge(evaluating, load_behaviour(measuring.prompts.behaviour), loading.device, monitor), None, monitor
+        ready_judge(evaluating, load_behaviour(measuring.prompts.behaviour), loading.judge_device, monitor),
+        None,
+        monitor,
     )
     with monitor.phase("find model"):
         files = locate_model(model, loading)

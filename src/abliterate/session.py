@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from abliterate.config import EditSettings, FileSettings, ModelSettings, PromptSettings
@@ -22,6 +23,7 @@ from abliterate.model.batches import BatchSize, Encoded, auto_batch_size, can_sh
 from abliterate.model.context import beyond, check_fits, context_of
 from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.model.meter import count_passes
+from abliterate.model.offloaded import is_offloaded
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set, describe
@@ -105,6 +107,37 @@ class Session:
         return stream_sites(
             self.model, self.blocks, prompts, self.positions, consume, self.size, keep=keep, progress=progress
         )
+
+    def stream_classes(
+        self, split: str, consumers: Mapping[str, Consumer], keeps: Mapping[str, Keep] | None, progress: Progress
+    ) -> None:
+        """Feed each class's consumer the activations of its prompts, both classes in the same batches.
+
+        Weights that are fetched for a pass are fetched once for both.
+        """
+        starts, together = {}, Encoded((), ())
+        for name in consumers:
+            starts[name], encoded = len(together), self.encoded[name, split]
+            together = together + encoded if len(together) else encoded
+
+        def of_class(rows: list[int]) -> Iterator[tuple[str, list[int], list[int]]]:
+            for name, start in starts.items():
+                inside = [i for i, row in enumerate(rows) if 0 <= row - start < len(self.encoded[name, split])]
+                if inside:
+                    yield name, inside, [rows[i] - start for i in inside]
+
+        def consume(layer: int, rows: list[int], values: Float[Tensor, "b k d"]) -> None:
+            for name, inside, own in of_class(rows):
+                consumers[name](layer, own, values[inside])
+
+        def keep(rows: list[int], logits: Float[Tensor, "b vocab"]) -> Bool[Tensor, " b"]:
+            wanted = torch.ones(len(rows), dtype=torch.bool)
+            for name, inside, own in of_class(rows):
+                wanted[inside] = asked[name](own, logits[inside]).cpu()
+            return wanted
+
+        asked = keeps or {}
+        self.stream(together, consume, progress, keep=keep if asked else None)
 
 
 def open_session(
@@ -202,7 +235,15 @@ def open_model(model: str | ModelOnDisk, loading: ModelSettings, monitor: Monito
     """Load a model, check that it can be talked to, and prove its anatomy."""
     with monitor.phase("load model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
-        loaded = load(files, dtype=loading.dtype, device=loading.device, quantization=loading.quantization)
+        loaded = load(
+            files,
+            dtype=loading.dtype,
+            device=loading.device,
+            quantization=loading.quantization,
+            limits=loading.limits,
+            offload=loading.offload,
+            say=monitor.note,
+        )
     warn_of_files(files, monitor)
     return opened_model(loaded, loading, monitor)
 
@@ -231,10 +272,12 @@ def renderer_of(tokenizer: Any, loading: ModelSettings, monitor: Monitor) -> Cha
 
 
 def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
-    """Of a live model; of one that computes with codes, from its configuration and files."""
-    return (
-        loaded.files.anatomy(loading.max_leak) if loaded.quantised else study(loaded.model, max_leak=loading.max_leak)
-    )
+    """Of a live model; from its configuration and files where it computes with codes, or where its weights stay
+    elsewhere and would be read twice for it.
+    """
+    if loaded.quantised or (is_offloaded(loaded.model) and not loaded.in_memory):
+        return loaded.files.anatomy(loading.max_leak)
+    return study(loaded.model, max_leak=loading.max_leak)
 
 
 def warn_of_files(files: ModelOnDisk, monitor: Monitor) -> None:

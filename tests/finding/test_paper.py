@@ -121,7 +121,7 @@ def published(session: Session, findings: Findings) -> Scores:
 def test_every_site_has_the_published_scores(session: Session, findings: Findings, published: Scores) -> None:
     scorer = scorer_of(session, findings)
     for site, expected in published.items():
-        (scores,) = scorer.score(findings.candidates.at(*site)[None], site.layer, None)
+        (scores,) = scorer.score(findings.candidates.at(*site)[None], [site.layer], None)
         assert scores == pytest.approx(expected, abs=2e-2, rel=1e-3), site  # the 10⁻⁸ counts where refusals are rare
     bypass = [scores[0] for scores in published.values()]
     assert max(bypass) - min(bypass) > 1, "sites differ, so that agreeing means something"

@@ -61,7 +61,7 @@ def choose(scorer: SiteScorer, findings: pipeline.Findings, rule: Rule) -> Selec
 
 def test_true_direction_bypasses_and_induces_at_no_cost(scorer: SiteScorer, findings: pipeline.Findings) -> None:
     raw = findings.candidates.at(WRITES + 1, -1)
-    ((bypass, induce, kl),) = scorer.score(raw[None], WRITES + 1, None)
+    ((bypass, induce, kl),) = scorer.score(raw[None], [WRITES + 1], None)
     assert bypass < -5 < 0 < scorer.rows.harmful_score
     assert scorer.rows.harmless_score < -5 < 0 < induce
     assert kl < 1e-3
@@ -72,8 +72,8 @@ def test_scores_of_several_directions_at_once_are_those_of_each(
 ) -> None:
     raw = torch.randn(20, D_MODEL, generator=torch.Generator().manual_seed(0))
     raw[7] = findings.candidates.at(WRITES + 1, -1)
-    together = scorer.score(raw, WRITES + 1, 4)
-    alone = [scorer.score(row[None], WRITES + 1, 4)[0] for row in raw]
+    together = scorer.score(raw, [WRITES + 1] * len(raw), 4)
+    alone = [scorer.score(row[None], [WRITES + 1], 4)[0] for row in raw]
     assert torch.allclose(torch.tensor(together), torch.tensor(alone), atol=1e-4)
     assert min(range(20), key=lambda i: together[i][0]) == 7
 
@@ -85,8 +85,8 @@ def test_scores_do_not_depend_on_the_batch_size(
     small = scorer_of(replace(session, size=BatchSize(3, 64), kept={}), findings)
     assert small.rows.harmful == scorer.rows.harmful
     assert small.rows.harmful_score == pytest.approx(scorer.rows.harmful_score, abs=1e-5)
-    expected = torch.tensor(scorer.score(raw, WRITES + 1, None))
-    assert torch.allclose(torch.tensor(small.score(raw, WRITES + 1, None)), expected, atol=1e-4)
+    expected = torch.tensor(scorer.score(raw, [WRITES + 1] * len(raw), None))
+    assert torch.allclose(torch.tensor(small.score(raw, [WRITES + 1] * len(raw), None)), expected, atol=1e-4)
 
 
 def test_bypass_and_kl_of_doing_nothing_are_those_of_the_model(session: pipeline.Session, scorer: SiteScorer) -> None:
@@ -97,7 +97,7 @@ def test_bypass_and_kl_of_doing_nothing_are_those_of_the_model(session: pipeline
 
 
 def test_adding_nothing_induces_nothing(scorer: SiteScorer) -> None:
-    (induce,) = scorer.probe.induced(torch.zeros(1, D_MODEL), 2, scorer.rows)
+    (induce,) = scorer.probe.induced(torch.zeros(1, D_MODEL), [2], scorer.rows)
     assert induce == pytest.approx(scorer.rows.harmless_score, abs=1e-6)
 
 
@@ -105,7 +105,7 @@ def test_scoring_leaves_no_hook_behind(session: pipeline.Session, scorer: SiteSc
     def hooks() -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in session.model.modules())
 
-    scorer.score(torch.ones(3, D_MODEL), 1, 4)
+    scorer.score(torch.ones(3, D_MODEL), [1, 1, 1], 4)
     assert hooks() == 0
 
 
@@ -215,7 +215,7 @@ def test_sign_of_a_direction_matters_to_induce_and_not_to_bypass(
     scorer: SiteScorer, findings: pipeline.Findings
 ) -> None:
     raw = findings.candidates.at(WRITES + 1, -1)
-    (plus, minus) = scorer.score(torch.stack([raw, -raw]), WRITES + 1, None)
+    (plus, minus) = scorer.score(torch.stack([raw, -raw]), [WRITES + 1] * 2, None)
     assert plus[0] == pytest.approx(minus[0], abs=1e-4)
     assert plus[1] > 0 > minus[1]
 
@@ -282,13 +282,13 @@ def test_sites_crowded_out_by_ones_that_only_screening_let_pass_are_still_tried(
     good = Site(2, -1)
 
     def score(*arguments: Any) -> Iterator[SitePart]:
-        *_, sites, prompts = arguments
+        *_, sites, prompts = arguments[:5]
         for at in sites:  # every site but one costs twice the KL allowed, and bypasses better
             kl, bypass = (0.05, -1.0) if at == good else (0.2, -5.0)
             yield site(layer=at.layer, position=at.position, bypass=bypass, kl=kl, prompts=prompts or 99)
 
     control = ControlPart(bypass=0.0, induce=0.0, kl=0.0, norm=1.0)
-    monkeypatch.setattr("abliterate.finding.selection._score_layer", score)
+    monkeypatch.setattr("abliterate.finding.selection._score", score)
     monkeypatch.setattr("abliterate.finding.selection._control", lambda *_: control)
     monkeypatch.setattr("abliterate.finding.selection.STAGES", ((1, 8), (2, 3), (None, 1)))
     everywhere = torch.ones(2, BLOCKS + 1, D_MODEL)
@@ -317,7 +317,7 @@ def test_scores_are_those_of_the_chosen_writers(
 ) -> None:
     raw = findings.candidates.at(WRITES + 1, -1)
     chosen = scorer_of(session, replace(findings, writers=editing))
-    ((bypass, induce, _),) = chosen.score(raw[None], WRITES + 1, None)
+    ((bypass, induce, _),) = chosen.score(raw[None], [WRITES + 1], None)
     assert (bypass < 0) is bypasses
     assert induce > 0, "adding is not editing"
     ((plain, _),) = chosen.probe.ablated([session.plan(Direction(raw[None] / raw.norm()), editing)], chosen.rows)

@@ -107,3 +107,10 @@ def test_what_the_hub_says_is_one_line(made: Path, hub: SimpleNamespace, tmp_pat
     assert "\n" not in str(caught.value)
     with pytest.raises(AbliterateError):
         ab.push(tmp_path, "me/edited")
+
+
+def test_the_folder_of_offloaded_weights_is_left_out(made: Path) -> None:
+    record = read_record(made)
+    loading = {"device": "cpu", "offload": "/home/me/weights"}
+    told = without_places(record.model_copy(update={"settings": {"loading": loading, "model": "/home/me/model"}}))
+    assert told.settings == {"loading": {"device": "cpu", "offload": None}}

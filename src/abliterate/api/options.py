@@ -41,8 +41,14 @@ class FileOptions(TypedDict, total=False):
 class ModelOptions(FileOptions, total=False):
     """How a model is loaded and run."""
 
-    #: auto, cpu, cuda, cuda:1, mps …
+    #: auto, cpu, cuda, cuda:1, mps, or balanced: spread evenly over all GPUs.
     device: str | torch.device
+
+    #: Most that weights may take on each device, e.g. '0=20GiB,1=20GiB,cpu=48GiB'.
+    max_memory: Several | None
+
+    #: Folder for weights that fit nowhere else: they stay on disk and are read for every pass.
+    offload: Place | None
 
     #: Prompts at once; auto finds it and halves it when memory runs out.
     batch_size: str | int | os.PathLike[str]

@@ -47,6 +47,23 @@ def as_natural(text: str) -> int | None:
     return int(text) if text.isdecimal() and len(text) < 10 else None
 
 
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {f"{unit[0]}iB".upper(): 1024 ** (index + 1) for index, unit in enumerate(("KB", "MB", "GB", "TB"))}
+_LIMIT = re.compile(r"(?:cuda:)?(\d{1,3}|mps|cpu)=(\d{1,15}(?:\.\d{1,6})?) ?([KMGT]i?B)?", re.IGNORECASE)
+
+
+def as_limits(text: str) -> dict[int | str, int]:
+    """Bytes by device of a text like '0=20GiB,cpu=48GB'; raises ValueError for another."""
+    found: dict[int | str, int] = {}
+    for part in text.split(","):
+        match = _LIMIT.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(f"expected DEVICE=SIZE like 0=20GiB,cpu=48GiB, found '{part[:40]}'")
+        name = match[1].lower()
+        found[int(name) if name.isdecimal() else name] = int(float(match[2]) * _UNITS[(match[3] or "").upper()])
+    return found
+
+
 def _as_text(value: Any) -> Any:
     """A path, a number, or a type or device of torch, as it is written in a shell."""
     if isinstance(value, os.PathLike):
@@ -173,7 +190,13 @@ class FileSettings(_Settings):
 class ModelSettings(FileSettings):
     """How a model is loaded and run."""
 
-    device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps …")
+    device: Text = Field("auto", description="auto, cpu, cuda, cuda:1, mps, or balanced: spread evenly over all GPUs.")
+    max_memory: List | None = Field(
+        None, description="Most that weights may take on each device, e.g. '0=20GiB,1=20GiB,cpu=48GiB'."
+    )
+    offload: Path | None = Field(
+        None, description="Folder for weights that fit nowhere else: they stay on disk and are read for every pass."
+    )
     batch_size: Text = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
     chat_template: Text | None = Field(
         None, description="A Jinja file instead of the tokenizer's template, or 'none' for bare prompts."
@@ -190,6 +213,23 @@ class ModelSettings(FileSettings):
     quantization: Literal["bnb-4bit", "bnb-8bit"] | None = Field(
         None, description="Measure on the model quantised like this; the files that are edited stay full."
     )
+
+    @field_validator("max_memory")
+    @classmethod
+    def _sizes_by_device(cls, value: str | None) -> str | None:
+        if value is not None:
+            as_limits(value)
+        return value
+
+    @property
+    def limits(self) -> dict[int | str, int] | None:
+        """Bytes of weights by device (the number of a GPU, mps, cpu)."""
+        return None if self.max_memory is None else as_limits(self.max_memory)
+
+    @property
+    def judge_device(self) -> str:
+        """Where models that judge are run: they are small and not spread."""
+        return "auto" if self.device == "balanced" else self.device
 
     @property
     def rows(self) -> int | None:

@@ -16,6 +16,7 @@ from abliterate.edit.steering import Steering
 from abliterate.errors import UsageError
 from abliterate.model.anatomy import Kind
 from abliterate.model.batches import hooked, on_output, predicting
+from abliterate.model.offloaded import device_of, value_of
 from abliterate.model.weights import numbers
 
 #: What is done to activations of the stream.
@@ -63,6 +64,15 @@ def _refuse_other(model: object) -> None:
         raise UsageError(f"ablation: expected a live model of transformers, found {type(model).__name__}")
 
 
+def go_together(plans: Sequence[Plan]) -> bool:
+    """Whether `ablation` takes these plans in one pass."""
+    try:
+        _refuse_different(plans)
+    except UsageError:
+        return False
+    return True
+
+
 def _refuse_different(plans: Sequence[Plan]) -> None:
     if len(plans) < 2:
         return
@@ -99,7 +109,7 @@ def _column_scale(module: nn.Module, edit: Edit) -> Float[Tensor, " n"]:
     """
     weight = getattr(module, "weight", None)
     if isinstance(weight, Tensor) and weight.is_floating_point():
-        rows = weight.detach().movedim(edit.writer.axis, -1)
+        rows = value_of(module, "weight").movedim(edit.writer.axis, -1)
     else:
         rows = numbers(module).T  # its numbers are packed
     if edit.reader is not None:
@@ -119,13 +129,13 @@ def _length_back(old: Float[Tensor, "*b d"], new: Float[Tensor, "*b d"]) -> Floa
 
 def _remover(model: Any, module: nn.Module, edits: Sequence[Edit], rows: _Rows) -> Any:
     edit = edits[0]
-    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    device = device_of(module)
     basis = torch.stack([edit.basis for edit in edits]).to(device)
     reader = None if edit.reader is None else torch.stack([edit.reads for edit in edits]).to(device)
     offset = None if edit.offset is None else edit.offset.to(device)
     front, lookup = edit.writer.kind is Kind.EMBEDDING, isinstance(module, nn.Embedding)
     if edit.writer.weight is None and edit.writer.bias is not None:
-        bias = model.get_parameter(edit.writer.bias).detach().float()
+        bias = value_of(model, edit.writer.bias).float()
         return _shifter(_constants(bias, basis, reader, edit), rows)
 
     def change(output: Tensor) -> Tensor:
@@ -159,6 +169,16 @@ def _shifter(constants: Float[Tensor, "g d"], rows: _Rows) -> Any:
 
 
 @contextlib.contextmanager
+def additions(blocks: Sequence[nn.Module], vectors: Float[Tensor, "g d"], layers: Sequence[int]) -> Iterator[None]:
+    """Each vector added where the stream enters the block of its layer, to its own part of a batch's rows."""
+    with contextlib.ExitStack() as stack:
+        for layer in dict.fromkeys(layers):
+            here = torch.tensor([other == layer for other in layers])
+            stack.enter_context(addition(blocks[layer], torch.where(here[:, None], vectors, 0)))
+        yield
+
+
+@contextlib.contextmanager
 def addition(block: nn.Module, vectors: Float[Tensor, "g d"], *, leaving: bool = False) -> Iterator[None]:
     """Add to the residual stream where it enters `block`, at every token (Arditi et al. 2024, eq. 3).
 
@@ -180,7 +200,7 @@ def steered(blocks: Sequence[nn.Module], steering: Steering) -> Iterator[None]:
         for layer in steering.layers:
             last = layer == len(blocks)
             block = blocks[layer - last]
-            there = steering.on(next(block.parameters()).device)  # once, and not at every token
+            there = steering.on(device_of(block))  # once, and not at every token
             stack.enter_context(in_stream(block, _steerer(there, layer), leaving=last))
         yield
 

@@ -38,6 +38,7 @@ from abliterate.files.atomic import write_atomically
 from abliterate.files.checkpoint import Checkpoint
 from abliterate.model._compat import fuses_experts, loading_table
 from abliterate.model.anatomy import Kind, Stored
+from abliterate.model.offloaded import value_of
 from abliterate.model.weights import numbers
 
 #: Folders of the two adapters that a plan becomes when some of its writers have a bias and some have none.
@@ -159,7 +160,7 @@ def _effective(model: Any, edit: Edit, name: str) -> Tensor:
     module = model.get_submodule(writer.module)
     if name == f"{writer.module}.weight" and getattr(module, "weight", torch.empty(0)).dim() < 3:
         return numbers(module)
-    parameter: Tensor = model.get_parameter(name).detach()
+    parameter = value_of(model, name)
     if parameter.dtype not in _PLAIN_DTYPES:
         raise UsageError(
             f"parameter '{name}': expected plain numbers, found {parameter.dtype}; load the model dequantised"

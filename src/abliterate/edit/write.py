@@ -233,7 +233,7 @@ def untied_config(folder: Path) -> bytes:
 def untied(model: Any, plan: Plan) -> Iterator[None]:
     """The live model with a head of its own, inside, when the plan asks for it."""
     head = model.get_output_embeddings()
-    if not plan.untie:
+    if not plan.untie or head.weight.device.type == "meta":  # one that is offloaded is fetched apart
         yield
         return
     shared = head.weight

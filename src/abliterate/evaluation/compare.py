@@ -113,7 +113,7 @@ def compare(
         raise UsageError("compare --thinking both: expected closed or open; compare twice")
     monitor = monitor or Monitor()
     exam = exam_of(evaluating, measuring.prompts.seed)
-    judge = ready_judge(evaluating, load_behaviour(measuring.prompts.behaviour), loading.device, monitor)
+    judge = ready_judge(evaluating, load_behaviour(measuring.prompts.behaviour), loading.judge_device, monitor)
     with monitor.phase("find models"):
         for model in dict.fromkeys(one.model for one in contenders):
             locate_model(model, loading)

@@ -47,6 +47,7 @@ from abliterate.evaluation.results import Answers, Shift, judged, measure_shift
 from abliterate.model.batches import Encoded, share_prefixes
 from abliterate.model.decoding import GREEDY, Decoding, asked_by, decoding_of, in_words
 from abliterate.model.generation import Reply
+from abliterate.model.offloaded import value_of
 from abliterate.monitor import Monitor
 from abliterate.prompts import Behaviour, ChatRenderer, ContrastiveSet, load_behaviour
 from abliterate.prompts.thinking import answer_of, opens_thinking
@@ -295,7 +296,7 @@ def open_judged(model: str, measuring: MeasureSettings, monitor: Monitor) -> tup
         raise UsageError(
             f"--behaviour {behaviour.name}: expected one of refusing here; audit, harden and repair know no other"
         )
-    judge = ready_judge(measuring.evaluating, behaviour, measuring.loading.device, monitor)
+    judge = ready_judge(measuring.evaluating, behaviour, measuring.loading.judge_device, monitor)
     session = open_session(
         model,
         loading=measuring.loading,
@@ -464,7 +465,7 @@ def relative_change(model: Any, plan: Plan) -> float | None:
     for edit in plan.edits:
         if edit.writer.weight is None:
             continue
-        weight = model.get_parameter(edit.writer.weight).detach()
+        weight = value_of(model, edit.writer.weight)
         if not weight.is_floating_point():
             return None
         # In the weight's own precision: a float32 copy of an embedding takes longer than all the rest.

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.config import EvalSettings, ReplySettings
-from abliterate.edit.hooks import ablation, addition
+from abliterate.edit.hooks import ablation, additions, go_together
 from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet
 from abliterate.evaluation.answering import ModelState, Unedited, as_loaded
@@ -28,11 +28,15 @@ from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.results import Shift, measure_shift
 from abliterate.evaluation.scores import kl_divergence, refusal_score
 from abliterate.model.batches import Encoded
+from abliterate.model.offloaded import is_offloaded
 from abliterate.monitor import Monitor
 from abliterate.session import Session
 
 #: Prompts per class at `Level.FEW`.
 FEW_PROMPTS = 16
+
+#: Interventions in one pass of a model whose weights stay where it computes.
+_TOGETHER = 16
 
 #: Fewer prompts than this in a class, and scores would say nothing.
 MIN_PROMPTS = 4
@@ -151,6 +155,18 @@ class Probe:
         scores = float(refusing[harmful].mean()), float(answering[harmless].mean())
         return Behaving(tuple(harmful), tuple(harmless), *scores)
 
+    def together(self, rows: Behaving, prompts: int | None = None) -> int:
+        """How many interventions go through in one pass, on at most so many behaving prompts per class.
+
+        Where weights are offloaded, as many as memory holds, so that they are fetched once for all.
+        """
+        size = self.session.size
+        if not is_offloaded(self.session.model):
+            return min(_TOGETHER, size.rows)
+        both = self.harmful.take(rows.harmful[:prompts]) + self.harmless.take(rows.harmless[:prompts])
+        tokens = len(both) * (len(both.prefix) + max(map(len, both.suffixes)))
+        return max(1, min(size.rows // len(both), size.tokens // tokens))
+
     def ablated(self, plans: Sequence[Plan], rows: Behaving, prompts: int | None = None) -> list[tuple[float, float]]:
         """Bypass and KL of plans, several in one pass, on at most so many behaving prompts per class.
 
@@ -164,10 +180,18 @@ class Probe:
         bypass = scores[:, : len(harmful)].mean(1).tolist()
         return list(zip(bypass, kl.mean(1).tolist(), strict=True))
 
-    def induced(self, raw: Float[Tensor, "g d"], layer: int, rows: Behaving, prompts: int | None = None) -> list[float]:
+    def ablated_each(self, plans: Sequence[Plan], rows: Behaving) -> list[tuple[float, float]]:
+        """The same of plans that need not be alike: in one pass where they are."""
+        if go_together(plans):
+            return self.ablated(plans, rows)
+        return [found for plan in plans for found in self.ablated([plan], rows)]
+
+    def induced(
+        self, raw: Float[Tensor, "g d"], layers: Sequence[int], rows: Behaving, prompts: int | None = None
+    ) -> list[float]:
         """Mean refusal score of behaving harmless prompts with each difference of means added at its layer."""
         harmless = self.harmless.take(rows.harmless[:prompts])
-        with addition(self.session.blocks[layer], raw):
+        with additions(self.session.blocks, raw, layers):
             scores, _ = self._look(harmless, len(raw))
         means: list[float] = scores.mean(1).tolist()
         return means
@@ -230,7 +254,7 @@ class Probe:
                 places = [rows[i] - first for i in compared]
                 edited = found[:, compared]
                 base = logits[places].to(found.device).expand_as(edited)
-                kl[:, places] = kl_divergence(base, edited).double().cpu()
+                kl[:, places] = kl_divergence(base, edited).cpu().double()
 
         for_each_first_token(self.session.model, prompts, self.session.size, look, copies=copies)
         return scores, kl

@@ -264,7 +264,7 @@ def _compared(p: Tensor, q: Tensor, reply: Tensor) -> Tensor:
     parts = list(zip(*(each.split(_TOGETHER) for each in (p, q, reply)), strict=True))
     kl = torch.cat([kl_divergence(a, b) for a, b, _ in parts])
     nll = [-torch.cat([log_likelihood(pair[side], pair[2]) for pair in parts]).mean() for side in (0, 1)]
-    return torch.stack([kl[0], kl.mean(), *nll]).double().cpu()
+    return torch.stack([kl[0], kl.mean(), *nll]).cpu().double()
 
 
 def _summary(result: Tensor, texts: Sequence[str], tokens: int) -> Shift:

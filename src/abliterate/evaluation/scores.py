@@ -12,15 +12,15 @@ from torch import Tensor
 def refusal_score(logits: Float[Tensor, "*n vocab"], tokens: Sequence[int]) -> Float[Tensor, "*n"]:
     """log p_R − log(1 − p_R), p_R the probability summed over the refusal tokens (Arditi et al. 2024, §2.4).
 
-    NaN without tokens: of a behaviour that first tokens do not tell.
+    In float64 on the CPU, since not every accelerator has it. NaN without tokens: of a behaviour that first tokens do
+    not tell.
     """
     if not tokens:
-        return torch.full(logits.shape[:-1], torch.nan, dtype=torch.float64, device=logits.device)
-    inside = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-    inside[list(tokens)] = True
-    refusing = logits[..., inside].logsumexp(-1)
-    other = logits.masked_fill(inside, -torch.inf).logsumexp(-1)
-    return (refusing - other).double()
+        return torch.full(logits.shape[:-1], torch.nan, dtype=torch.float64)
+    inside = torch.tensor(sorted(set(tokens)), device=logits.device)
+    refusing = logits.index_select(-1, inside).logsumexp(-1)
+    other = logits.index_fill(-1, inside, -torch.inf).logsumexp(-1)
+    return (refusing - other).cpu().double()
 
 
 def kl_divergence(base: Float[Tensor, "*n vocab"], edited: Float[Tensor, "*n vocab"]) -> Float[Tensor, "*n"]:

@@ -36,7 +36,7 @@ from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.finding.estimate import Separation, difference_of_means, separation
 from abliterate.finding.refusal_tokens import REPLY_TOKENS, Refusals, find_refusals
-from abliterate.finding.replies import ReplyScorer, stream, unedited
+from abliterate.finding.replies import ReplyScorer, stream, stream_classes, unedited
 from abliterate.finding.selection import (
     Rule,
     SiteScorer,
@@ -47,7 +47,7 @@ from abliterate.finding.selection import (
     stage_costs,
 )
 from abliterate.finding.subspaces import Samples, Subspace, cluster_subspace, leace, svd_subspace
-from abliterate.model.activations import Moments, MomentsFitter, ProjectionFitter
+from abliterate.model.activations import Keep, Moments, MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.prompts import Behaviour
 from abliterate.prompts.baselines import text_baselines
@@ -145,20 +145,18 @@ def _say_baselines(session: Session) -> None:
 
 def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> dict[str, Moments]:
     """Moments of activations of the training prompts that behave, by class."""
-    train = {name: session.encoded[name, "train"] for name in ("harmful", "harmless")}
-    moments = {}
-    all_prompts = settings.all_prompts or not ids
-    with session.monitor.phase("collect activations", sum(map(len, train.values()))) as advance:
-        for name, encoded in train.items():
-            sign = 1.0 if name == "harmful" else -1.0
 
-            def behaves(_: list[int], logits: Tensor, sign: float = sign) -> Tensor:
-                return sign * refusal_score(logits, ids) > 0
+    def behaves(sign: float) -> Keep:
+        return lambda _, logits: sign * refusal_score(logits, ids) > 0
 
-            fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
-            stream(session, name, "train", fitter.update, advance, keep=None if all_prompts else behaves)
-            moments[name] = _enough(fitter.result(), name, len(encoded))
-    return moments
+    shape = session.positions, session.anatomy.layers + 1, session.anatomy.d_model
+    fitters = {name: MomentsFitter(*shape) for name in ("harmful", "harmless")}
+    consumers = {name: fitter.update for name, fitter in fitters.items()}
+    keeps = None if settings.all_prompts or not ids else {"harmful": behaves(1.0), "harmless": behaves(-1.0)}
+    counts = {name: len(session.encoded[name, "train"]) for name in fitters}
+    with session.monitor.phase("collect activations", sum(counts.values())) as advance:
+        stream_classes(session, "train", consumers, keeps, advance)
+    return {name: _enough(fitter.result(), name, counts[name]) for name, fitter in fitters.items()}
 
 
 def _besides(session: Session, candidates: Candidates, less: Moments) -> Candidates:
@@ -512,19 +510,20 @@ def _separation(probe: Probe, candidates: Candidates, behaving: Behaving | None,
 
     `behaving` are these where they are known already, by their replies.
     """
-    session, projected, looks = probe.session, {}, {}
+    session, fitters, looks = probe.session, dict[str, ProjectionFitter](), dict[str, FirstTokens]()
     encoded = {name: session.encoded[name, "val"] for name in ("harmful", "harmless")}
     with session.monitor.phase("separate validation prompts", sum(map(len, encoded.values()))) as advance:
         for name, prompts in encoded.items():
-            fitter = ProjectionFitter(candidates.units, len(prompts))
+            fitters[name] = ProjectionFitter(candidates.units, len(prompts))
             looks[name] = FirstTokens(len(prompts), probe.tokens, torch.float32 if name == "harmless" else None)
-            stream(session, name, "val", fitter.update, advance, keep=looks[name].keep)
-            projected[name] = fitter.values
+        consumers = {name: fitter.update for name, fitter in fitters.items()}
+        keeps = {name: look.keep for name, look in looks.items()}
+        stream_classes(session, "val", consumers, keeps, advance)
     if behaving is None:
         probe.know(looks["harmful"], looks["harmless"])
         behaving = probe.behaving(all_prompts=all_prompts)
     rows = {"harmful": list(behaving.harmful), "harmless": list(behaving.harmless)}
-    result = separation(*(projected[name][rows[name]] for name in encoded))
+    result = separation(*(fitters[name].values[rows[name]] for name in encoded))
     if float(result.auroc.max()) < _MIN_AUROC:
         raise GateNotMet(
             f"the prompt sets do not separate: best AUROC {float(result.auroc.max()):.2f} on validation prompts, "

@@ -9,7 +9,7 @@ much more of them show it with the direction put in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -48,6 +48,21 @@ def stream(
 
     model, blocks, size = session.model, session.blocks, session.size
     return stream_sites(model, blocks, answered, longest, averaged, size, progress=progress)
+
+
+def stream_classes(
+    session: Session,
+    split: str,
+    consumers: Mapping[str, Consumer],
+    keeps: Mapping[str, Keep] | None,
+    progress: Progress,
+) -> None:
+    """The same for several parts: in the same batches where the behaviour is read at prompts."""
+    if session.prompts.behaviour.read.at == "prompt":
+        session.stream_classes(split, consumers, keeps, progress)
+        return
+    for name, consume in consumers.items():
+        stream(session, name, split, consume, progress)
 
 
 def _with_replies(session: Session, prompts: Encoded, tokens: int) -> tuple[Encoded, list[int]]:
@@ -114,20 +129,29 @@ class ReplyScorer:
         """Prompts of the larger side."""
         return max(len(self.rows.harmful), len(self.rows.harmless))
 
-    def score(self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None) -> list[tuple[float, float, float]]:
-        """Bypass, induce and KL of g differences of means at one layer, on that many prompts per side.
+    def score(
+        self,
+        raw: Float[Tensor, "g d"],
+        layers: Sequence[int],
+        prompts: int | None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[tuple[float, float, float]]:
+        """Bypass, induce and KL of g differences of means at their layers, on that many prompts per side.
 
         Bypass and induce are shares of replies; induce is what there is more than without the direction.
         """
         session, rows = self.probe.session, self.rows
         plans = [self.plan(r[None] / r.norm()) for r in raw]
-        costs = [kl for _, kl in self.probe.ablated(plans, rows, prompts)]
+        together = self.probe.together(rows, prompts)
+        parts = (plans[start : start + together] for start in range(0, len(plans), together))
+        costs = [kl for part in parts for _, kl in self.probe.ablated(part, rows, prompts)]
         results = []
-        for plan, vector, kl in zip(plans, raw, costs, strict=True):
+        for plan, vector, layer, kl in zip(plans, raw, layers, costs, strict=True):
             left = self._share("harmful", rows.harmful[:prompts], session.ablated(plan))
             into = addition(session.blocks[layer], vector[None])
             induced = self._share("harmless", rows.harmless[:prompts], into) - rows.harmless_score
             results.append((left, induced, kl))
+            progress(1)
         return results
 
     def shown(self, name: str, rows: Sequence[int]) -> list[bool]:

@@ -9,7 +9,6 @@ start for a search need not be the best: only the sites that separate the classe
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -68,16 +67,23 @@ class SiteScorer:
         """Prompts of the larger class."""
         return max(len(self.rows.harmful), len(self.rows.harmless))
 
-    def score(self, raw: Float[Tensor, "g d"], layer: int, prompts: int | None) -> list[tuple[float, float, float]]:
-        """Bypass, induce and KL of g differences of means at one layer, on that many prompts per class."""
+    def score(
+        self,
+        raw: Float[Tensor, "g d"],
+        layers: Sequence[int],
+        prompts: int | None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> list[tuple[float, float, float]]:
+        """Bypass, induce and KL of g differences of means at their layers, on that many prompts per class."""
         results: list[tuple[float, float, float]] = []
-        together = min(16, self.probe.session.size.rows)
+        together = self.probe.together(self.rows, prompts)
         for start in range(0, len(raw), together):
             part = raw[start : start + together]
             plans = [self.plan(r[None] / r.norm()) for r in part]
             ablated = self.probe.ablated(plans, self.rows, prompts)
-            induced = self.probe.induced(part, layer, self.rows, prompts)
+            induced = self.probe.induced(part, layers[start : start + together], self.rows, prompts)
             results += [(bypass, induce, kl) for (bypass, kl), induce in zip(ablated, induced, strict=True)]
+            progress(len(part))
         return results
 
 
@@ -139,10 +145,8 @@ def _screened(
     scores: dict[Site, SitePart] = {}
     waiting: list[Site] = []
     for prompts, keep in stages:
-        for layer, group in itertools.groupby(sorted(sites), key=lambda site: site.layer):
-            for score in _score_layer(scorer, candidates, separation, layer, list(group), prompts):
-                scores[Site(score.layer, score.position)] = score
-                progress(1)
+        for score in _score(scorer, candidates, separation, sorted(sites), prompts, progress):
+            scores[Site(score.layer, score.position)] = score
         last = prompts is None or prompts >= scorer.most
         ranked = sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last))
         if last:
@@ -151,7 +155,7 @@ def _screened(
     # Screening lets sites pass that the rule then refuses: go on down its ranking until one holds.
     while not rule.passes(scores[ranked[0]]) and waiting and len(ranked) < _MOST_FINALISTS:
         site = waiting.pop(0)
-        (scores[site],) = _score_layer(scorer, candidates, separation, site.layer, [site], None)
+        (scores[site],) = _score(scorer, candidates, separation, [site], None)
         ranked = sorted([*ranked, site], key=lambda site: _order(scores[site], rule, screening=False))
     return scores, scores[ranked[0]]
 
@@ -191,16 +195,17 @@ def stage_costs(sites: int, *, start: bool = False) -> int:
     return total
 
 
-def _score_layer(
+def _score(
     scorer: SiteScorer | ReplyScorer,
     candidates: Candidates,
     separation: Separation,
-    layer: int,
     sites: Sequence[Site],
     prompts: int | None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> Iterator[SitePart]:
     raw = torch.stack([candidates.at(*site) for site in sites])
-    for (_, position), r, (bypass, induce, kl) in zip(sites, raw, scorer.score(raw, layer, prompts), strict=True):
+    scores = scorer.score(raw, [site.layer for site in sites], prompts, progress)
+    for (layer, position), r, (bypass, induce, kl) in zip(sites, raw, scores, strict=True):
         yield SitePart(
             layer=layer,
             position=position,
@@ -224,5 +229,5 @@ def _control(scorer: SiteScorer | ReplyScorer, best: SitePart) -> ControlPart:
     session = scorer.probe.session
     generator = torch.Generator().manual_seed(session.seed)
     raw = torch.randn(1, session.anatomy.d_model, generator=generator)
-    ((bypass, induce, kl),) = scorer.score(raw * (best.norm / raw.norm()), best.layer, None)
+    ((bypass, induce, kl),) = scorer.score(raw * (best.norm / raw.norm()), [best.layer], None)
     return ControlPart(bypass=bypass, induce=induce, kl=kl, norm=best.norm)

@@ -61,7 +61,7 @@ def sweep(
     """
     steering = steering_of(vectors, steer, session.anatomy.layers, session.anatomy.d_model)
     behaviour = session.prompts.behaviour
-    judge = ready_judge(replies, behaviour, session.loading.device, session.monitor)
+    judge = ready_judge(replies, behaviour, session.loading.judge_device, session.monitor)
     judge = bind_judge(judge, as_loaded(session), session.monitor)
     probe = Probe(session, _tokens(session, finding), "test", judge, replies)
     ends = () if steer.no_control else tuple(dict.fromkeys((steer.doses[0], steer.doses[-1])))

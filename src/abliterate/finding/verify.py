@@ -34,7 +34,7 @@ def verify(
     Verified means: at most half of the refusals are left, the control leaves more than half, and KL is within the
     rule.
     """
-    judge = ready_judge(replies, session.prompts.behaviour, session.loading.device, session.monitor)
+    judge = ready_judge(replies, session.prompts.behaviour, session.loading.judge_device, session.monitor)
     judge = bind_judge(judge, as_loaded(session), session.monitor)
     chosen = direction.at(site, session.anatomy.d_model)
     plan = session.plan(chosen, editing)
@@ -44,8 +44,7 @@ def verify(
     rows = probe.behaving(all_prompts=finding.all_prompts) if tokens else behaving_replies(probe, finding)
     control = random_plan(session, plan)
     with session.monitor.phase("score"):
-        ((bypass, kl),) = probe.ablated([plan], rows)
-        ((bypass_control, _),) = probe.ablated([control], rows)
+        (bypass, kl), (bypass_control, _) = probe.ablated_each([plan, control], rows)
         induce = _induced(probe, rows, chosen) if tokens else None
     before, after, random_after = _refusals(session, replies, judge, (plan, control))
     halved = before.refusals > 0 and 2 * after.refusals <= before.refusals < 2 * random_after.refusals
@@ -72,7 +71,7 @@ def _induced(probe: Probe, rows: Behaving, direction: Direction) -> float | None
     single = direction.candidates is not None and len(direction.basis) == 1
     if site is None or not single or site.layer >= probe.session.anatomy.layers:
         return None
-    return probe.induced(direction.difference_at(site)[None], site.layer, rows)[0]
+    return probe.induced(direction.difference_at(site)[None], [site.layer], rows)[0]
 
 
 def _refusals(session: Session, replies: ReplySettings, judge: Judge, plans: tuple[Plan, Plan]) -> list[Tally]:

@@ -38,6 +38,7 @@ from abliterate.forensics.audit import audit_session
 from abliterate.forensics.repair import fit_readers, stream_length, with_additions, worth_of, write_hooked
 from abliterate.model.anatomy import Kind, Writer
 from abliterate.model.batches import hooked, on_output
+from abliterate.model.offloaded import recomputed
 from abliterate.model.weights import numbers
 from abliterate.monitor import Monitor
 from abliterate.report.assemble import files_below, session_record, write_record_and_report
@@ -207,7 +208,8 @@ def refusal_slopes(session: Session, tokens: Sequence[int], plan: Plan, blocks: 
 
     handles: list[Any] = []
     total = [torch.zeros(session.anatomy.d_model) for _ in blocks]
-    with hooked(handles), session.ablated(plan), torch.enable_grad():
+    away = recomputed(session.model, session.blocks)
+    with hooked(handles), session.ablated(plan), torch.enable_grad(), away:
         for block, step in zip(blocks, steps, strict=True):
             handles.append(session.blocks[block].register_forward_hook(mover(step)))
         for suffix in prompts.suffixes[:_PROMPTS]:

@@ -131,7 +131,7 @@ def _check(model: str, settings: InspectSettings) -> None:
 
 def _device(loading: ModelSettings) -> str:
     """Where d × d matrices are made and factored: an accelerator makes large models a matter of reading."""
-    if loading.device != "auto":
+    if loading.device not in ("auto", "balanced"):
         return loading.device
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -92,6 +92,17 @@ def tied_names(model: Any) -> Mapping[str, str]:
     return found
 
 
+def is_head(model: Any, parameter: str) -> bool:
+    """Whether a parameter is the head's weight too. Offloaded ones are told by their names: each has its own tensor."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    own = model.get_parameter(parameter)
+    if weight is None or own.device.type != "meta":
+        return weight is own
+    tied = tied_names(model)
+    heads = [name for name, module in model.named_modules() if module is model.get_output_embeddings()]
+    return any(parameter in (tied.get(f"{name}.weight"), f"{name}.weight") for name in heads)
+
+
 def generation_settings(folder: Path) -> Any:
     """The generation configuration in a model's folder, or what its configuration says of it. No code is loaded."""
     from transformers import GenerationConfig

@@ -117,11 +117,12 @@ def stream_sites(
                 chosen = torch.ones(len(rows), dtype=torch.bool)
             else:
                 chosen = keep(rows, last_logits(model, shared, batch.suffixes)).cpu()
-        kept = [row for row, wanted in zip(rows, chosen.tolist(), strict=True) if wanted]
+        places = [place for place, wanted in enumerate(chosen.tolist()) if wanted]
+        kept = [rows[place] for place in places]
         for layer, values in enumerate(sites):
             _check_finite(values, layer, rows)
             if kept:
-                consume(layer, kept, values[chosen])
+                consume(layer, kept, values.index_select(0, torch.tensor(places)))
         fed += len(kept)
 
     in_batches([len(s) for s in prompts.suffixes], size, work, done=progress)

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +21,8 @@ from torch import Tensor, nn
 from abliterate.errors import ModelError, NumericalError
 from abliterate.model._compat import cache_name
 from abliterate.model.context import check_fits
+from abliterate.model.offloaded import device_of, is_offloaded
+from abliterate.model.placement import Needs, free_memory, needs_of
 from abliterate.prompts.rendering import common_prefix
 
 _Key = TypeVar("_Key")
@@ -32,6 +32,8 @@ _REPLIES: ContextVar[Tensor | None] = ContextVar("replies", default=None)
 
 #: Bytes of float32 logits that may be alive at once where many tokens' are asked for.
 _LOGIT_BYTES = 96 << 20
+#: Prompts at once where weights are offloaded and memory would hold more.
+_MOST_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +132,7 @@ def body(model: Any) -> Any:
 
 def input_device(model: Any) -> torch.device:
     """Where token ids go, also when the model is spread over devices."""
-    device: torch.device = next(model.get_input_embeddings().parameters()).device
-    return device
+    return device_of(model.get_input_embeddings())
 
 
 def right_padded(
@@ -139,7 +140,7 @@ def right_padded(
 ) -> tuple[Int[Tensor, "b s"], Int[Tensor, " b"]]:
     """Token ids [b, longest] and the number of real tokens of each row [b]."""
     lengths = torch.tensor([len(s) for s in suffixes], device=device)
-    width = int(lengths.max())
+    width = max(map(len, suffixes))
     rows = [[*s, *([s[-1]] * (width - len(s)))] for s in suffixes]  # any token will do: nothing looks at it
     return torch.tensor(rows, device=device), lengths
 
@@ -225,15 +226,18 @@ def cut_head(model: Any, index: Int[Tensor, "b p"], start: Int[Tensor, " b"] | N
 def can_share(model: Any, sequences: Sequence[Sequence[int]], keep: int = 1) -> bool:
     """Whether prompts may share their prefix's keys and values: tried out on a few, against each run by itself.
 
-    States of recurrent layers cannot be copied to many rows by all versions of transformers.
+    States of recurrent layers cannot be copied to many rows by all versions of transformers. Where weights are
+    offloaded nothing is shared: a prefix would be one more pass, and a pass costs more than its tokens; there only a
+    short prompt is run by itself, and beside a long one.
 
     Raises `ModelError` when padding on the right changes a result even without sharing.
     """
+    offloaded = is_offloaded(model)
     chosen = sorted({0, len(sequences) // 2, len(sequences) - 1})
-    few = [sequences[row] for row in chosen]
-    alone = [_alone(model, sequence) for sequence in few]
+    few = [min(sequences, key=len), max(sequences, key=len)] if offloaded else [sequences[row] for row in chosen]
+    alone = [_alone(model, sequence) for sequence in few[: 1 if offloaded else None]]
     reason = ""
-    for share in (True, False):
+    for share in (False,) if offloaded else (True, False):
         encoded = share_prefix(few, keep=keep, share=share)
         try:
             together = last_logits(model, SharedPrefix(model, encoded.prefix), encoded.suffixes)
@@ -242,7 +246,7 @@ def can_share(model: Any, sequences: Sequence[Sequence[int]], keep: int = 1) -> 
                 raise
             reason = f"it cannot be run on several prompts ({' '.join(str(error).split())[:120]})"
             continue
-        if all(close(model, a, b) for a, b in zip(together, alone, strict=True)):
+        if all(close(model, a, b) for a, b in zip(together, alone, strict=False)):
             return share
         reason = "a prompt's logits change with what stands behind it"
     raise ModelError(f"{type(model).__name__}: {reason}; expected a causal model: it can be edited, not measured")
@@ -295,9 +299,12 @@ def auto_batch_size(model: Any, requested: int | None = None) -> BatchSize:
     """Rows and tokens per batch that use at most a quarter of the memory that is free now.
 
     A row is taken to need 256 tokens' keys, values and activations and three float32 rows of the vocabulary.
-    On a CPU more than about a thousand tokens at once gain nothing; a GPU takes sixteen times as many.
+    On a CPU more than about a thousand tokens at once gain nothing; a GPU takes sixteen times as many. Where weights
+    are offloaded a pass costs their bytes, however few prompts go through: as many do as half of free memory holds.
     """
     device = input_device(model)
+    if is_offloaded(model):
+        return _largest_batch(model, device, requested)
     tokens = 1024 if device.type == "cpu" else 16384
     if requested is not None:
         return BatchSize(requested, max(tokens, requested * 64))
@@ -305,21 +312,28 @@ def auto_batch_size(model: Any, requested: int | None = None) -> BatchSize:
     per_token = 4 * config.hidden_size * (config.num_hidden_layers + 16)
     per_row = 256 * per_token + 12 * config.vocab_size
     rows = 128 if device.type == "cpu" else 256
-    while rows > 1 and rows * per_row > _free_memory(device) / 4:
+    while rows > 1 and rows * per_row > free_memory(device) / 4:
         rows //= 2
     return BatchSize(rows, tokens)
 
 
-def _free_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    with contextlib.suppress(OSError, ValueError, StopIteration):  # what files keep in memory can be had back
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):  # not every system says
-        return 4 << 30
+def _largest_batch(model: Any, device: torch.device, requested: int | None) -> BatchSize:
+    """The batch that half of the free memory holds. Nothing is shared there, so keys and values are not kept."""
+    needs, budget = _needs(model), free_memory(device) // 2
+    rows = min(_MOST_ROWS, max(1, budget // (2 * needs.row)))
+    return BatchSize(rows if requested is None else requested, max(1, budget // (2 * needs.activations)))
+
+
+def rows_with_cache(model: Any, size: BatchSize, tokens: int) -> int:
+    """At most `size.rows`: as many rows of so many tokens as half of the free memory holds with keys and values."""
+    if not is_offloaded(model):
+        return size.rows
+    needs = _needs(model)
+    return max(1, min(size.rows, free_memory(input_device(model)) // 2 // (tokens * needs.cache + needs.row)))
+
+
+def _needs(model: Any) -> Needs:
+    return needs_of(model.config, 0, next(p.dtype.itemsize for p in model.parameters() if p.is_floating_point()))
 
 
 def in_batches(

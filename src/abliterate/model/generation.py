@@ -31,9 +31,11 @@ from abliterate.model.batches import (
     new_cache,
     replies_from,
     require_finite,
+    rows_with_cache,
 )
 from abliterate.model.context import check_fits
 from abliterate.model.decoding import GREEDY, Chooser, Decoding, Settled
+from abliterate.model.offloaded import is_spread
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
 _END_OF_TURN = (
@@ -103,11 +105,13 @@ def complete(
             replies[row] = Reply(kept, reply_text(tokenizer, kept), len(kept) < len(tokens), stopped)
 
     # A decoding step costs little per row, so the batch is bounded by rows and not by prompt tokens.
-    rows = BatchSize(size.rows, size.rows * max(lengths))
+    most = rows_with_cache(model, size, len(prompts.prefix) + max(lengths) + max_new_tokens)
+    rows = BatchSize(most, most * max(lengths))
     padded = how is _Steps.PADDED and not decoding.counts_tokens
     equal_lengths = not padded or _padding_matters(model, prompts, max_new_tokens)
     in_batches(lengths, rows, work, done=progress, equal_lengths=equal_lengths)
-    size.rows = min(size.rows, rows.rows)  # what did not fit will not fit next time either
+    if rows.halvings:
+        size.rows = min(size.rows, rows.rows)  # what did not fit will not fit next time either
     return [reply for reply in replies if reply is not None]
 
 
@@ -225,6 +229,7 @@ class _Batch:
         self.mask = torch.cat([real.new_ones(len(suffixes), shared.length), real], dim=1)
         self.cache = shared.cache(len(suffixes))
         self.takes_positions = takes_positions(model)
+        self.spread = is_spread(model)
         layers = getattr(self.cache, "layers", [])
         self.can_compact = all(hasattr(layer, "batch_select_indices") for layer in layers)
 
@@ -275,7 +280,7 @@ class _Batch:
         return logits
 
     def _compact(self, going: Int[Tensor, " c"], fresh: Int[Tensor, "b s"]) -> Int[Tensor, "c s"]:
-        self.cache.batch_select_indices(going)
+        self.cache.batch_select_indices(going.cpu() if self.spread else going)  # each layer's keys are where it is
         self.mask = self.mask[going]
         return fresh[going]
 

@@ -7,19 +7,18 @@ hub's own cache, a GGUF file is dequantised once into this package's cache.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
 import os
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from abliterate.config import cache_folder
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, UsageError
@@ -43,15 +42,22 @@ from abliterate.model._compat import (
     quiet_transformers,
     without_adapter,
 )
+from abliterate.model.anatomy import find_blocks
 from abliterate.model.completeness import check_report
 from abliterate.model.configuration import build_skeleton, one_line, unreadable
 from abliterate.model.gguf_source import dequantise as _dequantise
 from abliterate.model.gguf_source import gguf_parts
 from abliterate.model.hub import hub_id, no_hub_id, snapshot
+from abliterate.model.offloaded import device_of, is_offloaded
 from abliterate.model.on_disk import ModelOnDisk, adapter_base
+from abliterate.model.placement import QUANTISED, Needs, Placement, Room, needs_of, rooms
+from abliterate.model.placement import place as placed
+from abliterate.model.read_ahead import read_ahead
 from abliterate.model.tokenizer import read_tokenizer
 from abliterate.texts import printable
 
+#: Folders of weights that stay on disk: they go when the process ends.
+_FOLDERS: list[tempfile.TemporaryDirectory[str]] = []
 #: Of how GGUF files become folders: to be raised when that changes.
 _CONVERSION = 2
 _SEAL = Kind("the seal of a folder", MB)
@@ -74,8 +80,7 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the input embedding."""
-        embedding: nn.Module = self.model.get_input_embeddings()
-        return next(embedding.parameters()).device
+        return device_of(self.model.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -149,20 +154,37 @@ def load_tokenizer(files: ModelOnDisk) -> tuple[Any, Any]:
 
 
 def load(
-    files: ModelOnDisk, *, dtype: str = "auto", device: str = "auto", quantization: str | None = None
+    files: ModelOnDisk,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    quantization: str | None = None,
+    limits: Mapping[Room, int] | None = None,
+    offload: Path | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> LoadedModel:
     """Load model and tokenizer for inference, in eval mode, from safetensors only.
 
-    `dtype` auto is the stored one, except float16 on a CPU, which is slow there: bfloat16. `device` auto is CUDA
-    (all GPUs when there are several and accelerate is installed), else MPS, else the CPU. FP8 and MXFP4 are
+    `dtype` auto is the stored one, except float16 on a CPU, which is slow there: bfloat16. `device` auto is the first
+    GPU, else MPS, else the CPU; where that does not hold the model it is spread over GPUs and memory. `limits` are the
+    most bytes of weights by device, `offload` is a folder: what fits nowhere stays on disk. FP8 and MXFP4 are
     dequantised to `dtype`; weights of other quantisations stay as their own library loads them. `quantization` (one
-    of `storage.QUANTIZATIONS`) quantises a model while it is loaded, to measure on less memory.
+    of `storage.QUANTIZATIONS`) quantises a model while it is loaded, to measure on less memory. `say` is told before
+    what the model needs and what is free.
+
+    Raises `UsageError`, naming the nearest setting that fits, for a model that does not.
     """
 
     storage, trust = files.storage, files.trust_remote_code
     check_quantization(files.name, storage, quantization)
-    place = _device(device)
-    wanted = _dtype(dtype, files.description.config, place)
+    _check_device(device)
+    found = rooms()
+    wanted = _dtype(dtype, files.description.config, device, found)
+    needs = _needs(files, wanted, quantization)
+    quantised = quantization is not None or not storage.editable
+    place = placed(device, needs, found, limits=limits, folder=_folder(offload), quantised=quantised)
+    if place.said:
+        say(place.said)
     with _quiet_loading(everything=not storage.editable):
         try:
             tokenizer = read_tokenizer(files.folder, trust_remote_code=trust)
@@ -173,21 +195,25 @@ def load(
             raise unreadable(files.name, "it cannot be loaded", error) from error
     check_codes_read(files.name, storage, model, report["unexpected_keys"])
     check_report(files.name, report, model)
+    if is_offloaded(model):
+        read_ahead(find_blocks(model)[1])
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
 
 
-def _read(files: ModelOnDisk, dtype: torch.dtype, place: str, quantization: str | None) -> tuple[Any, dict[str, Any]]:
+def _read(
+    files: ModelOnDisk, dtype: torch.dtype, place: Placement, quantization: str | None
+) -> tuple[Any, dict[str, Any]]:
     """The live model at `place`, and transformers' report on its tensors."""
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    in_place = place == "auto" or quantization is not None or not files.storage.editable
+    in_place = place.spread or quantization is not None or not files.storage.editable
     if in_place:
-        options["device_map"] = place if place == "auto" else {"": place}
+        options |= place.options() if place.spread else {"device_map": {"": place.device}}
     if (method := quantization_config(files.storage, quantization, dtype)) is not None:
         options["quantization_config"] = method
     # What has no skeleton, and what may not all fit in memory, is left to transformers to find in the folder.
-    listed = files.storage.dequantised or (files.description.skeleton is not None and place != "auto")
+    listed = files.storage.dequantised or (files.description.skeleton is not None and not place.spread)
     model, report = (_read_listed if listed else _read_folder)(files, options)
-    return model if in_place else model.to(place), report
+    return model if in_place else model.to(place.device), report
 
 
 def _read_listed(files: ModelOnDisk, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -215,26 +241,47 @@ def _read_folder(files: ModelOnDisk, options: dict[str, Any]) -> tuple[Any, dict
     return found
 
 
-def _device(device: str) -> str:
-    if device != "auto":
-        try:
-            torch.zeros(1, device=device).item()
-        except (RuntimeError, AssertionError) as error:
-            raise UsageError(f"--device {device}: not usable on this machine ({one_line(error)})") from error
-        return device
-    if torch.cuda.is_available():
-        several = torch.cuda.device_count() > 1 and importlib.util.find_spec("accelerate") is not None
-        return "auto" if several else "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+def _check_device(device: str) -> None:
+    if device in ("auto", "balanced"):
+        return
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {device}: not usable on this machine ({one_line(error)})") from error
 
 
-def _dtype(dtype: str, config: Any, place: str) -> torch.dtype:
+def _folder(offload: Path | None) -> Path | None:
+    """A folder of this process's own below the one named, which goes when the process ends."""
+    if offload is None:
+        return None
+    try:
+        offload.mkdir(parents=True, exist_ok=True)
+        own = tempfile.TemporaryDirectory(prefix="abliterate-", dir=offload)
+    except OSError as error:
+        raise UsageError(f"--offload {offload}: expected a folder that can be written ({error.strerror})") from error
+    _FOLDERS.append(own)
+    return Path(own.name)
+
+
+def _needs(files: ModelOnDisk, dtype: torch.dtype, quantization: str | None) -> Needs:
+    """What the model needs, from its configuration and shapes."""
+    skeleton, config = files.description.skeleton, files.description.config
+    if skeleton is None:
+        weights = sum(info.nbytes for info in files.checkpoint.tensors.values())
+    else:
+        weights = dtype.itemsize * sum(parameter.numel() for parameter in skeleton.parameters())
+    needs = needs_of(config, weights, dtype.itemsize)
+    return needs if quantization is None else needs.times(QUANTISED[quantization])
+
+
+def _dtype(dtype: str, config: Any, device: str, found: Mapping[Room, int]) -> torch.dtype:
     if dtype != "auto":
         if dtype not in DTYPES:
             raise UsageError(f"--dtype {dtype}: expected auto, {', '.join(DTYPES)}")
         return DTYPES[dtype]
     stored: torch.dtype = config.dtype
-    return torch.bfloat16 if stored == torch.float16 and place == "cpu" else stored
+    on_cpu = device == "cpu" or list(found) == ["cpu"]
+    return torch.bfloat16 if stored == torch.float16 and on_cpu else stored
 
 
 def _dequantised(path: Path, dtype: str) -> Path:
@@ -276,7 +323,9 @@ def _state(path: Path) -> list[int]:
 @contextlib.contextmanager
 def _quiet_loading(*, everything: bool) -> Iterator[None]:
     """Nothing on the user's screen while a model is loaded; with `everything`, not what other libraries print."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it would warn of every cast in every pass
+    # They would warn of every cast in every pass, and of what was asked for.
+    for name in ("bitsandbytes", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     with quiet_transformers(), contextlib.ExitStack() as stack:
         if everything:
             stack.enter_context(warnings.catch_warnings())

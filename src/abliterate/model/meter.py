@@ -16,6 +16,7 @@ from torch import nn
 
 from abliterate.model.anatomy import find_blocks, stream_out
 from abliterate.model.batches import hooked
+from abliterate.model.read_ahead import ReadAhead
 from abliterate.monitor import Monitor
 
 _Count = Callable[[int], None]
@@ -73,5 +74,5 @@ def counting(model: Any, monitor: Monitor) -> Iterator[None]:
 
 
 def changes_nothing(hook: Any) -> bool:
-    """Whether a hook only counts."""
-    return isinstance(hook, _Counter)
+    """Whether a hook only counts, or asks for weights before they are needed."""
+    return isinstance(hook, _Counter | ReadAhead)

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from abliterate.errors import ModelError
+from abliterate.model.offloaded import device_of, is_offloaded, value_of
 
 #: Rows of the identity that are run at once.
 _ROWS = 512
@@ -26,8 +27,10 @@ def numbers(module: nn.Module) -> Float[Tensor, "d n"]:
     Raises `ModelError` when the module does not say how many inputs it takes.
     """
     if isinstance(module, nn.Embedding):
-        return module.weight.detach().float().T
-    inputs, device, dtype = _inputs(module), _device(module), _dtype(module)
+        return value_of(module, "weight").float().T
+    if is_offloaded(module) and isinstance(module, nn.Linear) and module.weight.is_floating_point():
+        return value_of(module, "weight").float()  # its bias cannot be set aside: it comes with every pass
+    inputs, device, dtype = _inputs(module), device_of(module), _dtype(module)
     columns = []
     with torch.no_grad(), _without_bias(module):
         nothing = module(torch.zeros(1, inputs, device=device, dtype=dtype))
@@ -46,12 +49,6 @@ def _inputs(module: nn.Module) -> int:
         f"module {type(module).__name__}: expected a linear map that says how many inputs it takes (in_features), "
         "found none; load the model in full precision"
     )
-
-
-def _device(module: nn.Module) -> torch.device:
-    """Where the module's tensors are; those of offloaded ones come when it runs."""
-    found = next((tensor.device for tensor in _tensors(module)), torch.device("cpu"))
-    return torch.device("cpu") if found.type == "meta" else found
 
 
 def _dtype(module: nn.Module) -> torch.dtype:

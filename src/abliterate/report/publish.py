@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,9 @@ def _uploaded(out: Path, record: Record) -> Iterator[tuple[str, Any]]:
 
 def without_places(record: Record) -> Record:
     """The record without folders of the machine that it was made on."""
-    kept: Mapping[str, Any] = {name: value for name, value in record.settings.items() if name not in _PLACES}
+    kept: dict[str, Any] = {name: value for name, value in record.settings.items() if name not in _PLACES}
+    if isinstance(loading := kept.get("loading"), dict):
+        kept["loading"] = {**loading, "offload": None}
     model = record.model.model_copy(update={"folder": "", "seal": None, "name": _public(record)})
     files = {name: known for name, known in record.files.items() if name != REPORT}
     steering = record.steering

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,23 @@ from abliterate.errors import CheckpointError, ModelError, UsageError
 from abliterate.files.checkpoint import Checkpoint, open_checkpoint, open_tensor
 from abliterate.files.formats import PLAIN, layout
 from abliterate.model.anatomy import Stored
+from abliterate.model.offloaded import Exchange
 
 
 class SwappedWeights:
     """Parameters of a live model that hold stored tensors for a while; `original()` puts them back inside."""
 
-    def __init__(self, model: Any, stored: Mapping[str, Tensor]) -> None:
-        """Hold the stored tensors (by parameter name) in each parameter's own dtype and place; swap nothing yet."""
-        self._parameters = [model.get_parameter(name) for name in stored]
-        self._other = [
-            tensor.to(parameter.device, parameter.dtype)
-            for parameter, tensor in zip(self._parameters, stored.values(), strict=True)
-        ]
+    def __init__(self, model: Any, stored: Mapping[str, Callable[[], Tensor]]) -> None:
+        """Hold what `stored` reads (by parameter name) in each parameter's own dtype and place; swap nothing yet.
+
+        What belongs to offloaded parameters is not held: it is read whenever it is needed.
+        """
+        self._exchanges = [Exchange(model, name, functools.partial(_read_anew, read)) for name, read in stored.items()]
 
     def swap(self) -> None:
         """Exchange what the parameters hold with what is kept here."""
-        for i, parameter in enumerate(self._parameters):
-            parameter.data, self._other[i] = self._other[i], parameter.data
+        for exchange in self._exchanges:
+            exchange.swap()
 
     @contextlib.contextmanager
     def original(self) -> Iterator[None]:
@@ -44,6 +45,10 @@ class SwappedWeights:
             yield
         finally:
             self.swap()
+
+
+def _read_anew(read: Callable[[], Tensor], _: Tensor) -> Tensor:
+    return read()
 
 
 @contextlib.contextmanager
@@ -57,9 +62,12 @@ def weights_from(
     Raises `ModelError` for a parameter that the live model holds quantised, `CheckpointError` for other shapes.
     """
     checkpoint, axes = open_checkpoint(folder), planned_parameters(plan)
-    stored = {name: _parameter(model, checkpoint, name, axis, names[name]) for name, axis in axes.items()}
+    for name in axes:
+        _floats(name, model.get_parameter(name))
+    stored = {
+        name: functools.partial(_parameter, model, checkpoint, name, axis, names[name]) for name, axis in axes.items()
+    }
     swapped = SwappedWeights(model, stored)
-    del stored
     with swapped.original():  # the same exchange, read the other way round
         yield swapped
 
@@ -79,16 +87,15 @@ def edit_live(model: Any, plan: Plan) -> Callable[[], None]:
             raise UsageError(reason)
         for name in _names(edit):
             _floats(name, model.get_parameter(name))
-    kept: list[tuple[nn.Parameter, Tensor]] = []
+    made: list[Exchange] = []
     for edit in plan.edits:
         for name in _names(edit):
-            parameter = model.get_parameter(name)
-            kept.append((parameter, parameter.data.clone()))
-            parameter.data.copy_(_edited(parameter.data, edit, name))
+            made.append(Exchange(model, name, functools.partial(_edited, edit=edit, name=name)))
+            made[-1].swap()
 
     def back() -> None:
-        for parameter, old in kept:
-            parameter.data.copy_(old)
+        for exchange in reversed(made):
+            exchange.swap()
 
     return back
 
@@ -123,7 +130,6 @@ def _floats(name: str, parameter: Tensor) -> None:
 def _parameter(model: Any, checkpoint: Checkpoint, name: str, axis: int, places: tuple[Stored, ...]) -> Tensor:
     """The numbers of one parameter as they lie in memory, in its dtype."""
     parameter: nn.Parameter = model.get_parameter(name)
-    _floats(name, parameter)
     found = torch.empty(parameter.shape, dtype=parameter.dtype)
     for place in places:
         part = found if place.expert is None else found[place.expert]

@@ -93,7 +93,7 @@ def by_text(
         logits = logits_at(model, shared, [encoded.suffixes[row] for row in rows], positions)
         for row, some in zip(rows, logits, strict=True):
             reply = torch.tensor(replies[row], device=some.device)
-            scores[row] = float(log_likelihood(some[: len(reply)], reply).double().sum())
+            scores[row] = float(log_likelihood(some[: len(reply)], reply).cpu().double().sum())
 
     def done(some: int) -> None:
         nonlocal seen

@@ -136,7 +136,7 @@ class ClassifierJudge:
             logits: Tensor = self._model(**encoded.to(self._model.device)).logits
         if not bool(torch.isfinite(logits).all()):
             raise NumericalError(f"judge '{self._name}': expected finite logits, found NaN or infinity; use another")
-        return logits.double().softmax(-1)
+        return logits.cpu().double().softmax(-1)
 
 
 def meanings(model_id: str, names: Sequence[str], given: Mapping[str, Label]) -> tuple[Label, ...]:

@@ -195,7 +195,7 @@ def _leanings(state: ModelState, encoded: Encoded, progress: Any = None) -> list
     def work(rows: list[int]) -> None:
         logits = last_logits(model, shared, [encoded.suffixes[row] for row in rows])
         yes, no = (logits[:, words[wanted].to(logits.device)].logsumexp(-1) for wanted in (True, False))
-        found[rows] = (yes - no).double().cpu()
+        found[rows] = (yes - no).cpu().double()
 
     in_batches([len(suffix) for suffix in encoded.suffixes], logit_size(model, size, 1), work, done=progress)
     return found.tolist()

@@ -43,6 +43,7 @@ from abliterate.evaluation.scores import kl_divergence, log_likelihood, refusal_
 from abliterate.finding.replies import own_replies
 from abliterate.finding.search.space import free_and_fixed
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits, logits_at
+from abliterate.model.offloaded import is_offloaded, recomputed
 from abliterate.session import Session
 
 #: Prompts of each class in one step.
@@ -108,7 +109,8 @@ def descend(
     with frozen(session.model):
         kind = _Descent if tokens else _Lesson
         descent = kind(session, list(tokens), start, editing, refine)
-        return [descent.leg(leg, progress) for leg in way]
+        with recomputed(session.model, session.blocks):
+            return [descent.leg(leg, progress) for leg in way]
 
 
 class _Descent:
@@ -166,13 +168,17 @@ class _Descent:
         sums = [torch.zeros_like(p) for p in wanted]
 
         def work(chosen: list[int]) -> None:
-            loss = self._loss(joined, chosen, rows, weight) / BATCH
-            for total, gradient in zip(sums, torch.autograd.grad(loss, wanted, allow_unused=True), strict=True):
+            with ablation(self.session.model, self._plan()):
+                loss = self._loss(joined, chosen, rows, weight) / BATCH
+                gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
                 if gradient is not None:
                     total += gradient
 
         lengths = [len(suffix) for suffix in joined.suffixes]
-        in_batches(lengths, BatchSize(self.session.size.rows, _TOKENS), work)
+        size = self.session.size
+        tokens = max(_TOKENS, size.tokens // 4) if is_offloaded(self.session.model) else _TOKENS
+        in_batches(lengths, BatchSize(size.rows, tokens), work)
         for parameter, total in zip(wanted, sums, strict=True):
             parameter.grad = total
         self.optimiser.step()
@@ -184,14 +190,13 @@ class _Descent:
     def _loss(
         self, joined: Encoded, chosen: list[int], rows: Mapping[str, list[int]], weight: float
     ) -> Float[Tensor, ""]:
-        """The part of a step's loss that some of its prompts have: the first `BATCH` are harmful ones."""
+        """The part of a step's loss that some of its prompts have, under hooks: the first `BATCH` are harmful ones."""
         model = self.session.model
-        with ablation(model, self._plan()):
-            shared = SharedPrefix(model, joined.prefix, grad=True)
-            logits = last_logits(model, shared, joined.take(chosen).suffixes)
+        shared = SharedPrefix(model, joined.prefix, grad=True)
+        logits = last_logits(model, shared, joined.take(chosen).suffixes)
         refusing = [i for i, row in enumerate(chosen) if row < BATCH]
         answering = [i for i, row in enumerate(chosen) if row >= BATCH]
-        scores = refusal_score(logits[refusing], self.tokens).float()
+        scores = refusal_score(logits[refusing], self.tokens).to(logits)
         base = self.base[[rows["harmless"][chosen[i] - BATCH] for i in answering]].to(logits)
         loss: Tensor = softplus(scores - self.target).sum() + weight * kl_divergence(base, logits[answering]).sum()
         return loss
@@ -258,20 +263,19 @@ class _Lesson(_Descent):
         self, joined: Encoded, chosen: list[int], rows: Mapping[str, list[int]], weight: float
     ) -> Float[Tensor, ""]:
         model, loss = self.session.model, torch.zeros(())
-        with ablation(model, self._plan()):
-            for side, sign in ((0, 1), (1, -1)):
-                mine = [i - side * BATCH for i in chosen if i // BATCH == side]
-                if mine:
-                    asked = [rows["harmful"][i] for i in mine]
-                    found = self._likelihoods(self.prompts["harmful"], side, asked, grad=True)
-                    goal = torch.tensor([self.goals[side][row] for row in asked]).to(found)
-                    loss = loss + softplus(sign * SLOPE * (found - goal)).sum()
-            others = [i for i in chosen if i >= 2 * BATCH]
-            if others:
-                shared = SharedPrefix(model, joined.prefix, grad=True)
-                logits = last_logits(model, shared, joined.take(others).suffixes)
-                base = self.base[[rows["harmless"][i - 2 * BATCH] for i in others]].to(logits)
-                loss = loss + weight * kl_divergence(base, logits).sum()
+        for side, sign in ((0, 1), (1, -1)):
+            mine = [i - side * BATCH for i in chosen if i // BATCH == side]
+            if mine:
+                asked = [rows["harmful"][i] for i in mine]
+                found = self._likelihoods(self.prompts["harmful"], side, asked, grad=True)
+                goal = torch.tensor([self.goals[side][row] for row in asked]).to(found)
+                loss = loss + softplus(sign * SLOPE * (found - goal)).sum()
+        others = [i for i in chosen if i >= 2 * BATCH]
+        if others:
+            shared = SharedPrefix(model, joined.prefix, grad=True)
+            logits = last_logits(model, shared, joined.take(others).suffixes)
+            base = self.base[[rows["harmless"][i - 2 * BATCH] for i in others]].to(logits)
+            loss = loss + weight * kl_divergence(base, logits).sum()
         return loss
 
     def _goals(self, told: Encoded, side: int, rows: Sequence[int]) -> dict[int, float]:

@@ -8,7 +8,6 @@ architecture never seen before needs no code when this holds for it.
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -25,6 +24,7 @@ from abliterate.model.anatomy.blocks import Call
 from abliterate.model.anatomy.trial import BlockTrial, Candidate, candidates, joined, norms_gain
 from abliterate.model.anatomy.writers import Kind, Writer, kind_of
 from abliterate.model.batches import hooked
+from abliterate.model.offloaded import device_of, float_copy
 
 #: What may be left along V behind a block, relative to what the block wrote (computed in float32).
 TOLERANCE = 1e-3
@@ -48,7 +48,7 @@ def structure(
 
     Raises `AnatomyError` when more is left along V than that, whatever is edited.
     """
-    twin = copy.deepcopy(block).float()
+    twin = float_copy(block)
     parts = candidates(twin, basis.shape[1])
     _draw(twin, parts)
     trial = BlockTrial(twin, call, basis)
@@ -139,7 +139,7 @@ def _norm_inputs(trial: BlockTrial) -> dict[str, float]:
             if not isinstance(taken, Tensor) or not isinstance(output, Tensor) or taken.shape != output.shape:
                 return
             if taken.shape[-1] == d_model and not torch.equal(taken, output):
-                share = trial.along(taken) / max(float(taken.double().norm()), 1e-30) / usual
+                share = trial.along(taken) / max(float(taken.cpu().double().norm()), 1e-30) / usual
                 shares[name] = max(share, shares.get(name, 0.0))
 
         handles.append(module.register_forward_hook(seen))
@@ -212,9 +212,9 @@ def close_block(
 
     Raises `AnatomyError` naming the block, `NumericalError` when it computes NaN or infinity.
     """
-    basis = basis.to(call.stream.device)
+    basis = basis.to(device_of(block))
     key = build(block)
-    trial = BlockTrial(copy.deepcopy(block).float(), call, basis)
+    trial = BlockTrial(float_copy(block), call, basis)
     after = trial.run(clean=False)
     if not bool(torch.isfinite(after).all()):
         raise NumericalError(f"block {name}: expected finite numbers, found NaN or infinity; is the model damaged?")
@@ -222,14 +222,16 @@ def close_block(
     if key in known and (error := trial.leak(known[key], wrote)) <= max_leak:
         parts = known[key]
     else:
+        del trial  # one float32 copy at a time
         parts = structure(block, call, basis, name, max_leak)
         known.setdefault(key, parts)
+        trial = BlockTrial(float_copy(block), call, basis)
         error = trial.leak(parts, wrote)
         if math.isnan(error):
             raise NumericalError(f"block {name}: its numbers are too large to compute with; is the model damaged?")
         if error > max_leak:
             raise AnatomyError(not_closed(name, block, error, [part.name for part in parts], {}, trial))
-    _check_hooks(trial, parts, name, block, float((after - trial.stream).double().norm()))
+    _check_hooks(trial, parts, name, block, float((after - trial.stream).cpu().double().norm()))
     writers = tuple(_writer(trial.block, part, name, index, trial.width) for part in parts)
     if index == 0:
         writers = tuple(
@@ -254,7 +256,7 @@ def _check_hooks(trial: BlockTrial, parts: Sequence[Candidate], name: str, block
         weights = trial.run(clean=False)
     with trial.ablated(parts):
         hooks = trial.run(clean=False)
-    error = float((weights - hooks).double().norm()) / max(wrote, 1e-30)
+    error = float((weights - hooks).cpu().double().norm()) / max(wrote, 1e-30)
     if error > TOLERANCE:
         raise AnatomyError(
             f"block {name} ({type(block).__name__}): an edit as hooks and as weights differ by {error:.2g}, expected "

@@ -33,9 +33,10 @@ class Call:
             raise AnatomyError("blocks: expected the residual stream as first argument or as 'hidden_states'")
         return value
 
-    def floated(self) -> Call:
-        """The same in float32."""
-        return Call(tuple(to_float(value) for value in self.args), {k: to_float(v) for k, v in self.kwargs.items()})
+    def floated(self, device: torch.device) -> Call:
+        """The same in float32 on a device."""
+        args = tuple(to_float(value, device) for value in self.args)
+        return Call(args, {name: to_float(value, device) for name, value in self.kwargs.items()})
 
     def with_stream(self, stream: Tensor) -> Call:
         """The same with another stream."""
@@ -44,14 +45,14 @@ class Call:
         return Call((), {**self.kwargs, "hidden_states": stream})
 
 
-def to_float(value: Any) -> Any:
-    """Tensors inside `value` in float32."""
+def to_float(value: Any, device: torch.device) -> Any:
+    """Tensors inside `value` on a device, in float32 where they are floats."""
     if isinstance(value, Tensor):
-        return value.float() if value.is_floating_point() else value
+        return value.to(device, torch.float32 if value.is_floating_point() else value.dtype)
     if isinstance(value, tuple | list):
-        return type(value)(to_float(item) for item in value) if type(value) in (tuple, list) else value
+        return type(value)(to_float(item, device) for item in value) if type(value) in (tuple, list) else value
     if isinstance(value, Mapping) and type(value) is dict:
-        return {key: to_float(item) for key, item in value.items()}
+        return {key: to_float(item, device) for key, item in value.items()}
     return value
 
 
@@ -137,7 +138,7 @@ def check_between(names: list[str], calls: list[Call], tolerance: float) -> None
     for name, before, after in zip(names[1:], calls, calls[1:], strict=False):
         if before.given is None or before.given.shape != after.stream.shape:
             raise AnatomyError(f"block {name}: expected the stream that the block before it gave, found another shape")
-        given, taken = before.given.to(after.stream.device).double(), after.stream.double()
+        given, taken = before.given.cpu().double(), after.stream.cpu().double()
         scale = (given * taken).sum(-1, keepdim=True) / given.square().sum(-1, keepdim=True).clamp_min(1e-30)
         error = float((taken - scale * given).norm() / taken.norm().clamp_min(1e-30))
         if error > max(tolerance, 4 * torch.finfo(after.stream.dtype).eps):

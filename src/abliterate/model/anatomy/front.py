@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from abliterate.algebra import before_norm, remove_from_outputs
 from abliterate.errors import AnatomyError
+from abliterate.model._compat import is_head
 from abliterate.model.anatomy.accounting import TOLERANCE
 from abliterate.model.anatomy.trial import norm_gain
 from abliterate.model.anatomy.writers import Kind, Writer
 from abliterate.model.batches import body, hooked, on_output
+from abliterate.model.offloaded import value_of
 
 
 class _AtFirstBlock(BaseException):
@@ -82,9 +84,9 @@ class _Front:
 
     def share(self, x: Tensor) -> float:
         """‖V x‖ / ‖x‖, relative to that of a random vector."""
-        inside = (x.float().reshape(-1, self.basis.shape[1]) @ self.basis.to(x.device).T).double().norm()
+        inside = (x.float().reshape(-1, self.basis.shape[1]) @ self.basis.to(x.device).T).cpu().double().norm()
         usual: float = (self.basis.shape[0] / self.basis.shape[1]) ** 0.5
-        return float(inside / x.double().norm().clamp_min(1e-30)) / usual
+        return float(inside / x.cpu().double().norm().clamp_min(1e-30)) / usual
 
 
 def _stop(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -152,14 +154,13 @@ def _basis(front: _Front, writer: Writer) -> Tensor:
 def _change(front: _Front, writer: Writer) -> Any:
     basis = _basis(front, writer)
     if writer.weight is None and writer.bias is not None:
-        bias = front.model.get_parameter(writer.bias).float()
+        bias = value_of(front.model, writer.bias).float()
         constant = (bias @ basis.to(bias.device).T) @ basis.to(bias.device)
         return lambda y: (y.float() - constant).to(y.dtype)
     return lambda y: remove_from_outputs(y, basis[None].to(y.device), 1.0)
 
 
 def _writer(model: Any, item: _Seen) -> Writer:
-    head = model.get_output_embeddings()
     bias = getattr(item.module, "bias", None)
     return Writer(
         module=item.name,
@@ -168,19 +169,19 @@ def _writer(model: Any, item: _Seen) -> Writer:
         weight=f"{item.name}.weight",
         axis=1 if isinstance(item.module, nn.Embedding) else 0,
         bias=None if bias is None else f"{item.name}.bias",
-        inner=_inner(item),
-        tied=head is not None and getattr(head, "weight", None) is item.module.get_parameter("weight"),
+        inner=_inner(model, item),
+        tied=is_head(model, f"{item.name}.weight"),
     )
 
 
-def _inner(item: _Seen) -> float:
+def _inner(model: Any, item: _Seen) -> float:
     """The constant by which an embedding multiplies the rows that it looks up; 1 where it does something else."""
     ids, weight = item.taken, item.module.get_parameter("weight")
     if not isinstance(item.module, nn.Embedding) or ids is None or ids.is_floating_point():
         return 1.0
     if ids.shape != item.output.shape[:-1] or int(ids.max()) >= len(weight):
         return 1.0
-    rows, output = weight.detach()[ids].double(), item.output.double()
+    rows, output = value_of(model, f"{item.name}.weight")[ids].cpu().double(), item.output.cpu().double()
     scale = float((rows * output).sum() / rows.square().sum().clamp_min(1e-30))
     exact = float((output - scale * rows).norm()) <= 1e-2 * float(output.norm())
     return scale if exact and abs(scale - 1) > 1e-2 else 1.0
@@ -223,8 +224,8 @@ def _with_multipliers(
         return writers
     if not outputs or len(plain) != len(writers):
         return writers
-    target = stream.double().flatten().cpu()
-    matrix = torch.stack([output.double().flatten().cpu() for output in outputs], dim=1)
+    target = stream.cpu().double().flatten()
+    matrix = torch.stack([output.cpu().double().flatten() for output in outputs], dim=1)
     fitted = torch.linalg.lstsq(matrix, target[:, None]).solution[:, 0]
     if float((target - matrix @ fitted).norm() / target.norm()) > tolerance:
         return writers

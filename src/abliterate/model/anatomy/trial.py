@@ -16,6 +16,7 @@ from abliterate.algebra import before_norm, remove_from_outputs, remove_from_wei
 from abliterate.errors import AnatomyError
 from abliterate.model.anatomy.blocks import Call, stream_out
 from abliterate.model.batches import hooked, on_output
+from abliterate.model.offloaded import device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class BlockTrial:
     def __init__(self, block: nn.Module, call: Call, basis: Float[Tensor, "k d"]) -> None:
         """Take a block that is ours to change; `basis` is the random subspace V."""
         self.block, self.basis = block, basis
-        self._call = call.floated()
+        self._call = call.floated(basis.device)
         self.stream = self._call.stream.clone()
         self.width = basis.shape[1]
 
@@ -110,7 +111,7 @@ class BlockTrial:
 
     def along(self, x: Tensor) -> float:
         """‖V x‖."""
-        return float((self._apart(x.float()) @ self.basis.T).double().norm())
+        return float((self._apart(x.float()) @ self.basis.T).cpu().double().norm())
 
     def _apart(self, x: Tensor) -> Tensor:
         """Several streams side by side (hyper-connections) one by one."""
@@ -207,8 +208,7 @@ def norm_gain(norm: nn.Module, d_model: int) -> tuple[Float[Tensor, " d"], bool]
     Learnt from what the norm does to ±1, not from its class: some multiply by `weight`, some by 1 + `weight`. A bias
     is the even part of what it does and falls out.
     """
-    device = next((parameter.device for parameter in norm.parameters()), None)  # some norms have no gain
-    signs = torch.ones(2, d_model, device=device)
+    signs = torch.ones(2, d_model, device=device_of(norm))
     signs[1, ::2] = -1  # (nearly) without a mean, so that a centring norm shows its gain too
     with torch.inference_mode():
         plain, alternating = (norm(signs) - norm(-signs)) / 2
