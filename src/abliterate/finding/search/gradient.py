@@ -6,8 +6,8 @@ A plan is differentiable in its strengths and its basis, and so are the first to
 
 where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every site that is
 written to has its own direction, which starts as its own difference of means without the part along the harmless mean.
-Of a behaviour that first tokens do not tell, and that is found by the same prompts under two instructions, whole
-replies take the place of the first token: with prompts asked plainly, the model's own replies under the one instruction
+Of a behaviour that is found by the same prompts under two instructions, whole replies take the place of the first
+token: with prompts asked plainly, the model's own replies under the one instruction
 are to become as unlikely, and those under the other as likely, as they are under the other. The loss is then
 
     mean over prompts of softplus(k (l₊ − t₊)) + softplus(k (t₋ − l₋)) + λ · mean KL
@@ -72,9 +72,9 @@ class Leg:
     steps: int
 
 
-#: Weights of KL at the ends of the front; lighter where a behaviour is to stay somewhere: prompts that show it are then
-#: among those that must not move, and tell far more against an edit.
-WEIGHTS, WEIGHTS_BESIDE = (40.0, 320.0), (2.5, 40.0)
+#: Weights of KL at the ends of the front. Lighter ones guide whole replies, and where a behaviour is to stay somewhere:
+#: prompts that show it are then among those that must not move, and tell far more against an edit.
+WEIGHTS, LIGHT_WEIGHTS = (40.0, 320.0), (2.5, 40.0)
 
 
 def legs(points: int, steps: int, *, weights: tuple[float, float] = WEIGHTS) -> list[Leg]:
@@ -107,7 +107,7 @@ def descend(
     if editing.affine or start.reader is not None:
         raise UsageError("--method gradient: expected an edit that takes a direction out, found an affine or LEACE one")
     with frozen(session.model):
-        kind = _Descent if tokens else _Lesson
+        kind = _Lesson if session.prompts.behaviour.paired else _Descent
         descent = kind(session, list(tokens), start, editing, refine)
         with recomputed(session.model, session.blocks):
             return [descent.leg(leg, progress) for leg in way]

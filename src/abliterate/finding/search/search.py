@@ -228,8 +228,9 @@ class _Attempt:
 
     def _descend(self) -> list[tuple[Direction, str]]:
         searching = self.settings.searching
-        beside = self.session.prompts.keep is not None or not self.probe.tokens
-        weights = gradient.WEIGHTS_BESIDE if beside else gradient.WEIGHTS
+        prompts = self.session.prompts
+        light = prompts.keep is not None or prompts.behaviour.paired
+        weights = gradient.LIGHT_WEIGHTS if light else gradient.WEIGHTS
         way = gradient.legs(searching.points, searching.steps, weights=weights)
         with self.session.monitor.phase("descend the gradient", sum(leg.steps for leg in way)) as advance:
             directions = gradient.descend(
