@@ -7,7 +7,7 @@ a fresh process that is forked when everything is imported, so that a moment is 
 Then
 
 - the model that was read is as it was, byte for byte;
-- what stands in OUT is what stood there, or the finished result: a model that `verify` proves, a record to be read;
+- what stands in OUT is what stood there, or the finished result: a model that `check` proves, a record to be read;
 - the same command, started again, comes to its end, and nothing else is left beside OUT;
 - after interrupts nothing is left beside OUT at once.
 

@@ -70,7 +70,7 @@ class ModelPart(_Part):
 
     name: str
     kind: Literal["hub", "folder", "gguf"]
-    folder: str = Field("", description="Where its files were read: `undo` and `verify OUT` look there.")
+    folder: str = Field("", description="Where its files were read: `undo` and `check OUT` look there.")
     storage: str = Field("plain", description="How the weights are stored: plain, or the name of the quantisation.")
     architecture: str
     d_model: Count

@@ -53,6 +53,7 @@ VERBS: dict[str, tuple[str, type | None]] = {
     "search": ("search", RunVerb),
     "find": ("find", FindVerb),
     "verify": ("verify", VerifyVerb),
+    "check": ("verify_files", None),
     "apply": ("apply", ApplyVerb),
     "eval": ("evaluate", EvaluateVerb),
     "compare": ("compare", CompareVerb),

@@ -73,7 +73,7 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "show": ("abliteration.json", "show", "PLACE"),
     "report": ("abliteration.json", "report", "PLACE"),
     "undo": ("abliteration.json", "undo", "PLACE"),
-    "verify OUT": ("abliteration.json", "verify", "PLACE"),
+    "check": ("abliteration.json", "check", "PLACE"),
     "apply": ("d.safetensors", "apply", "PLACE/model", "--direction", "PLACE/d.safetensors", "-o", "PLACE/out", "-q"),
     "verify": ("d.safetensors", "verify", "PLACE/model", "--direction", "PLACE/d.safetensors", "-q"),
     "judge": ("replies.jsonl", "judge", "PLACE/replies.jsonl"),

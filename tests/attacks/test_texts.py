@@ -24,10 +24,10 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from abliterate.cli import terminal as terminals
+from abliterate.cli.check import show_integrity
 from abliterate.cli.live import Screen
 from abliterate.cli.show import show_record
 from abliterate.cli.terminal import Steady, plain, terminal, write, write_json, write_lines
-from abliterate.cli.verify import show_integrity
 from abliterate.errors import PromptError
 from abliterate.files.checkpoint import open_checkpoint
 from abliterate.files.checkpoint.outputs import other_files

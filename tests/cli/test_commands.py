@@ -32,6 +32,7 @@ COMMANDS = (
     "search",
     "find",
     "verify",
+    "check",
     "apply",
     "eval",
     "compare",
@@ -301,19 +302,19 @@ def flip_a_bit(folder: Path, tensor: str) -> None:
     info.file.write_bytes(data)
 
 
-def test_verify_of_out_proves_what_was_not_changed(cli: Cli, edited: Path) -> None:
-    result = cli("verify", edited)
+def test_check_proves_what_was_not_changed(cli: Cli, edited: Path) -> None:
+    result = cli("check", edited)
     assert result.code == 0
     assert "11 tensors in the plan, 11 of them changed" in result.out
     assert "Verified: every byte outside the plan equals the original's." in result.out
-    found = json.loads(cli("verify", edited, "--json", "-q").out)
+    found = json.loads(cli("check", edited, "--json", "-q").out)
     assert found["intact"] is True
     assert (found["damaged"], found["wrong_hashes"]) == ([], [])
 
 
-def test_verify_of_out_names_another_file_that_was_changed(cli: Cli, edited: Path) -> None:
+def test_check_names_another_file_that_was_changed(cli: Cli, edited: Path) -> None:
     (edited / "tokenizer.json").write_text("{}")
-    result = cli("verify", edited, "-q")
+    result = cli("check", edited, "-q")
     assert result.code == 3
     assert "not the original's: tokenizer.json" in result.out
     assert "Verified" not in result.out
@@ -328,9 +329,8 @@ def test_undo_in_place_keeps_what_others_put_there(cli: Cli, edited: Path, model
 @pytest.mark.parametrize(
     ("arguments", "option"),
     [
-        (["verify", "OUT", "--layers", "1-2"], "--layers"),
-        (["verify", "OUT", "--site", "1:-1"], "--site"),
-        (["verify", "OUT", "--quantization", "bnb-4bit"], "--quantization"),
+        (["check", "OUT", "--layers", "1-2"], "--layers"),
+        (["verify", "OUT", "--layers", "1-2"], "--direction"),
         (["verify", "OUT", "--direction", "D", "--source", "/nowhere"], "--source"),
         (["eval", "OUT", "--strength", "3"], "--strength"),
         (["find", "OUT", "-o", "new.safetensors", "--affine"], "--affine"),
@@ -343,29 +343,29 @@ def test_options_that_would_do_nothing_are_refused(
     cli(*(places.get(argument, argument) for argument in arguments), "-q").failed(2, option)
 
 
-def test_verify_of_out_names_a_tensor_with_one_flipped_bit(cli: Cli, edited: Path) -> None:
+def test_check_names_a_tensor_with_one_flipped_bit(cli: Cli, edited: Path) -> None:
     name = "model.layers.2.self_attn.q_proj.weight"
     flip_a_bit(edited, name)
-    result = cli("verify", edited, "-q")
+    result = cli("check", edited, "-q")
     assert result.code == 3
     assert f"differ outside the plan: {name}" in result.out
     assert "have another SHA-256 than recorded: model-0000" in result.out
     assert "Verified" not in result.out
     assert result.err == f"not done: {edited}: not what its record says; see the list above\n"
-    found = json.loads(cli("verify", edited, "--json", "-q").out)
+    found = json.loads(cli("check", edited, "--json", "-q").out)
     assert (found["intact"], found["damaged"]) == (False, [name])
 
 
-def test_verify_of_out_says_when_the_original_is_gone_or_another(
+def test_check_says_when_the_original_is_gone_or_another(
     cli: Cli, broken: Path, direction: Path, planted: Planted, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     assert cli("apply", broken, "--direction", direction, "-o", out, "-q").code == 0
     broken.rename(tmp_path / "moved")
-    cli("verify", out, "-q").failed(2, f"original is not at {broken} any more", "--source")
-    assert cli("verify", out, "--source", tmp_path / "moved", "-q").code == 0
+    cli("check", out, "-q").failed(2, f"original is not at {broken} any more", "--source")
+    assert cli("check", out, "--source", tmp_path / "moved", "-q").code == 0
     other = plant(tmp_path / "other", seed=1).folder
-    cli("verify", out, "--source", other, "-q").failed(1, "expected the file that was edited, found another")
+    cli("check", out, "--source", other, "-q").failed(1, "expected the file that was edited, found another")
 
 
 # --- what is written
@@ -398,7 +398,7 @@ def test_every_realisation_is_written_and_named(
     assert record.plan.realisation == realisation
     assert bool(list(out.glob("model*.safetensors"))) == (realisation == "weights")
     if realisation != "weights":
-        for command in (("undo", out), ("verify", out)):
+        for command in (("undo", out), ("check", out)):
             cli(*command, "-q").failed(2, f"expected a model with edited weights, found {realisation}")
 
 
@@ -425,7 +425,7 @@ def test_small_files_and_their_index_are_written(cli: Cli, planted: Planted, dir
     assert sorted(record["output_sha256"]) == [file.name for file in files]
     index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
     assert {name: file.name for file in files for name in load_file(file)} == index
-    assert json.loads(cli("verify", out, "--json", "-q").out)["intact"] is True
+    assert json.loads(cli("check", out, "--json", "-q").out)["intact"] is True
 
 
 def test_options_of_the_edit_reach_every_command(

@@ -24,7 +24,7 @@ _DRAWN = {
     "EvaluationPart": ("tables", "show_evaluation"),
     "HardeningPart": ("harden", "show_hardening"),
     "InspectionPart": ("inspect", "show_inspection"),
-    "IntegrityPart": ("verify", "show_integrity"),
+    "IntegrityPart": ("check", "show_integrity"),
     "ReadingPart": ("read", "show_reading"),
     "RepairPart": ("repair", "show_repair"),
     "SearchPart": ("search", "show_search"),

@@ -15,6 +15,7 @@ import typer
 from abliterate.cli.apply import apply
 from abliterate.cli.audit import audit
 from abliterate.cli.chat import chat
+from abliterate.cli.check import check
 from abliterate.cli.compare import compare
 from abliterate.cli.config import config
 from abliterate.cli.eval import evaluate
@@ -79,7 +80,7 @@ _GROUPS: dict[str, dict[str, Callable[..., None]]] = {
     "Steer and read": {"steer": steer, "read": read},
     "Look at and share what was done": {"show": show, "report": report, "lab": lab, "chat": chat, "push": push},
     "Measure": {"eval": evaluate, "compare": compare, "judge": judge},
-    "Check and defend": {"inspect": inspect, "audit": audit, "harden": harden, "repair": repair},
+    "Check and defend": {"check": check, "inspect": inspect, "audit": audit, "harden": harden, "repair": repair},
 }
 _COMMANDS = {name: command for group in _GROUPS.values() for name, command in group.items()}
 
