@@ -129,6 +129,14 @@ def test_light_modules_do_not_import_torch(module: str) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "False False\n"
 
 
+def test_the_program_starts_without_making_validators_of_settings() -> None:
+    code = (
+        "import abliterate.cli; from abliterate import config as c; "
+        "print([n for n, k in vars(c).items() if n.endswith('Settings') and k.__pydantic_complete__])"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "[]\n"
+
+
 @pytest.mark.parametrize(
     ("before", "given", "found"),
     [

@@ -55,7 +55,7 @@ def test_the_written_file_has_every_option_of_a_run_with_its_default() -> None:
     )
     values = tomllib.loads(used)
     for group in RunSettings.model_fields.values():
-        for name, field in getattr(type(group.default), "model_fields", {}).items():
+        for name, field in getattr(group.annotation, "model_fields", {}).items():
             flag = flag_of(name).removeprefix("--")
             assert f"# {flag} =" in text
             if field.default is not None:

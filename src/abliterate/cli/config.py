@@ -44,12 +44,12 @@ def written(model: str) -> str:
     lines = [_HEAD, f"model = {json.dumps(model, ensure_ascii=False)}"]
     for name, group in RunSettings.model_fields.items():
         if name != "model" and name != "output":
-            lines += ["", f"# --- {name}", *_options(group.default)]
+            lines += ["", f"# --- {name}", *_options(group.annotation)]
     return "\n".join(lines) + "\n"
 
 
-def _options(settings: Any) -> Iterator[str]:
-    for name, field in type(settings).model_fields.items():
+def _options(kind: Any) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
         key, default = flag_of(name).removeprefix("--"), field.default
         yield ""
         yield from textwrap.wrap(field.description or "", 110, initial_indent="# ", subsequent_indent="# ")

@@ -138,7 +138,8 @@ Source = Annotated[str, BeforeValidator(_as_source)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    # Validators are made when they are first needed: most settings are described by a command and not used by it.
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -610,16 +611,16 @@ def _bytes(text: str) -> int | None:
 class MeasureSettings(_Settings):
     """How a model is loaded and measured."""
 
-    loading: ModelSettings = ModelSettings()
-    prompts: PromptSettings = PromptSettings()
-    finding: FindSettings = FindSettings()
-    evaluating: EvalSettings = EvalSettings()
+    loading: ModelSettings = Field(default_factory=ModelSettings)
+    prompts: PromptSettings = Field(default_factory=PromptSettings)
+    finding: FindSettings = Field(default_factory=FindSettings)
+    evaluating: EvalSettings = Field(default_factory=EvalSettings)
 
 
 class RunSettings(MeasureSettings):
     """Everything one run needs."""
 
     model: Text = Field(description="Hub id, folder, or .gguf file.")
-    editing: EditSettings = EditSettings()
-    searching: SearchSettings = SearchSettings()
+    editing: EditSettings = Field(default_factory=EditSettings)
+    searching: SearchSettings = Field(default_factory=SearchSettings)
     output: OutputSettings | None = None
