@@ -82,6 +82,8 @@ def test_the_users_own_limits_stand_for_what_is_free() -> None:
     assert found.options() == {"device_map": "auto", "max_memory": {0: 10 * GB, "cpu": 8 * GB}}
     with pytest.raises(UsageError, match=r"does not fit: 30\.0 GB of weights"):
         place("auto", needs(30), TWO, limits={0: 10 * GB, "cpu": 8 * GB})
+    with pytest.raises(UsageError, match="give --offload FOLDER"):  # in 4 bits it would fit what is free, not this
+        place("auto", needs(30), NONE, limits={"cpu": 8 * GB})
     found = place("cpu", needs(30), TWO, limits={"cpu": 8 * GB}, folder=FOLDER)
     assert found.options() == {"device_map": "auto", "max_memory": {"cpu": 8 * GB}, "offload_folder": "offload"}
     assert found.said.endswith("22.0 GB or more stay on disk")

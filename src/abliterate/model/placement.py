@@ -114,7 +114,8 @@ def place(
     kept = limits if limits is not None else _shares(free)
     left = needs.weights - sum(kept.values())
     if folder is None and left > 0:
-        raise UsageError(f"the model does not fit: {said}; {nearest(device, needs, rooms, quantised=quantised)}")
+        todo = nearest(device, needs, rooms if limits is None else limits, quantised=quantised)
+        raise UsageError(f"the model does not fit: {said}; {todo}")
     where = f": {_size(left)} or more stay on disk" if left > 0 else f": spread over {_words(kept)}"
     return Placement("auto", kept, folder, balanced=device == "balanced", said=said + where)
 
