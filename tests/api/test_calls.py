@@ -45,7 +45,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "python_options.py"
 loose: Any = ab
 
 #: Options of commands that a function has no use for, or has another way for.
-_SCREEN = {"as_json", "quiet", "csv", "errors", "config", "from_record"}
+_SCREEN = {"as_json", "quiet", "csv", "errors", "config", "from_record", "help_all"}
 
 #: Commands and what takes their options.
 VERBS: dict[str, tuple[str, type | None]] = {

@@ -77,7 +77,7 @@ def test_help_names_every_command_and_every_setting(cli: Cli) -> None:
     result = cli("--help")
     assert (result.code, result.err) == (0, "")
     assert all(re.search(rf"^\W*{name} ", result.out, re.MULTILINE) for name in COMMANDS), result.out
-    result = cli("run", "--help")
+    result = cli("run", "--help-all")
     renamed = {"realisation": "as"}
     for group in (OutputSettings, ModelSettings, PromptSettings, FindSettings, EditSettings, EvalSettings):
         for name in group.model_fields:
@@ -855,3 +855,13 @@ def test_interruption_is_one_line_and_exit_code_130(
     result = cli("run", planted.folder, "-o", tmp_path / "out", *prompts, "-q")
     assert result == Result(130, "", "error: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_shows_what_most_need_and_help_all_the_rest(cli: Cli) -> None:
+    short, whole = cli("run", "--help").out, cli("run", "--help-all").out
+    assert "--behaviour" in short
+    assert "abliterate run MODEL -o out --behaviour over-refusal" in short
+    assert "--sampler" not in short
+    assert "--sampler" in whole
+    assert "--sampler" in cli("compare", "--help").out or "--max-new-tokens" in cli("compare", "--help").out
+    assert 15 <= short.count(" --") <= 40 < whole.count(" --")

@@ -96,9 +96,25 @@ def _at_home(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+#: What stands below the help of a command.
+_EXAMPLES = {
+    "run": (
+        "abliterate run Qwen/Qwen2.5-0.5B-Instruct -o out",
+        "abliterate run model.gguf -o adapter --as lora --harmful mine.jsonl --harmless others.jsonl",
+        "abliterate run MODEL -o out --behaviour over-refusal --max-kl 0.05",
+    ),
+    "find": (
+        "abliterate find MODEL -o direction.safetensors",
+        "abliterate find MODEL -o d.safetensors --behaviour hedging",
+    ),
+    "check": ("abliterate check out",),
+    "inspect": ("abliterate inspect DOWNLOAD --base ORIGINAL", "abliterate inspect DOWNLOAD --activations"),
+}
+
 for _group, _commands in _GROUPS.items():
     for _name, _command in _commands.items():
-        app.command(_name, rich_help_panel=_group)(_at_home(_command))
+        _below = "\n\n".join(_EXAMPLES.get(_name, ())) or None
+        app.command(_name, rich_help_panel=_group, epilog=_below)(_at_home(_command))
 
 
 #: Commands whose result is what they print, unless one of these options names a file for it.

@@ -62,7 +62,7 @@ def recorded(path: Path) -> Record:
 
 def _take(context: typer.Context, values: Mapping[str, Any], where: str) -> None:
     command: Any = context.command
-    known = {one.name: one for one in command.params if one.name not in ("config", "from_record", "help")}
+    known = {one.name: one for one in command.params if one.name not in ("config", "from_record", "help", "help_all")}
     found = dict(context.default_map or {})
     for key, value in values.items():
         name = _FIELDS.get(key, key).replace("-", "_")

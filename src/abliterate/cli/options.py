@@ -48,6 +48,43 @@ _PANELS = {
 }
 
 
+#: Options of long commands that `--help` shows; `--help-all` shows the rest.
+_COMMON = {
+    *(
+        "behaviour",
+        "harmful",
+        "harmless",
+        "limit",
+        "seed",
+        "device",
+        "quantization",
+        "offload",
+        "method",
+        "max_refusals",
+    ),
+    *("max_kl", "layers", "strength", "realisation", "out", "overwrite", "force", "judge", "max_new_tokens"),
+    "capability",
+}
+#: A command with more options than this is long.
+_LONG = 30
+
+
+def _help_all(context: typer.Context, wanted: bool) -> None:
+    """Print the help of every option, and end."""
+    if not wanted:
+        return
+    command: Any = context.command
+    for one in command.params:
+        one.hidden = False
+    typer.echo(context.get_help())
+    raise typer.Exit
+
+
+HelpAll = Annotated[
+    bool, typer.Option("--help-all", callback=_help_all, is_eager=True, help="Show every option and exit.")
+]
+
+
 def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option per field of the settings it takes.
 
@@ -59,30 +96,38 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
         name: kind for name, kind in get_type_hints(groups.annotation).items() if issubclass(kind, BaseModel)
     }
     fields = {name: kind.model_fields for name, kind in kinds.items()}
-    options = [_parameter(name, field, kinds[group]) for group in kinds for name, field in fields[group].items()]
+    long = sum(map(len, fields.values())) > _LONG
+    options = [
+        _parameter(name, field, kinds[group], hidden=long and name not in _COMMON)
+        for group in kinds
+        for name, field in fields[group].items()
+    ]
     config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config)
 
     def wrapper(**values: Any) -> None:
         values.pop("config", None)  # it has taken the place of defaults by now
+        values.pop("help_all", None)
         taken = {
             group: _build(kind, {name: values.pop(name) for name in fields[group]}) for group, kind in kinds.items()
         }
         command(groups.annotation(**taken), **values)
 
-    parameters = [*own, config, *options]
+    everything = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
+    parameters = [*own, config, *([everything] if long else []), *options]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     return wrapper
 
 
-def _parameter(name: str, field: FieldInfo, group: type[BaseModel]) -> inspect.Parameter:
+def _parameter(name: str, field: FieldInfo, group: type[BaseModel], *, hidden: bool) -> inspect.Parameter:
     flag = flag_of(name)
     option: Any = typer.Option(
         *([flag, *_SHORT.get(name, [])]),
         help=field.description,
         metavar="|".join(_choices(field.annotation)) or None,
         rich_help_panel=_PANELS.get(group.__name__),
+        hidden=hidden,
         show_default=field.default is not None and field.default is not False,
     )
     default = inspect.Parameter.empty if field.is_required() else field.default

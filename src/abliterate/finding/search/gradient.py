@@ -57,7 +57,9 @@ START = 0.5
 #: A writer whose strength ends below this is left alone: it holds nothing worth a changed file.
 LEAST = 0.02
 #: How steep the loss of replies is, per nat of a token's mean log-likelihood; and how many tokens of them count.
-SLOPE, LESSON_TOKENS = 4.0, 32
+SLOPE, LESSON_TOKENS = 4.0, 16
+#: Pairs of replies in one step: each is some eight times the work of a prompt.
+PAIRS = 6
 #: Replies whose likelihood is measured at once.
 _GOALS = 8
 #: Tokens whose activations are kept for one backward pass.
@@ -119,7 +121,7 @@ class _Descent:
     `strengths` [w] has one per free writer. `directions` are rows of length √d, [k, d] for all sites or [L+1, k, d].
     """
 
-    split = "train"
+    split, harmful_rows = "train", BATCH
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
@@ -162,7 +164,8 @@ class _Descent:
         return self._result(directions, strengths)
 
     def _step(self, weight: float) -> None:
-        rows = {name: [next(draw) for _ in range(BATCH)] for name, draw in self.draw.items()}
+        counts = {"harmful": self.harmful_rows, "harmless": BATCH}
+        rows = {name: [next(draw) for _ in range(counts[name])] for name, draw in self.draw.items()}
         joined = self._joined(rows)
         wanted = [p for p in (self.strengths, self.directions) if p.requires_grad]
         sums = [torch.zeros_like(p) for p in wanted]
@@ -237,7 +240,7 @@ class _Descent:
 class _Lesson(_Descent):
     """The same, guided by whole replies: see the module."""
 
-    split = "plain train"
+    split, harmful_rows = "plain train", PAIRS
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
@@ -264,17 +267,17 @@ class _Lesson(_Descent):
     ) -> Float[Tensor, ""]:
         model, loss = self.session.model, torch.zeros(())
         for side, sign in ((0, 1), (1, -1)):
-            mine = [i - side * BATCH for i in chosen if i // BATCH == side]
+            mine = [i - side * PAIRS for i in chosen if i // PAIRS == side]
             if mine:
                 asked = [rows["harmful"][i] for i in mine]
                 found = self._likelihoods(self.prompts["harmful"], side, asked, grad=True)
                 goal = torch.tensor([self.goals[side][row] for row in asked]).to(found)
-                loss = loss + softplus(sign * SLOPE * (found - goal)).sum()
-        others = [i for i in chosen if i >= 2 * BATCH]
+                loss = loss + softplus(sign * SLOPE * (found - goal)).sum() * BATCH / PAIRS
+        others = [i for i in chosen if i >= 2 * PAIRS]
         if others:
             shared = SharedPrefix(model, joined.prefix, grad=True)
             logits = last_logits(model, shared, joined.take(others).suffixes)
-            base = self.base[[rows["harmless"][i - 2 * BATCH] for i in others]].to(logits)
+            base = self.base[[rows["harmless"][i - 2 * PAIRS] for i in others]].to(logits)
             loss = loss + weight * kl_divergence(base, logits).sum()
         return loss
 
