@@ -328,7 +328,7 @@ def test_chat_shows_what_models_say_as_text(
     renderer: Any = SimpleNamespace(encode=lambda prompts: [[1, 2] for _ in prompts])
     loaded: Any = SimpleNamespace(model=None, tokenizer=None)
     plan: Any = None
-    chat.converse(loaded, renderer, plan, [text.replace("\ud800", "")], 5, as_json=as_json)
+    chat.converse(loaded, renderer, plan, chat.Conversation(5, [text.replace("\ud800", "")]), as_json=as_json)
     out = capsys.readouterr().out
     assert not HIDDEN.search(out)
     if as_json:

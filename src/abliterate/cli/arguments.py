@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
@@ -17,6 +18,7 @@ from abliterate.errors import UsageError
 
 if TYPE_CHECKING:
     from abliterate.edit.direction import Site
+    from abliterate.edit.steering import SteeringVectors
     from abliterate.monitor import Monitor
 
 Result = TypeVar("Result", bound=BaseModel)
@@ -43,6 +45,25 @@ SiteOption = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+
+
+@dataclass(frozen=True, slots=True)
+class Along:
+    """What a model is steered or read along."""
+
+    direction: SteeringFile
+    site: SiteOption = None
+
+    @property
+    def name(self) -> str:
+        """What it is called in results."""
+        return str(self.direction)
+
+    def vectors(self) -> SteeringVectors:
+        """The file's vectors; of a direction with candidates, the one at the site. Raises `UsageError`."""
+        from abliterate.edit.steering import SteeringVectors
+
+        return SteeringVectors.load(self.direction, site_of(self.site))
 
 
 def refuse_idle(command: str, *given: BaseModel | str | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -30,30 +30,32 @@ if TYPE_CHECKING:
     from abliterate.prompts import ChatRenderer
 
 
-def converse(
-    loaded: LoadedModel,
-    renderer: ChatRenderer,
-    plan: Plan,
-    prompts: Iterable[str] | None,
-    max_new_tokens: int,
-    *,
-    as_json: bool,
-) -> None:
-    """Answer each prompt twice. Without `prompts`, lines are read from the terminal or from stdin."""
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """What is answered, at what length at most. Without prompts, lines are read from the terminal or from stdin."""
+
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest answer, in tokens.")] = 200
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Answer this and end; may be given several times.", show_default=False)
+    ] = None
+
+
+def converse(loaded: LoadedModel, renderer: ChatRenderer, plan: Plan, talk: Conversation, *, as_json: bool) -> None:
+    """Answer each prompt twice."""
     from abliterate.edit.hooks import ablation
     from abliterate.model.batches import auto_batch_size, share_prefix
     from abliterate.model.generation import complete
     from abliterate.record import ComparedAnswersPart
 
     console = terminal()
-    for prompt in prompts or _lines(console):
+    for prompt in talk.prompt or _lines(console):
         if nobody_reads():
             return
         encoded = share_prefix(renderer.encode([prompt]), share=False)
         size = auto_batch_size(loaded.model)
-        (original,) = complete(loaded.model, loaded.tokenizer, encoded, max_new_tokens, size)
+        (original,) = complete(loaded.model, loaded.tokenizer, encoded, talk.max_new_tokens, size)
         with ablation(loaded.model, plan):
-            (ablated,) = complete(loaded.model, loaded.tokenizer, encoded, max_new_tokens, size)
+            (ablated,) = complete(loaded.model, loaded.tokenizer, encoded, talk.max_new_tokens, size)
         if as_json:
             line = ComparedAnswersPart(prompt=prompt, original=original.text, ablated=ablated.text)
             write_json(line.model_dump_json())
@@ -97,10 +99,7 @@ def chat(
     ],
     direction: OptionalDirection = None,
     site: SiteOption = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, max=10**6, help="Longest answer, in tokens.")] = 200,
-    prompt: Annotated[
-        list[str] | None, typer.Option(help="Answer this and end; may be given several times.", show_default=False)
-    ] = None,
+    talk: Conversation,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -112,4 +111,4 @@ def chat(
     known, chosen = with_direction(model, direction, given.loading), site_of(site)
     opened = open_model(known.files, known.loading, monitor_for(quiet))
     plan = plan_for(opened.anatomy, known.direction.at(chosen, opened.anatomy.d_model), given.editing)
-    converse(opened.loaded, opened.renderer, plan, prompt, max_new_tokens, as_json=as_json)
+    converse(opened.loaded, opened.renderer, plan, talk, as_json=as_json)

@@ -201,21 +201,25 @@ def judge(
     """Judge replies in a file; or, with --calibrate, measure how often a judge is right and remember it."""
     if (replies is None) == (calibrate is None):
         raise UsageError("judge: expected a file of replies, or --calibrate FILE; found both or neither")
-    from abliterate.evaluation.judging.choice import bind_judge, open_judge
-    from abliterate.monitor import Monitor
-
+    if calibrate is not None:
+        of = _whose(model, prompts)
+        _calibrate(_opened(spec, device), calibrate, of, errors, as_json)
     if replies is not None:
         if model is not None or prompts is not None:
             raise UsageError("--model, --set: expected them with --calibrate only")
-        rows = label_file(bind_judge(open_judge(spec, device=device), None, Monitor()), replies)
+        rows = label_file(_opened(spec, device), replies)
         if as_json:
             write_json(json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False))
         else:
             write_lines(as_csv(rows))
-        return
-    if calibrate is not None:
-        of = _whose(model, prompts)
-        _calibrate(bind_judge(open_judge(spec, device=device), None, Monitor()), calibrate, of, errors, as_json)
+
+
+def _opened(spec: str, device: str) -> Judge:
+    """The judge that a spec names; one that would ask the model itself has none to ask here."""
+    from abliterate.evaluation.judging.choice import bind_judge, open_judge
+    from abliterate.monitor import Monitor
+
+    return bind_judge(open_judge(spec, device=device), None, Monitor())
 
 
 def _whose(model: str | None, prompts: str | None) -> tuple[str, SetName]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -89,35 +90,42 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command one option per field of the settings it takes.
 
     The command's first parameter is a dataclass whose fields are settings, each a pydantic model; it gets them
-    validated. All its other parameters are keywords of its own.
+    validated. All its other parameters are keywords of its own; a dataclass among them has the options that are its
+    fields.
     """
     (groups, *own) = inspect.signature(command, eval_str=True).parameters.values()
     kinds: dict[str, type[BaseModel]] = {
         name: kind for name, kind in get_type_hints(groups.annotation).items() if issubclass(kind, BaseModel)
     }
-    fields = {name: kind.model_fields for name, kind in kinds.items()}
-    long = sum(map(len, fields.values())) > _LONG
-    options = [
-        _parameter(name, field, kinds[group], hidden=long and name not in _COMMON)
-        for group in kinds
-        for name, field in fields[group].items()
-    ]
+    bundles: dict[str, Any] = {one.name: one.annotation for one in own if is_dataclass(one.annotation)}
+    described = [(name, field, kind) for kind in kinds.values() for name, field in kind.model_fields.items()]
+    long = len(described) > _LONG
+    options = [_parameter(*one, hidden=long and one[0] not in _COMMON) for one in described]
     config = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Config)
 
     def wrapper(**values: Any) -> None:
         values.pop("config", None)  # it has taken the place of defaults by now
         values.pop("help_all", None)
         taken = {
-            group: _build(kind, {name: values.pop(name) for name in fields[group]}) for group, kind in kinds.items()
+            group: _build(kind, {name: values.pop(name) for name in kind.model_fields}) for group, kind in kinds.items()
         }
+        for name, bundle in bundles.items():
+            values[name] = bundle(**{field.name: values.pop(field.name) for field in fields(bundle)})
         command(groups.annotation(**taken), **values)
 
     everything = inspect.Parameter("help_all", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=HelpAll)
-    parameters = [*own, config, *([everything] if long else []), *options]
+    mine = (option for one in own for option in (_options_in(bundles[one.name]) if one.name in bundles else [one]))
+    parameters = [*mine, config, *([everything] if long else []), *options]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     wrapper.__doc__, wrapper.__name__ = command.__doc__, command.__name__
     return wrapper
+
+
+def _options_in(bundle: Any) -> list[inspect.Parameter]:
+    """The fields of a dataclass of options, each a keyword."""
+    inside = inspect.signature(bundle, eval_str=True).parameters.values()
+    return [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in inside]
 
 
 def _parameter(name: str, field: FieldInfo, group: type[BaseModel], *, hidden: bool) -> inspect.Parameter:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,17 +11,15 @@ import typer
 from rich.console import Console
 
 from abliterate.cli.arguments import (
+    Along,
     Json,
     Model,
     Quiet,
-    SiteOption,
-    SteeringFile,
     joined,
     monitor_for,
     refuse_idle,
     refuse_set,
     say,
-    site_of,
 )
 from abliterate.cli.options import with_settings
 from abliterate.cli.tables import PLAIN, percent
@@ -38,6 +37,8 @@ from abliterate.errors import UsageError
 from abliterate.report.wording import broken, counted, judged_by, named_dose, repeated, replies_of, steered
 
 if TYPE_CHECKING:
+    from abliterate.edit.steering import SteeringVectors
+    from abliterate.monitor import Monitor
     from abliterate.record import AnswerPart, SteeringPart
 
 #: Prompts of each set whose replies are shown.
@@ -109,8 +110,7 @@ def steer(
     /,
     *,
     model: Model,
-    direction: SteeringFile,
-    site: SiteOption = None,
+    along: Along,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -127,24 +127,11 @@ def steer(
     """Add a direction to the residual stream, or scale, clamp or ablate what it holds along it: replies, and behaviour
     and damage by coefficient. Nothing is written into the model.
     """
-    from abliterate.edit.steering import SteeringVectors
-
-    vectors = SteeringVectors.load(direction, site_of(site))
+    vectors = along.vectors()
     if prompt:
         if out is not None:
             raise UsageError("--out: does nothing with --prompt, which measures nothing; leave it out")
-        refuse_idle("steer --prompt", given.prompts, given.finding)
-        refuse_set("in steer --prompt", given.steering, "keep_completions", "no_control")
-        refuse_set("in steer --prompt", given.replies, *(set(ReplySettings.model_fields) - {"max_new_tokens"}))
-        from abliterate.finding.steer import reply
-        from abliterate.session import open_model
-
-        monitor = monitor_for(quiet)
-        opened = open_model(model, given.loading, monitor)
-        longest = given.replies.max_new_tokens
-        part = reply(
-            opened, vectors, prompt, given.steering, max_new_tokens=longest, monitor=monitor, name=str(direction)
-        )
+        part = _answered(model, vectors, prompt, given, along.name, monitor_for(quiet))
     else:
         from abliterate import pipeline
 
@@ -155,6 +142,21 @@ def steer(
             evaluating=joined(given.replies),
         )
         part = pipeline.steer(
-            model, vectors, given.steering, measuring, name=str(direction), out=out, monitor=monitor_for(quiet)
+            model, vectors, given.steering, measuring, name=along.name, out=out, monitor=monitor_for(quiet)
         )
     say(part, show_steering, as_json)
+
+
+def _answered(
+    model: str, vectors: SteeringVectors, prompts: Sequence[str], given: _Groups, name: str, monitor: Monitor
+) -> SteeringPart:
+    """Replies to these prompts. Raises `UsageError` for options that are of measurements."""
+    refuse_idle("steer --prompt", given.prompts, given.finding)
+    refuse_set("in steer --prompt", given.steering, "keep_completions", "no_control")
+    refuse_set("in steer --prompt", given.replies, *(set(ReplySettings.model_fields) - {"max_new_tokens"}))
+    from abliterate.finding.steer import reply
+    from abliterate.session import open_model
+
+    opened = open_model(model, given.loading, monitor)
+    longest = given.replies.max_new_tokens
+    return reply(opened, vectors, prompts, given.steering, max_new_tokens=longest, monitor=monitor, name=name)
