@@ -59,7 +59,9 @@ _TORCH = {"device": "str | torch.device", "dtype": "str | torch.dtype"}
 def kinds() -> list[type[config._Settings]]:
     """All classes of settings whose fields are options, bases first."""
     found = [kind for kind in vars(config).values() if isinstance(kind, type) and issubclass(kind, config._Settings)]
-    return [kind for kind in found if kind.__name__ not in ("_Settings", "MeasureSettings", "RunSettings")]
+    return [
+        kind for kind in found if kind.__name__ not in ("_Settings", "ApplySettings", "MeasureSettings", "RunSettings")
+    ]
 
 
 def main() -> int:

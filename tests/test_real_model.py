@@ -10,7 +10,7 @@ import pytest
 
 import abliterate as ab
 from abliterate import pipeline
-from abliterate.config import InspectSettings
+from abliterate.config import ApplySettings, InspectSettings
 from abliterate.forensics.inspect import recover
 from demo import GGUF, NEEDED, cores
 
@@ -99,7 +99,7 @@ def test_apply_without_loading_writes_the_same_weights(record: ab.Record, tmp_pa
     assert record.output is not None
     out = tmp_path / "applied"
     direction = Path(record.output) / "direction.safetensors"
-    applied = pipeline.apply(str(GGUF), direction, ab.OutputSettings(out=out))
+    applied = pipeline.apply(str(GGUF), direction, ApplySettings(output=ab.OutputSettings(out=out)))
     assert applied.plan is not None
     assert (out / "model.safetensors").read_bytes() == (Path(record.output) / "model.safetensors").read_bytes()
 
@@ -113,7 +113,7 @@ def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Pa
     assert found is not None
     direction = tmp_path / "direction.safetensors"
     ab.save_direction(direction, ab.Direction(ab.load_direction(Path(record.output) / "direction.safetensors").basis))
-    pipeline.apply(str(GGUF), direction, ab.OutputSettings(out=tmp_path / "plain"))
+    pipeline.apply(str(GGUF), direction, ApplySettings(output=ab.OutputSettings(out=tmp_path / "plain")))
     alone, recovered = recover(str(tmp_path / "plain" / "model.safetensors"))
     assert alone.verdict == "altered"
     assert alone.variant == "one direction, at full strength"

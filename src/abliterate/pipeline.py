@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from abliterate import record as rec
 from abliterate.config import (
+    ApplySettings,
     EditSettings,
     EngineSettings,
     EvalSettings,
@@ -73,6 +74,7 @@ from abliterate.finding.search import Journal, Search, check_search, evaluated, 
 from abliterate.finding.search import search as find_front
 from abliterate.finding.steer import IN_PYTHON, sweep
 from abliterate.finding.verify import say_caveat, verify
+from abliterate.model.anatomy import Anatomy
 from abliterate.model.batches import share_prefixes
 from abliterate.model.generation import end_tokens
 from abliterate.model.loading import load, load_tokenizer
@@ -323,15 +325,13 @@ def _check_folder(output: OutputSettings, resume: bool) -> None:
 def apply(
     model: str | ModelOnDisk,
     direction: Path | Direction,
-    output: OutputSettings,
+    settings: ApplySettings,
     *,
     site: Site | None = None,
     also: Sequence[tuple[Path | Direction, float]] = (),
-    editing: EditSettings = EditSettings(),
-    loading: FileSettings = FileSettings(),
     monitor: Monitor | None = None,
 ) -> rec.Record:
-    """Write MODEL with a direction taken out of its weights, or what takes it out (`output.realisation`).
+    """Write MODEL with a direction taken out of its weights, or what takes it out (`settings.output.realisation`).
 
     `also` are other directions, each taken out of what is left then, at so many times its strength.
     The model is never loaded, unless its numbers can only be had from a live one (an adapter for quantised weights).
@@ -340,6 +340,7 @@ def apply(
     a writer is not known.
     """
     monitor = monitor or Monitor()
+    output, editing, loading = settings.output, settings.editing, settings.loading
     with reserved(output.out):
         chosen = _read(direction).at(site)
         others = [(_read(one), times) for one, times in also]
@@ -348,25 +349,17 @@ def apply(
             anatomy, skeleton = files.anatomy(loading.max_leak), files.skeleton(loading.max_leak)
         warn_of_files(files, monitor)
         warn_of_leaks(anatomy, monitor)
-        plan = plan_for(anatomy, chosen, editing)
-        if others:
-            for number, (other, _) in enumerate(others, 2):
-                most = float((normalize(chosen.basis) @ normalize(other.basis).T).abs().max())
-                monitor.note(f"directions 1 and {number}: cosine {most:.3f} (0 is none of one in the other)")
-            plan = compose(plan, *(plan_for(anatomy, other, editing, strength=times) for other, times in others))
+        plan = _composed(anatomy, chosen, others, editing, monitor)
         say_caveat(plan, editing, monitor)
         refuse(plan, anatomy, output)
         target = EditTarget(files, anatomy, skeleton, None if files.storage.editable else load(files))
         with opened(output, target, plan) as staging:
             done = realise(plan, chosen, target, staging, output, monitor)
             dtype = str(skeleton.config.dtype).removeprefix("torch.")
-            asked: dict[str, object] = {"model": files.name, "direction": _named(direction), "site": site}
-            asked |= {"also": {_named(one): times for one, times in also}} if also else {}
-            asked |= {"editing": editing.model_dump(mode="json"), "output": output.model_dump(mode="json")}
             record = build_record(
                 model_part(files, skeleton, anatomy, dtype=dtype, hashes=source_hashes(done, files)),
                 monitor,
-                asked,
+                {"model": files.name, **_asked(direction, site, also, settings)},
                 anatomy=anatomy_part(anatomy),
                 **written_parts(plan, done, output, editing, staging.folder),
             )
@@ -376,6 +369,35 @@ def apply(
 
 def _read(direction: Path | Direction) -> Direction:
     return direction if isinstance(direction, Direction) else load_direction(direction)
+
+
+def _composed(
+    anatomy: Anatomy,
+    first: Direction,
+    others: Sequence[tuple[Direction, float]],
+    editing: EditSettings,
+    monitor: Monitor,
+) -> Plan:
+    """The plan of the first direction and then of the others, at so many times their strength."""
+    plan = plan_for(anatomy, first, editing)
+    if not others:
+        return plan
+    for number, (other, _) in enumerate(others, 2):
+        most = float((normalize(first.basis) @ normalize(other.basis).T).abs().max())
+        monitor.note(f"directions 1 and {number}: cosine {most:.3f} (0 is none of one in the other)")
+    return compose(plan, *(plan_for(anatomy, other, editing, strength=times) for other, times in others))
+
+
+def _asked(
+    direction: Path | Direction,
+    site: Site | None,
+    also: Sequence[tuple[Path | Direction, float]],
+    settings: ApplySettings,
+) -> dict[str, object]:
+    """What was asked of `apply`, as it stands in the record."""
+    more = {"also": {_named(one): times for one, times in also}} if also else {}
+    groups = settings.model_dump(mode="json", include={"editing", "output"})
+    return {"direction": _named(direction), "site": site, **more, **groups}
 
 
 def _named(direction: Path | Direction) -> str:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import gguf_files
-from abliterate.config import EditSettings, ModelSettings, OutputSettings
+from abliterate.config import ApplySettings, ModelSettings, OutputSettings
 from abliterate.edit.direction import Direction, save_direction
 from abliterate.errors import AbliterateError, CheckpointError, ModelError, NumericalError, PromptError, UsageError
 from abliterate.evaluation.compare import contender
@@ -251,7 +251,7 @@ def test_a_tensor_in_another_shard_than_listed_is_found_and_what_is_written_is_l
 def applied(folder: Path, out: Path) -> Path:
     basis = torch.nn.functional.normalize(torch.ones(1, D_MODEL))
     save_direction(out.with_suffix(".safetensors"), Direction(basis))
-    apply(str(folder), out.with_suffix(".safetensors"), OutputSettings(out=out), editing=EditSettings())
+    apply(str(folder), out.with_suffix(".safetensors"), ApplySettings(output=OutputSettings(out=out)))
     return out
 
 

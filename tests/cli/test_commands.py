@@ -20,7 +20,15 @@ from safetensors.torch import load_file, save_file
 
 import abliterate
 from abliterate import pipeline
-from abliterate.config import EditSettings, EvalSettings, FindSettings, ModelSettings, OutputSettings, PromptSettings
+from abliterate.config import (
+    ApplySettings,
+    EditSettings,
+    EvalSettings,
+    FindSettings,
+    ModelSettings,
+    OutputSettings,
+    PromptSettings,
+)
 from abliterate.edit.direction import save_direction
 from abliterate.files.checkpoint import open_checkpoint
 from abliterate.record import Record
@@ -240,7 +248,7 @@ def model(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def edited(model: Path, direction: Path, tmp_path: Path) -> Path:
     """An edited model, to be undone or broken."""
-    pipeline.apply(str(model), direction, OutputSettings(out=tmp_path / "out"))
+    pipeline.apply(str(model), direction, ApplySettings(output=OutputSettings(out=tmp_path / "out")))
     return tmp_path / "out"
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from abliterate.config import OutputSettings
+from abliterate.config import ApplySettings, OutputSettings
 from abliterate.edit.direction import Direction, save_direction
 from abliterate.edit.hooks import ablation
 from abliterate.edit.lora import low_rank_live, write_peft
@@ -137,7 +137,7 @@ def test_a_whole_edited_model_takes_the_place_of_the_first(tmp_path: Path) -> No
     case, direction = case_of("qwen2", tmp_path / "model"), tmp_path / "direction.safetensors"
     save_direction(direction, Direction(case.plan.direction))
     out = tmp_path / "out"
-    apply(str(case.folder), direction, OutputSettings(out=out))
+    apply(str(case.folder), direction, ApplySettings(output=OutputSettings(out=out)))
     assert {path.name for path in out.glob("*.safetensors")} == {
         "direction.safetensors",
         "model.safetensors",

@@ -12,7 +12,15 @@ import torch
 
 import abliterate
 from abliterate import pipeline
-from abliterate.config import EditSettings, EvalSettings, FindSettings, OutputSettings, RunSettings, SearchSettings
+from abliterate.config import (
+    ApplySettings,
+    EditSettings,
+    EvalSettings,
+    FindSettings,
+    OutputSettings,
+    RunSettings,
+    SearchSettings,
+)
 from abliterate.edit.direction import Direction, Recipe, load_direction, save_direction
 from abliterate.edit.hooks import ablation
 from abliterate.edit.plan import Plan
@@ -253,7 +261,9 @@ def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Pla
     for point in part.points:
         assert point.file is not None
         again = tmp_path / f"again-{point.number}"
-        pipeline.apply(str(planted.folder), tmp_path / "out" / point.file, OutputSettings(out=again))
+        pipeline.apply(
+            str(planted.folder), tmp_path / "out" / point.file, ApplySettings(output=OutputSettings(out=again))
+        )
         same = shard_bytes(again) == shard_bytes(tmp_path / "out")
         assert same == (point.number == part.chosen)
     assert abliterate.verify_files(tmp_path / "out").intact

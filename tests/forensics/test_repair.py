@@ -19,6 +19,7 @@ from abliterate.cli.audit import show_audit
 from abliterate.cli.harden import show_hardening
 from abliterate.cli.repair import show_repair
 from abliterate.config import (
+    ApplySettings,
     EvalSettings,
     HardenSettings,
     MeasureSettings,
@@ -55,7 +56,9 @@ def edited(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The planted model with its direction taken out."""
     folder = tmp_path_factory.mktemp("edited")
     save_direction(folder / "d.safetensors", Direction(planted.direction[None]))
-    pipeline.apply(str(planted.folder), folder / "d.safetensors", OutputSettings(out=folder / "out"))
+    pipeline.apply(
+        str(planted.folder), folder / "d.safetensors", ApplySettings(output=OutputSettings(out=folder / "out"))
+    )
     return folder / "out"
 
 
@@ -117,7 +120,7 @@ def test_an_adapter_is_taken_out_again(planted: Planted, tmp_path: Path) -> None
     pipeline.apply(
         str(planted.folder),
         tmp_path / "d.safetensors",
-        OutputSettings(out=tmp_path / "lora", realisation="lora"),
+        ApplySettings(output=OutputSettings(out=tmp_path / "lora", realisation="lora")),
     )
     adapter = next(tmp_path.joinpath("lora").rglob("adapter_model.safetensors")).parent
     config = json.loads((adapter / "adapter_config.json").read_text())

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from abliterate import lab, pipeline
 from abliterate.config import (
+    ApplySettings,
     EditSettings,
     FindSettings,
     MeasureSettings,
@@ -39,7 +40,7 @@ from abliterate.lab.keeping import place
 from abliterate.lab.opening import heat_of
 from abliterate.lab.serving import OnlyHere, free_port
 from abliterate.lab.talking import Said, Side, Talk, coloured, talk
-from abliterate.lab.windows import FOUND, REMOVE, Brake, Desk, controls_of, messages
+from abliterate.lab.windows import FOUND, REMOVE, Brake, Desk, Knobs, messages
 from abliterate.model.loading import load, locate
 from abliterate.monitor import Monitor
 from abliterate.prompts import ChatRenderer
@@ -282,7 +283,7 @@ def test_applied_weights_give_the_first_tokens_of_the_hooks(bench: Bench, contro
 def test_a_saved_plan_can_be_applied_by_the_pipeline(bench: Bench, tmp_path: Path) -> None:
     controls = Controls(strength=0.7, first=1)
     path = lab.save_plan(bench, controls, "mine")
-    pipeline.apply(str(bench.loaded.files.folder), path, OutputSettings(out=tmp_path / "a"))
+    pipeline.apply(str(bench.loaded.files.folder), path, ApplySettings(output=OutputSettings(out=tmp_path / "a")))
     lab.apply_plan(bench, controls, "b", "weights", Monitor())
     one, other = (first_probabilities(tmp_path / name, BAD_PROMPT) for name in "ab")
     assert torch.equal(one, other)
@@ -459,9 +460,9 @@ def test_a_window_keeps_its_own_plan(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="prompt"):
         next(desk.send(None, Talk(), Brake(), " ", 12, *knobs))
     with pytest.raises(UsageError, match="ranges"):
-        controls_of("3:x", *knobs[1:])
+        _ = Knobs("3:x", *knobs[1:]).controls
     with pytest.raises(UsageError, match="ranges"):
-        controls_of(FOUND, 99.0, *knobs[2:])
+        _ = Knobs(FOUND, 99.0, *knobs[2:]).controls
 
 
 def test_the_brake_ends_replies_where_they_are(bench: Bench) -> None:

@@ -42,6 +42,7 @@ from abliterate.api.progress import progress
 from abliterate.api.results import FoundDirection
 from abliterate.api.settings import Options
 from abliterate.config import (
+    ApplySettings,
     EditSettings,
     EngineSettings,
     EvalSettings,
@@ -285,17 +286,17 @@ def apply(
     given = Options("apply", options)
     if output is None and "out" not in options:
         raise UsageError("apply: expected an output folder, found none; give out=")
-    output = output or given.take(OutputSettings)
-    editing = editing or given.take(EditSettings)
-    loading = loading or given.take(FileSettings)
+    settings = ApplySettings(
+        output=output or given.take(OutputSettings),
+        editing=editing or given.take(EditSettings),
+        loading=loading or given.take(FileSettings),
+    )
     given.done()
-    monitor, where = monitor or progress(), model if isinstance(model, ModelOnDisk) else str(model)
+    where = model if isinstance(model, ModelOnDisk) else str(model)
     pairs = [one if isinstance(one, tuple | list) and len(one) == 2 else (one, 1.0) for one in also]
     others = [(_file_or_direction(one), float(times)) for one, times in pairs]
     chosen = _file_or_direction(direction)
-    return pipeline.apply(
-        where, chosen, output, site=site, also=others, editing=editing, loading=loading, monitor=monitor
-    )
+    return pipeline.apply(where, chosen, settings, site=site, also=others, monitor=monitor or progress())
 
 
 def _file_or_direction(value: DirectionLike) -> Path | Direction:

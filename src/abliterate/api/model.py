@@ -32,6 +32,7 @@ from abliterate.api.progress import progress
 from abliterate.api.results import DoseResponse, FoundDirection, Front
 from abliterate.api.settings import Options
 from abliterate.config import (
+    ApplySettings,
     EditSettings,
     EvalSettings,
     FindSettings,
@@ -483,8 +484,8 @@ class Model:
         editing, output = given.take(EditSettings), given.take(OutputSettings, out=as_type("save: out", out, Path))
         given.done()
         chosen = as_direction(direction, self.anatomy)
-        files = on_disk(self._loaded)
-        return pipeline.apply(files, chosen, output, editing=editing, loading=self._opened.loading, monitor=progress())
+        settings = ApplySettings(output=output, editing=editing, loading=self._opened.loading)
+        return pipeline.apply(on_disk(self._loaded), chosen, settings, monitor=progress())
 
     def apply_(self, direction: DirectionLike | Plan, **options: Unpack[EditOptions]) -> Model:
         """Take the direction out of the live weights, in place; `restore()` puts the old numbers back.

@@ -11,7 +11,7 @@ import typer
 from abliterate.cli.arguments import DirectionFile, Json, Model, Quiet, SiteOption, monitor_for, say, site_of
 from abliterate.cli.options import with_settings
 from abliterate.cli.run import show_done
-from abliterate.config import EditSettings, FileSettings, OutputSettings
+from abliterate.config import ApplySettings, EditSettings, FileSettings, OutputSettings
 from abliterate.errors import UsageError
 
 
@@ -47,11 +47,9 @@ def apply(
     record = pipeline.apply(
         model,
         direction,
-        given.output,
+        ApplySettings(output=given.output, editing=given.editing, loading=given.loading),
         site=site_of(site),
         also=[_with_times(text) for text in also or ()],
-        editing=given.editing,
-        loading=given.loading,
         monitor=monitor_for(quiet),
     )
     say(record, show_done, as_json)

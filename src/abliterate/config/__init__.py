@@ -608,6 +608,14 @@ def _bytes(text: str) -> int | None:
     return size or None
 
 
+class ApplySettings(_Settings):
+    """How a direction is taken out of a model's files, and where the result goes."""
+
+    loading: FileSettings = Field(default_factory=FileSettings)
+    editing: EditSettings = Field(default_factory=EditSettings)
+    output: OutputSettings
+
+
 class MeasureSettings(_Settings):
     """How a model is loaded and measured."""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from abliterate import pipeline
-from abliterate.config import FileSettings, OutputSettings
+from abliterate.config import ApplySettings, FileSettings, OutputSettings
 from abliterate.edit.direction import Direction, load_direction, save_direction
 from abliterate.edit.options import plan_for
 from abliterate.errors import UsageError
@@ -67,11 +67,6 @@ def apply_plan(
     with tempfile.TemporaryDirectory() as folder:
         direction = Path(folder) / "direction.safetensors"
         save_direction(direction, bench.recipe(controls))
-        pipeline.apply(
-            str(bench.loaded.files.folder),
-            direction,
-            OutputSettings(out=out, realisation=realisation),
-            loading=files,
-            monitor=monitor,
-        )
+        settings = ApplySettings(output=OutputSettings(out=out, realisation=realisation), loading=files)
+        pipeline.apply(str(bench.loaded.files.folder), direction, settings, monitor=monitor)
     return out

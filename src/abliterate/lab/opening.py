@@ -19,7 +19,7 @@ from abliterate.lab.bench import Bench, Heat, can_step
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.prompts import load_behaviour
-from abliterate.session import locate_model, open_model, open_session
+from abliterate.session import OpenedModel, Session, locate_model, open_model, open_session
 
 FILE = "direction.safetensors"
 
@@ -51,40 +51,53 @@ def open_bench(
     Raises `UsageError` when a file is none of these or does not fit, and what `find` raises.
     """
     monitor = monitor or Monitor()
-    finding = measuring.finding
     known = known_of(target, measuring.loading)
     if direction is not None:
         known = replace(known, direction=load_direction(direction), selection=None)
-    if finding.refusal_tokens is not None:
+    if measuring.finding.refusal_tokens is not None:
         known = replace(known, tokens=())
-    heat = None
     if known.tokens and known.direction is not None:
         opened = open_model(known.files, known.loading, monitor)
-        loaded, renderer, anatomy = opened.loaded, opened.renderer, opened.anatomy
-        found, tokens = known.direction, known.tokens
+        shown = _Shown(opened, known.direction, known.tokens, heat_of(known.direction, known.selection))
     else:
-        if not (load_behaviour(measuring.prompts.behaviour).shows.first_tokens or finding.refusal_tokens):
-            raise UsageError(
-                f"--behaviour {measuring.prompts.behaviour}: the lab shows scores of first tokens, which do not tell "
-                "it; give --refusal-tokens"
-            )
-        session = open_session(
-            known.files, loading=known.loading, prompts=measuring.prompts, positions=finding.positions, monitor=monitor
-        )
-        loaded, renderer, anatomy = session.loaded, session.renderer, session.anatomy
-        if known.direction is None:
-            findings = find(session, finding)
-            found, tokens = best_separated(session, findings, finding), _ids(findings.tokens)
-            heat = _separated(findings.separation)
-        else:
-            found, tokens = known.direction, _ids(refusal_tokens(session, finding))
+        shown = _searched(known, measuring, monitor)
+    model, found = shown.model, shown.direction
     width = found.basis.shape[1]
-    if width != anatomy.d_model:
-        raise UsageError(f"direction: expected vectors of the model's width {anatomy.d_model}, found {width}")
-    heat = heat or heat_of(found, known.selection)
-    bench = Bench(loaded, renderer, anatomy, found, tokens, known.loading, (root or Path.cwd()).resolve(), heat)
+    if width != model.anatomy.d_model:
+        raise UsageError(f"direction: expected vectors of the model's width {model.anatomy.d_model}, found {width}")
+    folder = (root or Path.cwd()).resolve()
+    bench = Bench(model.loaded, model.renderer, model.anatomy, found, shown.tokens, known.loading, folder, shown.heat)
     with monitor.phase("try out a reply"):
         return replace(bench, steps=can_step(bench))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Shown:
+    """A live model with the direction, refusal tokens and map of sites that the bench shows."""
+
+    model: OpenedModel | Session
+    direction: Direction
+    tokens: tuple[int, ...]
+    heat: Heat | None
+
+
+def _searched(known: Known, measuring: MeasureSettings, monitor: Monitor) -> _Shown:
+    """What is known, and the rest found on the prompts that `measuring` names."""
+    finding = measuring.finding
+    if not (load_behaviour(measuring.prompts.behaviour).shows.first_tokens or finding.refusal_tokens):
+        raise UsageError(
+            f"--behaviour {measuring.prompts.behaviour}: the lab shows scores of first tokens, which do not tell "
+            "it; give --refusal-tokens"
+        )
+    session = open_session(
+        known.files, loading=known.loading, prompts=measuring.prompts, positions=finding.positions, monitor=monitor
+    )
+    if known.direction is not None:
+        tokens = _ids(refusal_tokens(session, finding))
+        return _Shown(session, known.direction, tokens, heat_of(known.direction, known.selection))
+    findings = find(session, finding)
+    direction, tokens = best_separated(session, findings, finding), _ids(findings.tokens)
+    return _Shown(session, direction, tokens, _separated(findings.separation))
 
 
 def heat_of(direction: Direction, selection: rec.SelectionPart | None = None) -> Heat | None:

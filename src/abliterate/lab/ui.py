@@ -139,7 +139,7 @@ class _Page:
 
     @property
     def knobs(self) -> list[Any]:
-        """The controls in the order of `windows.controls_of`."""
+        """The controls in the order of `windows.Knobs`."""
         return [
             self.site,
             self.strength,

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -32,32 +32,36 @@ VARIANTS: tuple[Literal["plain", "norm-preserving", "bi-projected"], ...] = (
 Messages = list[dict[str, str]]
 
 
-def controls_of(
-    site: str,
-    strength: float,
-    first: float,
-    last: float,
-    components: list[str],
-    variant: str,
-    mode: str,
-    coefficient: float,
-) -> Controls:
-    """The controls as a window's values, in the order in which they stand there."""
-    try:
-        return Controls.model_validate(
-            {
-                "site": site_of(site),
-                "strength": strength,
-                "first": int(first),
-                "last": int(last),
-                "components": tuple(components),
-                "variant": variant,
-                "adding": mode == ADD,
-                "coefficient": coefficient,
-            }
-        )
-    except (ValueError, TypeError) as error:
-        raise UsageError("controls: expected values in their ranges, found others; reload the page") from error
+class Knobs(NamedTuple):
+    """The values of a window's controls, in the order in which they stand there."""
+
+    site: str
+    strength: float
+    first: float
+    last: float
+    components: list[str]
+    variant: str
+    mode: str
+    coefficient: float
+
+    @property
+    def controls(self) -> Controls:
+        """What they ask for. Raises `UsageError` for values that no control gives."""
+        try:
+            return Controls.model_validate(
+                {
+                    "site": site_of(self.site),
+                    "strength": self.strength,
+                    "first": int(self.first),
+                    "last": int(self.last),
+                    "components": tuple(self.components),
+                    "variant": self.variant,
+                    "adding": self.mode == ADD,
+                    "coefficient": self.coefficient,
+                }
+            )
+        except (ValueError, TypeError) as error:
+            raise UsageError("controls: expected values in their ranges, found others; reload the page") from error
 
 
 def one_line(error: AbliterateError) -> str:
@@ -124,7 +128,7 @@ class Desk:
         if not prompt.strip():
             raise UsageError("prompt: expected some text, found none")
         bench = self.at(plan)
-        intervention = bench.intervention(controls_of(*knobs))
+        intervention = bench.intervention(Knobs(*knobs).controls)
         brake.on = brake.empty = False
         for now in talk(bench, before, prompt, intervention, int(limit)):
             if brake.on:
@@ -150,7 +154,7 @@ class Desk:
         try:
             bench = self.at(plan)
             return markup.first_token(
-                bench.first_token(bench.encode([], asked), bench.intervention(controls_of(*knobs)))
+                bench.first_token(bench.encode([], asked), bench.intervention(Knobs(*knobs).controls))
             )
         except AbliterateError as error:
             return markup.note(one_line(error))
@@ -172,7 +176,7 @@ class Desk:
 
     def save(self, plan: str | None, name: str, *knobs: Any) -> str:
         """Save the plan; says where."""
-        return markup.note(f"Saved as {save_plan(self.at(plan), controls_of(*knobs), name)}.")
+        return markup.note(f"Saved as {save_plan(self.at(plan), Knobs(*knobs).controls, name)}.")
 
     def load(self, path: str) -> str:
         """Keep the direction of an uploaded plan; returns the key by which it is asked for."""
@@ -181,7 +185,7 @@ class Desk:
     def apply(self, plan: str | None, name: str, realisation: str, monitor: Monitor, *knobs: Any) -> str:
         """Write the plan; says where, and what the user must know."""
         kind: Literal["weights", "lora"] = "lora" if realisation == "lora" else "weights"
-        out = apply_plan(self.at(plan), controls_of(*knobs), name, kind, monitor)
+        out = apply_plan(self.at(plan), Knobs(*knobs).controls, name, kind, monitor)
         return "".join(map(markup.note, [f"Written to {out}.", *(f"Warning: {text}" for text in monitor.warnings)]))
 
 
