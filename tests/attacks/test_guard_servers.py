@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation.engines import ServerEngine
+from abliterate.evaluation.engines import Pair, ServerEngine
 from abliterate.evaluation.judging.base import Exchange, Label
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.servers import Server
@@ -103,7 +103,7 @@ def test_a_judge_follows_no_redirect(status: int, name: str) -> None:
 def test_an_engine_follows_no_redirect(status: int) -> None:
     with hosts(status) as (first, other):
         with pytest.raises(AbliterateError, match=r"server 127\.0\.0\.1:\d+: .*found a redirect to http://localhost"):
-            ServerEngine(f"http://127.0.0.1:{first.port}/v1", byte_tokenizer(), frozenset())
+            ServerEngine(f"http://127.0.0.1:{first.port}/v1", Pair(byte_tokenizer(), frozenset()))
         assert (len(first.asked), other.asked) == (1, [])
 
 
@@ -135,7 +135,7 @@ def test_only_openai_is_told_the_organisation(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_a_key_goes_over_plain_http_to_this_machine_only(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"http://{host}/v1"
-    for ask in (lambda: open_judge(f"llm:m@{url}"), lambda: ServerEngine(url, byte_tokenizer(), frozenset())):
+    for ask in (lambda: open_judge(f"llm:m@{url}"), lambda: ServerEngine(url, Pair(byte_tokenizer(), frozenset()))):
         with pytest.raises(UsageError, match="expected https:// to send the key") as caught:
             ask()
         assert "sk-secret" not in str(caught.value)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from abliterate.errors import AbliterateError
-from abliterate.evaluation.engines.server import ServerEngine
+from abliterate.evaluation.engines import Pair, ServerEngine
 from abliterate.evaluation.judging.base import Exchange, Label
 from abliterate.evaluation.judging.llm import LlmJudge
 
@@ -108,7 +108,7 @@ def test_an_answer_without_end_is_cut_off_and_one_line(how: str) -> None:
     answer, said = ENDLESS[how]
     start = time.monotonic()
     with serving(answer) as url, pytest.raises(AbliterateError, match=said) as caught:
-        ServerEngine(url, None, frozenset(), timeout=0.3, retries=5)
+        ServerEngine(url, Pair(None, frozenset()), timeout=0.3, retries=5)
     assert time.monotonic() - start < 10
     assert str(caught.value).isprintable()
     with serving(answer) as url, pytest.raises(AbliterateError, match=said):
@@ -119,7 +119,7 @@ def test_an_answer_without_end_is_cut_off_and_one_line(how: str) -> None:
 @pytest.mark.parametrize("what", ODD)
 def test_an_answer_of_another_form_is_one_line(what: str) -> None:
     with serving(lambda: whole(ODD[what])) as url, pytest.raises(AbliterateError) as caught:
-        ServerEngine(url, None, frozenset(), timeout=5, retries=0)
+        ServerEngine(url, Pair(None, frozenset()), timeout=5, retries=0)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 500
     with serving(lambda: whole(ODD[what])) as url, pytest.raises(AbliterateError) as caught:
@@ -152,7 +152,7 @@ def test_a_completion_of_another_form_is_one_line(odd: dict[str, Any]) -> None:
     listing = b'{"data": [{"id": "m"}]}'
     answers = itertools.chain([listing], itertools.repeat(completion(**odd)))
     with serving(lambda: whole(next(answers))) as url:
-        engine = ServerEngine(url, None, frozenset(), timeout=5, retries=0)
+        engine = ServerEngine(url, Pair(None, frozenset()), timeout=5, retries=0)
         with pytest.raises(AbliterateError, match="expected a completion, found"):
             engine.complete([[1]], 4)
 

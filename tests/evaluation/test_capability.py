@@ -246,7 +246,7 @@ def quiz(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def ask(model: Any, path: Path, rows: int = 4, way: Way = "letter") -> TaskResult:
     tokenizer = byte_tokenizer()
-    (result,) = check(model, tokenizer, ChatRenderer(tokenizer), load_tasks([path]), BatchSize(rows, 4096), way=way)
+    (result,) = check(model, ChatRenderer(tokenizer), load_tasks([path]), BatchSize(rows, 4096), way=way)
     return result
 
 
@@ -360,14 +360,14 @@ def test_arithmetic_counts_the_numbers_that_replies_end_with(tmp_path: Path, mon
 def test_arithmetic_is_generated_under_the_limit(tmp_path: Path) -> None:
     tokenizer, seen = byte_tokenizer(), list[int]()
     tasks = load_tasks([write(tmp_path / "t.jsonl", [{"question": f"{i}?", "answer": 4} for i in range(3)])])
-    check(always("4"), tokenizer, ChatRenderer(tokenizer), tasks, BatchSize(2), seen.append, max_new_tokens=5)
+    check(always("4"), ChatRenderer(tokenizer), tasks, BatchSize(2), seen.append, max_new_tokens=5)
     assert sum(seen) == 3
 
 
 @pytest.mark.parametrize("way", ["letter", "text"])
 def test_progress_counts_questions(way: Way, quiz: Path) -> None:
     tokenizer, seen = byte_tokenizer(), list[int]()
-    check(tiny(), tokenizer, ChatRenderer(tokenizer), load_tasks([quiz]), BatchSize(3), seen.append, way=way)
+    check(tiny(), ChatRenderer(tokenizer), load_tasks([quiz]), BatchSize(3), seen.append, way=way)
     assert sum(seen) == 10
     assert len(seen) > 3
 
@@ -673,7 +673,7 @@ def test_real_model_knows_what_everybody_knows_and_not_its_opposite(tmp_path: Pa
     shifted = [row | {"answer": (place + 1) % 4} for row, place in zip(rows[:8], places[:8], strict=True)]
     tasks = load_tasks([write(tmp_path / "known.jsonl", rows), write(tmp_path / "shifted.jsonl", shifted)])
     renderer = ChatRenderer(loaded.tokenizer)
-    known, others = check(loaded.model, loaded.tokenizer, renderer, tasks, BatchSize(32), way="text")
+    known, others = check(loaded.model, renderer, tasks, BatchSize(32), way="text")
     assert known.accuracy.value >= 0.7
     assert known.above_chance
     assert others.accuracy.value <= 0.25, "the control: other answers counted as right"

@@ -201,7 +201,7 @@ def no_proxy_and_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ask(stub: Stub, **options: Any) -> ServerEngine:
-    return ServerEngine(stub.url, TOKENIZER, ENDS, edited="edited", **options)
+    return ServerEngine(stub.url, Pair(TOKENIZER, ENDS, edited_as="edited"), **options)
 
 
 READABLE = [list(b"hello"), list(b"a longer prompt"), list(b"x"), list(b"yes and no")]
@@ -309,7 +309,7 @@ def test_what_does_not_pass_is_one_line_without_the_key(status: int, message: st
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
     with pytest.raises(AbliterateError, match=r"^server 127.0.0.1:9: expected an answer, found APIConnectionError"):
-        ServerEngine("http://127.0.0.1:9/v1", TOKENIZER, ENDS, retries=0)
+        ServerEngine("http://127.0.0.1:9/v1", Pair(TOKENIZER, ENDS), retries=0)
 
 
 def test_a_server_that_reads_other_tokens_is_an_error() -> None:
@@ -378,10 +378,10 @@ def test_text_is_sent_only_if_it_becomes_the_same_tokens() -> None:
 def test_names_that_are_not_served_are_refused() -> None:
     with serving(Stub()) as stub:
         with pytest.raises(UsageError, match="expected model 'other', found base, edited; name one"):
-            ServerEngine(stub.url, TOKENIZER, ENDS, original="other")
+            ServerEngine(stub.url, Pair(TOKENIZER, ENDS, served="other"))
         with pytest.raises(UsageError, match="expected model 'better', found base, edited"):
-            ServerEngine(stub.url, TOKENIZER, ENDS, edited="better")
-        swapped = ServerEngine(stub.url, TOKENIZER, ENDS, original="edited")
+            ServerEngine(stub.url, Pair(TOKENIZER, ENDS, edited_as="better"))
+        swapped = ServerEngine(stub.url, Pair(TOKENIZER, ENDS, served="edited"))
         assert tokens(swapped.complete(READABLE, 20))[0] == tuple(answer_of("edited", READABLE[0], 20)[:-1])
 
 

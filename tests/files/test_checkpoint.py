@@ -664,27 +664,6 @@ def test_hashes_are_those_of_the_files(
     assert result.source_sha256 == {path.name: ck.sha256(path) for path in shards}
 
 
-@pytest.mark.parametrize("shard_bytes", [None, 300])
-def test_known_hashes_are_not_taken_again(
-    shard_bytes: int | None, sharded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source, out = ck.open_checkpoint(sharded), target(tmp_path)
-    known = {shard.path.name: f"known {shard.path.name}" for shard in source.shards}
-    followed: list[Path] = []
-    begin = growing.Trail.__init__
-
-    def watch(self: growing.Trail, pool: Any, fd: int, path: Path) -> None:
-        followed.append(path)
-        begin(self, pool, fd, path)
-
-    monkeypatch.setattr(growing.Trail, "__init__", watch)
-    changes, rewriters = ck.Changes(shard_bytes=shard_bytes), {"layer.1.x": negate, "layer.3.z": negate}
-    result = ck.write_edited(source, out, rewriters, changes=changes, known=known)
-    assert result.source_sha256 == known
-    assert result.sha256 == {name: ck.sha256(out / name) for name in tree(out)}
-    assert all(path.is_relative_to(out) for path in followed)
-
-
 def test_notes_are_taken_file_by_file(sharded: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, tuple[str, ...]]] = []
 

@@ -201,8 +201,7 @@ class Exam:
 
     def _check(self, state: ModelState, progress: Callable[[int], None]) -> list[TaskResult]:
         session = state.session
-        tokenizer, renderer = session.loaded.tokenizer, session.renderer
-        return check(state.model, tokenizer, renderer, self.files, session.size, progress, way=self.way)
+        return check(state.model, session.renderer, self.files, session.size, progress, way=self.way)
 
 
 def exam_of(settings: CapabilitySettings, seed: int = 0) -> Exam:

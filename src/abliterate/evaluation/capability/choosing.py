@@ -33,7 +33,7 @@ from abliterate.prompts.rendering import ChatRenderer
 
 Way = Literal["letter", "text"]
 Progress = Callable[[int], None]
-Chooser = Callable[[Any, Any, ChatRenderer, Sequence[Choice], BatchSize, Progress | None], list[int]]
+Chooser = Callable[[Any, ChatRenderer, Sequence[Choice], BatchSize, Progress | None], list[int]]
 
 #: How tokenizers spell a letter at the start of a word.
 _SPELLINGS = ("{}", " {}", "▁{}", "Ġ{}")
@@ -41,7 +41,6 @@ _SPELLINGS = ("{}", " {}", "▁{}", "Ġ{}")
 
 def by_letter(
     model: Any,
-    tokenizer: Any,
     renderer: ChatRenderer,
     items: Sequence[Choice],
     size: BatchSize,
@@ -49,7 +48,7 @@ def by_letter(
 ) -> list[int]:
     """The option whose letter is the likeliest first token of the reply, options listed: one pass a question."""
     encoded = encode(model, renderer.encode([letter_prompt(item) for item in items]))
-    tokens = letter_tokens(tokenizer, max(len(item.options) for item in items))
+    tokens = letter_tokens(renderer.tokenizer, max(len(item.options) for item in items))
     shared = SharedPrefix(model, encoded.prefix)
     chosen = [0] * len(items)
 
@@ -64,7 +63,6 @@ def by_letter(
 
 def by_text(
     model: Any,
-    tokenizer: Any,
     renderer: ChatRenderer,
     items: Sequence[Choice],
     size: BatchSize,
@@ -73,7 +71,7 @@ def by_text(
     """The option that is the likeliest reply (its tokens' log-probabilities summed) to the question alone."""
     prompts = renderer.encode([item.question for item in items])
     tried = [(number, option) for number, item in enumerate(items) for option in range(len(item.options))]
-    replies = [tokenizer.encode(items[n].options[option], add_special_tokens=False) for n, option in tried]
+    replies = [renderer.tokenizer.encode(items[n].options[option], add_special_tokens=False) for n, option in tried]
     whole = [prompts[number] + reply for (number, _), reply in zip(tried, replies, strict=True)]
     longest = max(map(len, replies))
     encoded = encode(model, [tokens[:-1] for tokens in whole], keep=longest)  # the last token is only foretold

@@ -115,7 +115,7 @@ def lm_eval_tasks(
             if task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
             task.set_fewshot_seed(seed=seed)
-        try:
+        with _faults_named(f"lm-eval tasks {', '.join(tasks)}"):
             results = evaluate(
                 lm=_wrap(model, tokenizer, batch_size, chat_template),
                 task_dict=loaded,
@@ -123,12 +123,18 @@ def lm_eval_tasks(
                 apply_chat_template=chat_template,
                 fewshot_as_multiturn=chat_template,
             )
-        except CodeAsked as asked:
-            raise asked.named(f"lm-eval tasks {', '.join(tasks)}") from None
-        except _FAULTS as error:
-            names = ", ".join(tasks)
-            raise UsageError(f"lm-eval tasks {names}: cannot be run with this model ({_one_line(error)})") from error
     return list(_scores(results))
+
+
+@contextlib.contextmanager
+def _faults_named(tasks: str) -> Iterator[None]:
+    """What tasks cannot do with the model, as an error that names them."""
+    try:
+        yield
+    except CodeAsked as asked:
+        raise asked.named(tasks) from None
+    except _FAULTS as error:
+        raise UsageError(f"{tasks}: cannot be run with this model ({_one_line(error)})") from error
 
 
 def check_task_files(tasks: Sequence[str]) -> None:

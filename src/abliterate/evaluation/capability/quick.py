@@ -69,7 +69,6 @@ class Change:
 
 def check(
     model: Any,
-    tokenizer: Any,
     renderer: ChatRenderer,
     tasks: Sequence[Task],
     size: BatchSize,
@@ -89,13 +88,13 @@ def check(
         choices = [item for item in task.items if isinstance(item, Choice)]
         problems = [item for item in task.items if isinstance(item, Problem)]
         if choices:
-            chosen = WAYS[way](model, tokenizer, renderer, choices, size, progress)
+            chosen = WAYS[way](model, renderer, choices, size, progress)
             answers = tuple(ascii_uppercase[index] for index in chosen)
             correct = tuple(index == item.answer for index, item in zip(chosen, choices, strict=True))
             chance = fmean(1 / len(item.options) for item in choices)
             results.append(TaskResult(task.name, task.digest, way, answers, correct, chance))
         else:
-            numbers = _numbers(model, tokenizer, renderer, problems, size, progress, max_new_tokens)
+            numbers = _numbers(model, renderer, problems, size, progress, max_new_tokens)
             answers = tuple("" if number is None else str(number) for number in numbers)
             correct = tuple(n == Decimal(item.answer) for n, item in zip(numbers, problems, strict=True))
             results.append(TaskResult(task.name, task.digest, "number", answers, correct, 0.0))
@@ -130,7 +129,6 @@ def change(before: TaskResult, after: TaskResult) -> Change:
 
 def _numbers(
     model: Any,
-    tokenizer: Any,
     renderer: ChatRenderer,
     items: Sequence[Problem],
     size: BatchSize,
@@ -139,5 +137,5 @@ def _numbers(
 ) -> list[Decimal | None]:
     ending = "\n\nWork it out step by step and end with a line 'Answer: ' and the number alone."
     encoded = encode(model, renderer.encode([item.question + ending for item in items]))
-    replies = complete(model, tokenizer, encoded, max_new_tokens, size, progress)
+    replies = complete(model, renderer.tokenizer, encoded, max_new_tokens, size, progress)
     return [final_number(reply.text, ended=reply.ended) for reply in replies]

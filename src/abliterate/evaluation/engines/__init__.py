@@ -41,7 +41,7 @@ def _vllm(spec: str, pair: Pair, options: Mapping[str, Any]) -> Engine:
 
 
 def _server(spec: str, pair: Pair, options: Mapping[str, Any]) -> Engine:
-    return ServerEngine(spec, pair.tokenizer, pair.ends, original=pair.served, edited=pair.edited_as, **options)
+    return ServerEngine(spec, pair, **options)
 
 
 _MAKERS: Mapping[str, Callable[[str, Pair, Mapping[str, Any]], Engine]] = {"vllm": _vllm}

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from abliterate.errors import AbliterateError, UsageError
-from abliterate.evaluation.engines.base import Progress, as_reply, check_prompts, nothing_edited, parameters
+from abliterate.evaluation.engines.base import Pair, Progress, as_reply, check_prompts, nothing_edited, parameters
 from abliterate.evaluation.servers import COMPLETION, LISTING, Completion, Listing, Served, Server
 from abliterate.model.decoding import GREEDY, Decoding
 from abliterate.model.generation import Reply
@@ -57,22 +57,19 @@ class ServerEngine:
     def __init__(
         self,
         url: str,
-        tokenizer: Any,
-        ends: frozenset[int],
+        pair: Pair,
         *,
-        original: str | None = None,
-        edited: str | None = None,
         concurrency: int = 16,
         timeout: float = 600.0,
         retries: int = 5,
     ) -> None:
-        """Ask the server what it serves. `original` may be left out where that is one model (adapters aside).
+        """Ask the server what it serves. `pair.served` may be left out where that is one model (adapters aside).
 
         `concurrency` requests run at a time, each given `timeout` seconds. Raises `UsageError` for names that are not
         served, for an address as `Server.at` says, and when `openai` is not installed; `AbliterateError` when the
         server does not answer.
         """
-        self._tokenizer, self._ends, self._concurrency = tokenizer, ends, concurrency
+        self._tokenizer, self._ends, self._concurrency = pair.tokenizer, pair.ends, concurrency
         self._server = Server.at("server", url)
         self._name = f"server {self._server.host}"
         self._openai = _library()
@@ -81,8 +78,8 @@ class ServerEngine:
         with self._connected() as client:
             listed = client.models.with_raw_response.list().content
         served = LISTING.checked(self.name, LISTING.parsed(self.name, listed), Listing).data
-        self._original = self._served(served, original)
-        self._edited = None if edited is None else self._served(served, edited)
+        self._original = self._served(served, pair.served)
+        self._edited = None if pair.edited_as is None else self._served(served, pair.edited_as)
         self._model = self._original
         self._is_vllm = any(model.owned_by == "vllm" for model in served)
         self._takes_ids: bool | None = None

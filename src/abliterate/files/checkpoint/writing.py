@@ -63,7 +63,6 @@ def write_edited(
     changes: Changes | None = None,
     journal: Journal | None = None,
     note: Noter | None = None,
-    known: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EditedFiles:
     """Copy the folder of `source` into the empty folder `target`, with the named tensors rewritten.
@@ -77,12 +76,11 @@ def write_edited(
     called when a file with rewritten tensors is written, before the next one is begun, so what rewriters gathered
     since the last call belongs to this file alone; its value is kept in the journal.
 
-    Hashing keeps one more core busy for what is written, and one for the source. `known` are hashes of the source's
-    shards that the caller has already: those shards are not hashed again.
+    Hashing keeps one more core busy for what is written, and one for the source.
     """
     outputs = plan_outputs(source, changes or Changes())
     _check(source, target, rewriters, journal)
-    run = _Run(source, target, rewriters, journal, note, dict(known or {}), progress)
+    run = _Run(source, target, rewriters, journal, note, progress)
     run.remaining = outputs.nbytes
     try:
         finished, hashes = run.write(outputs)
@@ -133,7 +131,6 @@ class _Run:
     rewriters: Mapping[str, Rewriter]
     journal: Journal | None
     note: Noter | None
-    known: Mapping[str, str]
     progress: Callable[[int], None] | None
     remaining: int = 0
     kept: list[str] = field(default_factory=list)
@@ -153,7 +150,7 @@ class _Run:
                     name, future = pending.pop(0)
                     finished[name] = future.result()
             finished |= {name: future.result() for name, future in pending}
-            found = {name: trail.digest() for name, trail in hashes.items()} | dict(self.known)
+            found = {name: trail.digest() for name, trail in hashes.items()}
         for output in outputs.files:
             if output.original and (digest := finished[output.name].source_sha256):
                 found[output.name] = digest
@@ -174,7 +171,7 @@ class _Run:
         with ThreadPoolExecutor(1) as pool, _Sources(self.source) as sources, ExitStack() as stack:
             trails: dict[str, Trail] = {}
             for shard in self.source.shards:
-                if shard.path not in same and self._name(shard) not in self.known:
+                if shard.path not in same:
                     trail = stack.enter_context(Trail(pool, sources.fd(shard.path), shard.path))
                     trail.tell(shard.file_bytes)
                     trail.end()
@@ -190,7 +187,7 @@ class _Run:
             sources = stack.enter_context(_Sources(self.source))
             file = stack.enter_context(GrowingFile(path, _mode(output.like), threads.flusher, self._step))
             trails = [stack.enter_context(Trail(threads.hashers, file.fd, path))]
-            if output.original and rewritten and output.name not in self.known:
+            if output.original and rewritten:
                 trails.append(stack.enter_context(Trail(threads.hashers, sources.fd(output.original), output.original)))
             for trail in trails:
                 file.follow(trail)
@@ -224,7 +221,7 @@ class _Run:
         for path in note.files:
             sync_path(path)
         files = {self.journal.relative(path): path.stat().st_size for path in note.files} if self.journal else {}
-        source = self.known.get(output.name, digests[-1]) if output.original else None
+        source = digests[-1] if output.original else None
         value = json.loads(json.dumps(note.value))  # the same now as after a kill
         entry = Finished(output.nbytes, digests[0], source, value, files)
         if self.journal:
