@@ -69,6 +69,36 @@ def imports(path: Path, *, typing: bool = False) -> Iterator[tuple[str, bool]]:
     yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
 
 
+#: Lines of the longest function; parameters of most functions at most, and how many functions have more.
+LONGEST, PARAMETERS, WITH_MORE = 45, 7, 8
+
+
+def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """Every function and method, named by its module."""
+    for name, path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}.{node.name}", node
+
+
+def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> list[str]:
+    """Those that have a name, without the object itself."""
+    given = function.args
+    names = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return names[1:] if names[:1] in (["self"], ["cls"]) else names
+
+
+def test_functions_stay_short() -> None:
+    lines = [((node.end_lineno or 0) - node.lineno + 1, name) for name, node in functions()]
+    assert [(count, name) for count, name in lines if count > LONGEST] == []
+
+
+def test_few_functions_take_many_parameters() -> None:
+    """Most of them are commands and verbs, whose parameters are their users' options."""
+    many = [name for name, node in functions() if len(parameters(node)) > PARAMETERS]
+    assert len(many) <= WITH_MORE, many
+
+
 def test_every_module_has_its_place_in_the_order() -> None:
     found = {name.partition(".")[0] for name, _ in modules()} - {"__init__", "__main__"}
     assert found == set(ORDER)

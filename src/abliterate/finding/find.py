@@ -250,23 +250,29 @@ def choose(
             progress=advance,
         )
     best = selection.chosen
-    found = (
-        f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
-        f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
-    )
+    said = _scored(selection, rule)
     if not selection.met_rule and searched:
-        session.monitor.warn(f"no direction passed verification by itself; the search starts from the best, {found}")
+        session.monitor.warn(f"no direction passed verification by itself; the search starts from the best, {said}")
     elif not selection.met_rule:
         _gate(
             session.monitor,
-            f"no direction passed verification; the best is {found}; try --projected or other prompts; "
+            f"no direction passed verification; the best is {said}; try --projected or other prompts; "
             f"{_admitting(best, rule)} would admit this one, and --force saves it as it is",
             force,
         )
-    session.monitor.note(f"{'start' if searched else 'chosen'}: {found}")
+    session.monitor.note(f"{'start' if searched else 'chosen'}: {said}")
     direction = _around(session, findings, settings, Site(best.layer, best.position))
     scored = {"norm": best.norm, "met_rule": selection.met_rule}
     return Found(replace(direction, facts={**direction.facts, "chosen": scored}), selection)
+
+
+def _scored(selection: SelectionPart, rule: Rule) -> str:
+    """The chosen site with its scores, beside what the rule asks of them."""
+    best = selection.chosen
+    return (
+        f"layer {best.layer}, position {best.position}: bypass {best.bypass:.2f} (before {selection.harmful:.2f}), "
+        f"induce {best.induce:.2f} (must be above {rule.min_induce:g}), KL {best.kl:.3f} (at most {rule.max_kl:g})"
+    )
 
 
 def best_separated(session: Session, findings: Findings, settings: SelectSettings) -> Direction:

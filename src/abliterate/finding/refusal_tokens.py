@@ -84,15 +84,8 @@ def find_refusals(
     answering, _ = first_tokens(model, both.take(answered), size)
     likely = candidates(refusing, spread, answering)
     tried = _try_out(model, tokenizer, both.take(refused[:_TRIALS]), likely, size, judge)
-
-    def told(token: int) -> TokenPart:
-        text, (count, trials) = tokenizer.decode([token]), tried[token]
-        likely, also = float(refusing[token]), float(answering[token])
-        return TokenPart(
-            token=token, text=text, probability=likely, probability_answering=also, refusals=count, trials=trials
-        )
-
-    tokens = tuple(told(token) for token, (count, trials) in tried.items() if count >= MIN_REFUSING * trials)
+    parts = (_token_part(tokenizer, token, tried[token], refusing, answering) for token in tried)
+    tokens = tuple(part for part in parts if part.refusals >= MIN_REFUSING * part.trials)
     if not tokens:
         shown = ", ".join(repr(tokenizer.decode([t])) for t in refusing.topk(4).indices.tolist())
         raise GateNotMet(
@@ -100,6 +93,25 @@ def find_refusals(
             f"tells that from answering (most likely: {shown}); give --refusal-tokens"
         )
     return Refusals(len(refused), len(harmful), tokens, known)
+
+
+def _token_part(
+    tokenizer: Any,
+    token: int,
+    tried: tuple[int, int],
+    refusing: Float[Tensor, " vocab"],
+    answering: Float[Tensor, " vocab"],
+) -> TokenPart:
+    """A first token with how likely it is where the model refuses and answers, and the refusals among its trials."""
+    refusals, trials = tried
+    return TokenPart(
+        token=token,
+        text=tokenizer.decode([token]),
+        probability=float(refusing[token]),
+        probability_answering=float(answering[token]),
+        refusals=refusals,
+        trials=trials,
+    )
 
 
 def first_tokens(

@@ -9,6 +9,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from abliterate.config import PromptSettings, name_prompts
 from abliterate.errors import PromptError
@@ -20,6 +21,13 @@ from abliterate.prompts.sources import BUILTIN, SetName, SplitName, builtin_set,
 TRAIN_SHARE, VAL_SHARE = 0.64, 0.16
 #: Of a larger source this many are drawn: means settle with a few hundred prompts.
 MOST_PROMPTS = 800
+
+#: The two sides of a behaviour.
+SIDES: tuple[SetName, ...] = ("harmful", "harmless")
+#: In the order in which they are made of a source; they claim prompts from the last to the first.
+SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+#: Where a prompt stands: on a side, in a split of it.
+SideSplit: TypeAlias = tuple[SetName, SplitName]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +167,23 @@ class _Claims:
             kept.append(prompt)
         return tuple(kept)
 
-
-#: The two sides of a behaviour.
-SIDES: tuple[SetName, ...] = ("harmful", "harmless")
-#: In the order in which they are made of a source; they claim prompts from the last to the first.
-SPLITS: tuple[SplitName, ...] = ("train", "val", "test")
+    def sets(
+        self,
+        parts: Mapping[SetName, Mapping[SplitName, Iterable[Prompt]]],
+        border: Iterable[Prompt],
+        learnt_from: Container[str],
+    ) -> tuple[dict[SideSplit, tuple[Prompt, ...]], tuple[Prompt, ...]]:
+        """What both sides and the borderline prompts keep, where what is evaluated on claims first."""
+        claimed: dict[SideSplit, tuple[Prompt, ...]] = {}
+        border_kept: tuple[Prompt, ...] = ()
+        for part in SPLITS[::-1]:
+            for name in SIDES:
+                if part in parts[name]:
+                    unwanted = learnt_from if part == "test" else ()
+                    claimed[name, part] = self.claim(parts[name][part], f"{name} {part}", unwanted)
+            if part == "test":
+                border_kept = self.claim(border, "borderline", learnt_from)
+        return claimed, border_kept
 
 
 def build_contrastive_set(
@@ -191,42 +211,56 @@ def build_contrastive_set(
         parts["harmless"] = {"test": _test(sources["eval_harmless"], "harmless")}
     keep, border = _third(behaviour, sources.get("borderline"), settings.seed)
     claims = _Claims()
-    claimed: dict[tuple[SetName, SplitName], tuple[Prompt, ...]] = {}
-    border_kept: tuple[Prompt, ...] = ()
-    for part in SPLITS[::-1]:
-        for name in SIDES:
-            if part in parts[name]:
-                unwanted = learnt_from if part == "test" else ()
-                claimed[name, part] = claims.claim(parts[name][part], f"{name} {part}", unwanted)
-        if part == "test":
-            border_kept = claims.claim(border, "borderline", learnt_from)
+    claimed, border_kept = claims.sets(parts, border, learnt_from)
+    _refuse_empty(claimed, sources)
+    cut = slice(settings.limit)
+    asked = {key: texts[cut] for key, texts in claimed.items()}
+    framed = _framed(behaviour, asked)
+    harmful, harmless = (Split(*(framed[name, part] for part in SPLITS)) for name in SIDES)
+    return ContrastiveSet(
+        harmful,
+        harmless,
+        border_kept[cut],
+        _in_full(sources),
+        dict(claims.dropped),
+        behaviour=behaviour,
+        keep=None if keep is None else Split(*(tuple(keep[part])[cut] for part in SPLITS)),
+        plain=_plain(behaviour, asked, sources.get("eval_harmless"), cut),
+    )
+
+
+def _refuse_empty(claimed: Mapping[SideSplit, tuple[Prompt, ...]], sources: Mapping[str, str]) -> None:
     for (name, part), texts in claimed.items():
         if not texts:
             raise PromptError(
                 f"{name} prompts: expected some in the {part} split, found none after dropping duplicates and "
                 f"what the direction has seen; give a larger source than '{sources[name]}'"
             )
-    cut = slice(settings.limit)
-    asked = {key: texts[cut] for key, texts in claimed.items()}
-    plain = _plain(behaviour, asked, sources.get("eval_harmless"), cut)
+
+
+def _framed(behaviour: Behaviour, asked: Mapping[SideSplit, tuple[Prompt, ...]]) -> dict[SideSplit, tuple[Prompt, ...]]:
+    """Prompts with what each side puts around them; those that pairs are tested on stay as they are."""
+    framed: dict[SideSplit, tuple[Prompt, ...]] = {}
     for part in SPLITS:
-        bare = behaviour.paired and part == "test"
-        less = asked["harmful" if behaviour.paired and not bare else "harmless", part]
-        asked["harmless", part] = less if bare else wrapped(behaviour.less, less)
-        asked["harmful", part] = asked["harmful", part] if bare else wrapped(behaviour.more, asked["harmful", part])
-    harmful, harmless = (Split(*(asked[name, part] for part in SPLITS)) for name in SIDES)
+        if behaviour.paired and part == "test":
+            framed |= {(name, part): asked[name, part] for name in SIDES}
+            continue
+        less = asked["harmful" if behaviour.paired else "harmless", part]
+        framed["harmful", part] = wrapped(behaviour.more, asked["harmful", part])
+        framed["harmless", part] = wrapped(behaviour.less, less)
+    return framed
+
+
+def _in_full(sources: Mapping[str, str]) -> dict[str, str]:
+    """The SPEC of every set, also of those that share one: with the other side, or with what they are cut from."""
+    sides: dict[str, str] = {name: sources.get(name, sources["harmful"]) for name in SIDES}
     evaluated = {f"eval_{name}": sources.get(f"eval_{name}") or sources[name] for name in SIDES}
     third = {name: spec for name, spec in sources.items() if name == "borderline"}
-    sources = {name: sources.get(name, sources["harmful"]) for name in SIDES} | evaluated | third
-    kept = None if keep is None else Split(*(tuple(keep[part])[cut] for part in SPLITS))
-    dropped = dict(claims.dropped)
-    return ContrastiveSet(
-        harmful, harmless, border_kept[cut], sources, dropped, behaviour=behaviour, keep=kept, plain=plain
-    )
+    return {**sides, **evaluated, **third}
 
 
 def _plain(
-    behaviour: Behaviour, asked: Mapping[tuple[SetName, SplitName], tuple[Prompt, ...]], others: str | None, cut: slice
+    behaviour: Behaviour, asked: Mapping[SideSplit, tuple[Prompt, ...]], others: str | None, cut: slice
 ) -> dict[tuple[str, str], tuple[str, ...]]:
     """Prompts of pairs as they are, and others beside them: of a builtin set, else what the other side asks."""
     if not behaviour.paired:
