@@ -648,7 +648,7 @@ def test_output_that_is_in_the_way_is_refused_before_any_work(
 def test_model_that_is_not_there_is_one_line(cli: Cli, prompts: list[str], tmp_path: Path) -> None:
     for spec, part in (
         (tmp_path / "none", "no such folder or file"),
-        ("somebody/something", "cannot be fetched from the hub"),
+        ("somebody/something", "not a folder here"),
         (tmp_path / "none.gguf", "no such file"),
         (tmp_path, "config.json"),
         ("x" * 400, "too long"),

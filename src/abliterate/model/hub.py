@@ -57,7 +57,27 @@ def snapshot(identifier: str, trust_remote_code: bool, revision: str | None = No
             identifier, allow_patterns=wanted, ignore_patterns=[*_COPIES], **which
         )
     except Exception as error:  # network, authentication and cache errors of several libraries
-        raise ModelError(
-            f"model '{identifier}': not a folder here and cannot be fetched from the hub ({one_line(error)})"
-        ) from error
+        raise ModelError(f"model '{identifier}': {_why_not(identifier, revision, error)}") from error
     return Path(found)
+
+
+def _why_not(identifier: str, revision: str | None, error: Exception) -> str:
+    """Why a model could not be fetched, and what to do."""
+    from huggingface_hub import errors
+
+    page = f"https://huggingface.co/{identifier}"
+    if isinstance(error, errors.GatedRepoError):
+        return f"its owner asks for consent; accept the terms at {page}, then log in with `hf auth login`"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "not a folder here, and the hub has no such model, or shows it to its owner only; check the spelling at "
+            f"https://huggingface.co/models?search={identifier.rpartition('/')[2]}, or log in with `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the hub has no revision '{revision}' of it; the branches and tags are at {page}/tree/main"
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
+        return (
+            "not a folder here, not in the cache, and the hub does not answer or HF_HUB_OFFLINE is set; go online "
+            f"once, or give the path of a copy ({one_line(error)})"
+        )
+    return f"not a folder here and cannot be fetched from the hub ({one_line(error)})"
