@@ -238,7 +238,9 @@ def choose(
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
     sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
     scorer = scorer_of(session, findings)
-    costs = reply_costs(sites) if isinstance(scorer, ReplyScorer) else stage_costs(sites, start=searched)
+    costs = (
+        reply_costs(sites, start=searched) if isinstance(scorer, ReplyScorer) else stage_costs(sites, start=searched)
+    )
     with session.monitor.phase("select by intervention", costs) as advance:
         selection = select(
             scorer,

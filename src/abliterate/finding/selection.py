@@ -100,7 +100,7 @@ def select(
     """Screen all sites in stages and choose by `rule`; `met_rule` is false when no site passes.
 
     For the `start` of a search only the `START_SITES` that separate the classes best are screened. Where replies are
-    read, COSMIC screens those first.
+    read, COSMIC screens sites first, and for a start its best one is taken.
 
     A random direction with the best site's norm, added at the same layer, is scored beside as a control.
 
@@ -113,7 +113,8 @@ def select(
     if isinstance(scorer, ReplyScorer):
         tried = best_separating(sites, separation)[:COSMIC_SITES]
         likeness = cosmic(scorer, candidates, tried, progress)
-        sites, stages = sorted(tried, key=lambda site: -likeness[site])[:REPLY_SITES], REPLY_STAGES
+        likely = sorted(tried, key=lambda site: -likeness[site])
+        sites, stages = (likely[:1], START_STAGES[-1:]) if start else (likely[:REPLY_SITES], REPLY_STAGES)
     elif start:
         sites, stages = best_separating(sites, separation)[:START_SITES], START_STAGES
     scores, best = _screened(scorer, candidates, separation, rule, sites, progress, stages)
@@ -180,10 +181,10 @@ def best_separating(sites: Sequence[Site], separation: Separation) -> list[Site]
     return sorted(sites, key=key, reverse=True)
 
 
-def reply_costs(sites: int) -> int:
+def reply_costs(sites: int, *, start: bool = False) -> int:
     """The same where replies are read: what COSMIC screens, and what is scored after."""
     screened = min(sites, COSMIC_SITES)
-    return screened + min(screened, REPLY_SITES) + min(screened, REPLY_STAGES[0][1])
+    return screened + (1 if start else min(screened, REPLY_SITES) + min(screened, REPLY_STAGES[0][1]))
 
 
 def stage_costs(sites: int, *, start: bool = False) -> int:
