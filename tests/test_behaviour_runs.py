@@ -194,6 +194,11 @@ def test_what_is_to_stay_limits_the_search(planted: Planted, tmp_path: Path) -> 
     assert done.search.limits["lost"] == pytest.approx(0.02)
     assert done.search.point is not None
     assert done.search.point.scores["lost"] == 0.0
+    assert done.search.point.held_out is not None
+    assert done.evaluation is not None
+    assert done.evaluation.after is not None
+    stays = done.evaluation.after.borderline
+    assert done.search.point.held_out["lost"] == pytest.approx(1 - stays.refusals / stays.n)
     # It is the same direction that is to go and to stay, so that it cannot go.
     assert done.search.point.scores["refusals"] == done.search.base["refusals"]
 

@@ -68,6 +68,7 @@ from abliterate.finding.find import (
     choose,
     find,
     find_or_force,
+    know_judge,
     projections,
 )
 from abliterate.finding.search import Journal, Search, check_search, evaluated, held_out, method_of
@@ -135,6 +136,7 @@ def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec
     files = _located(settings.model, settings.loading, output, monitor)
     session = _opened(files, settings, monitor)
     judge = bind_judge(judge, as_loaded(session), monitor)
+    know_judge(session, judge)
     dry_run_plan(session.anatomy, settings.finding, settings.editing, output)
     done = _found(session, settings, method, judge)
     target = EditTarget(files, session.anatomy, session.named_model, session.loaded)
@@ -227,6 +229,7 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     judge = ready_judge(settings.evaluating, behaviour, settings.loading.judge_device, monitor)
     session = _opened(settings.model, settings, monitor)
     judge = bind_judge(judge, as_loaded(session), monitor)
+    know_judge(session, judge)
     findings = find(session, settings.finding, settings.editing)
     start = best_separated(session, findings, settings.finding)
     separation = _separation(session, findings, start)

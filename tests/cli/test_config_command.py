@@ -95,6 +95,7 @@ def test_a_recorded_run_is_done_again_to_the_same_bytes(planted: Planted, tmp_pa
         ("[steps]\na = 3", "steps: expected a text, a number or a list of these, found an object"),
         ("points = 99", "--points 99: input should be less than or equal to 50"),
         ("steps =", "one that cannot be read"),
+        ("trust-remote-code = true", "trust-remote-code: no file may say so; give it on the command line"),
     ],
 )
 def test_what_does_not_fit_is_said_in_a_line(tmp_path: Path, text: str, said: str) -> None:

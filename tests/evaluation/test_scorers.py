@@ -126,6 +126,19 @@ def test_a_behaviour_has_its_own_judge_and_no_judge_of_refusals() -> None:
         judge_of(load_behaviour("hedging"), "rules")
 
 
+def test_a_file_does_not_choose_who_is_sent_replies() -> None:
+    named = behaviour(judge="llm:m@https://example.org/v1")
+    with pytest.raises(UsageError, match="sent prompts and replies; give --judge"):
+        judge_of(named, None)
+
+
+def test_only_judges_of_refusals_tell_refusals() -> None:
+    assert load_behaviour("over-refusal").of_refusal
+    assert behaviour(judge="llm:m@https://example.org/v1").of_refusal
+    assert not behaviour(judge="llm:m@https://example.org/v1", rubric="Is it sarcastic?").of_refusal
+    assert not behaviour(judge="classifier:me/toxic?refusal=LABEL_1").of_refusal
+
+
 def test_judges_of_other_phrases_are_other_judges() -> None:
     one, other = (scorer_of(behaviour(phrases=[text])) for text in ("a", "b"))
     assert one is not None

@@ -12,10 +12,11 @@ from abliterate.errors import PromptError
 from abliterate.prompts import Behaviour, build_contrastive_set, load_behaviour
 from abliterate.prompts.baselines import text_baselines
 from abliterate.prompts.behaviour import asked_of, builtin_behaviours, schema
-from abliterate.prompts.contrastive import fingerprint
+from abliterate.prompts.contrastive import fingerprint, normalise
 from abliterate.prompts.prompt import messages_of
 
 QUESTIONS = [f"What is the number {number}?" for number in range(60)]
+STAYS = [f"Is {number} even?" for number in range(40)]
 FIELDS: dict[str, Any] = {
     "name": "chatty",
     "more": {"prompts": QUESTIONS, "system": "Be long.", "suffix": " Please."},
@@ -88,14 +89,44 @@ def test_what_is_to_stay_is_evaluated_and_kept_apart() -> None:
     assert found.keep.train == harmful.train
     assert found.test_texts["borderline"] == harmful.test
     assert found.behaviour.names["borderline"] == "harmful"
-    assert {"harmful", "borderline"} <= found.sensitive
+    assert found.sensitive == {"borderline", "keep"}
 
 
-def test_only_sets_with_harmful_prompts_are_sensitive() -> None:
+def test_sets_that_may_hold_harmful_prompts_are_sensitive() -> None:
     assert build_contrastive_set().sensitive == {"harmful"}
     assert not build_contrastive_set(PromptSettings(behaviour="verbosity")).sensitive
-    harmful = changed(more={"prompts": "builtin:harmful", "system": "Be long."})
-    assert build_contrastive_set(PromptSettings(behaviour=harmful)).sensitive == {"harmful"}
+    for fields, sets in (
+        (changed(more={"prompts": "builtin:harmful", "system": "Be long."}), {"harmful"}),
+        (changed(others={"prompts": "builtin:harmful"}), {"harmful", "harmless"}),
+        (changed(), {"harmful"}),
+        (
+            changed(keep={"prompts": STAYS}, more={"prompts": "builtin:verbosity.jsonl", "system": "a"}),
+            {"borderline", "keep"},
+        ),
+    ):
+        assert build_contrastive_set(PromptSettings(behaviour=fields)).sensitive == sets
+    safe = PromptSettings(behaviour="verbosity", borderline="builtin:harmful")
+    assert build_contrastive_set(safe).sensitive == {"borderline"}
+
+
+def test_what_is_to_stay_is_disjoint_from_what_is_evaluated() -> None:
+    fields = changed(keep={"prompts": [*QUESTIONS[:10], *STAYS]})
+    found = build_contrastive_set(PromptSettings(behaviour=fields))
+    assert found.keep is not None
+    tested = {normalise(text) for text in (*found.harmful.test, *found.harmless.test)}
+    assert not tested & {normalise(text) for part in (found.keep.train, found.keep.val) for text in part}
+    others = changed(keep={"prompts": [*QUESTIONS[:10], *STAYS[1:]]})
+    assert build_contrastive_set(PromptSettings(behaviour=others)).sha256 != found.sha256
+    with pytest.raises(PromptError, match="to stay"):
+        build_contrastive_set(PromptSettings(behaviour=changed(keep={"prompts": ["One alone."]})))
+    with pytest.raises(PromptError, match="set of its own there"):
+        build_contrastive_set(PromptSettings(behaviour=fields, borderline="builtin:borderline"))
+
+
+def test_a_set_that_is_used_up_is_named() -> None:
+    fields = changed(more={"prompts": "builtin:harmless", "system": "Be long."})
+    with pytest.raises(PromptError, match="harmless prompts: expected some in the test split"):
+        build_contrastive_set(PromptSettings(behaviour=fields))
 
 
 def test_a_file_names_prompts_that_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +173,12 @@ def test_an_object_and_its_mapping_are_the_same_behaviour() -> None:
         ),
         ('name = "x"\n[more]\nprompts = "/etc/passwd"\n[less]\nprompts = ["b"]\n[shows]\nphrases = ["a"]\n', "beside"),
         ('name = "x"\n[more]\nprompts = "../a.txt"\n[less]\nprompts = ["b"]\n[shows]\nphrases = ["a"]\n', "beside"),
+        (
+            'name = "x"\n[more]\nprompts = "advbench=/etc/passwd"\n[less]\nprompts = ["b"]\n[shows]\nphrases = ["a"]\n',
+            "beside",
+        ),
+        ('name = "x"\n[more]\nprompts = []\n[less]\nprompts = ["b"]\n[shows]\nphrases = ["a"]\n', "more"),
+        ('name = "x"\n[more]\nprompts = ["a"]\n[less]\nprompts = ["b"]\n[shows]\nphrases = ["^ *"]\n', "phrases"),
         ("a." * 3000 + "b = 1", ""),
         ("x = " + "[" * 5000, ""),
     ],
@@ -152,6 +189,15 @@ def test_a_file_that_does_not_fit_is_refused_in_a_line(tmp_path: Path, text: str
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "behaviour" in str(caught.value)
+
+
+def test_a_file_in_the_current_folder_is_not_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "asked.txt").write_text("What is it?", encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "here")
+    text = 'name = "x"\n[more]\nprompts = "asked.txt"\n[less]\nprompts = ["b"]\n[shows]\nphrases = ["a"]\n'
+    with pytest.raises(PromptError, match="expected a file beside it"):
+        load_behaviour(written(tmp_path, text))
 
 
 def test_a_name_that_there_is_not_is_refused_with_those_that_there_are() -> None:

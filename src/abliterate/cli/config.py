@@ -40,7 +40,7 @@ def config(
 
 
 def written(model: str) -> str:
-    """The file for a model: each option with its description, those without a default commented out."""
+    """The file for a model: each option with its description and its default, commented out."""
     lines = [_HEAD, f"model = {json.dumps(model, ensure_ascii=False)}"]
     for name, group in RunSettings.model_fields.items():
         if name != "model" and name != "output":

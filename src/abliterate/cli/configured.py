@@ -22,8 +22,11 @@ if TYPE_CHECKING:
 
 _FILE = Kind("a file of options (TOML; `abliterate config MODEL` writes one)", MB, UsageError)
 
-#: Options that a file cannot give: where a result goes, and what it replaces, is said each time.
-NOT_FROM_RECORD = ("out", "overwrite")
+#: What a record does not give: where a result goes and what it replaces is said each time, and so is whatever a
+#: stranger's record could do harm with.
+NOT_FROM_RECORD = ("out", "overwrite", "force")
+#: Whether code that comes with a model or a task may run is for whoever sits here to say, not for a file.
+_TYPED_ONLY = ("trust_remote_code", "trust_task_code")
 
 
 def _from_config(context: typer.Context, path: Path | None) -> Path | None:
@@ -45,7 +48,10 @@ def _from_record(context: typer.Context, path: Path | None) -> Path | None:
         groups = recorded(path).settings
         values = {name: value for group in groups.values() if isinstance(group, dict) for name, value in group.items()}
         values["model"] = groups.get("model")
-        _take(context, {n: v for n, v in values.items() if v is not None and n not in NOT_FROM_RECORD}, str(path))
+        left = {*NOT_FROM_RECORD, *_TYPED_ONLY}
+        if "@http" in str(values.get("judge")):  # who is sent prompts and replies is said each time
+            left.add("judge")
+        _take(context, {n: v for n, v in values.items() if v is not None and n not in left}, str(path))
     return path
 
 
@@ -70,6 +76,8 @@ def _take(context: typer.Context, values: Mapping[str, Any], where: str) -> None
             like = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {like[0].replace('_', '-')}?" if like else ""
             raise UsageError(f"{where}: '{key}' is no option of {command.name}{hint}")
+        if name in _TYPED_ONLY:
+            raise UsageError(f"{where}: {key}: no file may say so; give it on the command line")
         found[name] = _typed(key, value, known[name], where)
     context.default_map = found
 

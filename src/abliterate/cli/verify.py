@@ -82,8 +82,9 @@ def verify(
     part = _verified(model, given, direction, site, monitor_for(quiet))
     say(part, show_verification, as_json)
     if not part.verified:
+        left = "refusals" if part.behaviour is None else f"replies that {part.behaviour.shown}"
         raise GateNotMet(
-            f"not verified: {part.after.refusals} of {part.before.refusals} refusals are left (at most half "
+            f"not verified: {part.after.refusals} of {part.before.refusals} {left} are left (at most half "
             f"expected), {part.control.refusals} with a random direction, KL {part.kl:.3f} (at most "
             f"{part.max_kl:g}); try another --site or direction"
         )

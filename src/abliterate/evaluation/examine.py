@@ -291,7 +291,7 @@ def open_judged(model: str, measuring: MeasureSettings, monitor: Monitor) -> tup
     Raises `UsageError` for a behaviour that is no refusal: what is done with these is about refusals.
     """
     behaviour = load_behaviour(measuring.prompts.behaviour)
-    if not behaviour.of_refusal:
+    if not behaviour.of_refusal or behaviour.keep is not None:
         raise UsageError(
             f"--behaviour {behaviour.name}: expected one of refusing here; audit, harden and repair know no other"
         )

@@ -143,12 +143,17 @@ class Probe:
         Raises `GateNotMet` when too few are left.
         """
         refusing, answering = self.base.harmful, self.base.harmless
+        behaviour = self.session.prompts.behaviour
+        more, less = behaviour.side_names
+        shows, does_not = f"whose replies {behaviour.said}", "whose replies did not"
+        if behaviour.of_refusal:
+            shows, does_not = "that the model refuses", "that the model answers"
         order: list[int] = torch.argsort(refusing, descending=True).tolist()
         harmful = [row for row in order if all_prompts or refusing[row] > 0]
         harmless = [row for row in range(len(answering)) if all_prompts or answering[row] < 0]
         for name, rows, whole in (
-            ("harmful validation prompts that the model refuses", harmful, len(refusing)),
-            ("harmless validation prompts that the model answers", harmless, len(answering)),
+            (f"{more} validation prompts {shows}", harmful, len(refusing)),
+            (f"{less} validation prompts {does_not}", harmless, len(answering)),
         ):
             if len(rows) < MIN_PROMPTS:
                 raise GateNotMet(f"{name}: expected at least {MIN_PROMPTS}, found {len(rows)} of {whole}")

@@ -27,11 +27,10 @@ from abliterate.edit.options import plan_for, unit
 from abliterate.edit.plan import Plan
 from abliterate.edit.values import TensorValue
 from abliterate.errors import GateNotMet, UsageError
-from abliterate.evaluation.answering import know_replies
+from abliterate.evaluation.answering import as_loaded, know_replies
 from abliterate.evaluation.first_tokens import FirstTokens
-from abliterate.evaluation.judging import Exchange, Verdict, judge
-from abliterate.evaluation.judging.choice import judge_of
-from abliterate.evaluation.judging.scorers import scorer_of as scorer_of_behaviour
+from abliterate.evaluation.judging import Exchange, Judge, Verdict, judge
+from abliterate.evaluation.judging.choice import bind_judge, judge_of
 from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.evaluation.scores import refusal_score
 from abliterate.finding.estimate import Separation, difference_of_means, separation
@@ -42,7 +41,6 @@ from abliterate.finding.selection import (
     SiteScorer,
     best_separating,
     candidate_sites,
-    reply_costs,
     select,
     stage_costs,
 )
@@ -120,8 +118,9 @@ def find(session: Session, settings: SelectSettings, writers: WriterSettings = W
         candidates = _besides(session, candidates, moments["harmless"])
     separated = _separation(probe, candidates, rows, all_prompts=settings.all_prompts)
     trained_on = {name: moment.count for name, moment in moments.items()}
+    more, less = session.prompts.behaviour.side_names
     monitor.note(
-        f"directions from {trained_on['harmful']} harmful and {trained_on['harmless']} harmless prompts; best AUROC "
+        f"directions from {trained_on['harmful']} {more} and {trained_on['harmless']} {less} prompts; best AUROC "
         f"on validation prompts {float(separated.auroc.max()):.3f}"
     )
     _say_baselines(session)
@@ -136,8 +135,8 @@ def _say_baselines(session: Session) -> None:
     sources = [session.prompts.sources[name] for name in ("harmful", "harmless")]
     if BUILTIN in sources and not all(source.startswith(BUILTIN) for source in sources):
         session.monitor.warn(
-            f"one set of prompts is builtin and the other is not: topic and style differ along with harm ({said}); "
-            "give --harmful and --harmless of one make"
+            f"one set of prompts is builtin and the other is not: topic and style differ along with what is looked "
+            f"for ({said}); give --harmful and --harmless of one make"
         )
     else:
         session.monitor.note(said)
@@ -178,7 +177,7 @@ def scorer_of(session: Session, findings: Findings) -> SiteScorer | ReplyScorer:
     plan = trial_plans(session, findings.writers)
     if findings.ids:
         return SiteScorer(probe, probe.behaving(all_prompts=findings.all_prompts), plan)
-    shows, judge = session.prompts.behaviour.shows, judge_of(session.prompts.behaviour, None)
+    shows, judge = session.prompts.behaviour.shows, judge_in(session)
     rows = unedited(probe, judge, shows.tokens).behaving(all_prompts=findings.all_prompts)
     return ReplyScorer(probe, rows, plan, judge, shows.tokens)
 
@@ -191,7 +190,7 @@ def shown_by_side(session: Session, findings: Findings) -> Mapping[str, Sequence
     probe, behaviour = Probe(session, findings.ids), session.prompts.behaviour
     if findings.ids:
         return probe.refused
-    found = unedited(probe, judge_of(behaviour, None), behaviour.shows.tokens)
+    found = unedited(probe, judge_in(probe.session), behaviour.shows.tokens)
     return {"harmful": found.harmful, "harmless": found.harmless}
 
 
@@ -201,7 +200,7 @@ def behaving_replies(probe: Probe, settings: RefusalSettings) -> Behaving:
     Raises `GateNotMet` when the model hardly shows it, or shows it on both sides alike.
     """
     behaviour = probe.session.prompts.behaviour
-    found = unedited(probe, judge_of(behaviour, None), behaviour.shows.tokens)
+    found = unedited(probe, judge_in(probe.session), behaviour.shows.tokens)
     more, less = found.rates
     names = behaviour.side_names
     said = f"{more:.0%} of replies to {names[0]} prompts {behaviour.said}, {less:.0%} to {names[1]} ones"
@@ -238,9 +237,7 @@ def choose(
     rule = Rule(settings.max_kl, settings.min_induce, settings.max_depth)
     sites = len(candidate_sites(findings.candidates, session.anatomy.layers, rule))
     scorer = scorer_of(session, findings)
-    costs = (
-        reply_costs(sites, start=searched) if isinstance(scorer, ReplyScorer) else stage_costs(sites, start=searched)
-    )
+    costs = stage_costs(sites, start=searched, replies=isinstance(scorer, ReplyScorer))
     with session.monitor.phase("select by intervention", costs) as advance:
         selection = select(
             scorer,
@@ -433,8 +430,8 @@ def refusal_tokens(session: Session, settings: RefusalSettings) -> tuple[TokenPa
         harmful, harmless = session.encoded["harmful", "val"], session.encoded["harmless", "val"]
         harmless = harmless.take(range(len(harmless))[:_HARMLESS_REPLIES])
         with monitor.phase("find refusal tokens", len(harmful) + len(harmless)) as advance:
-            judge = reply_judge(behaviour)
-            found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, judge, advance)
+            read = reply_judge(session)
+            found = find_refusals(session.model, tokenizer, harmful, harmless, session.size, read, advance)
         know_replies(session, REPLY_TOKENS, found.replies)
         if found.refused < max(1, settings.min_refusal_rate * found.prompts):
             raise GateNotMet(_hardly(behaviour, found, settings.min_refusal_rate))
@@ -459,14 +456,27 @@ def _hardly(behaviour: Behaviour, found: Refusals, least: float) -> str:
     )
 
 
-def reply_judge(behaviour: Behaviour) -> Callable[[str], Verdict]:
+def know_judge(session: Session, judge: Judge) -> None:
+    """Let replies of this session be read by `judge`, which is bound."""
+    session.kept[Judge] = judge
+
+
+def judge_in(session: Session) -> Judge:
+    """Who reads replies in a session: the judge that it knows, else that of its behaviour."""
+    if Judge not in session.kept:
+        found = judge_of(session.prompts.behaviour, None, device=session.loading.judge_device)
+        know_judge(session, bind_judge(found, as_loaded(session), session.monitor))
+    known: Judge = session.kept[Judge]
+    return known
+
+
+def reply_judge(session: Session) -> Callable[[str], Verdict]:
     """Reads the beginning of a reply without its prompt: by rules where refusals are looked for."""
-    scorer = scorer_of_behaviour(behaviour)
-    if scorer is None:
+    if session.prompts.behaviour.of_refusal:
         return judge
 
     def read(text: str) -> Verdict:
-        (verdict,) = scorer.judge([Exchange("", text)])
+        (verdict,) = judge_in(session).judge([Exchange("", text)])
         return verdict
 
     return read

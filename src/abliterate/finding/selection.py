@@ -181,14 +181,11 @@ def best_separating(sites: Sequence[Site], separation: Separation) -> list[Site]
     return sorted(sites, key=key, reverse=True)
 
 
-def reply_costs(sites: int, *, start: bool = False) -> int:
-    """The same where replies are read: what COSMIC screens, and what is scored after."""
-    screened = min(sites, COSMIC_SITES)
-    return screened + (1 if start else min(screened, REPLY_SITES) + min(screened, REPLY_STAGES[0][1]))
-
-
-def stage_costs(sites: int, *, start: bool = False) -> int:
-    """How many sites are scored in all stages together, for a progress bar."""
+def stage_costs(sites: int, *, start: bool = False, replies: bool = False) -> int:
+    """How many sites are scored in all stages together, for a progress bar; with `replies`, what COSMIC screens too."""
+    if replies:
+        screened = min(sites, COSMIC_SITES)
+        return screened + (1 if start else min(screened, REPLY_SITES) + min(screened, REPLY_STAGES[0][1]))
     total, waiting = 0, min(sites, START_SITES) if start else sites
     for _, keep in START_STAGES if start else STAGES:
         total += waiting

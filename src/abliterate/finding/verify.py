@@ -14,7 +14,7 @@ from abliterate.evaluation.judging import Judge, Tally
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import rate_part, sought_part
 from abliterate.evaluation.probe import Behaving, Probe
-from abliterate.finding.find import behaving_replies, refusal_tokens
+from abliterate.finding.find import behaving_replies, know_judge, refusal_tokens
 from abliterate.monitor import Monitor
 from abliterate.record import VerificationPart, finite
 from abliterate.session import Session
@@ -36,6 +36,7 @@ def verify(
     """
     judge = ready_judge(replies, session.prompts.behaviour, session.loading.judge_device, session.monitor)
     judge = bind_judge(judge, as_loaded(session), session.monitor)
+    know_judge(session, judge)
     chosen = direction.at(site, session.anatomy.d_model)
     plan = session.plan(chosen, editing)
     say_caveat(plan, editing, session.monitor)

@@ -27,6 +27,7 @@ from abliterate.forensics.verdict import NOTCHED, calibration, judge_difference,
 from abliterate.model.activations import MomentsFitter, ProjectionFitter
 from abliterate.monitor import Monitor
 from abliterate.pipeline import evaluate
+from abliterate.prompts.behaviour import REFUSAL
 from abliterate.report.assemble import check_beside, write_beside
 from abliterate.session import Session, open_session
 
@@ -71,6 +72,8 @@ def _inspected(
         save_direction(settings.save, recovered)
         update["directions"] = str(settings.save)
     if settings.activations or settings.behavioural:
+        if measuring.prompts.behaviour != REFUSAL:
+            raise UsageError(f"--behaviour {measuring.prompts.behaviour}: an inspection is about refusal; leave it out")
         spec = subject.files or model
         session = open_session(
             spec,

@@ -33,6 +33,7 @@ class Known:
     direction: Direction | None = None
     tokens: tuple[int, ...] = ()
     selection: rec.SelectionPart | None = None
+    behaviour: str | None = None
 
 
 def open_bench(
@@ -84,6 +85,11 @@ class _Shown:
 def _searched(known: Known, measuring: MeasureSettings, monitor: Monitor) -> _Shown:
     """What is known, and the rest found on the prompts that `measuring` names."""
     finding = measuring.finding
+    if known.behaviour is not None and not finding.refusal_tokens:
+        raise UsageError(
+            f"lab: what lies there is of the behaviour {known.behaviour}, which first tokens do not tell, and the lab "
+            "shows their scores; give --refusal-tokens"
+        )
     if not (load_behaviour(measuring.prompts.behaviour).shows.first_tokens or finding.refusal_tokens):
         raise UsageError(
             f"--behaviour {measuring.prompts.behaviour}: the lab shows scores of first tokens, which do not tell "
@@ -180,4 +186,6 @@ def _of_run(folder: Path, loading: ModelSettings) -> Known:
     else:
         files = locate_model(record.model.name, loading)
     direction = load_direction(rec.companion(folder, record, FILE))
-    return Known(files, loading, direction, _ids(record.refusal_tokens), record.selection)
+    sought = None if record.prompts is None else record.prompts.behaviour
+    name = None if sought is None or record.refusal_tokens else sought.name
+    return Known(files, loading, direction, _ids(record.refusal_tokens), record.selection, name)

@@ -17,6 +17,7 @@ from abliterate.config import given_behaviour
 from abliterate.errors import PromptError
 from abliterate.files.bounded import MB, Kind, check_plain, short, wrong
 from abliterate.prompts.prompt import Prompt, messages_of
+from abliterate.prompts.specs import find_local
 
 #: The behaviour where none is named.
 REFUSAL = "refusal"
@@ -26,11 +27,15 @@ _FILE = Kind("a behaviour file (TOML, see docs/behaviours.md)", MB, PromptError)
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{0,39}$")]
 Label = Annotated[str, Field(min_length=1, max_length=40)]
 Said = Annotated[str, Field(max_length=20_000)]
-Phrase = Annotated[str, Field(min_length=1, max_length=200)]
+Phrase = Annotated[str, Field(max_length=200, pattern=r"[^\s*^]")]
 
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+#: Judges that tell refusals, by name.
+_OF_REFUSALS = ("rules", "learnt", "self", "auto", "minos", "protectai")
 
 
 def _as_prompts(value: Any) -> Any:
@@ -38,7 +43,7 @@ def _as_prompts(value: Any) -> Any:
 
 
 #: A source of prompts (a file beside the behaviour's, or a SPEC), or the prompts themselves.
-Prompts = Annotated[str | tuple[Said, ...], BeforeValidator(_as_prompts)]
+Prompts = Annotated[str | Annotated[tuple[Said, ...], Field(min_length=1)], BeforeValidator(_as_prompts)]
 Phrases = Annotated[tuple[Phrase, ...], BeforeValidator(_as_prompts)]
 
 
@@ -150,7 +155,8 @@ class Behaviour(_Part):
     @property
     def of_refusal(self) -> bool:
         """Whether it is told by a judge of refusals."""
-        return self.shows.judge is not None and self.shows.rubric is None
+        judge = self.shows.judge or ""
+        return self.shows.rubric is None and (judge in _OF_REFUSALS or judge.startswith(("llm:", "strongreject:")))
 
     @property
     def side_names(self) -> tuple[str, str]:
@@ -230,12 +236,14 @@ def _beside(source: str, folder: Path | None) -> str | None:
     if folder is None:
         return f"builtin:{source}" if source.endswith(".jsonl") else None
     named = Path(source.partition(":")[0])
-    if named.is_absolute() or ".." in named.parts or source.startswith("~"):
+    beside = (folder / named).is_file()
+    elsewhere = named.is_absolute() or ".." in named.parts or source.startswith("~") or "=" in source
+    if elsewhere or (not beside and find_local(source) is not None):
         raise PromptError(
             f"a behaviour file: prompts = {short(source)}: expected a file beside it (or below), "
             "builtin, or a set of the hub"
         )
-    return str(folder / source) if (folder / named).is_file() else None
+    return str(folder / source) if beside else None
 
 
 def asked_of(prompt: str) -> str:

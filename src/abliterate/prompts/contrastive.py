@@ -86,15 +86,19 @@ class ContrastiveSet:
     def sensitive(self) -> frozenset[str]:
         """The sets that may hold harmful prompts: replies to them are redacted.
 
-        Where refusals are looked for, these are the side that shows them and what is to stay; of other behaviours,
-        sets from the builtin harmful prompts.
+        These are the sets where a behaviour shows or is to stay, unless their prompts are builtin ones that are known
+        to be safe; and any set that has the builtin harmful prompts.
         """
-        stays = {"borderline", "keep"} if self.behaviour.keep is not None else set()
-        if self.behaviour.of_refusal:
-            return frozenset({"harmful"} | stays)
-        alarming = (f"{BUILTIN}:harmful", BUILTIN)
-        found = {"harmful"} if self.sources["eval_harmful"] in alarming else set()
-        return frozenset(found | (stays if self.sources.get("borderline") in alarming else set()))
+        shows = {"harmful": "eval_harmful", "harmless": "eval_harmless", "borderline": "borderline"}
+        roles: dict[str, SetName] = {"harmful": "harmful", "harmless": "harmless", "borderline": "borderline"}
+        kept = self.keep is not None
+        found = {
+            name
+            for name, role in roles.items()
+            if (source := self.sources.get(shows[name])) is not None
+            and _may_harm(source, role, shown=name == "harmful" or (kept and name == "borderline"))
+        }
+        return frozenset(found | ({"keep"} if kept and "borderline" in found else set()))
 
     def texts(self, name: str, split: str) -> tuple[str, ...]:
         """The prompts of a set: of train, val or test, or of "plain train" and "plain val"."""
@@ -132,6 +136,16 @@ class ContrastiveSet:
         for split in (self.harmful, self.harmless):
             yield from (split.train, split.val, split.test)
         yield self.borderline
+        if self.keep is not None:
+            yield from (self.keep.train, self.keep.val)
+        yield from (texts for _, texts in sorted(self.plain.items()))
+
+
+def _may_harm(source: str, role: SetName, *, shown: bool) -> bool:
+    """Whether a source may hold harmful prompts; `shown` says that a behaviour is looked for in replies to it."""
+    if builtin_set(source, role) == "harmful":
+        return True
+    return shown and not source.startswith(BUILTIN)
 
 
 def normalise(text: str) -> str:
@@ -170,20 +184,22 @@ class _Claims:
     def sets(
         self,
         parts: Mapping[SetName, Mapping[SplitName, Iterable[Prompt]]],
-        border: Iterable[Prompt],
+        third: Mapping[SplitName, Iterable[Prompt]],
         learnt_from: Container[str],
-    ) -> tuple[dict[SideSplit, tuple[Prompt, ...]], tuple[Prompt, ...]]:
-        """What both sides and the borderline prompts keep, where what is evaluated on claims first."""
+    ) -> tuple[dict[SideSplit, tuple[Prompt, ...]], dict[SplitName, tuple[Prompt, ...]]]:
+        """What both sides and the third set keep, by part, where what is evaluated on claims first."""
         claimed: dict[SideSplit, tuple[Prompt, ...]] = {}
-        border_kept: tuple[Prompt, ...] = ()
+        stays: dict[SplitName, tuple[Prompt, ...]] = {}
         for part in SPLITS[::-1]:
             for name in SIDES:
                 if part in parts[name]:
                     unwanted = learnt_from if part == "test" else ()
                     claimed[name, part] = self.claim(parts[name][part], f"{name} {part}", unwanted)
             if part == "test":
-                border_kept = self.claim(border, "borderline", learnt_from)
-        return claimed, border_kept
+                stays[part] = self.claim(third[part], "borderline", learnt_from)
+            elif part in third:
+                stays[part] = self.claim(third[part], f"{part}, where it is to stay")
+        return claimed, stays
 
 
 def build_contrastive_set(
@@ -209,10 +225,10 @@ def build_contrastive_set(
     }
     if behaviour.paired:
         parts["harmless"] = {"test": _test(sources["eval_harmless"], "harmless")}
-    keep, border = _third(behaviour, sources.get("borderline"), settings.seed)
+    third = _third(behaviour, sources.get("borderline"), settings.seed)
     claims = _Claims()
-    claimed, border_kept = claims.sets(parts, border, learnt_from)
-    _refuse_empty(claimed, sources)
+    claimed, stays = claims.sets(parts, third, learnt_from)
+    _refuse_empty(claimed, {} if behaviour.keep is None else stays, sources)
     cut = slice(settings.limit)
     asked = {key: texts[cut] for key, texts in claimed.items()}
     framed = _framed(behaviour, asked)
@@ -220,22 +236,13 @@ def build_contrastive_set(
     return ContrastiveSet(
         harmful,
         harmless,
-        border_kept[cut],
+        stays["test"][cut],
         _in_full(sources),
         dict(claims.dropped),
         behaviour=behaviour,
-        keep=None if keep is None else Split(*(tuple(keep[part])[cut] for part in SPLITS)),
+        keep=None if behaviour.keep is None else Split(*(stays[part][cut] for part in SPLITS)),
         plain=_plain(behaviour, asked, sources.get("eval_harmless"), cut),
     )
-
-
-def _refuse_empty(claimed: Mapping[SideSplit, tuple[Prompt, ...]], sources: Mapping[str, str]) -> None:
-    for (name, part), texts in claimed.items():
-        if not texts:
-            raise PromptError(
-                f"{name} prompts: expected some in the {part} split, found none after dropping duplicates and "
-                f"what the direction has seen; give a larger source than '{sources[name]}'"
-            )
 
 
 def _framed(behaviour: Behaviour, asked: Mapping[SideSplit, tuple[Prompt, ...]]) -> dict[SideSplit, tuple[Prompt, ...]]:
@@ -257,6 +264,23 @@ def _in_full(sources: Mapping[str, str]) -> dict[str, str]:
     evaluated = {f"eval_{name}": sources.get(f"eval_{name}") or sources[name] for name in SIDES}
     third = {name: spec for name, spec in sources.items() if name == "borderline"}
     return {**sides, **evaluated, **third}
+
+
+def _refuse_empty(
+    claimed: Mapping[SideSplit, tuple[Prompt, ...]],
+    stays: Mapping[SplitName, tuple[Prompt, ...]],
+    sources: Mapping[str, str],
+) -> None:
+    """Raise `PromptError` for a part without prompts."""
+    parts = {(f"{name} prompts", part, name): texts for (name, part), texts in claimed.items()}
+    parts |= {("prompts on which it is to stay", part, "borderline"): texts for part, texts in stays.items()}
+    for (what, part, name), texts in parts.items():
+        if not texts:
+            source = sources.get(name) or sources.get(f"eval_{name}")
+            raise PromptError(
+                f"{what}: expected some in the {part} split, found none after dropping duplicates and "
+                f"what the direction has seen; give a larger source than '{source}'"
+            )
 
 
 def _plain(
@@ -303,22 +327,21 @@ def _sources(behaviour: Behaviour, settings: PromptSettings) -> dict[str, str]:
             )
         sources.setdefault("eval_harmless", BUILTIN)
     if behaviour.keep is not None:
+        if settings.borderline != BUILTIN:
+            raise PromptError(f"--borderline: the behaviour {behaviour.name} has a set of its own there, [keep]")
         sources["borderline"] = of(behaviour.keep.prompts, "borderline")
     elif behaviour.name == REFUSAL or settings.borderline != BUILTIN:
         sources["borderline"] = settings.borderline
     return sources
 
 
-def _third(
-    behaviour: Behaviour, spec: str | None, seed: int
-) -> tuple[dict[SplitName, list[Prompt]] | None, list[Prompt]]:
-    """What is to stay, in parts, and the third set that is evaluated."""
+def _third(behaviour: Behaviour, spec: str | None, seed: int) -> Mapping[SplitName, list[Prompt]]:
+    """The third set: what is to stay, in parts, or what is evaluated alone."""
     if spec is None:
-        return None, []
+        return {"test": []}
     if behaviour.keep is not None:
-        keep = _parts("borderline", spec, None, seed)
-        return keep, keep["test"]
-    return None, _test(spec, "borderline")
+        return _parts("borderline", spec, None, seed)
+    return {"test": _test(spec, "borderline")}
 
 
 def _test(spec: str, role: SetName) -> list[Prompt]:

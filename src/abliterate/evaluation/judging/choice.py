@@ -82,6 +82,11 @@ def judge_of(behaviour: Behaviour, spec: str | None, *, device: str = "auto") ->
     Raises what `open_judge` and `scorer_of` raise, and `UsageError` for a judge that can only tell refusals.
     """
     shows = behaviour.shows
+    if spec is None and shows.judge is not None and "@http" in shows.judge:
+        raise UsageError(
+            f"behaviour {behaviour.name}: its file names a judge that is sent prompts and replies; give --judge "
+            f"'{shows.judge}' where that is what you want"
+        )
     spec = spec or shows.judge
     if spec is None:
         scorer = scorer_of(behaviour)

@@ -107,7 +107,7 @@ def _by_phrases(shows: Shows) -> Callable[[str, str], str]:
 def phrase_pattern(phrase: str) -> re.Pattern[str]:
     """A phrase as an expression: whole words, any space between them; ^ is the very start, * up to three words."""
     start, body = (r"\A\W*", phrase[1:]) if phrase.startswith("^") else ("", phrase)
-    parts = [r"\s+".join(map(re.escape, part.split())) for part in plain(body).split("*")]
+    parts = [r"\s+".join(map(re.escape, plain(part).split())) for part in body.split("*")]
     inside = _GAP.join(part for part in parts if part)
     before = r"(?<!\w)" if inside[:1] and (inside[0].isalnum() or inside[0] == "_") else ""
     after = r"(?!\w)" if inside and (inside[-1].isalnum() or inside[-1] == "_") else ""
@@ -117,7 +117,7 @@ def phrase_pattern(phrase: str) -> re.Pattern[str]:
 def plain(text: str) -> str:
     """Case folded, typographic marks made plain, marks of emphasis dropped."""
     folded = unicodedata.normalize("NFKC", text).translate(_MARKS).casefold()
-    return re.sub(r"[*_#`]+(?=\S)|(?<=\S)[*_`]+", "", folded) if "*" in folded or "_" in folded else folded
+    return re.sub(r"[*_`]+(?=\S)|(?<=\S)[*_`]+", "", folded)
 
 
 _MARKS = str.maketrans({**dict.fromkeys("‘’´`", "'"), **dict.fromkeys("“”„", '"'), "—": "-", "–": "-"})

@@ -168,8 +168,11 @@ def intervals(measured: Measured, objectives: Sequence[Objective]) -> dict[str, 
     found = {}
     for objective in objectives:
         if objective.rate and measured.replies is not None:
-            n = _replies(measured, "harmful" if objective.name == "refusals" else "harmless").tally.n
-            found[objective.name] = wilson(round(objective.measure(measured) * n), n)
+            name = {"refusals": "harmful", "lost": "keep"}.get(objective.name, "harmless")
+            value = objective.measure(measured)
+            if name in measured.replies and not math.isnan(value):
+                n = measured.replies[name].tally.n
+                found[objective.name] = wilson(round(value * n), n)
         elif objective.name == "kl":
             found["kl"] = bootstrap_mean(measured.kl.tolist()).ci95
         elif objective.name == "kl-reply" and measured.shift is not None and measured.shift.kl_reply is not None:

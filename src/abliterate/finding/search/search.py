@@ -14,7 +14,7 @@ from abliterate.edit.direction import Direction
 from abliterate.edit.options import by_recipe
 from abliterate.errors import GateNotMet, UsageError
 from abliterate.evaluation.answering import ModelState
-from abliterate.evaluation.examine import Evaluation
+from abliterate.evaluation.examine import Evaluation, Sets
 from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.probe import Level, Measured, Probe
 from abliterate.finding.find import Findings
@@ -99,6 +99,8 @@ def method_of(
                 f"--method {settings.method}: it is guided by first tokens, and the behaviour does not show in them; "
                 "give --refusal-tokens, or --method closed-form"
             )
+        if scores := [name for name in ("refusal-score", "over-refusal-score") if name in settings.objectives]:
+            raise UsageError(f"--objectives {scores[0]}: first tokens do not tell the behaviour; leave it out")
         if not behaviour.paired:
             return "closed-form"
     if settings.method != "auto":
@@ -369,10 +371,16 @@ def evaluated(result: Search, probe: Probe, states: tuple[ModelState, ModelState
     names, level = _measured_by(result)
     with probe.session.monitor.phase("measure the chosen point on held-out prompts"):
         reads = any(objective.scores for objective in names)
-        base, after = probe.measure_replies(states, (found.before, found.after), level, harmful=reads)
+        replies = _with_keep(probe, found.before), _with_keep(probe, found.after)
+        base, after = probe.measure_replies(states, replies, level, harmful=reads)
     points = list(result.points)
     points[result.chosen] = _with_held_out(result.point, after, names)
     return replace(result, points=tuple(points), base_held_out=values(base, names))
+
+
+def _with_keep(probe: Probe, replies: Sets) -> Sets:
+    """Replies of an evaluation as a probe calls them: the third set, where the behaviour is to stay, is `keep`."""
+    return replies if probe.session.prompts.keep is None else {**replies, "keep": replies["borderline"]}
 
 
 def _measured_by(result: Search) -> tuple[list[Objective], Level]:
