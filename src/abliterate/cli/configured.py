@@ -29,7 +29,7 @@ NOT_FROM_RECORD = ("out", "overwrite", "force")
 _TYPED_ONLY = ("trust_remote_code", "trust_task_code")
 
 
-def _from_config(context: typer.Context, path: Path | None) -> Path | None:
+def _file_given(context: typer.Context, path: Path | None) -> Path | None:
     """Take the file's values for defaults. Raises `UsageError`, which names the first that there is no option of."""
     if path is not None:
         path = path.expanduser()
@@ -42,7 +42,7 @@ def _from_config(context: typer.Context, path: Path | None) -> Path | None:
     return path
 
 
-def _from_record(context: typer.Context, path: Path | None) -> Path | None:
+def _record_given(context: typer.Context, path: Path | None) -> Path | None:
     """Take the settings of a run for defaults. Raises `UsageError` for a record of something else."""
     if path is not None:
         groups = recorded(path).settings
@@ -106,7 +106,7 @@ Config = Annotated[
     Path | None,
     typer.Option(
         "--config",
-        callback=_from_config,
+        callback=_file_given,
         is_eager=True,
         help="Take options from this file (.toml); those given beside it come first.",
         show_default=False,
@@ -116,7 +116,7 @@ FromRecord = Annotated[
     Path | None,
     typer.Option(
         "--from-record",
-        callback=_from_record,
+        callback=_record_given,
         is_eager=True,
         help="Do again what the record of a run says (its folder, or abliteration.json), and compare the files.",
         show_default=False,
