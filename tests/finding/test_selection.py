@@ -263,8 +263,8 @@ def test_a_start_is_sought_among_the_sites_that_separate_best(scorer: SiteScorer
     assert {(one.layer, one.position) for one in selection.candidates} == set(best)
     assert Site(2, -2) in best
     assert len(sites) > START_SITES
-    assert selection.chosen.prompts == scorer.most
-    assert sum(one.prompts == scorer.most for one in selection.candidates) == 1, "the best alone on all prompts"
+    assert selection.chosen.prompts == scorer.rows.most
+    assert sum(one.prompts == scorer.rows.most for one in selection.candidates) == 1, "the best alone on all prompts"
 
 
 def test_positions_of_the_template_are_looked_at_unless_told_otherwise(

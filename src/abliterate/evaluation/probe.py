@@ -72,6 +72,11 @@ class Behaving:
     harmful_score: float
     harmless_score: float
 
+    @property
+    def most(self) -> int:
+        """Prompts of the larger class."""
+        return max(len(self.harmful), len(self.harmless))
+
 
 @dataclass(frozen=True, slots=True)
 class Measured:

@@ -124,11 +124,6 @@ class ReplyScorer:
     judge: Judge
     tokens: int
 
-    @property
-    def most(self) -> int:
-        """Prompts of the larger side."""
-        return max(len(self.rows.harmful), len(self.rows.harmless))
-
     def score(
         self,
         raw: Float[Tensor, "g d"],
@@ -154,19 +149,18 @@ class ReplyScorer:
             progress(1)
         return results
 
-    def shown(self, name: str, rows: Sequence[int]) -> list[bool]:
-        """Whether replies to validation prompts show the behaviour, in the model's present state."""
-        session = self.probe.session
-        texts = getattr(session.prompts, name).val
-        prompts = session.encoded[name, "val"].take(rows)
-        replies = complete(session.model, session.loaded.tokenizer, prompts, self.tokens, session.size)
-        exchanges = [Exchange(texts[row], reply.text) for row, reply in zip(rows, replies, strict=True)]
-        return [verdict.refused for verdict in self.judge.judge(exchanges)]
-
     def _share(self, name: str, rows: Sequence[int], state: AbstractContextManager[None]) -> float:
         with state:
-            found = self.shown(name, rows)
+            found = _shown(self.probe.session, name, rows, self.judge, self.tokens)
         return sum(found) / len(found)
+
+
+def _shown(session: Session, name: str, rows: Sequence[int], judge: Judge, tokens: int) -> list[bool]:
+    """Whether short replies to validation prompts show the behaviour, in the model's present state."""
+    texts, prompts = session.prompts.texts(name, "val"), session.encoded[name, "val"].take(rows)
+    replies = complete(session.model, session.loaded.tokenizer, prompts, tokens, session.size)
+    exchanges = [Exchange(texts[row], reply.text) for row, reply in zip(rows, replies, strict=True)]
+    return [verdict.refused for verdict in judge.judge(exchanges)]
 
 
 def unedited(probe: Probe, judge: Judge, tokens: int) -> Shown:
@@ -174,13 +168,11 @@ def unedited(probe: Probe, judge: Judge, tokens: int) -> Shown:
     session = probe.session
     key = (Shown, judge.fingerprint, tokens)
     if key not in session.kept:
-        empty = Behaving((), (), 0.0, 0.0)
-        scorer = ReplyScorer(probe, empty, lambda basis: session.plan(basis), judge, tokens)
         sides = {name: len(session.encoded[name, "val"]) for name in ("harmful", "harmless")}
         with session.monitor.phase("see the behaviour in replies", sum(sides.values())) as advance:
             found = {}
             for name, count in sides.items():
-                found[name] = tuple(scorer.shown(name, range(count)))
+                found[name] = tuple(_shown(session, name, range(count), judge, tokens))
                 advance(count)
         session.kept[key] = Shown(**found)
     known: Shown = session.kept[key]

@@ -62,11 +62,6 @@ class SiteScorer:
     rows: Behaving
     plan: Callable[[Float[Tensor, "1 d"]], Plan]
 
-    @property
-    def most(self) -> int:
-        """Prompts of the larger class."""
-        return max(len(self.rows.harmful), len(self.rows.harmless))
-
     def score(
         self,
         raw: Float[Tensor, "g d"],
@@ -148,7 +143,7 @@ def _screened(
     for prompts, keep in stages:
         for score in _score(scorer, candidates, separation, sorted(sites), prompts, progress):
             scores[Site(score.layer, score.position)] = score
-        last = prompts is None or prompts >= scorer.most
+        last = prompts is None or prompts >= scorer.rows.most
         ranked = sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last))
         if last:
             break
@@ -210,7 +205,7 @@ def _score(
             bypass=bypass,
             induce=induce,
             kl=kl,
-            prompts=len(range(scorer.most)[:prompts]),
+            prompts=len(range(scorer.rows.most)[:prompts]),
             norm=float(r.norm()),
             dprime=float(separation.dprime[-1 - position, layer]),
             auroc=float(separation.auroc[-1 - position, layer]),
