@@ -7,7 +7,6 @@ checked as if they had been typed.
 from __future__ import annotations
 
 import difflib
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from abliterate.errors import UsageError
-from abliterate.files.bounded import MB, Kind, check_plain, named
+from abliterate.files.bounded import MB, Kind, named
 
 if TYPE_CHECKING:
     from abliterate.record import Record
@@ -33,12 +32,7 @@ def _file_given(context: typer.Context, path: Path | None) -> Path | None:
     """Take the file's values for defaults. Raises `UsageError`, which names the first that there is no option of."""
     if path is not None:
         path = path.expanduser()
-        try:
-            values = tomllib.loads(_FILE.text(path))
-            check_plain(values)
-        except (ValueError, RecursionError) as error:
-            raise _FILE.refused(path, f"one that cannot be read ({error})") from error
-        _take(context, values, str(path))
+        _take(context, _FILE.toml(path), str(path))
     return path
 
 

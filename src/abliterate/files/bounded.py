@@ -152,6 +152,17 @@ class Kind:
         except ValueError as error:
             raise self.refused(path, f"JSON that cannot be used ({error})") from error
 
+    def toml(self, path: Path) -> dict[str, Any]:
+        """A file of TOML, with what is refused in JSON refused here too."""
+        import tomllib
+
+        try:
+            value = tomllib.loads(self.text(path))
+            check_plain(value)
+        except (ValueError, RecursionError) as error:
+            raise self.refused(path, f"one that cannot be read ({error})") from error
+        return value
+
     def json_lines(self, path: Path) -> list[tuple[int, Any]]:
         """A file with a JSON value on each line that is not blank, and the numbers of those lines from 1."""
         values = []

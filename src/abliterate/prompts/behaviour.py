@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from abliterate.config import given_behaviour
 from abliterate.errors import PromptError
-from abliterate.files.bounded import MB, Kind, check_plain, short, wrong
+from abliterate.files.bounded import MB, Kind, short, wrong
 from abliterate.prompts.prompt import Prompt, messages_of
 from abliterate.prompts.specs import find_local
 
@@ -200,12 +200,7 @@ def load_behaviour(spec: str) -> Behaviour:
     path = Path(spec).expanduser()
     if not path.suffix and not path.exists():
         raise PromptError(f"behaviour '{spec}': expected a TOML file or one of {', '.join(known)}, found neither")
-    try:
-        fields = tomllib.loads(_FILE.text(path))
-        check_plain(fields)
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise _FILE.refused(path, f"one that cannot be read ({error})") from error
-    return _resolved(behaviour_from(fields, str(path)), path.parent)
+    return _resolved(behaviour_from(_FILE.toml(path), str(path)), path.parent)
 
 
 def behaviour_from(fields: Mapping[str, Any] | Behaviour, where: str) -> Behaviour:
