@@ -32,6 +32,7 @@ from abliterate.edit.weights import weights_from
 from abliterate.edit.write import (
     EditTarget,
     Realised,
+    check_output_options,
     check_realisation,
     dry_run_plan,
     opened,
@@ -57,7 +58,7 @@ from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Probe
-from abliterate.files.checkpoint import DIRECTION, bytes_to_write, check_output, ensure_space, left_bytes
+from abliterate.files.checkpoint import DIRECTION, check_output
 from abliterate.files.checkpoint import JOURNAL as JOURNAL
 from abliterate.files.local import reserved
 from abliterate.finding.find import (
@@ -281,12 +282,11 @@ def _output(settings: RunSettings, command: str) -> OutputSettings:
 
 def _located(model: str | ModelOnDisk, loading: FileSettings, output: OutputSettings, monitor: Monitor) -> ModelOnDisk:
     """The model on disk, once it is known that OUT is free and what is asked for can be written."""
+    check_output_options(output)
     with monitor.phase("find model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
-        check_realisation(files, output)
         check_output(output.out, overwrite=output.overwrite, source=files.folder)
-        if output.realisation == "weights":
-            ensure_space(output.out.parent, bytes_to_write(files.checkpoint) - left_bytes(output.out))
+        check_realisation(files, output)
     return files
 
 

@@ -297,7 +297,7 @@ class PlanPart(_Part):
 
     strength: float
     rank: Count
-    realisation: Literal["weights", "lora", "gguf-lora", "control-vector"] = "weights"
+    realisation: Literal["weights", "gguf", "lora", "gguf-lora", "control-vector"] = "weights"
     variant: dict[str, Any] = {}
     strengths: dict[str, float] = {}
     edits: list[ResidualPart]

@@ -279,7 +279,7 @@ def apply(
     """Write a model with a direction taken out of its weights to `out`; the model is never loaded.
 
     `direction` is a file or a direction, and `also` are others, taken out of what is left then: each alone, or with how
-    many times the strength. `as_` "lora", "gguf-lora" and "control-vector" write these instead. Raises
+    many times the strength. `as_` "gguf", "lora", "gguf-lora" and "control-vector" write these instead. Raises
     `UsageError` when the direction does not fit the model or the edit cannot be held, `AnatomyError` when a writer is
     not known.
     """

@@ -474,8 +474,9 @@ class Model:
     def save(self, direction: DirectionLike, out: str | PathLike[str], **options: Unpack[_SaveVerb]) -> Record:
         """Write the edited model to the folder `out`, with its record, report and model card.
 
-        `as_` is "weights" (default), "lora", "gguf-lora" or "control-vector". Of a model that was wrapped, its weights
-        as they are in memory are the original. Raises `UsageError` for an `out` that is in the way (unless
+        `as_` is "weights" (default), "gguf" (with `gguf_type`, e.g. "Q4_K_M"; by llama.cpp's converter), "lora",
+        "gguf-lora" or "control-vector". Of a model that was wrapped, its weights as they are in memory are the
+        original. Raises `UsageError` for an `out` that is in the way (unless
         `overwrite`), or an edit that this form cannot hold.
         """
         if self._back:

@@ -392,8 +392,12 @@ class FolderOptions(TypedDict, total=False):
 class OutputOptions(FolderOptions, total=False):
     """Where an edited model goes, and in what form."""
 
-    #: A model; a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).
-    as_: Literal["weights", "lora", "gguf-lora", "control-vector"]
+    #: A model; a model as one GGUF file, by llama.cpp's converter (on the PATH, or in the folder that
+    #: ABLITERATE_LLAMA_CPP names); a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).
+    as_: Literal["weights", "gguf", "lora", "gguf-lora", "control-vector"]
+
+    #: How --as gguf stores numbers, e.g. Q4_K_M; default: in 16 bits.
+    gguf_type: Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M"] | None
 
     #: Largest file of weights, e.g. 4GB; default: the source's files.
     shard_size: str | int | os.PathLike[str] | None

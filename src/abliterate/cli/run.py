@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _WHAT = {
     "weights": "Model",
+    "gguf": "Model (GGUF)",
     "lora": "Adapter (PEFT)",
     "gguf-lora": "Adapter (GGUF, llama.cpp)",
     "control-vector": "Control vector (GGUF, llama.cpp)",
@@ -56,7 +58,7 @@ def show_run(record: Record, console: Console) -> None:
     if record.search is not None and record.search.method != "closed-form":
         show_search(record.search, console)
     if record.plan is not None:
-        if record.plan.realisation == "weights":
+        if record.plan.edits:
             write(console, f"Edited {edited(record.plan)}.")
         for what, why in grouped(record.plan.left_alone):
             write(console, f"Left alone: {what} ({why}).")
@@ -81,11 +83,27 @@ def show_end(record: Record, console: Console) -> None:
     show_place(record, console)
     for line in answer(record):
         write(console, line, style="bold")
-    if record.output is not None and record.plan is not None and record.plan.realisation == "weights":
-        out = shlex.quote(record.output)
+    if record.output is None or record.plan is None:
+        return
+    out = shlex.quote(record.output)
+    if record.plan.realisation == "gguf":
+        for line in _next_of_gguf(record.output, record.plan.files[0], record.model.name):
+            write(console, line, whole=True)
+    if record.plan.realisation == "weights":
         write(console, f"Next: abliterate lab {out}     both models side by side, the edit under sliders", whole=True)
         write(console, f"      abliterate show {out}    all that was measured, and what each phase took", whole=True)
         write(console, f"      abliterate undo {out}    the original back", whole=True)
+
+
+def _next_of_gguf(out: str, file: str, model: str) -> list[str]:
+    """What runs a GGUF file in `out`, and what asks it beside the original."""
+    path, modelfile = (shlex.quote(os.path.join(out, name)) for name in (file, "Modelfile"))
+    name = shlex.quote(re.sub(r"[^\w.-]+", "-", Path(out).name).strip("-.") or "edited")
+    return [
+        f"Next: ollama create {name} -f {modelfile} && ollama run {name}",
+        f"      llama-cli -m {path}",
+        f"      abliterate eval {path} --base {shlex.quote(model)}    what its stored numbers do, beside the original",
+    ]
 
 
 def show_selection(part: SelectionPart, layers: int, console: Console) -> None:

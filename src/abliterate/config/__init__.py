@@ -570,6 +570,14 @@ class EngineSettings(_Settings):
     served_edited: str | None = Field(None, description="For a server: the name of the edited model or adapter.")
 
 
+#: How llama.cpp stores numbers, where no importance matrix is needed.
+GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "IQ4_XS", "Q3_K_M"]
+
+
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
 class FolderSettings(_Settings):
     """The folder that results are written to."""
 
@@ -580,9 +588,13 @@ class FolderSettings(_Settings):
 class OutputSettings(FolderSettings):
     """Where an edited model goes, and in what form."""
 
-    realisation: Literal["weights", "lora", "gguf-lora", "control-vector"] = Field(
+    realisation: Literal["weights", "gguf", "lora", "gguf-lora", "control-vector"] = Field(
         "weights",
-        description="A model; a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).",
+        description="A model; a model as one GGUF file, by llama.cpp's converter (on the PATH, or in the folder that "
+        "ABLITERATE_LLAMA_CPP names); a PEFT adapter; a GGUF adapter for llama.cpp; a GGUF vector to add (steering).",
+    )
+    gguf_type: Annotated[GgufType, BeforeValidator(_upper)] | None = Field(
+        None, description="How --as gguf stores numbers, e.g. Q4_K_M; default: in 16 bits."
     )
     shard_size: Text | None = Field(None, description="Largest file of weights, e.g. 4GB; default: the source's files.")
     force: bool = Field(False, description="Save even when a gate is not met.")
@@ -593,6 +605,11 @@ class OutputSettings(FolderSettings):
         if value is not None and _bytes(value) is None:
             raise ValueError(f"expected a size such as 4GB or 500MB, found '{value[:40]}'")
         return value
+
+    @property
+    def of_model(self) -> bool:
+        """Whether a whole model is written, with edited weights."""
+        return self.realisation in ("weights", "gguf")
 
     @property
     def shard_bytes(self) -> int | None:

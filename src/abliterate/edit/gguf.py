@@ -27,11 +27,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from abliterate.edit.lora import LowRank
+from abliterate.edit.plan import Plan
+from abliterate.edit.weights.tensors import TensorEdit, tensor_edits
 from abliterate.errors import CheckpointError, ModelError, NumericalError, UsageError
 from abliterate.files.atomic import replacing
 from abliterate.files.bounded import open_regular
+from abliterate.files.checkpoint import Checkpoint
+from abliterate.files.checkpoint.reading import open_tensor
 from abliterate.model._compat import read_gguf
-from abliterate.model.anatomy import Kind
+from abliterate.model.anatomy import Kind, Stored
+from abliterate.record import ResidualPart
 from abliterate.texts import printable
 
 #: Bytes of a GGUF file before its first entry: magic, version, two counts.
@@ -177,6 +182,65 @@ def write_control_vector(
             writer.add_tensor(f"direction.{layer - 1}", _numbers(f"layer {layer}", vector))
 
 
+def residuals_in(
+    path: Path, edited: Checkpoint, plan: Plan, names: Mapping[str, tuple[Stored, ...]], found: Sequence[ResidualPart]
+) -> tuple[ResidualPart, ...]:
+    """What is left of the direction in the numbers that a GGUF file stores, for tensors that it holds as they are.
+
+    `edited` is the checkpoint that it was converted from, after `plan`; `found` is what was left there. Tensors that
+    llama.cpp's converter merges or changes are left out.
+
+    Raises `CheckpointError` for a file that cannot be read.
+    """
+    architecture = stored_architecture(path)
+    known = {part.tensor: part for part in found}
+    end, _ = _LORA_REFUSED.get(architecture, (None, None))
+    residuals = []
+    try:
+        stored = {tensor.name: tensor for tensor in read_gguf(path).tensors}
+        table = _tensor_names(architecture, sum(name.endswith(".attn_norm.weight") for name in stored) or len(stored))
+        for task in tensor_edits(edited, plan, names):
+            name = _tensor_name(table, task.stored.tensor)
+            tensor = stored.get(name or "")
+            if tensor is None or tuple(tensor.shape.tolist()[::-1]) != task.grid.layout.shape:
+                continue
+            if end is None or not tensor.name.endswith(end):
+                residuals.append(_residual(known[task.info.name], task, tensor))
+    except (ValueError, KeyError, IndexError) as error:  # of numpy and gguf, for what is damaged
+        raise CheckpointError(f"{path}: expected the edited tensors in it, found others ({error})") from error
+    return tuple(residuals)
+
+
+def _residual(part: ResidualPart, task: TensorEdit, tensor: Any) -> ResidualPart:
+    """The residual of one tensor, block by block: its numbers in the file beside those in the checkpoint."""
+    library, grid, reads = _library(), task.grid, task.edit.reads.to(task.grid.dtype)
+    data = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+    (buffer,) = grid.buffers(1)
+    after = rounding = size = 0.0
+    with open_tensor(task.info) as reader:
+        for matrix in range(grid.matrices):
+            left = torch.zeros(len(reads), grid.columns, dtype=grid.dtype)
+            for block in grid.blocks(matrix):
+                rows = library.quants.dequantize(data[block.first : block.first + block.count], tensor.tensor_type)
+                new = torch.from_numpy(rows.astype(np.float32, copy=True)).to(grid.dtype)
+                old = grid.numbers(grid.read(reader, block), block, buffer)
+                rounding += float((new - old).square().sum())
+                size += float(old.square().sum())
+                if grid.in_rows:
+                    after += float((new @ reads.T).square().sum())
+                else:
+                    left += reads[:, block.rows] @ new
+            after += float(left.square().sum())
+    return part.model_copy(
+        update={
+            "format": tensor.tensor_type.name,
+            "after": after**0.5,
+            "ratio": after**0.5 / part.before if part.before else 0.0,
+            "rounding": (rounding / size) ** 0.5 if size else 0.0,
+        }
+    )
+
+
 def read_control_vector(path: Path) -> dict[int, Float[Tensor, " d"]]:
     """The vectors of a control vector file (of this package, repeng or llama.cpp), by our layer: where they are added.
 
@@ -273,6 +337,11 @@ def _written(path: Path, architecture: str) -> Iterator[Any]:
             writer.write_tensors_to_file()
         finally:
             writer.close()
+
+
+def require_library() -> None:
+    """Raise `ModelError` where the library that reads and writes GGUF is not installed."""
+    _library()
 
 
 def _library() -> Any:

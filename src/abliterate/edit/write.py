@@ -1,12 +1,14 @@
-"""A plan written to OUT: as weights, as a PEFT adapter, as a GGUF adapter, as a GGUF control vector."""
+"""A plan written to OUT: as weights or a GGUF model, as a PEFT or GGUF adapter, as a GGUF control vector."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,28 +20,50 @@ from torch import Tensor, nn
 
 from abliterate.algebra import orthonormal
 from abliterate.config import EditSettings, FindSettings, OutputSettings
+from abliterate.edit.convert import check_converts, convert, find_tools, without_code
 from abliterate.edit.direction import Candidates, Direction, Site
-from abliterate.edit.gguf import architecture_of, stored_architecture, write_control_vector, write_gguf_lora
+from abliterate.edit.gguf import (
+    architecture_of,
+    require_library,
+    residuals_in,
+    stored_architecture,
+    write_control_vector,
+    write_gguf_lora,
+)
 from abliterate.edit.lora import LowRank, low_rank, low_rank_live, refuse_for_lora, write_peft
+from abliterate.edit.modelfile import modelfile
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.edit.weights import Surgery, edit_checkpoint, planned_parameters, refusal
 from abliterate.errors import UsageError
-from abliterate.files.checkpoint import Changes, Staging, bytes_to_write, ensure_space, resumable
+from abliterate.files.checkpoint import (
+    CARD,
+    Changes,
+    Staging,
+    bytes_to_write,
+    ensure_space,
+    left_bytes,
+    open_checkpoint,
+    resumable,
+)
 from abliterate.files.configuration import read_config
 from abliterate.model.anatomy import Anatomy, Stored, names_on_disk
 from abliterate.model.gguf_source import gguf_parts
-from abliterate.model.loading import LoadedModel
+from abliterate.model.loading import LoadedModel, load_tokenizer
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
-from abliterate.record import grouped
+from abliterate.record import ResidualPart, grouped
 from abliterate.texts import encodable
 
 GGUF_LORA = "abliteration-lora.gguf"
 CONTROL_VECTOR = "control-vector.gguf"
+MODELFILE = "Modelfile"
 
 #: What undo needs is at most this part of the edited tensors: measured 1 % to 15 %, twice while it is put together.
 _UNDO_SHARE = 4
+
+#: Less of the direction than this, back in numbers that were rounded, is not warned of.
+_BACK = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +79,8 @@ class EditTarget:
 @dataclass(frozen=True, slots=True)
 class Realised:
     """What was written. `surgery`, `names` (where parameters lie on disk) and `copied` (new tensors, each with the
-    bytes of another) are those of weights alone, `vectors` (to be added, by layer) those of a control vector.
+    bytes of another) are those of weights alone, `vectors` (to be added, by layer) those of a control vector,
+    `residuals` (what is left of the direction in the stored numbers) those of a GGUF model.
     """
 
     written: tuple[str, ...]
@@ -63,6 +88,7 @@ class Realised:
     names: dict[str, tuple[Stored, ...]] | None = None
     copied: Mapping[str, str] = field(default_factory=dict)
     vectors: Mapping[int, Float[Tensor, " d"]] = field(default_factory=dict)
+    residuals: tuple[ResidualPart, ...] = ()
 
 
 def dry_run_plan(anatomy: Anatomy, finding: FindSettings, editing: EditSettings, output: OutputSettings) -> None:
@@ -77,7 +103,7 @@ def dry_run_plan(anatomy: Anatomy, finding: FindSettings, editing: EditSettings,
 
 def refuse(plan: Plan, anatomy: Anatomy, output: OutputSettings) -> None:
     """Raise `UsageError`, naming the writer, for a plan that cannot be realised as `output` wants it."""
-    if output.realisation == "weights":
+    if output.of_model:
         for edit in plan.edits:
             if edit.changes and (reason := refusal(edit)) is not None:
                 raise UsageError(reason)
@@ -122,12 +148,32 @@ def _by_block(plan: Plan, anatomy: Anatomy) -> dict[int, list[float | None]]:
     return found
 
 
-def check_realisation(files: ModelOnDisk, output: OutputSettings) -> None:
-    """Raise, before any work, for weights that cannot be edited in place, and for options that do not go together."""
-    if output.realisation == "weights":
-        files.require_editable()
-    elif output.shard_size is not None:
+def check_output_options(output: OutputSettings) -> None:
+    """Raise, before a model is fetched, for options that do not go together, or programs that are not installed."""
+    if output.shard_size is not None and output.realisation != "weights":
         raise UsageError(f"--shard-size: expected --as weights with it, found {output.realisation}")
+    if output.gguf_type is not None and output.realisation != "gguf":
+        raise UsageError(f"--gguf-type: expected --as gguf with it, found {output.realisation}")
+    if output.realisation == "gguf":
+        require_library()
+        find_tools(output.gguf_type)
+
+
+def check_realisation(files: ModelOnDisk, output: OutputSettings) -> None:
+    """Raise, before any work, for weights that cannot be edited in place, converted, or for which there is no room."""
+    if not output.of_model:
+        return
+    files.require_editable()
+    needed = bytes_to_write(files.checkpoint)
+    if output.realisation == "gguf":
+        check_converts(find_tools(output.gguf_type), files.folder)
+        needed = _room_for_gguf(needed, output)
+    ensure_space(output.out.parent, needed - left_bytes(output.out))
+
+
+def _room_for_gguf(edited: int, output: OutputSettings) -> int:
+    """Bytes of the edited files, of their conversion, and of what that is quantised to, each taken for as large."""
+    return edited * (2 if output.gguf_type is None else 3)
 
 
 @contextlib.contextmanager
@@ -141,7 +187,9 @@ def opened(output: OutputSettings, target: EditTarget, plan: Plan) -> Iterator[S
 
 def _identity(output: OutputSettings, plan: Plan) -> bytes:
     """All that decides the bytes to be written, beside the source."""
-    digest = hashlib.sha256(json.dumps([version("abliterate"), output.realisation, output.shard_size]).encode())
+    digest = hashlib.sha256(
+        json.dumps([version("abliterate"), output.realisation, output.shard_size, output.gguf_type]).encode()
+    )
     for edit in plan.edits:
         digest.update(f"{edit.writer.parameters} {edit.strength!r} {edit.norm_preserving} {plan.untie}".encode())
         for tensor in (edit.basis, edit.reader, edit.offset):
@@ -161,6 +209,8 @@ def realise(
         monitor.note(f"{name} left alone: {why}")
     if output.realisation == "weights":
         return _weights(plan, target, staging, output, monitor)
+    if output.realisation == "gguf":
+        return _gguf(plan, target, staging, output, monitor)
     if output.realisation == "control-vector":
         return _control_vector(plan, direction, target, staging.folder)
     with monitor.phase("factors of the adapter"):
@@ -196,6 +246,53 @@ def _weights(plan: Plan, target: EditTarget, staging: Staging, output: OutputSet
         monitor.warn(f"not followed, they are links out of the model's folder: {', '.join(surgery.files.links)}")
     copied = {name: info.name for name, info in changes.extra.items()}
     return Realised((*surgery.files.written, *surgery.undo), surgery, names, copied)
+
+
+def _gguf(plan: Plan, target: EditTarget, staging: Staging, output: OutputSettings, monitor: Monitor) -> Realised:
+    """The edited files, which do not stay, made one GGUF file. A run that was killed begins anew."""
+    files, tools = target.files, find_tools(output.gguf_type)
+    names = names_on_disk(target.model, planned_parameters(plan), files.checkpoint.tensors)
+    changes = _changes(plan, target, output)
+    total = bytes_to_write(files.checkpoint, changes)
+    ensure_space(staging.folder, _room_for_gguf(total, output))
+    edited = staging.journal.scratch / "edited"
+    edited.mkdir()
+    with monitor.phase("edit weights", total) as advance:
+        surgery = edit_checkpoint(
+            files.checkpoint, edited, plan, names, keep_undo=False, changes=changes, progress=advance
+        )
+    if not files.trust_remote_code:
+        without_code(edited)
+    name = "model.gguf" if output.gguf_type is None else f"model-{output.gguf_type}.gguf"
+    made = edited.with_name(name)
+    with monitor.phase("convert to GGUF"):
+        called = f"{Path(files.name).name} abliterated"
+        convert(tools, edited, made, gguf_type=output.gguf_type, name=called)
+    with monitor.phase("measure what is stored"):
+        residuals = residuals_in(made, open_checkpoint(edited), plan, names, surgery.residuals)
+    _warn_of_rounding(residuals, surgery.residuals, output, monitor)
+    for path in (edited / CARD, *edited.glob("LICENSE*")):  # whoever gets the file is told its licence
+        if path.is_file():
+            shutil.copy(path, staging.folder)
+    shutil.rmtree(edited)
+    os.replace(made, staging.folder / name)
+    content = modelfile(name, load_tokenizer(files)[0])
+    (staging.folder / MODELFILE).write_text(content, encoding="utf-8", newline="\n")
+    return Realised((name, MODELFILE), residuals=residuals)
+
+
+def _warn_of_rounding(
+    stored: Sequence[ResidualPart], edited: Sequence[ResidualPart], output: OutputSettings, monitor: Monitor
+) -> None:
+    """Say how much of what was taken out stands in the stored numbers again, where that is much."""
+    planned = {part.tensor: part.after for part in edited}
+    before = math.hypot(*(part.before for part in stored))
+    back = math.hypot(*(part.after for part in stored)) - math.hypot(*(planned[part.tensor] for part in stored))
+    if before and back / before > _BACK:
+        monitor.warn(
+            f"stored as {output.gguf_type}, {back / before:.0%} of the direction is in the weights again: coarse "
+            "numbers round the edit away; a finer --gguf-type keeps more of it, and the record has it for each tensor"
+        )
 
 
 def _changes(plan: Plan, target: EditTarget, output: OutputSettings) -> Changes:

@@ -57,7 +57,13 @@ _FRONT_MATTER = re.compile(r"\ufeff?---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)
 #: An entry that is wanted, with the lines that belong to it. All others are left unread: YAML can take for ever.
 _ENTRY = re.compile(r"^(?:license|license_name|license_link|language):(?=\s).*(?:\n(?:[ \t]+\S|- ).*)*", re.MULTILINE)
 
-_LIBRARIES = {"weights": "transformers", "lora": "peft", "gguf-lora": "gguf", "control-vector": "gguf"}
+_LIBRARIES = {
+    "weights": "transformers",
+    "gguf": "gguf",
+    "lora": "peft",
+    "gguf-lora": "gguf",
+    "control-vector": "gguf",
+}
 
 #: Title and first sentence, by what was written.
 _WHAT = {
@@ -65,6 +71,11 @@ _WHAT = {
         "abliterated",
         "A version of {name} whose weights were edited along {what} of the residual stream with abliterate,\n"
         "without training.",
+    ),
+    "gguf": (
+        "abliterated, as GGUF",
+        "A version of {name} whose weights were edited along {what} of the residual stream with abliterate,\n"
+        "without training, and then converted with llama.cpp. What was measured was measured before the conversion.",
     ),
     "lora": (
         "abliteration adapter",
@@ -85,10 +96,12 @@ _WHAT = {
 
 
 def _how_to_use(plan: PlanPart) -> list[str]:
-    """How an adapter or a vector is loaded; a model is loaded like any other."""
+    """How a file for llama.cpp, an adapter or a vector is loaded; a model is loaded like any other."""
     if plan.realisation == "weights":
         return []
-    if plan.realisation == "lora" and any(
+    if plan.realisation == "gguf":
+        how = [f"    llama-cli -m {shlex.quote(printable(plan.files[0]))}", "    ollama create NAME -f Modelfile"]
+    elif plan.realisation == "lora" and any(
         "/" in name for name in plan.files
     ):  # PEFT allows biases only in an adapter of their own
         how = [
@@ -205,7 +218,7 @@ def _printable(value: Any) -> Any:
 def _what_was_done(record: Record) -> list[str]:
     lines = []
     if record.plan is not None:
-        if record.plan.realisation == "weights":
+        if record.plan.edits:
             lines.append(f"- Of the tensors that write to the residual stream, {edited(record.plan)}.")
         elif record.plan.realisation != "control-vector":
             lines.append(f"- {len(record.plan.strengths)} writers are changed, with strength {_between(record.plan)}.")

@@ -251,7 +251,7 @@ class _Attempt:
         if self.start.candidates is None:
             raise UsageError("search: expected a direction with candidates at every site, found none; see `find`")
         session, searching, output = self.session, self.settings.searching, self.settings.output
-        norms = output is None or output.realisation == "weights"
+        norms = output is None or output.of_model
         space = Space(
             session.anatomy,
             self.start.candidates,

@@ -164,7 +164,7 @@ def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditS
         realisation=output.realisation,
         variant=editing.model_dump(mode="json", exclude_defaults=True),
         strengths={edit.writer.name: edit.strength for edit in plan.edits},
-        edits=[] if surgery is None else list(surgery.residuals),
+        edits=list(done.residuals if surgery is None else surgery.residuals),
         left_alone=dict(plan.left_alone),
         files=_file_names(done, folder),
         copied=dict(done.copied),

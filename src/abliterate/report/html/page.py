@@ -62,6 +62,7 @@ def _kind(record: Record) -> str:
         return next((name for name, part in kinds.items() if part is not None), "Measurement")
     return {
         "weights": "Edited weights",
+        "gguf": "Edited weights, as GGUF",
         "lora": "LoRA adapter",
         "gguf-lora": "GGUF adapter",
         "control-vector": "Control vector",
