@@ -6,8 +6,10 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 #: What is done outside all phases (imports, prompts, writing the record).
 BETWEEN = "between phases"
@@ -55,6 +57,7 @@ class Monitor:
         self.begin(name, total)
         watching = self._watching if len(self._under_way) == 1 else []
         self._under_way.append(name)
+        before = _UNDER_WAY.set(self)
         done = False
         try:
             with contextlib.ExitStack() as stack:
@@ -63,6 +66,7 @@ class Monitor:
                 yield self.advance
             done = True
         finally:
+            _UNDER_WAY.reset(before)
             self._under_way.pop()
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
             self.peak_bytes[name] = max(self.peak_bytes.get(name, 0), peak_memory())
@@ -84,11 +88,35 @@ class Monitor:
     def advance(self, steps: int) -> None:
         """Some steps of the current phase are done."""
 
+    def expect_bytes(self, total: int) -> None:
+        """The steps of the current phase are bytes from now on, and there are so many; 0 is none any more."""
+
     def end(self, name: str, *, done: bool) -> None:
         """A phase is over: done, or broken off by an error."""
 
     def note(self, text: str) -> None:
         """One line worth reading."""
+
+
+_UNDER_WAY: ContextVar[Monitor | None] = ContextVar("monitor", default=None)
+
+
+def under_way() -> Monitor:
+    """The monitor of the innermost phase under way in this thread, for what works deep in one; else a silent one."""
+    return _UNDER_WAY.get() or Monitor()
+
+
+@contextlib.contextmanager
+def without_bars(*libraries: Any) -> Iterator[None]:
+    """Inside, these libraries of Hugging Face (modules that have a switch for it) draw no progress of their own."""
+    drawing = [library for library in libraries if not library.are_progress_bars_disabled()]
+    for library in drawing:
+        library.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for library in drawing:
+            library.enable_progress_bars()
 
 
 def _reset_peak() -> None:

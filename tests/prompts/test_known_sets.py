@@ -128,6 +128,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
 
     library = ModuleType("datasets")
     library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    library.are_progress_bars_disabled = lambda: True  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     return asked
 
@@ -142,6 +143,7 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
 
         library = ModuleType("datasets")
         library.load_dataset = load_dataset  # type: ignore[attr-defined]
+        library.are_progress_bars_disabled = lambda: True  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "datasets", library)
 
     return fail

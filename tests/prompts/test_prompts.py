@@ -251,6 +251,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     library = ModuleType("datasets")
     library.load_dataset = load_dataset  # type: ignore[attr-defined]
+    library.are_progress_bars_disabled = lambda: True  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "datasets", library)
     return seen
 

@@ -73,7 +73,7 @@ from abliterate.edit.steering import SteeringVectors
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare as comparing
 from abliterate.evaluation.judging import Exchange, Verdict
-from abliterate.evaluation.judging.choice import bind_judge, open_judge
+from abliterate.evaluation.judging.choice import bind_judge, open_judge, opening
 from abliterate.finding import steer as steering
 from abliterate.finding.find import Findings
 from abliterate.finding.reading import read_texts
@@ -483,8 +483,10 @@ def chat(
     if direction is None:
         if isinstance(model, Model):
             raise UsageError("chat: expected a direction, found none")
-        known = with_direction(str(model), None, loading)
-        opened, direction = Model(open_model(known.files, known.loading, progress())), known.direction
+        monitor = progress()
+        with monitor.phase("find model"):
+            known = with_direction(str(model), None, loading)
+        opened, direction = Model(open_model(known.files, known.loading, monitor)), known.direction
     else:
         opened = model if isinstance(model, Model) else load(model, **_set(loading))
     before = opened.answer(prompts, max_new_tokens=max_new_tokens)
@@ -531,7 +533,9 @@ def judge(
         raise UsageError(
             f"judge: expected a reply, replies=FILE or calibrate=FILE, found {' and '.join(given) or 'none'}"
         )
-    chosen = bind_judge(open_judge(judge, device=device), None, progress())
+    monitor = progress()
+    with opening(judge, monitor):
+        chosen = bind_judge(open_judge(judge, device=device), None, monitor)
     if calibrate is not None:
         return calibrated(chosen, Path(calibrate), model, set_)
     if replies is not None:

@@ -73,6 +73,12 @@ class NotebookBlock(Monitor):
             self._open[-1][2] += steps
             self._draw()
 
+    def expect_bytes(self, total: int) -> None:
+        """Let the bar of the innermost phase be of so many."""
+        if self._open:
+            self._open[-1][1:] = [total or None, self._open[-1][2] if total else 0]
+            self._draw()
+
     def end(self, name: str, *, done: bool) -> None:
         """A line in place of the bar."""
         self._open.pop()

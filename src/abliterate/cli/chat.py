@@ -108,7 +108,9 @@ def chat(
     from abliterate.lab.opening import with_direction
     from abliterate.session import open_model
 
-    known, chosen = with_direction(model, direction, given.loading), site_of(site)
-    opened = open_model(known.files, known.loading, monitor_for(quiet))
+    monitor, chosen = monitor_for(quiet), site_of(site)
+    with monitor.phase("find model"):
+        known = with_direction(model, direction, given.loading)
+    opened = open_model(known.files, known.loading, monitor)
     plan = plan_for(opened.anatomy, known.direction.at(chosen, opened.anatomy.d_model), given.editing)
     converse(opened.loaded, opened.renderer, plan, talk, as_json=as_json)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.measure import Measurement
 
-from abliterate.cli.arguments import Json
+from abliterate.cli.arguments import Json, monitor_for
 from abliterate.cli.terminal import Table, plain, terminal, write, write_json, write_lines
 from abliterate.errors import UsageError
 
@@ -216,10 +216,11 @@ def judge(
 
 def _opened(spec: str, device: str) -> Judge:
     """The judge that a spec names; one that would ask the model itself has none to ask here."""
-    from abliterate.evaluation.judging.choice import bind_judge, open_judge
-    from abliterate.monitor import Monitor
+    from abliterate.evaluation.judging.choice import bind_judge, open_judge, opening
 
-    return bind_judge(open_judge(spec, device=device), None, Monitor())
+    monitor = monitor_for(quiet=False)
+    with opening(spec, monitor):
+        return bind_judge(open_judge(spec, device=device), None, monitor)
 
 
 def _whose(model: str | None, prompts: str | None) -> tuple[str, SetName]:

@@ -15,7 +15,7 @@ from rich.text import Text
 from abliterate.cli.terminal import Table, plain, write
 from abliterate.monitor import Monitor
 
-#: Phases counted in bytes: shown in per cent.
+#: Phases counted in bytes from the beginning: shown in per cent.
 _BYTES = {"edit weights", "restore"}
 
 #: Columns: the longest bar, and the shortest that is worth drawing.
@@ -35,6 +35,7 @@ class _Phase:
     total: int | None
     spinner: Spinner
     done: int = 0
+    in_bytes: bool = False
     notes: list[str] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
 
@@ -61,7 +62,7 @@ class Screen(Monitor):
 
     def begin(self, name: str, total: int | None) -> None:
         """Show the phase below those that it is a part of."""
-        self._phases.append(_Phase(name, total, spinner=Spinner(self._spins)))
+        self._phases.append(_Phase(name, total, spinner=Spinner(self._spins), in_bytes=name in _BYTES))
         if self._redraws and self._live is None:
             self._live = Live(get_renderable=self._drawn, console=self.console, transient=True, refresh_per_second=5)
             self._live.start()
@@ -70,6 +71,12 @@ class Screen(Monitor):
         """Count steps of the innermost phase."""
         if self._phases:
             self._phases[-1].done += steps
+
+    def expect_bytes(self, total: int) -> None:
+        """Count bytes of the innermost phase."""
+        if self._phases:
+            phase = self._phases[-1]
+            phase.total, phase.in_bytes, phase.done = total or None, True, phase.done if total else 0
 
     def end(self, name: str, *, done: bool) -> None:
         """Leave a line with the time it took, and the notes; what failed says so itself."""
@@ -146,7 +153,7 @@ def _numbers(phase: _Phase) -> list[str]:
     took = _clock(phase.seconds)
     if not phase.total:
         return [took]
-    count = f"{100 * phase.done / phase.total:.0f} %" if phase.name in _BYTES else f"{phase.done}/{phase.total}"
+    count = f"{100 * phase.done / phase.total:.0f} %" if phase.in_bytes else f"{phase.done}/{phase.total}"
     short = f"{count} {took}"
     if not 0 < phase.done < phase.total:
         return [short, took]

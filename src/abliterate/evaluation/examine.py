@@ -41,7 +41,7 @@ from abliterate.evaluation.capability import (
 )
 from abliterate.evaluation.judging import Exchange, Judge, RuleJudge
 from abliterate.evaluation.judging.calibration import own_calibrations
-from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, judge_of
+from abliterate.evaluation.judging.choice import PendingJudge, bind_judge, judge_of, opening
 from abliterate.evaluation.judging.scorers import ScorerJudge
 from abliterate.evaluation.results import Answers, Shift, judged, measure_shift
 from abliterate.model.batches import Encoded, share_prefixes
@@ -272,7 +272,8 @@ def ready_judge(settings: ReplySettings, behaviour: Behaviour, device: str, moni
     gives no verdict.
     """
     named = "rules" if settings.early_stop and settings.judge == "auto" else settings.judge
-    judge = judge_of(behaviour, named, device=device)
+    with opening(named or behaviour.shows.judge, monitor):
+        judge = judge_of(behaviour, named, device=device)
     own_calibrations(judge)  # a damaged one is an error now and not at the end
     if isinstance(judge, RuleJudge | PendingJudge | ScorerJudge):
         return judge

@@ -180,7 +180,8 @@ def _as_in(base: Checkpoint, name: str, rows: Tensor, axis: int, weight: Float[T
 def _from_adapter(model: str, adapter: Path, place: _Place, trust: bool) -> rec.RepairPart:
     """W − B A of every tensor that a merged LoRA adapter (PEFT) changed: the original to within rounding, twice."""
     factors = read_adapter(adapter)
-    subject = open_inspected(model, trust_remote_code=trust)
+    with place.monitor.phase("find the writers"):
+        subject = open_inspected(model, trust_remote_code=trust)
     warn_of_inspected(subject, place.monitor)
     changes: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, (down, up) in factors.items():

@@ -52,7 +52,8 @@ def open_bench(
     Raises `UsageError` when a file is none of these or does not fit, and what `find` raises.
     """
     monitor = monitor or Monitor()
-    known = known_of(target, measuring.loading)
+    with monitor.phase("find model"):
+        known = known_of(target, measuring.loading)
     if direction is not None:
         known = replace(known, direction=load_direction(direction), selection=None)
     if measuring.finding.refusal_tokens is not None:

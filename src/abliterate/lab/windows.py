@@ -202,6 +202,11 @@ class Reporter(Monitor):
         self._name, self._total, self._done = name, total or 0, 0
         self.advance(0)
 
+    def expect_bytes(self, total: int) -> None:
+        """The bar is of so many bytes."""
+        self._total, self._done = total, self._done if total else 0
+        self.advance(0)
+
     def advance(self, steps: int) -> None:
         """Some steps are done."""
         self._done += steps

@@ -8,6 +8,7 @@ from typing import Any
 
 from abliterate.errors import PromptError
 from abliterate.files.bounded import MB, Kind
+from abliterate.monitor import without_bars
 from abliterate.prompts.delimited import read_delimited
 
 #: Columns tried in this order when none is named and the file has more than one.
@@ -117,13 +118,15 @@ def load_hub(
     """
     try:
         import datasets
+        import huggingface_hub
     except ImportError as error:
         raise PromptError(
             f"{what}: hub datasets need an extra; pip install 'abliterate[datasets]'{instead and f', or {instead}'}"
         ) from error
     try:
         options = {} if files is None else {"data_files": files}
-        return datasets.load_dataset(identifier, *(() if config is None else (config,)), split=split, **options)
+        with without_bars(datasets, huggingface_hub.utils):
+            return datasets.load_dataset(identifier, *(() if config is None else (config,)), split=split, **options)
     except Exception as error:  # the library raises a dozen kinds, all of which mean "not to be had"
         raise PromptError(f"{what}: cannot be loaded ({one_line(error)}){instead and f'; {instead}'}") from error
 

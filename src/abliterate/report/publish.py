@@ -8,7 +8,7 @@ from typing import Any
 
 from abliterate.errors import AbliterateError, GateNotMet, UsageError
 from abliterate.files.checkpoint import sha256
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, without_bars
 from abliterate.record import FILE_NAME, Record, read_record
 from abliterate.report.html import FILE_NAME as REPORT
 from abliterate.report.html import render
@@ -42,7 +42,7 @@ def publish(
                 raise UsageError(f"{path}: expected the file that was written, found another or none; not uploaded")
             advance(1)
     api = huggingface_hub.HfApi()
-    with monitor.phase("upload"):
+    with monitor.phase("upload"), without_bars(huggingface_hub.utils):
         try:
             url = api.create_repo(repository, private=not public, exist_ok=True)
             api.create_commit(

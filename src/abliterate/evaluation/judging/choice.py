@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qs
@@ -74,6 +75,14 @@ def _own(judge: PendingJudge, state: ModelState | None) -> Judge:
     from abliterate.evaluation.judging.self_judge import open_self
 
     return open_self(state)
+
+
+@contextlib.contextmanager
+def opening(spec: str | None, monitor: Monitor) -> Iterator[None]:
+    """A phase for opening a judge that may have to be fetched; for any other nothing."""
+    fetched = spec is not None and PRESETS.get(spec, spec).startswith("classifier:")
+    with monitor.phase("open the judge") if fetched else contextlib.nullcontext():
+        yield
 
 
 def judge_of(behaviour: Behaviour, spec: str | None, *, device: str = "auto") -> Judge:
