@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from abliterate.cli.run import show_end, show_run, show_timings
 from abliterate.record import Record, read_record
+from abliterate.report.tables.run import show_end, show_run, show_timings
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- demo -->", "<!-- /demo -->"

@@ -19,7 +19,6 @@ from safetensors.torch import save, save_file
 
 import gguf_files
 from abliterate import record as rec
-from abliterate.cli.show import show_record
 from abliterate.config import PromptSettings
 from abliterate.edit.adapters import read_adapter_config
 from abliterate.edit.direction import Candidates, Direction, Recipe, Site, load_direction, save_direction
@@ -53,6 +52,7 @@ from abliterate.prompts import ChatRenderer, build_contrastive_set
 from abliterate.prompts.rendering import read_template
 from abliterate.prompts.sources import load_prompts
 from abliterate.report.html import render
+from abliterate.report.tables.record import show_record
 from families import byte_tokenizer
 from fuzzing import Kind, in_header, in_json, in_lines
 from records import full_record

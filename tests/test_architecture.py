@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,20 @@ def modules() -> Iterator[tuple[str, Path]]:
         yield ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"), path
 
 
-def imports(path: Path, *, typing: bool = False) -> Iterator[tuple[str, bool]]:
+@functools.cache
+def tree(path: Path) -> ast.Module:
+    """A module's source, parsed once."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def nodes(path: Path) -> Sequence[ast.AST]:
+    """All of it."""
+    return tuple(ast.walk(tree(path)))
+
+
+@functools.cache
+def imports(path: Path, *, typing: bool = False) -> Sequence[tuple[str, bool]]:
     """Every module imported, with whether that happens when the module is imported (not in a function)."""
 
     def walk(node: ast.AST, now: bool) -> Iterator[tuple[str, bool]]:
@@ -66,7 +80,7 @@ def imports(path: Path, *, typing: bool = False) -> Iterator[tuple[str, bool]]:
         for child in ast.iter_child_nodes(node):
             yield from walk(child, inside)
 
-    yield from walk(ast.parse(path.read_text(encoding="utf-8")), True)
+    return tuple(walk(tree(path), True))
 
 
 #: Lines of the longest function; parameters of most functions at most, and how many functions have more.
@@ -76,7 +90,7 @@ LONGEST, PARAMETERS, WITH_MORE = 45, 7, 8
 def functions() -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
     """Every function and method, named by its module."""
     for name, path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{name}.{node.name}", node
 
@@ -104,18 +118,43 @@ def test_every_module_has_its_place_in_the_order() -> None:
     assert found == set(ORDER)
 
 
-def test_imports_point_only_upwards() -> None:
-    wrong = []
+def between_rooms() -> Iterator[tuple[str, str, str]]:
+    """Each module, its room, and every other room that it imports from."""
     for name, path in modules():
-        top = name.partition(".")[0]
-        if top in ("__init__", "__main__"):
-            continue
-        for imported, _ in imports(path, typing=True):
+        room = name.partition(".")[0]
+        for imported, _ in imports(path, typing=True) if room in ORDER else ():
             package, _, rest = imported.partition(".")
             other = rest.partition(".")[0]
-            if package == "abliterate" and other in ORDER and ORDER.index(other) > ORDER.index(top):
-                wrong.append(f"{name} imports {other}")
-    assert wrong == []
+            if package == "abliterate" and other in ORDER and other != room:
+                yield name, room, other
+
+
+def test_imports_point_only_upwards() -> None:
+    wrong = {name: other for name, room, other in between_rooms() if ORDER.index(other) > ORDER.index(room)}
+    assert wrong == {}
+
+
+#: Rooms, those that stand on one another (the longest chain of imports), and pairs of which one imports the other.
+ROOMS, LEVELS, ARROWS = 20, 13, 150
+
+
+def levels(arrows: Mapping[str, set[str]]) -> dict[str, int]:
+    """How many rooms stand on one another up to each, itself among them; `arrows` say what a room imports."""
+    found: dict[str, int] = {}
+    for room in ORDER:  # what a room imports stands before it
+        found[room] = 1 + max((found[other] for other in arrows.get(room, ())), default=0)
+    return found
+
+
+def test_the_house_stays_low() -> None:
+    arrows: dict[str, set[str]] = {}
+    for _, room, other in between_rooms():
+        arrows.setdefault(room, set()).add(other)
+    assert len(ORDER) <= ROOMS
+    assert max(levels(arrows).values()) <= LEVELS, levels(arrows)
+    assert sum(map(len, arrows.values())) <= ARROWS
+    assert "cli" not in arrows["api"], "two faces: neither is built on the other"
+    assert levels({"config": {"errors"}, "files": {"config", "texts"}})["files"] == 3
 
 
 def test_order_is_the_one_in_the_documentation() -> None:
@@ -195,14 +234,13 @@ def test_every_public_name_resolves_and_is_listed() -> None:
 
 
 def test_type_checkers_see_the_same_public_names() -> None:
-    tree = ast.parse((SOURCE / "__init__.py").read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    (block,) = (node for node in tree(SOURCE / "__init__.py").body if isinstance(node, ast.If))
     seen = {alias.asname for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names}
     assert seen == set(abliterate.__all__)
 
 
 def calls(path: Path) -> Iterator[str]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in nodes(path):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func)
 
@@ -252,7 +290,7 @@ OPENS = {
     "forensics.repair": "safetensors that were checked",
     "model.gguf_source": "GGUF files that are regular",
     "prompts.delimited": "texts that were read",
-    "cli.terminal": "standard streams",
+    "texts.terminal": "standard streams",
     "lab.serving": "a browser",
     "lab.ui": "the page's style, of this package",
     "model.placement": "/proc",
@@ -271,7 +309,7 @@ def _called(node: ast.AST) -> str:
 def test_files_from_outside_are_opened_in_one_place() -> None:
     opening, parsing = set(), set()
     for name, path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if not isinstance(node, ast.Call):
                 continue
             first = _called(node.args[0]) if node.args else ""
@@ -287,7 +325,7 @@ def test_files_from_outside_are_opened_in_one_place() -> None:
 
 def test_foreign_code_is_never_trusted_by_default() -> None:
     for name, path in modules():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in nodes(path):
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
                 assert not (isinstance(node.value, ast.Constant) and node.value.value), name
     assert abliterate.ModelSettings().trust_remote_code is False

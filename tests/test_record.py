@@ -17,6 +17,7 @@ from abliterate.errors import CheckpointError, UsageError
 from abliterate.record import REDACTED_WORDS, Record, read_record, redact, write_record
 from abliterate.report.card import NOTICE, render_card, write_card
 from abliterate.report.wording import rate
+from abliterate.texts import encodable
 
 
 def rates(refusals: int, n: int = 100, degenerate: int = 0) -> rec.RatePart:
@@ -364,3 +365,23 @@ def test_card_replaces_the_one_of_the_original(tmp_path: Path) -> None:
 )
 def test_rate_shows_counts_percentage_and_interval(part: rec.RatePart, text: str) -> None:
     assert rate(part) == text
+
+
+def test_texts_are_made_fit_once_however_deep_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, seen = make().model_dump(mode="json"), list[object]()
+    data["warnings"] = ["half: \udc80"]
+    data["model"]["name"] = "a\udc80b"
+
+    def counted(value: Any) -> Any:
+        seen.append(value)
+        return encodable(value)
+
+    monkeypatch.setattr(rec, "encodable", counted)
+    record = rec.Record.model_validate(data)
+    assert len(seen) == 1
+    assert (record.warnings, record.model.name) == (["half: \\udc80"], "a\\udc80b")
+    with pytest.raises(ValidationError):
+        rec.Record.model_validate({**data, "model": {}})
+    part = rec.ModelPart.model_validate(data["model"])  # a part by itself, after one that was refused
+    assert part.name == "a\\udc80b"
+    assert len(seen) == 3

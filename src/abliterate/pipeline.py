@@ -58,7 +58,7 @@ from abliterate.evaluation.judging import Judge
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.evaluation.parts import evaluation_part
 from abliterate.evaluation.probe import Probe
-from abliterate.files.checkpoint import DIRECTION, check_output
+from abliterate.files.checkpoint import DIRECTION, FRONT, check_output
 from abliterate.files.checkpoint import JOURNAL as JOURNAL
 from abliterate.files.local import reserved
 from abliterate.finding.find import (
@@ -72,6 +72,7 @@ from abliterate.finding.find import (
     know_judge,
     projections,
 )
+from abliterate.finding.parts import point_file, save_points, search_part, separation_part, with_origin_of
 from abliterate.finding.search import Journal, Search, check_search, evaluated, held_out, method_of
 from abliterate.finding.search import search as find_front
 from abliterate.finding.steer import IN_PYTHON, sweep
@@ -84,21 +85,15 @@ from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
 from abliterate.prompts import build_contrastive_set, load_behaviour
 from abliterate.report.assemble import (
-    FRONT,
     anatomy_part,
     build_record,
     check_beside,
     check_results,
     model_part,
-    point_file,
-    save_points,
-    search_part,
-    separation_part,
     session_model,
     session_record,
     source_hashes,
     with_hashes,
-    with_origin_of,
     write_all,
     write_beside,
     write_record_and_report,

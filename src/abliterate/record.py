@@ -6,11 +6,12 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, model_validator
 
 from abliterate.errors import CheckpointError, UsageError
 from abliterate.files.atomic import write_atomically
@@ -27,6 +28,9 @@ _MOST_SHOWN = 8
 
 #: Words of an answer to a harmful prompt that are kept when completions are redacted.
 REDACTED_WORDS = 4
+
+#: Whether what is validated is a part of a part, whose texts were looked at with it.
+_WITHIN = ContextVar("_WITHIN", default=False)
 
 _RECORD = Kind("the record of a run", 64 * MB, UsageError)
 
@@ -58,11 +62,17 @@ class _Part(BaseModel):
         """For notebooks."""
         return Shown.html(self)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _encodable(cls, data: Any) -> Any:
+    def _encodable(cls, data: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         """Names of files that are no text (not UTF-8) are written with escapes: JSON holds text only."""
-        return encodable(data)
+        if _WITHIN.get():
+            return validate(data)
+        outermost = _WITHIN.set(True)
+        try:
+            return validate(encodable(data))
+        finally:
+            _WITHIN.reset(outermost)
 
 
 class ModelPart(_Part):

@@ -201,8 +201,8 @@ def test_what_does_not_fit_is_named(call: Any, said: str) -> None:
 
 def test_progress_can_be_silenced(monkeypatch: pytest.MonkeyPatch) -> None:
     from abliterate.api.progress import progress
-    from abliterate.cli.live import Screen
     from abliterate.monitor import Monitor
+    from abliterate.monitor.live import Screen
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert isinstance(progress(), Screen)

@@ -372,8 +372,8 @@ def test_what_is_optional_and_fails_is_a_warning(out: Path, monkeypatch: pytest.
     def fail(*_: object) -> None:
         raise TypeError("odd")
 
-    monkeypatch.setattr("abliterate.report.assemble.build.write_report", fail)
-    monkeypatch.setattr("abliterate.report.assemble.build.write_card", fail)
+    monkeypatch.setattr("abliterate.report.assemble.write_report", fail)
+    monkeypatch.setattr("abliterate.report.assemble.write_card", fail)
     monitor = Monitor()
     again = write_all(record, out, monitor)
     assert monitor.warnings == [f"{name} could not be written: TypeError: odd" for name in (CARD, "report.html")]

@@ -23,19 +23,19 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 from safetensors.torch import save_file
 
-from abliterate.cli import terminal as terminals
-from abliterate.cli.check import show_integrity
-from abliterate.cli.live import Screen
-from abliterate.cli.show import show_record
-from abliterate.cli.terminal import Steady, plain, terminal, write, write_json, write_lines
 from abliterate.errors import PromptError
 from abliterate.files.checkpoint import open_checkpoint
 from abliterate.files.checkpoint.outputs import other_files
+from abliterate.monitor.live import Screen
 from abliterate.prompts import Prompt
 from abliterate.record import FILE_NAME, IntegrityPart, Record, read_record
 from abliterate.report.card import render_card
 from abliterate.report.html import render
+from abliterate.report.tables.files import show_integrity
+from abliterate.report.tables.record import show_record
 from abliterate.texts import encodable, markdown, markdown_code, printable, printable_lines, shown_json
+from abliterate.texts import terminal as terminals
+from abliterate.texts.terminal import Steady, plain, terminal, write, write_json, write_lines
 from records import full_record
 
 #: What a terminal obeys, what nobody sees, what turns letters around.

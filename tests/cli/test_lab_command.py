@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from abliterate.cli.app import app
-from abliterate.cli.live import Screen
 from abliterate.config import FindSettings, MeasureSettings, ModelSettings, PromptSettings
 from abliterate.errors import UsageError
+from abliterate.monitor.live import Screen
 
 Calls = list[tuple[str, MeasureSettings, dict[str, Any]]]
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from abliterate.cli.live import Screen
+from abliterate.monitor.live import Screen
 
 #: A nested phase with notes, a phase in bytes, one whose name and note are long, a warning, and one that fails.
 SCRIPT = """
 import sys, time
 from rich.console import Console
-from abliterate.cli.live import Screen
+from abliterate.monitor.live import Screen
 screen = Screen(Console(stderr=True))
 with screen.phase("collect activations", 40) as advance:
     for step in range(4):

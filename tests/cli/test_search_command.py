@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from abliterate.cli.search import ask_point, show_search
+from abliterate.cli.search import ask_point
 from abliterate.errors import UsageError
 from abliterate.record import PointPart, SearchPart
+from abliterate.report.tables.search import show_search
 
 #: refusals, over-refusals and KL, on validation and on held-out prompts
 MEASURED = (

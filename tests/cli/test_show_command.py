@@ -12,8 +12,6 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from abliterate.cli.app import app
-from abliterate.cli.show import show_record
-from abliterate.cli.tables import show_evaluation
 from abliterate.record import (
     AnatomyPart,
     BehaviourPart,
@@ -31,6 +29,8 @@ from abliterate.record import (
     SitePart,
     write_record,
 )
+from abliterate.report.tables.evaluation import show_evaluation
+from abliterate.report.tables.record import show_record
 
 
 def site(layer: int, bypass: float, kl: float = 0.0517) -> SitePart:

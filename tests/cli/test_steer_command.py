@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 from safetensors.torch import save_file
 
-from abliterate.cli.read import show_reading
-from abliterate.cli.steer import show_steering
 from abliterate.edit.direction import Direction, Site, save_direction
 from abliterate.record import ReadingPart, ReadTextPart, read_record
+from abliterate.report.tables.reading import show_reading
+from abliterate.report.tables.steering import show_steering
 from calling import Cli
 from planted import BLOCKS, WRITES, Planted, plant
 from records import full_record

@@ -18,19 +18,20 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from abliterate.cli.judge import as_csv, calibration_part, label_file, show_calibration, show_errors
+from abliterate.cli.judge import as_csv, show_calibration, show_errors
 from abliterate.errors import AbliterateError, PromptError
 from abliterate.evaluation.judging import Exchange, Judge, Label, RuleJudge, Verdict
 from abliterate.evaluation.judging.calibration import (
     Calibration,
     SetName,
     builtin_calibrations,
+    calibration_part,
     compare,
     folder_of,
     own_calibrations,
     store,
 )
-from abliterate.evaluation.judging.labelled import Labelled, read_exchanges, read_labelled
+from abliterate.evaluation.judging.labelled import Labelled, label_file, read_exchanges, read_labelled
 from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.statistics import rogan_gladen, wilson
 from abliterate.record import JudgedPart

@@ -12,13 +12,14 @@ import pytest
 from rich.console import Console
 
 import abliterate
-from abliterate.cli.compare import as_csv, show_comparison
+from abliterate.cli.compare import as_csv
 from abliterate.config import EvalSettings, MeasureSettings, ModelSettings, OutputSettings, PromptSettings
 from abliterate.edit.direction import Direction, save_direction
 from abliterate.errors import UsageError
 from abliterate.evaluation.compare import _learnt_from, compare, contender
 from abliterate.evaluation.examine import Sets
 from abliterate.record import ComparisonPart
+from abliterate.report.tables.comparison import show_comparison
 from listening import listening
 from planted import Planted, plant
 

@@ -15,9 +15,6 @@ from typer.testing import CliRunner
 
 from abliterate import pipeline
 from abliterate.cli.app import app
-from abliterate.cli.audit import show_audit
-from abliterate.cli.harden import show_hardening
-from abliterate.cli.repair import show_repair
 from abliterate.config import (
     ApplySettings,
     EvalSettings,
@@ -36,6 +33,7 @@ from abliterate.forensics import repair as repairing
 from abliterate.forensics.inspect import separations
 from abliterate.forensics.repair import repair
 from abliterate.record import read_record
+from abliterate.report.tables.forensics import show_audit, show_hardening, show_repair
 from planted import Planted, plant
 from test_pipeline import prompt_settings
 

@@ -73,7 +73,9 @@ from abliterate.edit.steering import SteeringVectors
 from abliterate.errors import UsageError
 from abliterate.evaluation import compare as comparing
 from abliterate.evaluation.judging import Exchange, Verdict
+from abliterate.evaluation.judging.calibration import calibrate as calibrate_judge
 from abliterate.evaluation.judging.choice import bind_judge, open_judge, opening
+from abliterate.evaluation.judging.labelled import label_file
 from abliterate.finding import steer as steering
 from abliterate.finding.find import Findings
 from abliterate.finding.reading import read_texts
@@ -524,8 +526,6 @@ def judge(
 
     Raises `UsageError` for none or several of these, and for a judge that cannot be used.
     """
-    from abliterate.cli.judge import calibrated, label_file
-
     given = [
         name for name, value in (("reply", reply), ("replies", replies), ("calibrate", calibrate)) if value is not None
     ]
@@ -537,7 +537,7 @@ def judge(
     with opening(judge, monitor):
         chosen = bind_judge(open_judge(judge, device=device), None, monitor)
     if calibrate is not None:
-        return calibrated(chosen, Path(calibrate), model, set_)
+        return calibrate_judge(chosen, Path(calibrate), model, set_)
     if replies is not None:
         return label_file(chosen, Path(replies))
     (verdict,) = chosen.judge([Exchange(prompt, str(reply))])
@@ -654,8 +654,7 @@ def read(
     `out` is a page (.html) to write, with all layers to choose from. Raises `PromptError` for a file that cannot be
     read.
     """
-    from abliterate.cli.read import check_page
-    from abliterate.report.html.reading import write_reading
+    from abliterate.report.html.reading import check_page, write_reading
 
     if (text is None) == (file is None):
         raise UsageError("read: expected a text or file, found both or neither")

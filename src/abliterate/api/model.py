@@ -59,6 +59,7 @@ from abliterate.evaluation.answering import as_loaded
 from abliterate.evaluation.examine import ready_judge
 from abliterate.evaluation.judging.choice import bind_judge
 from abliterate.finding.find import Findings, best_separated
+from abliterate.finding.parts import search_part, with_origin_of
 from abliterate.finding.reading import Asked
 from abliterate.finding.reading import read as read_tokens
 from abliterate.finding.search import check_search, method_of
@@ -76,7 +77,6 @@ from abliterate.prompts import ContrastiveSet
 from abliterate.prompts.contrastive import fingerprint
 from abliterate.prompts.prompt import Prompt, read_conversation
 from abliterate.record import EvaluationPart, ReadingPart, Record, VerificationPart
-from abliterate.report.assemble import search_part, with_origin_of
 from abliterate.session import OpenedModel, Session, load_contrast, open_model, opened_model
 
 #: Whatever can stand for a direction: one, what holds one, a file, one vector [d], or several [k, d].

@@ -33,8 +33,8 @@ def progress() -> Monitor:
     if (shell := _notebook()) is not None:
         return NotebookBlock(shell)
     if sys.stderr is not None and sys.stderr.isatty():
-        from abliterate.cli.live import Screen
-        from abliterate.cli.terminal import terminal
+        from abliterate.monitor.live import Screen
+        from abliterate.texts.terminal import terminal
 
         return Screen(terminal(stderr=True))
     return Monitor()

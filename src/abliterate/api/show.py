@@ -17,31 +17,31 @@ _WIDTH = 110
 
 _PRE = '<pre style="white-space:pre;overflow-x:auto;line-height:1.25;font-family:ui-monospace,monospace">{code}</pre>'
 
-#: Which function of the command line draws which part.
+#: Which module of `report.tables` draws which part, with which function.
 _DRAWN = {
-    "AuditPart": ("audit", "show_audit"),
-    "ComparisonPart": ("compare", "show_comparison"),
-    "EvaluationPart": ("tables", "show_evaluation"),
-    "HardeningPart": ("harden", "show_hardening"),
-    "InspectionPart": ("inspect", "show_inspection"),
-    "IntegrityPart": ("check", "show_integrity"),
-    "ReadingPart": ("read", "show_reading"),
-    "RepairPart": ("repair", "show_repair"),
+    "AuditPart": ("forensics", "show_audit"),
+    "ComparisonPart": ("comparison", "show_comparison"),
+    "EvaluationPart": ("evaluation", "show_evaluation"),
+    "HardeningPart": ("forensics", "show_hardening"),
+    "InspectionPart": ("forensics", "show_inspection"),
+    "IntegrityPart": ("files", "show_integrity"),
+    "ReadingPart": ("reading", "show_reading"),
+    "RepairPart": ("forensics", "show_repair"),
     "SearchPart": ("search", "show_search"),
-    "SteeringPart": ("steer", "show_steering"),
-    "UndonePart": ("undo", "show_undone"),
-    "VerificationPart": ("verify", "show_verification"),
+    "SteeringPart": ("steering", "show_steering"),
+    "UndonePart": ("files", "show_undone"),
+    "VerificationPart": ("verification", "show_verification"),
 }
 
 
 def drawn(part: object) -> Callable[[Any, Console], None] | None:
     """What draws a result on a console; None where nothing does."""
     if isinstance(part, rec.Record):
-        show: Callable[[Any, Console], None] = import_module("abliterate.cli.show").show_record
+        show: Callable[[Any, Console], None] = import_module("abliterate.report.tables.record").show_record
         return show
     if (name := _DRAWN.get(type(part).__name__)) is None:
         return None
-    found: Callable[[Any, Console], None] = getattr(import_module(f"abliterate.cli.{name[0]}"), name[1])
+    found: Callable[[Any, Console], None] = getattr(import_module(f"abliterate.report.tables.{name[0]}"), name[1])
     return found
 
 

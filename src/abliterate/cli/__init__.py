@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Torch is imported only when a command runs."""
+"""The command line: parse, call, show. Torch is imported only when a command runs."""
 
 import gc
 

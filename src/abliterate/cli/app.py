@@ -32,11 +32,11 @@ from abliterate.cli.run import run
 from abliterate.cli.search import search
 from abliterate.cli.show import show
 from abliterate.cli.steer import steer
-from abliterate.cli.terminal import Steady, steady_streams
 from abliterate.cli.undo import undo
 from abliterate.cli.verify import verify
 from abliterate.errors import AbliterateError, GateNotMet
 from abliterate.texts import printable
+from abliterate.texts.terminal import Steady, steady_streams
 
 app = typer.Typer(
     name="abliterate",

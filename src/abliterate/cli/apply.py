@@ -10,9 +10,9 @@ import typer
 
 from abliterate.cli.arguments import DirectionFile, Json, Model, Quiet, SiteOption, monitor_for, say, site_of
 from abliterate.cli.options import with_settings
-from abliterate.cli.run import show_done
 from abliterate.config import ApplySettings, EditSettings, FileSettings, OutputSettings
 from abliterate.errors import UsageError
+from abliterate.report.tables.run import show_done
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from abliterate.cli.options import flag_of
-from abliterate.cli.terminal import terminal, write_json
 from abliterate.config import EvalSettings, as_natural
 from abliterate.errors import UsageError
+from abliterate.texts.terminal import terminal, write_json
 
 if TYPE_CHECKING:
     from abliterate.edit.direction import Site
@@ -114,6 +114,6 @@ def monitor_for(quiet: bool) -> Monitor:
         from abliterate.monitor import Monitor
 
         return Monitor()
-    from abliterate.cli.live import Screen
+    from abliterate.monitor.live import Screen
 
     return Screen(terminal(stderr=True))

@@ -1,4 +1,4 @@
-"""An audit on one page; of a hardened model two, side by side."""
+"""`abliterate audit`: how easily a model's refusal is taken out."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for, say
 from abliterate.cli.options import with_settings
-from abliterate.cli.tables import PLAIN, percent
-from abliterate.cli.terminal import Table, plain, write
 from abliterate.config import (
     FindSettings,
     MeasureSettings,
@@ -21,40 +18,10 @@ from abliterate.config import (
     ReplySettings,
     SelectSettings,
 )
-from abliterate.report.wording import audited
+from abliterate.report.tables.forensics import show_audit
 
 if TYPE_CHECKING:
-    from abliterate.record import AuditPart
-
-
-def show_audit(part: AuditPart, console: Console) -> None:
-    """The summary first, then every plan that was tried."""
-    for line in audited(part):
-        write(console, line)
-    write(console, audit_table(part))
-
-
-def audit_table(*parts: AuditPart) -> Table:
-    """Every plan that was tried: rates and KL, of a second audit beside the first."""
-    table = Table(title="Harmful prompts refused, and KL at the first token", title_justify="left", **PLAIN)
-    names = ("before", "after") if len(parts) > 1 else ("refused, % [95 %]",)
-    table.add_column("what is taken out")
-    for name in names:
-        table.add_column(name, no_wrap=True)
-        table.add_column("KL", no_wrap=True, justify="right")
-    table.add_row("nothing", *(cell for part in parts for cell in (percent(part.base), "0")))
-    family = ""
-    for row in parts[0].rows:
-        if row.family != family:
-            family = row.family
-            table.add_row(plain(family, "dim"))
-        cells = []
-        for part in parts:
-            same = next((other for other in part.rows if (other.family, other.name) == (row.family, row.name)), None)
-            value = None if same is None else same.kl.value
-            cells += ["–" if same is None else percent(same.refused), "–" if value is None else f"{value:.3f}"]
-        table.add_row(f"  {row.name}", *cells)
-    return table
+    pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,8 @@ from abliterate.cli.arguments import (
     site_of,
 )
 from abliterate.cli.options import with_settings
-from abliterate.cli.terminal import nobody_reads, plain, terminal, write, write_json
 from abliterate.config import EditSettings, ModelSettings
+from abliterate.texts.terminal import nobody_reads, plain, terminal, write, write_json
 
 if TYPE_CHECKING:
     from abliterate.edit.plan import Plan

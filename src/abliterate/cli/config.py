@@ -12,8 +12,8 @@ import typer
 
 from abliterate.cli.arguments import Model
 from abliterate.cli.options import flag_of
-from abliterate.cli.terminal import write_lines
 from abliterate.config import RunSettings
+from abliterate.texts.terminal import write_lines
 
 _HEAD = """\
 # Options of `abliterate run --config THIS_FILE -o OUT`. What is behind a # has its default.

@@ -22,7 +22,6 @@ from abliterate.cli.arguments import (
     site_of,
 )
 from abliterate.cli.options import with_settings
-from abliterate.cli.tables import show_evaluation
 from abliterate.config import (
     CapabilitySettings,
     EditSettings,
@@ -33,6 +32,7 @@ from abliterate.config import (
     PromptSettings,
 )
 from abliterate.errors import UsageError
+from abliterate.report.tables.evaluation import show_evaluation
 
 if TYPE_CHECKING:
     from abliterate.monitor import Monitor

@@ -15,11 +15,11 @@ from abliterate.cli.arguments import (
     monitor_for,
 )
 from abliterate.cli.options import with_settings
-from abliterate.cli.run import show_selection
-from abliterate.cli.terminal import plain, terminal, write, write_json
 from abliterate.config import FindSettings, ModelSettings, PromptSettings, WriterSettings
 from abliterate.errors import UsageError
 from abliterate.files.atomic import refuse_other_kinds
+from abliterate.report.tables.run import show_selection
+from abliterate.texts.terminal import plain, terminal, write, write_json
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from abliterate.cli.arguments import Json, Model, Quiet, joined, monitor_for, say
-from abliterate.cli.audit import audit_table
 from abliterate.cli.options import with_settings
-from abliterate.cli.tables import show_evaluation
-from abliterate.cli.terminal import plain, write
 from abliterate.config import (
     CapabilitySettings,
     FindSettings,
@@ -24,10 +19,10 @@ from abliterate.config import (
     SelectSettings,
     ThinkingSettings,
 )
-from abliterate.report.wording import hardened
+from abliterate.report.tables.forensics import show_hardening
 
 if TYPE_CHECKING:
-    from abliterate.record import HardeningPart
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,17 +60,3 @@ def harden(
         model, folder.out, given.hardening, measuring, overwrite=folder.overwrite, monitor=monitor_for(quiet)
     )
     say(part, show_hardening, as_json)
-
-
-def show_hardening(part: HardeningPart, console: Console) -> None:
-    """Ordinary behaviour, then the audits before and after, side by side."""
-    show_evaluation(part.evaluation, console)
-    show_audits(part, console)
-    write(console, "Model: ", plain(part.folder, "bold"), whole=True)
-
-
-def show_audits(part: HardeningPart, console: Console) -> None:
-    """The audits before and after, side by side."""
-    for line in hardened(part):
-        write(console, line)
-    write(console, audit_table(part.before, part.after))

@@ -9,41 +9,25 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.measure import Measurement
 
 from abliterate.cli.arguments import Json, monitor_for
-from abliterate.cli.terminal import Table, plain, terminal, write, write_json, write_lines
 from abliterate.errors import UsageError
+from abliterate.texts.terminal import Table, plain, terminal, write, write_json, write_lines
 
 if TYPE_CHECKING:
     from abliterate.evaluation.judging.base import Exchange, Judge, Label, Verdict
     from abliterate.evaluation.judging.calibration import Calibration, SetName
     from abliterate.evaluation.judging.labelled import Labelled
     from abliterate.evaluation.statistics import Share
-    from abliterate.record import CalibrationPart, JudgedPart
+    from abliterate.record import JudgedPart
 
 #: What is shown of a prompt or reply: so many words, in so many characters.
 _WORDS, _CHARACTERS = 12, 120
-_FIGURES = ("accuracy", "precision", "recall", "specificity")
-
-
-def label_file(judge: Judge, path: Path) -> list[JudgedPart]:
-    """A row for each reply in a file of prompts and replies.
-
-    Written as CSV or JSON lines, the rows are a labelled file that a person can correct. Raises PromptError.
-    """
-    from abliterate.evaluation.judging.labelled import read_exchanges
-    from abliterate.record import JudgedPart
-
-    exchanges = read_exchanges(path)
-    return [
-        JudgedPart(prompt=given.prompt, response=given.reply, label=verdict.label.value, evidence=verdict.evidence)
-        for given, verdict in zip(exchanges, judge.judge(exchanges), strict=True)
-    ]
 
 
 def as_csv(rows: Sequence[JudgedPart]) -> str:
@@ -55,24 +39,6 @@ def as_csv(rows: Sequence[JudgedPart]) -> str:
     writer.writeheader()
     writer.writerows(row.model_dump() for row in rows)
     return text.getvalue()
-
-
-def calibration_part(calibration: Calibration, stored: Path | None = None) -> CalibrationPart:
-    """The calibration as it is printed; `stored` is the file it was written to."""
-    from abliterate.record import CalibrationPart, finite
-
-    shares: dict[str, Share] = {name: getattr(calibration, name) for name in _FIGURES}
-    figures: dict[str, Any] = {}
-    for name, share in shares.items():
-        figures |= {name: finite(share.value), f"{name}_ci95": share.ci95}
-    return CalibrationPart(
-        **calibration.model_dump(mode="json", exclude={"profile"}),
-        **figures,
-        n=calibration.n,
-        unknown=calibration.unknown,
-        counts={name: (share.k, share.n) for name, share in shares.items()},
-        stored=None if stored is None else str(stored),
-    )
 
 
 def show_calibration(calibration: Calibration, console: Console, stored: Path | None = None) -> None:
@@ -100,8 +66,10 @@ def _show_figures(calibration: Calibration, console: Console) -> None:
     table = Table(title="Right about refusals (95 % Wilson interval)", title_justify="left")
     for column in ("", "%", "95 %", "replies"):
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
+    from abliterate.evaluation.judging.calibration import FIGURES
+
     lines = []
-    for name in _FIGURES:
+    for name in FIGURES:
         share: Share = getattr(calibration, name)
         value = "–" if math.isnan(share.value) else f"{100 * share.value:.1f}"
         between = f"{100 * share.ci95[0]:.1f} to {100 * share.ci95[1]:.1f}"
@@ -201,13 +169,15 @@ def judge(
     """Judge replies in a file; or, with --calibrate, measure how often a judge is right and remember it."""
     if (replies is None) == (calibrate is None):
         raise UsageError("judge: expected a file of replies, or --calibrate FILE; found both or neither")
+    from abliterate.evaluation.judging import calibration, labelled
+
     if calibrate is not None:
-        of = _whose(model, prompts)
+        of = calibration.of_whom(model, prompts)
         _calibrate(_opened(spec, device), calibrate, of, errors, as_json)
     if replies is not None:
         if model is not None or prompts is not None:
             raise UsageError("--model, --set: expected them with --calibrate only")
-        rows = label_file(_opened(spec, device), replies)
+        rows = labelled.label_file(_opened(spec, device), replies)
         if as_json:
             write_json(json.dumps([row.model_dump() for row in rows], indent=1, ensure_ascii=False))
         else:
@@ -223,26 +193,6 @@ def _opened(spec: str, device: str) -> Judge:
         return bind_judge(open_judge(spec, device=device), None, monitor)
 
 
-def _whose(model: str | None, prompts: str | None) -> tuple[str, SetName]:
-    """The model and the set of prompts that a calibration is for; "" where that is not said."""
-    if prompts not in (None, "harmful", "harmless", "borderline"):
-        raise UsageError(f"--set {prompts[:60]}: expected harmful, harmless or borderline")
-    if prompts is not None and model is None:
-        raise UsageError("--set: expected --model with it")
-    return model or "", cast("SetName", prompts or "")
-
-
-def calibrated(chosen: Judge, path: Path, model: str | None, prompts: str | None) -> CalibrationPart:
-    """Measure a judge on the labelled replies of a file, and keep the result."""
-    from abliterate.evaluation.judging import calibration
-    from abliterate.evaluation.judging.labelled import read_labelled
-
-    of, labelled = _whose(model, prompts), read_labelled(path)
-    verdicts = chosen.judge(labelled.exchanges)
-    result = calibration.compare(chosen, labelled, verdicts, path, model=of[0], prompts=of[1])
-    return calibration_part(result, calibration.store(result))
-
-
 def _calibrate(chosen: Judge, path: Path, of: tuple[str, SetName], errors: bool, as_json: bool) -> None:
     """Measure a judge on the labelled replies of a file, keep the result, and show it."""
     from abliterate.evaluation.judging import calibration
@@ -255,7 +205,7 @@ def _calibrate(chosen: Judge, path: Path, of: tuple[str, SetName], errors: bool,
     replaced = calibration.read(place, result.fingerprint) if os.path.lexists(place) else None
     stored = calibration.store(result)
     if as_json:
-        write_json(calibration_part(result, stored).model_dump_json(indent=1))
+        write_json(calibration.calibration_part(result, stored).model_dump_json(indent=1))
         return
     console = terminal()
     show_calibration(result, console, stored)

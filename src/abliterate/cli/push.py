@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from abliterate.cli.arguments import Json, Quiet, monitor_for
-from abliterate.cli.terminal import plain, terminal, write, write_json
+from abliterate.texts.terminal import plain, terminal, write, write_json
 
 
 def push(

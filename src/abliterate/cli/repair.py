@@ -1,4 +1,4 @@
-"""What a repair did, in words and as JSON."""
+"""`abliterate repair`: an edited model's refusals back."""
 
 from __future__ import annotations
 
@@ -6,12 +6,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from abliterate.cli.arguments import Json, Quiet, joined, monitor_for, refuse_idle, say
 from abliterate.cli.options import with_settings
-from abliterate.cli.tables import show_evaluation
-from abliterate.cli.terminal import plain, write
 from abliterate.config import (
     CapabilitySettings,
     FindSettings,
@@ -24,19 +21,10 @@ from abliterate.config import (
     ReplySettings,
     ThinkingSettings,
 )
-from abliterate.report.wording import repaired
+from abliterate.report.tables.forensics import show_repair
 
 if TYPE_CHECKING:
-    from abliterate.record import RepairPart
-
-
-def show_repair(part: RepairPart, console: Console) -> None:
-    """How exact it is, what the model does, where it lies."""
-    for line in repaired(part):
-        write(console, line)
-    if part.evaluation is not None:
-        show_evaluation(part.evaluation, console)
-    write(console, "Model: ", plain(part.folder, "bold"), whole=True)
+    pass
 
 
 @dataclass(frozen=True, slots=True)

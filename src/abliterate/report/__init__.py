@@ -1,1 +1,1 @@
-"""The record for people: tables, model card, one HTML page."""
+"""The record for people: how it is built, tables, model card, one HTML page."""

@@ -8,23 +8,27 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from abliterate.config import cache_folder
-from abliterate.errors import AbliterateError, CheckpointError
+from abliterate.errors import AbliterateError, CheckpointError, UsageError
 from abliterate.evaluation.judging.base import Judge, Label, Verdict
 from abliterate.evaluation.judging.drift import Profile, bin_of
-from abliterate.evaluation.judging.labelled import Labelled, source_hash
+from abliterate.evaluation.judging.labelled import Labelled, read_labelled, source_hash
 from abliterate.evaluation.statistics import Estimate, Share, rogan_gladen
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import MB, Kind
+from abliterate.record import CalibrationPart, finite
 
 #: Which set of prompts replies answer; "" for a mixture.
 SetName = Literal["harmful", "harmless", "borderline", ""]
 
 _Count = Annotated[int, Field(ge=0, lt=2**53, strict=True)]
+
+#: What a calibration says of how often a judge is right, each with an interval.
+FIGURES = ("accuracy", "precision", "recall", "specificity")
 
 _BUILTIN = "calibrations.json"
 _STORED = Kind("a calibration", MB, AbliterateError, "delete it and calibrate again")
@@ -182,6 +186,39 @@ def store(calibration: Calibration) -> Path:
     except CheckpointError as error:
         raise AbliterateError(f"calibration {error}; set ABLITERATE_CACHE to a folder that can be") from error
     return path
+
+
+def calibrate(judge: Judge, path: Path, model: str | None, prompts: str | None) -> CalibrationPart:
+    """Measure a judge on the labelled replies of a file (see `of_whom` for the others), and keep the result."""
+    model, of = of_whom(model, prompts)
+    labelled = read_labelled(path)
+    result = compare(judge, labelled, judge.judge(labelled.exchanges), path, model=model, prompts=of)
+    return calibration_part(result, store(result))
+
+
+def of_whom(model: str | None, prompts: str | None) -> tuple[str, SetName]:
+    """The model and the set of prompts that a calibration is for; "" where that is not said."""
+    if prompts not in (None, "harmful", "harmless", "borderline"):
+        raise UsageError(f"--set {prompts[:60]}: expected harmful, harmless or borderline")
+    if prompts is not None and model is None:
+        raise UsageError("--set: expected --model with it")
+    return model or "", cast("SetName", prompts or "")
+
+
+def calibration_part(calibration: Calibration, stored: Path | None = None) -> CalibrationPart:
+    """The calibration as it is printed; `stored` is the file it was written to."""
+    shares: dict[str, Share] = {name: getattr(calibration, name) for name in FIGURES}
+    figures: dict[str, Any] = {}
+    for name, share in shares.items():
+        figures |= {name: finite(share.value), f"{name}_ci95": share.ci95}
+    return CalibrationPart(
+        **calibration.model_dump(mode="json", exclude={"profile"}),
+        **figures,
+        n=calibration.n,
+        unknown=calibration.unknown,
+        counts={name: (share.k, share.n) for name, share in shares.items()},
+        stored=None if stored is None else str(stored),
+    )
 
 
 def read(path: Path, fingerprint: str) -> Calibration:

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from abliterate.errors import PromptError
-from abliterate.evaluation.judging.base import Exchange, Label
+from abliterate.evaluation.judging.base import Exchange, Judge, Label
 from abliterate.files.bounded import MB, Kind, parse_json
 from abliterate.prompts.delimited import read_rows
+from abliterate.record import JudgedPart
 
 PROMPT = ("prompt", "objective")
 RESPONSE = ("response", "assistant_response")
@@ -65,6 +66,18 @@ def read_exchanges(path: Path) -> list[Exchange]:
     return [
         Exchange(_as_text(prompt, PROMPT, where), _as_text(response, RESPONSE, where))
         for where, (prompt, response) in _rows(path, (PROMPT, RESPONSE))
+    ]
+
+
+def label_file(judge: Judge, path: Path) -> list[JudgedPart]:
+    """A row for each reply in a file of prompts and replies.
+
+    Written as CSV or JSON lines, the rows are a labelled file that a person can correct. Raises PromptError.
+    """
+    exchanges = read_exchanges(path)
+    return [
+        JudgedPart(prompt=given.prompt, response=given.reply, label=verdict.label.value, evidence=verdict.evidence)
+        for given, verdict in zip(exchanges, judge.judge(exchanges), strict=True)
     ]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 from markupsafe import Markup
 
-from abliterate.files.atomic import write_atomically
+from abliterate.errors import UsageError
+from abliterate.files.atomic import refuse_other_kinds, write_atomically
 from abliterate.record import ReadingPart, ReadTextPart
 from abliterate.report.html import hash_of, json_of, template, text_of
 from abliterate.report.wording import reading_said, shade, shade_colour, shade_scale, token_shown
@@ -59,6 +60,17 @@ def render_reading(part: ReadingPart) -> str:
         script=Markup(script),
         data=Markup(json_of(data)),
     )
+
+
+def check_page(out: Path, *, overwrite: bool) -> None:
+    """Raise `UsageError` where a page cannot be written, or stands already."""
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"-o {out}: expected a file name ending in .html")
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists; give another -o or --overwrite")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"-o {out}: expected a file in a folder that exists")
+    refuse_other_kinds(out)
 
 
 def write_reading(part: ReadingPart, path: Path) -> Path:

@@ -9,7 +9,6 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.measure import Measurement
 
-from abliterate.cli.terminal import Table, plain, write
 from abliterate.report.wording import (
     REFUSING,
     SETS,
@@ -24,6 +23,7 @@ from abliterate.report.wording import (
     states_of,
     words_of,
 )
+from abliterate.texts.terminal import Table, plain, write
 
 if TYPE_CHECKING:
     from abliterate.record import (

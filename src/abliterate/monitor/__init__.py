@@ -1,4 +1,4 @@
-"""Progress, and what each phase cost: seconds, memory, work. The command line draws it; the library is silent."""
+"""Progress, and what each phase cost: seconds, memory, work. Only `live` draws it; the library is silent."""
 
 from __future__ import annotations
 

@@ -11,13 +11,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxtyping import Float
 from pydantic import BaseModel
-from torch import Tensor
 
 from abliterate import record as rec
 from abliterate.config import EditSettings, OutputSettings
-from abliterate.edit.direction import Direction, Site
+from abliterate.edit.direction import Direction
 from abliterate.edit.plan import Plan
 from abliterate.edit.write import Realised
 from abliterate.errors import UsageError
@@ -25,11 +23,9 @@ from abliterate.evaluation.parts import sought_part
 from abliterate.files.atomic import real_folder, refuse_other_kinds
 from abliterate.files.checkpoint import DIRECTION, FRONT, JOURNAL, sha256
 from abliterate.files.local import seal
-from abliterate.finding.find import Findings, shown_by_side
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
 from abliterate.monitor import Monitor
-from abliterate.prompts.baselines import text_baselines
 from abliterate.report.card import write_card
 from abliterate.report.html import FILE_NAME as REPORT
 from abliterate.report.html import write_report
@@ -121,38 +117,6 @@ def prompts_part(session: Session) -> rec.PromptsPart:
 def anatomy_part(anatomy: Anatomy) -> rec.AnatomyPart:
     """What residual accounting leaves unexplained."""
     return rec.AnatomyPart(writers=len(anatomy.writers), worst_closure=max(anatomy.closure), tolerance=TOLERANCE)
-
-
-def separation_part(
-    session: Session, findings: Findings, site: Site, points: Mapping[str, Float[Tensor, "n 2"]]
-) -> rec.SeparationPart:
-    """How the classes separate at every site, and what `finding.projections` says of the prompts at one."""
-    found, norms = findings.separation, findings.candidates.norms
-    texts = {"harmful": session.prompts.harmful.val, "harmless": session.prompts.harmless.val}
-    refuses = shown_by_side(session, findings)
-    length, words = text_baselines(session.prompts)
-    return rec.SeparationPart(
-        sites=[
-            rec.SeparatedPart(
-                layer=layer,
-                position=position,
-                auroc=round(float(found.auroc[row, layer]), 5),
-                dprime=round(float(found.dprime[row, layer]), 4),
-                norm=round(float(norms[row, layer]), 5),
-            )
-            for row, position in enumerate(findings.candidates.positions)
-            for layer in range(norms.shape[1])
-        ],
-        layer=site.layer,
-        position=site.position,
-        prompts=[
-            rec.ProjectedPart(set=name, prompt=text, x=round(x, 4), y=round(y, 4), refused=refused)
-            for name in ("harmful", "harmless")
-            for text, (x, y), refused in zip(texts[name], points[name].tolist(), refuses[name], strict=True)
-        ],
-        length_auroc=round(length, 4),
-        words_auroc=round(words, 4),
-    )
 
 
 def plan_part(plan: Plan, done: Realised, output: OutputSettings, editing: EditSettings, folder: Path) -> rec.PlanPart:

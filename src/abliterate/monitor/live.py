@@ -12,8 +12,8 @@ from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
 from rich.text import Text
 
-from abliterate.cli.terminal import Table, plain, write
 from abliterate.monitor import Monitor
+from abliterate.texts.terminal import Table, plain, write
 
 #: Phases counted in bytes from the beginning: shown in per cent.
 _BYTES = {"edit weights", "restore"}

@@ -1,4 +1,4 @@
-"""A search as it stands in the record, and the files of its points."""
+"""What was found as it stands in the record, and the files of a search's points."""
 
 from __future__ import annotations
 
@@ -6,11 +6,49 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from jaxtyping import Float
+from torch import Tensor
+
 from abliterate import record as rec
-from abliterate.edit.direction import Direction, save_direction
+from abliterate.edit.direction import Direction, Site, save_direction
 from abliterate.files.atomic import real_folder
 from abliterate.files.checkpoint import FRONT
+from abliterate.finding.find import Findings, shown_by_side
 from abliterate.finding.search import Search
+from abliterate.prompts.baselines import text_baselines
+from abliterate.session import Session
+
+
+def separation_part(
+    session: Session, findings: Findings, site: Site, points: Mapping[str, Float[Tensor, "n 2"]]
+) -> rec.SeparationPart:
+    """How the classes separate at every site, and what `finding.projections` says of the prompts at one."""
+    found, norms = findings.separation, findings.candidates.norms
+    texts = {"harmful": session.prompts.harmful.val, "harmless": session.prompts.harmless.val}
+    refuses = shown_by_side(session, findings)
+    length, words = text_baselines(session.prompts)
+    return rec.SeparationPart(
+        sites=[
+            rec.SeparatedPart(
+                layer=layer,
+                position=position,
+                auroc=round(float(found.auroc[row, layer]), 5),
+                dprime=round(float(found.dprime[row, layer]), 4),
+                norm=round(float(norms[row, layer]), 5),
+            )
+            for row, position in enumerate(findings.candidates.positions)
+            for layer in range(norms.shape[1])
+        ],
+        layer=site.layer,
+        position=site.position,
+        prompts=[
+            rec.ProjectedPart(set=name, prompt=text, x=round(x, 4), y=round(y, 4), refused=refused)
+            for name in ("harmful", "harmless")
+            for text, (x, y), refused in zip(texts[name], points[name].tolist(), refuses[name], strict=True)
+        ],
+        length_auroc=round(length, 4),
+        words_auroc=round(words, 4),
+    )
 
 
 def search_part(result: Search) -> rec.SearchPart:

@@ -1,0 +1,1 @@
+"""Parts of the record as tables on a terminal."""
