@@ -1,7 +1,7 @@
 """How often judges agree with labels, beside matching of phrases as others do it.
 
-Run ``python benchmarks/judge.py [FILE.csv ...]``; without a file, on the part of the shipped exchanges that no weight
-was fitted on. A file has the columns ``prompt``, ``response`` and ``label`` (refusal, evasion, partial, compliance …
+Run ``python benchmarks/judge.py [FILE.csv ...]``; without a file, on the part of ``exchanges.jsonl`` that no weight was
+fitted on. A file has the columns ``prompt``, ``response`` and ``label`` (refusal, evasion, partial, compliance …
 or 1 and 0), or those of PyRIT's evaluation sets (``objective``, ``assistant_response``, ``human_score``); with a column
 ``model`` each model's replies stand in a row of their own. Lines that start with ``#`` are comments. Two-way: evasion
 and partial count as refused. ``--judge`` adds others (``llm:MODEL@URL``, ``classifier:ID``), ``--errors`` lists the
@@ -26,7 +26,7 @@ from pathlib import Path
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge, Verdict
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.judging.learnt import LearntJudge
-from abliterate.evaluation.judging.shipped import read_shipped
+from abliterate.evaluation.judging.shipped import parse_exchanges
 from abliterate.evaluation.statistics import Share
 
 Refused = Callable[[Sequence[Exchange]], list[bool]]
@@ -81,7 +81,7 @@ def shipped() -> list[Row]:
     """Held-out rows: those in the manner of real models, and those written to be hard."""
     return [
         Row(Exchange(row.prompt, row.reply), Verdict(row.label).refused, f"shipped, {'real' if row.manner else 'hard'}")
-        for row in read_shipped()
+        for row in parse_exchanges(Path(__file__).with_name("exchanges.jsonl").read_text(encoding="utf-8"))
         if row.split == "hold" and row.label is not Label.CUT_OFF
     ]
 

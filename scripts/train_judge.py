@@ -1,8 +1,9 @@
-"""Fit the weights of the learnt judge on the shipped exchanges, and say how it does on those it never saw.
+"""Fit the weights of the learnt judge on the labelled exchanges, and say how it does on those it never saw.
 
-Run ``python scripts/train_judge.py`` to write ``learnt.safetensors`` beside the judge's code; ``--check`` fits and
-compares without writing. Only rows of the split "fit" are used, and none whose reply was cut off. Logistic regression
-with an L2 penalty, full-batch L-BFGS in float64: the same weights on every machine but for rounding.
+Run ``python scripts/train_judge.py`` to write ``learnt.safetensors`` beside the judge's code, and the few exchanges
+that judges draw while they work; ``--check`` fits and compares without writing. Only rows of the split "fit" are used,
+and none whose reply was cut off. Logistic regression with an L2 penalty, full-batch L-BFGS in float64: the same weights
+on every machine but for rounding.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from safetensors.numpy import save_file
 from abliterate.evaluation import judging
 from abliterate.evaluation.judging import learnt, rules
 from abliterate.evaluation.judging.base import Label, Verdict
-from abliterate.evaluation.judging.shipped import ShippedExchange, read_shipped
+from abliterate.evaluation.judging.shipped import FILE, MOST_FIT, ShippedExchange, draw, parse_exchanges
 from abliterate.evaluation.statistics import wilson
+
+#: All labelled exchanges.
+EXCHANGES = Path(__file__).parents[1] / "benchmarks" / "exchanges.jsonl"
 
 #: Weight of the data against the penalty ‖w‖²/2.
 C = 2.0
@@ -58,7 +62,16 @@ def fit(rows: list[ShippedExchange]) -> np.ndarray:
 
 def usable(split: str) -> list[ShippedExchange]:
     """The exchanges of a split that have a verdict."""
-    return [row for row in read_shipped() if row.split == split and row.label is not Label.CUT_OFF]
+    rows = parse_exchanges(EXCHANGES.read_text(encoding="utf-8"))
+    return [row for row in rows if row.split == split and row.label is not Label.CUT_OFF]
+
+
+def drawn() -> str:
+    """The lines of those that judges draw, as they stand among all."""
+    lines = EXCHANGES.read_text(encoding="utf-8").splitlines()
+    rows = parse_exchanges("\n".join(lines))
+    kept = {row.id for row in (*draw(rows, "hold"), *draw(rows, "fit", MOST_FIT))}
+    return "".join(f"{line}\n" for line, row in zip(lines, rows, strict=True) if row.id in kept)
 
 
 def main() -> None:
@@ -72,6 +85,7 @@ def main() -> None:
         print(f"largest difference {np.abs(kept - weights.astype(np.float32)).max():.4f}")
     else:
         save_file({"weights": weights}, path)
+        path.with_name(FILE).write_text(drawn(), encoding="utf-8", newline="\n")
         learnt._weights.cache_clear()
     rows = usable("hold")
     called = [learnt.judge(row.reply, row.prompt).refused for row in rows]

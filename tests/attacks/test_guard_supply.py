@@ -69,7 +69,8 @@ def test_the_charts_are_those_that_are_written_down() -> None:
 
 
 def test_nothing_that_is_downloaded_is_built() -> None:
-    scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file()]
+    # llama_cpp.py is there to build llama.cpp from its source.
+    scripts = [path for path in (ROOT / "scripts").iterdir() if path.is_file() and path.name != "llama_cpp.py"]
     places = [ROOT / "README.md", ROOT / "Makefile", *(ROOT / "docs").glob("*.md"), *scripts]
     for path in [*places, *WORKFLOWS]:
         text = path.read_text(encoding="utf-8")
@@ -85,13 +86,30 @@ def test_actions_are_named_by_commit_and_may_read_only(path: Path) -> None:
     assert used
     assert [name for name in used if not COMMIT.fullmatch(name)] == []
     for job in workflow["jobs"].values():
-        assert "permissions" not in job
+        if "permissions" in job:  # whoever may publish runs nothing of ours, and nothing but what was built and tried
+            assert job["permissions"] == {"id-token": "write"}
+            assert [step["uses"].partition("@")[0] for step in job["steps"]] == [
+                "actions/download-artifact",
+                "pypa/gh-action-pypi-publish",
+            ]
         for step in job["steps"]:
             if step.get("uses", "").startswith("actions/checkout@"):
                 assert step["with"]["persist-credentials"] is False
-    commands = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    assert {"bash .ci/run", "make newest"} <= set(commands)
-    assert any(command.startswith("pip-audit ") for command in commands)
+    assert "secrets." not in path.read_text(encoding="utf-8")
+
+
+def commands_of(name: str) -> list[str]:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
+    return [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+def test_what_is_checked_on_every_push_and_before_a_release() -> None:
+    assert {"bash .ci/run", "make newest", "scripts/wheel.sh"} <= set(commands_of("ci.yml"))
+    assert any(command.startswith("pip-audit ") for command in commands_of("ci.yml"))
+    assert "scripts/wheel.sh" in commands_of("release.yml")
+    release = yaml.safe_load((ROOT / ".github" / "workflows" / "release.yml").read_text(encoding="utf-8"))
+    assert release[True] == {"push": {"tags": ["v*"]}}, "YAML 1.1 reads `on` as true"
+    assert release["jobs"]["publish"]["needs"] == "build"
 
 
 def test_the_lock_holds_what_is_asked_for_in_its_ranges_and_by_hash() -> None:

@@ -7,9 +7,10 @@ import pytest
 from abliterate.evaluation.judging import Exchange, Label, Verdict, rules
 from abliterate.evaluation.judging.choice import open_judge
 from abliterate.evaluation.judging.learnt import BUCKETS, SIGNS, LearntJudge, features, judge, probability
-from abliterate.evaluation.judging.shipped import ShippedExchange, read_shipped
+from abliterate.evaluation.judging.shipped import MOST_FIT, ShippedExchange, clear_exchanges, draw, read_shipped
+from exchanges import EXCHANGES
 
-HELD_OUT = [row for row in read_shipped() if row.split == "hold" and row.label is not Label.CUT_OFF]
+HELD_OUT = [row for row in EXCHANGES if row.split == "hold" and row.label is not Label.CUT_OFF]
 
 
 def rates(rows: list[ShippedExchange], refused: list[bool]) -> tuple[float, float]:
@@ -19,8 +20,20 @@ def rates(rows: list[ShippedExchange], refused: list[bool]) -> tuple[float, floa
     return sum(truly) / len(truly), 1 - sum(not_so) / len(not_so)
 
 
-def test_the_shipped_set_is_what_it_says_it_is() -> None:
-    rows = read_shipped()
+def test_judges_draw_from_the_package_what_they_would_draw_from_all() -> None:
+    package = {row.id for row in read_shipped()}
+    for each in (1, 16, MOST_FIT):
+        assert clear_exchanges("fit", each) == draw(EXCHANGES, "fit", each)
+    for many in (8, 100, None):
+        assert clear_exchanges("hold", many) == draw(EXCHANGES, "hold", many)
+    assert package == {row.id for row in (*clear_exchanges("hold"), *clear_exchanges("fit"))}, (
+        "run scripts/train_judge.py"
+    )
+    assert len(package) < len(EXCHANGES) / 4, "the control: most are left out"
+
+
+def test_the_labelled_set_is_what_it_says_it_is() -> None:
+    rows = EXCHANGES
     assert len(rows) >= 1000
     assert len({row.id for row in rows}) == len(rows)
     assert {row.label for row in rows} == set(Label) - {Label.UNKNOWN}

@@ -8,8 +8,8 @@ import pytest
 
 from abliterate.evaluation.judging import phrases
 from abliterate.evaluation.judging.literals import needed
-from abliterate.evaluation.judging.shipped import read_shipped
 from abliterate.evaluation.judging.text import pattern, prose, read_answer, search, sentences
+from exchanges import EXCHANGES
 
 EXPRESSIONS = sorted({value for name, value in vars(phrases).items() if name.isupper() and isinstance(value, str)})
 
@@ -34,9 +34,9 @@ def test_literals_that_every_match_holds(expression: str, literals: tuple[str, .
 
 
 def test_search_finds_what_a_plain_search_finds() -> None:
-    texts = [prose(read_answer(row.reply)[0]) for row in read_shipped()[::60]]
+    texts = [prose(read_answer(row.reply)[0]) for row in EXCHANGES[::60]]
     texts += [sentence for text in texts[::4] for _, sentence in sentences(text)] + [
-        row.prompt for row in read_shipped()[::90]
+        row.prompt for row in EXCHANGES[::90]
     ]
     assert sum(not text.isascii() for text in texts) > 5
     found = 0

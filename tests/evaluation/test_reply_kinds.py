@@ -7,7 +7,7 @@ import pytest
 from abliterate.evaluation.judging import Exchange, Label, RuleJudge
 from abliterate.evaluation.judging.learnt import LearntJudge
 from abliterate.evaluation.judging.rules import judge
-from abliterate.evaluation.judging.shipped import read_shipped
+from exchanges import EXCHANGES
 
 
 def refused(prompt: str, reply: str) -> bool:
@@ -175,7 +175,7 @@ def test_what_reads_like_a_decline_elsewhere_and_is_none(reply: str) -> None:
 
 def test_nothing_that_follows_takes_a_settled_refusal_back() -> None:
     rules, settled = RuleJudge(), 0
-    for row in read_shipped()[::3]:
+    for row in EXCHANGES[::3]:
         for end in range(40, min(len(row.reply), 800), 40):
             if rules.settled([Exchange(row.prompt, row.reply[:end])])[0]:
                 settled += 1

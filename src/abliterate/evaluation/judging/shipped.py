@@ -1,7 +1,9 @@
-"""The labelled exchanges that come with the package: made up for it, with no copyright (CC0).
+"""The labelled exchanges that judges are measured on and fitted to: made up for it, with no copyright (CC0).
 
 Each has the label of whoever wrote it and that of a second reader who did not see the first. Where a harmful request is
-complied with, a harmless stand-in of the same form takes the reply's place. A third (`hold`) is never fitted on.
+complied with, a harmless stand-in of the same form takes the reply's place. A third (`hold`) is never fitted on. All of
+them stand in benchmarks/exchanges.jsonl of the source; with the package come those that judges draw while they work
+(scripts/train_judge.py takes them out).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from importlib import resources
 from typing import Literal
 
@@ -17,6 +20,10 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from abliterate.evaluation.judging.base import Exchange, Label, Verdict
 
 Split = Literal["fit", "hold"]
+
+FILE = "exchanges.jsonl"
+#: How many clear ones of the split `fit`, of each kind, judges may draw.
+MOST_FIT = 32
 
 
 class ShippedExchange(BaseModel):
@@ -54,20 +61,28 @@ class ShippedExchange(BaseModel):
 
 @functools.cache
 def read_shipped() -> tuple[ShippedExchange, ...]:
-    """All of them, in the order of the file."""
-    text = resources.files("abliterate.evaluation.judging").joinpath("exchanges.jsonl").read_text("utf-8")
-    rows = TypeAdapter(list[ShippedExchange]).validate_json("[" + ",".join(text.splitlines()) + "]")
-    return tuple(rows)
+    """Those that come with the package, in the order of the file."""
+    return parse_exchanges(resources.files("abliterate.evaluation.judging").joinpath(FILE).read_text("utf-8"))
+
+
+def parse_exchanges(text: str) -> tuple[ShippedExchange, ...]:
+    """Exchanges of a file of them, one JSON object on a line."""
+    return tuple(TypeAdapter(list[ShippedExchange]).validate_json("[" + ",".join(text.splitlines()) + "]"))
 
 
 @functools.cache
 def clear_exchanges(split: Split, each: int | None = None) -> tuple[ShippedExchange, ...]:
     """Clear exchanges of a split: those that were refused, then those complied with; at most so many of `each`.
 
-    Which ones is drawn by the hash of their text.
+    Which ones is drawn by the hash of their text. Of `fit` no more than `MOST_FIT` of each come with the package.
     """
-    rows = sorted((row for row in read_shipped() if row.split == split and row.clear), key=_lot)
-    kinds = ([row for row in rows if row.refused is refused] for refused in (True, False))
+    return draw(read_shipped(), split, each)
+
+
+def draw(rows: Sequence[ShippedExchange], split: Split, each: int | None = None) -> tuple[ShippedExchange, ...]:
+    """What `clear_exchanges` draws of these."""
+    clear = sorted((row for row in rows if row.split == split and row.clear), key=_lot)
+    kinds = ([row for row in clear if row.refused is refused] for refused in (True, False))
     return tuple(row for kind in kinds for row in kind[:each])
 
 
@@ -75,4 +90,4 @@ def _lot(row: ShippedExchange) -> bytes:
     return hashlib.sha256(json.dumps([row.prompt, row.reply]).encode()).digest()
 
 
-__all__ = ["ShippedExchange", "Split", "clear_exchanges", "read_shipped"]
+__all__ = ["FILE", "MOST_FIT", "ShippedExchange", "Split", "clear_exchanges", "draw", "parse_exchanges", "read_shipped"]
