@@ -298,8 +298,8 @@ OPENS = {
     "monitor": "/proc",
     "prompts.watched": "/proc",
 }
-#: Modules that parse JSON themselves: of this package's own files, and of Optuna, which is read by it again.
-PARSES = {"files.bounded", "finding.search.blackbox", "forensics.verdict", "prompts.sources"}
+#: Modules that parse JSON themselves: of this package's own files and processes, and of Optuna.
+PARSES = {"monitor.ranks", "files.bounded", "finding.search.blackbox", "forensics.verdict", "prompts.sources"}
 
 
 def _called(node: ast.AST) -> str:

@@ -10,6 +10,7 @@
     │   └── AnatomyError                         not every writer to the residual stream is known
     ├── CheckpointError                          files of a checkpoint are damaged, missing or unwritable
     ├── NumericalError                           NaN or infinity where a number was needed
+    ├── LostProcessError                         another of several processes that do one job has ended
     └── GateNotMet                 exit code 3   the measurement does not support going on
 
 A message is one line: what, what was expected, what was found, what to do.
@@ -62,6 +63,10 @@ class CheckpointError(AbliterateError):
 
 class NumericalError(AbliterateError):
     """NaN or infinity was found where a finite number is needed."""
+
+
+class LostProcessError(AbliterateError):
+    """Another of several processes that do one job has ended, so that this one cannot go on."""
 
 
 class GateNotMet(AbliterateError):  # noqa: N818 - a verdict about the model, not a fault of the program

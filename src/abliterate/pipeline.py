@@ -37,6 +37,7 @@ from abliterate.edit.write import (
     dry_run_plan,
     opened,
     realise,
+    realised_elsewhere,
     refuse,
     untied,
 )
@@ -73,7 +74,7 @@ from abliterate.finding.find import (
     projections,
 )
 from abliterate.finding.parts import point_file, save_points, search_part, separation_part, with_origin_of
-from abliterate.finding.search import Journal, Search, check_search, evaluated, held_out, method_of
+from abliterate.finding.search import Search, check_search, evaluated, held_out, method_of, trials_in
 from abliterate.finding.search import search as find_front
 from abliterate.finding.steer import IN_PYTHON, sweep
 from abliterate.finding.verify import say_caveat, verify
@@ -82,7 +83,7 @@ from abliterate.model.batches import share_prefixes
 from abliterate.model.generation import end_tokens
 from abliterate.model.loading import load, load_tokenizer
 from abliterate.model.on_disk import ModelOnDisk
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, ranks
 from abliterate.prompts import build_contrastive_set, load_behaviour
 from abliterate.report.assemble import (
     anatomy_part,
@@ -118,7 +119,7 @@ def run(settings: RunSettings, monitor: Monitor | None = None) -> rec.Record:
     that is in the way or an edit that cannot be realised, and the errors of every stage.
     """
     output = _output(settings, "run")
-    with reserved(output.out):
+    with ranks.led_alone(lambda: reserved(output.out)):
         return _run(settings, output, monitor or Monitor())
 
 
@@ -136,15 +137,39 @@ def _run(settings: RunSettings, output: OutputSettings, monitor: Monitor) -> rec
     dry_run_plan(session.anatomy, settings.finding, settings.editing, output)
     done = _found(session, settings, method, judge)
     target = EditTarget(files, session.anatomy, session.named_model, session.loaded)
+    if not ranks.leads():
+        return _measured_beside(session, done, target, output, judge, exam)
     with opened(output, target, done.plan) as staging:
         written = realise(done.plan, done.direction, target, staging, output, monitor)
+        ranks.agreed(str(staging.folder))
         evaluation, done = _evaluated(session, staging.folder, done, written, judge, exam)
         record = _run_record(session, done, written, staging.folder, evaluation)
         direction = with_hashes(done.direction, record)
         save_direction(staging.folder / DIRECTION, direction)
         if done.search is not None:
             save_points(done.search, staging.folder, direction)
-        return write_all(record, staging.folder, monitor)
+        return _told(write_all(record, staging.folder, monitor))
+
+
+def _measured_beside(
+    session: Session, done: _Chosen, target: EditTarget, output: OutputSettings, judge: Judge, exam: Exam
+) -> rec.Record:
+    """The end of a run in a process that writes nothing: it measures what the one that leads has written.
+
+    Raises `UsageError` where it cannot see that.
+    """
+    folder = Path(ranks.agreed(""))
+    if not folder.is_dir():
+        raise UsageError(f"-o {output.out}: expected a folder that all processes see, found none at {folder}")
+    written = realised_elsewhere(done.plan, done.direction, target, output)
+    _evaluated(session, folder, done, written, judge, exam)
+    return _told(None)
+
+
+def _told(record: rec.Record | None) -> rec.Record:
+    """The record, in all of several processes; one that writes nothing has none."""
+    text = ranks.agreed("" if record is None else record.model_dump_json())
+    return rec.Record.model_validate_json(text) if record is None else record
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,8 +238,9 @@ def search(settings: RunSettings, *, resume: bool = False, monitor: Monitor | No
     `UsageError` for an OUT that is in the way.
     """
     output = _output(settings, "search")
-    with reserved(output.out):
-        _check_folder(output, resume)
+    with ranks.led_alone(lambda: reserved(output.out)):
+        if ranks.leads():
+            _check_folder(output, resume)
         return _search(settings, output, resume, monitor or Monitor())
 
 
@@ -229,13 +255,13 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     findings = find(session, settings.finding, settings.editing)
     start = best_separated(session, findings, settings.finding)
     separation = _separation(session, findings, start)
-    output.out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (output.out / JOURNAL).unlink(missing_ok=True)
-    result = find_front(session, findings, start, judge, settings, method, Journal(output.out / JOURNAL, resume))
+    with trials_in(output.out / JOURNAL, resume=resume) as journal:
+        result = find_front(session, findings, start, judge, settings, method, journal)
     if settings.searching.held_out != "none":
         numbers = range(len(result.points)) if settings.searching.held_out == "all" else [result.chosen]
         result = held_out(result, _held_out_probe(session, findings, judge, settings), numbers)
+    if not ranks.leads():
+        return _told(None)
     record = session_record(
         session,
         settings.model_dump(mode="json"),
@@ -248,7 +274,7 @@ def _search(settings: RunSettings, output: OutputSettings, resume: bool, monitor
     save_points(result, output.out, direction)
     save_direction(output.out / DIRECTION, direction)
     points = [point.file for point in record.search.points if point.file] if record.search else []
-    return write_record_and_report(record, output.out, monitor, DIRECTION, *points)
+    return _told(write_record_and_report(record, output.out, monitor, DIRECTION, *points))
 
 
 def pick(folder: Path, number: int) -> rec.Record:
@@ -280,7 +306,8 @@ def _located(model: str | ModelOnDisk, loading: FileSettings, output: OutputSett
     check_output_options(output)
     with monitor.phase("find model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
-        check_output(output.out, overwrite=output.overwrite, source=files.folder)
+        if ranks.leads():  # the others write nothing
+            check_output(output.out, overwrite=output.overwrite, source=files.folder)
         check_realisation(files, output)
     return files
 
@@ -442,6 +469,8 @@ def evaluate_elsewhere(
     server does not answer.
     """
     monitor, loading, evaluating = monitor or Monitor(), measuring.loading, measuring.evaluating
+    if ranks.count() > 1:
+        raise UsageError(f"--engine {engine.engine}: it has processes of its own; start abliterate without torchrun")
     is_server = engine.engine.startswith(("http://", "https://"))
     if engine.edited if is_server else engine.served or engine.served_edited:
         raise UsageError(
@@ -516,8 +545,8 @@ def _evaluated(
 ) -> tuple[rec.EvaluationPart, _Chosen]:
     """Before: the original weights. After: the tensors that were saved, read back from disk.
 
-    Where no weights were saved, or live ones are quantised, after is what was written as hooks. Vectors that are added
-    have no control. What the evaluation says of the point that a search chose is added to that search.
+    Where no weights were saved, or live ones are quantised or in parts, after is what was written as hooks. Vectors
+    that are added have no control. What the evaluation says of the point that a search chose is added to that search.
     """
     plan, evaluating = done.plan, done.settings.evaluating
     unchanged = not evaluating.no_cache
@@ -530,7 +559,7 @@ def _evaluated(
             search = evaluated(search, Probe(session, done.findings.ids, "test"), (base, edited), found)
         return evaluation_part(found), replace(done, search=search)
 
-    if written.names is None or session.loaded.quantised:
+    if written.names is None or session.loaded.quantised or session.loaded.partial:
         hooks = functools.partial(_hooked, session, plan, written)
         return examined(ModelState(session, unchanged=unchanged), ModelState(session, hooks))
     with contextlib.ExitStack() as stack:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from abliterate.model.loading import LoadedModel, load, locate
 from abliterate.model.meter import count_passes
 from abliterate.model.offloaded import is_offloaded
 from abliterate.model.on_disk import ModelOnDisk
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, ranks
 from abliterate.prompts import ChatRenderer, ContrastiveSet, build_contrastive_set, describe
 from abliterate.prompts.rendering import common_suffix, read_template
 
@@ -67,8 +67,9 @@ class Session:
 
     @property
     def named_model(self) -> Any:
-        """The model that says where parameters lie on disk: of one that computes with codes, its skeleton."""
-        return self.loaded.files.skeleton(self.loading.max_leak) if self.loaded.quantised else self.model
+        """The model that says where parameters lie on disk: of one of codes or in parts, its skeleton."""
+        elsewhere = self.loaded.quantised or self.loaded.partial
+        return self.loaded.files.skeleton(self.loading.max_leak) if elsewhere else self.model
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -102,14 +103,27 @@ class Session:
         finally:
             self.kept = kept
 
-    def stream(self, prompts: Encoded, consume: Consumer, progress: Progress, *, keep: Keep | None = None) -> int:
+    def stream(
+        self,
+        prompts: Encoded,
+        consume: Consumer,
+        progress: Progress,
+        *,
+        into: Sequence[Tensor | ranks.Merged] | None = None,
+        keep: Keep | None = None,
+    ) -> int:
         """Feed `consume` the activations at this session's sites (see `activations.stream_sites`)."""
-        return stream_sites(
-            self.model, self.blocks, prompts, self.positions, consume, self.size, keep=keep, progress=progress
-        )
+        model, blocks, positions, size = self.model, self.blocks, self.positions, self.size
+        return stream_sites(model, blocks, prompts, positions, consume, size, into=into, keep=keep, progress=progress)
 
     def stream_classes(
-        self, split: str, consumers: Mapping[str, Consumer], keeps: Mapping[str, Keep] | None, progress: Progress
+        self,
+        split: str,
+        consumers: Mapping[str, Consumer],
+        keeps: Mapping[str, Keep] | None,
+        progress: Progress,
+        *,
+        into: Sequence[Tensor | ranks.Merged] | None = None,
     ) -> None:
         """Feed each class's consumer the activations of its prompts, both classes in the same batches.
 
@@ -137,7 +151,7 @@ class Session:
             return wanted
 
         asked = keeps or {}
-        self.stream(together, consume, progress, keep=keep if asked else None)
+        self.stream(together, consume, progress, into=into, keep=keep if asked else None)
 
 
 def open_session(
@@ -207,10 +221,11 @@ def _session(
     if wanted > shortest:
         raise UsageError(f"--positions {wanted}: expected at most the shortest prompt's {shortest} tokens")
     with monitor.phase("check that prompts may share work"):
-        share = can_share(loaded.model, everything, wanted)
+        share = ranks.agreed(can_share(loaded.model, everything, wanted))
     encoded = share_prefixes(sequences, keep=wanted, share=share)
     prefix = encoded["harmful", "test"].prefix
     size = auto_batch_size(loaded.model, loading.rows)
+    size.agree()
     monitor.note(
         f"{anatomy.layers} blocks, {len(anatomy.writers)} writers, residual accounting leaves at most "
         f"{max(anatomy.closure):.0e}; "
@@ -232,7 +247,12 @@ def _check_context(model: Any, lengths: list[int], reply: int, monitor: Monitor)
 
 
 def open_model(model: str | ModelOnDisk, loading: ModelSettings, monitor: Monitor) -> OpenedModel:
-    """Load a model, check that it can be talked to, and prove its anatomy."""
+    """Load a model, check that it can be talked to, and prove its anatomy.
+
+    Raises `UsageError` where several processes are to have a part of it each and there is one.
+    """
+    if loading.parallel == "tensor":
+        ranks.divide_model()
     with monitor.phase("load model"):
         files = model if isinstance(model, ModelOnDisk) else locate_model(model, loading)
         loaded = load(
@@ -272,10 +292,10 @@ def renderer_of(tokenizer: Any, loading: ModelSettings, monitor: Monitor) -> Cha
 
 
 def _anatomy(loaded: LoadedModel, loading: ModelSettings) -> Anatomy:
-    """Of a live model; from its configuration and files where it computes with codes, or where its weights stay
-    elsewhere and would be read twice for it.
+    """Of a live model; from its configuration and files where it computes with codes, where other processes have parts
+    of it, or where its weights stay elsewhere and would be read twice for it.
     """
-    if loaded.quantised or (is_offloaded(loaded.model) and not loaded.in_memory):
+    if loaded.quantised or loaded.partial or (is_offloaded(loaded.model) and not loaded.in_memory):
         return loaded.files.anatomy(loading.max_leak)
     return study(loaded.model, max_leak=loading.max_leak)
 

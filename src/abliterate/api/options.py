@@ -50,6 +50,10 @@ class ModelOptions(FileOptions, total=False):
     #: Folder for weights that fit nowhere else: they stay on disk and are read for every pass.
     offload: Place | None
 
+    #: What several processes (torchrun) divide: data, the prompts, each process having the model; or tensor, a model
+    #: that one device cannot hold.
+    parallel: Literal["data", "tensor"]
+
     #: Prompts at once; auto finds it and halves it when memory runs out.
     batch_size: str | int | os.PathLike[str]
 

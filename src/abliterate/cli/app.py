@@ -12,6 +12,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from abliterate.cli import several
 from abliterate.cli.apply import apply
 from abliterate.cli.audit import audit
 from abliterate.cli.chat import chat
@@ -139,6 +140,13 @@ def main() -> NoReturn:
 def _run() -> int:
     """Run a command, say in one line what went wrong, and give the exit code."""
     try:
+        return several.run(_program)
+    except AbliterateError as error:
+        return _say(str(error), error.exit_code)
+
+
+def _program() -> int:
+    try:
         code = app(standalone_mode=False)
     except AbliterateError as error:
         return _say(str(error), error.exit_code)
@@ -173,12 +181,17 @@ def _unexpected(error: Exception) -> int:
     """Usage errors of the parser are one line like all others; anything else is a fault of ours and shows where."""
     usage: Any = typer.BadParameter.__base__  # click's, which newer versions of typer bring along under another name
     if not isinstance(error, usage):
+        if (speaker := several.speaker()) is None:
+            return 1
+        print(speaker, end="", file=sys.stderr)  # noqa: T201 - before the traceback
         raise error
     message = error.format_message()  # none where help was shown
     return _say(message, error.exit_code) if message.strip() else int(error.exit_code)
 
 
 def _say(text: str, code: int, label: str = "") -> int:
+    if (speaker := "" if label else several.speaker()) is None:
+        return code
     label = label or ("not done" if code == GateNotMet.exit_code else "error")
-    print(f"{label}: {' '.join(printable(text).split())}", file=sys.stderr)  # noqa: T201 - rich would wrap the one line
+    print(f"{speaker}{label}: {' '.join(printable(text).split())}", file=sys.stderr)  # noqa: T201 - rich would wrap the one line
     return code

@@ -11,6 +11,7 @@ import typer
 from pydantic import BaseModel
 from rich.console import Console
 
+from abliterate.cli import several
 from abliterate.cli.options import flag_of
 from abliterate.config import EvalSettings, as_natural
 from abliterate.errors import UsageError
@@ -109,8 +110,8 @@ def site_of(option: str | None) -> Site | None:
 
 
 def monitor_for(quiet: bool) -> Monitor:
-    """Draws progress on stderr; a quiet one only measures."""
-    if quiet:
+    """Draws progress on stderr; a quiet one only measures, and so do all but the first of several processes."""
+    if quiet or not several.leads():
         from abliterate.monitor import Monitor
 
         return Monitor()

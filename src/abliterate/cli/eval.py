@@ -118,7 +118,7 @@ def _elsewhere(
             "apply' and give --edited (vllm) or --served-edited (a server)"
         )
     refuse_set(where, given.evaluating, "early_stop", *CapabilitySettings.model_fields, "no_control", "no_cache")
-    refuse_set(where, given.loading, "dtype", "device", "batch_size", "quantization", "max_leak")
+    refuse_set(where, given.loading, "dtype", "device", "parallel", "batch_size", "quantization", "max_leak")
     from abliterate import pipeline
 
     return pipeline.evaluate_elsewhere(model, given.engine, measuring, monitor)

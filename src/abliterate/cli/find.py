@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from abliterate.cli import several
 from abliterate.cli.arguments import (
     Json,
     Model,
@@ -62,7 +63,8 @@ def find(
     )
     findings = pipeline.find(session, given.finding, given.writers)
     found = pipeline.choose(session, findings, given.finding, force=force)
-    save_direction(out, found.direction)
+    if several.leads():
+        save_direction(out, found.direction)
     if as_json:
         from abliterate.record import FoundPart
 

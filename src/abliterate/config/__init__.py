@@ -198,6 +198,11 @@ class ModelSettings(FileSettings):
     offload: Path | None = Field(
         None, description="Folder for weights that fit nowhere else: they stay on disk and are read for every pass."
     )
+    parallel: Literal["data", "tensor"] = Field(
+        "data",
+        description="What several processes (torchrun) divide: data, the prompts, each process having the model; or "
+        "tensor, a model that one device cannot hold.",
+    )
     batch_size: Text = Field("auto", description="Prompts at once; auto finds it and halves it when memory runs out.")
     chat_template: Text | None = Field(
         None, description="A Jinja file instead of the tokenizer's template, or 'none' for bare prompts."

@@ -224,6 +224,16 @@ def realise(
     return Realised((GGUF_LORA,))
 
 
+def realised_elsewhere(plan: Plan, direction: Direction, target: EditTarget, output: OutputSettings) -> Realised:
+    """What `realise` says of a plan that another process writes, as far as a live model is measured by it."""
+    if output.realisation == "weights":
+        source = target.files.checkpoint
+        return Realised((), names=names_on_disk(target.model, planned_parameters(plan), source.tensors))
+    if output.realisation == "control-vector":
+        return Realised((), vectors=_vectors(plan, direction, target))
+    return Realised(())
+
+
 def _weights(plan: Plan, target: EditTarget, staging: Staging, output: OutputSettings, monitor: Monitor) -> Realised:
     source = target.files.checkpoint
     names = names_on_disk(target.model, planned_parameters(plan), source.tensors)
@@ -361,7 +371,7 @@ def _architecture(target: EditTarget) -> str:
     return architecture_of(str(target.model.config.get_text_config().model_type))
 
 
-def _control_vector(plan: Plan, direction: Direction, target: EditTarget, folder: Path) -> Realised:
+def _vectors(plan: Plan, direction: Direction, target: EditTarget) -> dict[int, Float[Tensor, " d"]]:
     """−s r where r was measured, or at the layers that the plan chooses: scale 1 works against the direction."""
     site = direction.site
     if direction.candidates is None or site is None:
@@ -374,6 +384,11 @@ def _control_vector(plan: Plan, direction: Direction, target: EditTarget, folder
         vectors[at] = -strengths.get(at, plan.strength) * direction.candidates.at(at, position)
         if not bool(vectors[at].any()):
             raise UsageError(f"control vector: the classes do not differ at layer {at}, or its strength is 0")
+    return vectors
+
+
+def _control_vector(plan: Plan, direction: Direction, target: EditTarget, folder: Path) -> Realised:
+    vectors = _vectors(plan, direction, target)
     architecture = _architecture(target)
     path = folder / CONTROL_VECTOR
     write_control_vector(path, vectors, architecture=architecture, layers=target.anatomy.layers)

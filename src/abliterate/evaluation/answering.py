@@ -13,6 +13,7 @@ from abliterate.model.batches import Encoded
 from abliterate.model.context import beyond
 from abliterate.model.decoding import GREEDY, Decoding
 from abliterate.model.generation import Reply, complete
+from abliterate.monitor import ranks
 from abliterate.record import FILE_NAME
 from abliterate.session import Session
 
@@ -56,7 +57,7 @@ class ModelState:
         session, tokenizer = self.session, self.session.loaded.tokenizer
         with self.state():
             key = None
-            if self.unchanged:
+            if self.unchanged and ranks.leads():
                 key = key_of(session.loaded, prompts, max_new_tokens, decoding)
             if (known := kept_replies(key, tokenizer)) is not None:
                 session.monitor.note("answers of the unchanged model taken from the cache (--no-cache asks again)")

@@ -48,7 +48,7 @@ from abliterate.model.batches import Encoded, share_prefixes
 from abliterate.model.decoding import GREEDY, Decoding, asked_by, decoding_of, in_words
 from abliterate.model.generation import Reply
 from abliterate.model.offloaded import value_of
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, ranks
 from abliterate.prompts import Behaviour, ChatRenderer, ContrastiveSet, load_behaviour
 from abliterate.prompts.thinking import answer_of, opens_thinking
 from abliterate.session import Session, open_session
@@ -210,6 +210,8 @@ def exam_of(settings: CapabilitySettings, seed: int = 0) -> Exam:
     Raises `UsageError` for a file that holds no questions or names code that is not trusted, and when the extra for
     lm-eval is missing.
     """
+    if settings.tasks and ranks.count() > 1:
+        raise UsageError("--tasks: lm-eval runs in one process; leave it out, or start abliterate without torchrun")
     if settings.tasks and importlib.util.find_spec("lm_eval") is None:
         raise UsageError("--tasks: it needs an extra; pip install 'abliterate[eval]'")
     files = load_tasks([Path(name) for name in _names(settings.capability)], settings.task_limit, seed)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from abliterate.evaluation.scores import refusal_score
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
+from abliterate.monitor import ranks
+
+#: What a process holds that has seen no prompt.
+_NONE = torch.empty(0, 0, dtype=torch.int64)
 
 
 class FirstTokens:
@@ -33,6 +37,14 @@ class FirstTokens:
         self.look(rows, logits)
         return torch.ones(len(rows), dtype=torch.bool)
 
+    def merge(self) -> None:
+        """Take in what its likes in other processes have seen, of other prompts."""
+        ranks.summed(self.scores)
+        if self._kept is not None:
+            rows = ranks.joined(torch.tensor(list(self._logits))[:, None]) if self._logits else ranks.joined(_NONE)
+            values = ranks.joined(torch.stack(list(self._logits.values())) if self._logits else _NONE.to(self._kept))
+            self._logits = dict(zip(rows[:, 0].tolist(), values, strict=True))
+
     @property
     def logits(self) -> Float[Tensor, "n vocab"]:
         """Logits by prompt, on the CPU; nothing where none were kept."""
@@ -45,7 +57,7 @@ def first_tokens(
 ) -> FirstTokens:
     """Refusal scores of the answers' first tokens, and their logits in the dtype `keep` (none without)."""
     found = FirstTokens(len(prompts), tokens, keep)
-    for_each_first_token(model, prompts, size, lambda rows, logits: found.look(rows, logits[0]))
+    for_each_first_token(model, prompts, size, lambda rows, logits: found.look(rows, logits[0]), into=[found])
     return found
 
 
@@ -55,11 +67,13 @@ def for_each_first_token(
     size: BatchSize,
     look: Callable[[list[int], Float[Tensor, "g b vocab"]], None],
     *,
+    into: Sequence[Tensor | ranks.Merged] | None = None,
     copies: int = 1,
 ) -> None:
     """Call `look(rows, logits)` with the distribution of the answer's first token, batch by batch.
 
-    Each prompt is run `copies` times at once, for interventions that do something else in each.
+    `into` is all that `look` puts numbers into, where several processes may divide the prompts. Each prompt is run
+    `copies` times at once, for interventions that do something else in each.
     """
     shared = SharedPrefix(model, prompts.prefix, copies)
 
@@ -67,4 +81,4 @@ def for_each_first_token(
         logits = last_logits(model, shared, prompts.take(rows).suffixes * copies)
         look(rows, logits.unflatten(0, (copies, len(rows))))
 
-    in_batches([len(s) for s in prompts.suffixes], size, work, copies=copies)
+    in_batches([len(s) for s in prompts.suffixes], size, work, into=into, copies=copies)

@@ -266,7 +266,7 @@ class Probe:
                 base = logits[places].to(found.device).expand_as(edited)
                 kl[:, places] = kl_divergence(base, edited).cpu().double()
 
-        for_each_first_token(self.session.model, prompts, self.session.size, look, copies=copies)
+        for_each_first_token(self.session.model, prompts, self.session.size, look, into=(scores, kl), copies=copies)
         return scores, kl
 
     def _hooked(self, plan: Plan) -> ModelState:

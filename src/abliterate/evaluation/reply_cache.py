@@ -31,6 +31,7 @@ from abliterate.model.generation import Reply, end_tokens, reply_text
 from abliterate.model.loading import LoadedModel
 from abliterate.model.meter import changes_nothing
 from abliterate.model.on_disk import ModelOnDisk
+from abliterate.monitor import ranks
 
 #: Of what is kept of a reply: to be raised when that changes.
 _FORMAT = 1
@@ -59,7 +60,9 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, decoding:
     import transformers
 
     model = loaded.model
-    if loaded.in_memory or loaded.quantised or _is_foreign(model) or _has_hooks(model) or has_adapter(model):
+    if loaded.in_memory or loaded.quantised or loaded.partial:
+        return None
+    if _is_foreign(model) or _has_hooks(model) or has_adapter(model):
         return None
     parts = {
         "files": _hashes(loaded.files),
@@ -74,11 +77,11 @@ def key_of(loaded: LoadedModel, prompts: Encoded, max_new_tokens: int, decoding:
 
 
 def kept_replies(key: str | None, tokenizer: Any) -> list[Reply] | None:
-    """The replies kept under `key`, or None where there are none (or no key)."""
-    if key is None:
+    """The replies kept under `key`, or None where there are none (or no key); of several processes the leader's."""
+    if (found := ranks.agreed(None if key is None else _REPLIES.read(key))) is None:
         return None
     try:
-        kept = _Kept.model_validate(_REPLIES.read(key))
+        kept = _Kept.model_validate(found)
         rows = list(zip(kept.tokens, kept.ended, kept.stopped, strict=True))
     except ValueError:
         return None

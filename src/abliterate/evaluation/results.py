@@ -254,7 +254,8 @@ def measure_shift(
             reply = torch.tensor(answers[i], device=before.device)
             result[i] = _compared(before[row, : len(reply)], after[row, : len(reply)], reply)
 
-    in_batches([len(s) for s in sequences], logit_size(base.model, size, longest), work, done=progress)
+    size = logit_size(base.model, size, longest)
+    in_batches([len(s) for s in sequences], size, work, into=[result], done=progress)
     return _summary(result, [texts[row] for row in rows], sum(map(len, answers)))
 
 

@@ -15,6 +15,7 @@ from abliterate.config import cache_folder
 from abliterate.errors import CheckpointError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import Kind
+from abliterate.monitor import ranks
 
 #: Seconds after which a folder is looked at again for more than it may hold.
 _PRUNE_EVERY = 60.0
@@ -60,7 +61,9 @@ class DiskCache:
         return value
 
     def write(self, key: str, value: Any) -> None:
-        """Keep `value` under `key`, whole or not at all."""
+        """Keep `value` under `key`, whole or not at all; of several processes the one that leads does."""
+        if not ranks.leads():
+            return
         text = json.dumps(value, separators=(",", ":"))
         with contextlib.suppress(OSError, CheckpointError):  # what is kept only saves time
             write_atomically(self.place(key), f"{digest(text)}\n{text}", private=True)

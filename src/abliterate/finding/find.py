@@ -154,7 +154,8 @@ def _moments(session: Session, ids: Sequence[int], settings: SelectSettings) -> 
     keeps = None if settings.all_prompts or not ids else {"harmful": behaves(1.0), "harmless": behaves(-1.0)}
     counts = {name: len(session.encoded[name, "train"]) for name in fitters}
     with session.monitor.phase("collect activations", sum(counts.values())) as advance:
-        stream_classes(session, "train", consumers, keeps, advance)
+        into = {name: [fitter] for name, fitter in fitters.items()}
+        stream_classes(session, "train", consumers, keeps, advance, into=into)
     return {name: _enough(fitter.result(), name, counts[name]) for name, fitter in fitters.items()}
 
 
@@ -166,7 +167,7 @@ def _besides(session: Session, candidates: Candidates, less: Moments) -> Candida
     """
     fitter = MomentsFitter(session.positions, session.anatomy.layers + 1, session.anatomy.d_model)
     with session.monitor.phase("activations where it is to stay", len(session.encoded["keep", "train"])) as advance:
-        stream(session, "keep", "train", fitter.update, advance)
+        stream(session, "keep", "train", fitter.update, advance, into=[fitter])
     stays = (fitter.result().mean - less.mean).float()
     return replace(candidates, raw=project_out(candidates.raw, stays))
 
@@ -370,7 +371,7 @@ def _samples(
     keep = None if settings is None or settings.all_prompts or not ids else behaves
     side = session.prompts.behaviour.side_names[name == "harmless"]
     with session.monitor.phase(f"activations of {side} prompts", count) as advance:
-        stream(session, name, split, fitter.update, advance, keep=keep)
+        stream(session, name, split, fitter.update, advance, into=[fitter], keep=keep)
     return fitter.result()
 
 
@@ -536,7 +537,8 @@ def _separation(probe: Probe, candidates: Candidates, behaving: Behaving | None,
             looks[name] = FirstTokens(len(prompts), probe.tokens, torch.float32 if name == "harmless" else None)
         consumers = {name: fitter.update for name, fitter in fitters.items()}
         keeps = {name: look.keep for name, look in looks.items()}
-        stream_classes(session, "val", consumers, keeps, advance)
+        into = {name: (fitters[name], looks[name]) for name in fitters}
+        stream_classes(session, "val", consumers, keeps, advance, into=into)
     if behaving is None:
         probe.know(looks["harmful"], looks["harmless"])
         behaving = probe.behaving(all_prompts=all_prompts)

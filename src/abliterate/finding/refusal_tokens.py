@@ -18,6 +18,7 @@ from abliterate.errors import GateNotMet
 from abliterate.evaluation.judging import Label, Verdict
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits
 from abliterate.model.generation import Reply, complete
+from abliterate.monitor import ranks
 from abliterate.record import TokenPart
 
 #: Tokens of a reply that are judged: enough for its first sentence.
@@ -114,19 +115,31 @@ def _token_part(
     )
 
 
+@dataclass(slots=True)
+class _Sums:
+    """Sums over batches of prompts [2, vocab]: of probabilities, and of prompts on which they are large."""
+
+    parts: list[Float[Tensor, "2 vocab"]] = field(default_factory=list)
+
+    def merge(self) -> None:
+        """Take in the sums of other processes."""
+        own = torch.stack(self.parts).sum(0) if self.parts else torch.zeros(0, 0)
+        self.parts = list(ranks.joined(own).split(2))
+
+
 def first_tokens(
     model: Any, prompts: Encoded, size: BatchSize
 ) -> tuple[Float[Tensor, " vocab"], Float[Tensor, " vocab"]]:
     """Mean next-token distribution over prompts, and on which share of them each token is likely."""
     shared = SharedPrefix(model, prompts.prefix)
-    sums: list[Tensor] = []
+    sums = _Sums()
 
     def work(rows: list[int]) -> None:
         p = last_logits(model, shared, prompts.take(rows).suffixes).softmax(-1)
-        sums.append(torch.stack([p.sum(0), (p >= MIN_PROBABILITY).sum(0)]).cpu())
+        sums.parts.append(torch.stack([p.sum(0), (p >= MIN_PROBABILITY).sum(0)]).cpu())
 
-    in_batches([len(s) for s in prompts.suffixes], size, work)
-    mean, spread = torch.stack(sums).sum(0) / len(prompts)
+    in_batches([len(s) for s in prompts.suffixes], size, work, into=[sums])
+    mean, spread = torch.stack(sums.parts).sum(0) / len(prompts)
     return mean, spread
 
 

@@ -26,6 +26,7 @@ from abliterate.evaluation.probe import MIN_PROMPTS, Behaving, Probe
 from abliterate.model.activations import Consumer, Keep, Progress, stream_sites
 from abliterate.model.batches import Encoded
 from abliterate.model.generation import Reply, complete
+from abliterate.monitor import ranks
 from abliterate.session import Session
 
 #: Prompts of each side that COSMIC looks at, and the share of layers, those where the sides differ most.
@@ -33,12 +34,22 @@ _COSMIC_PROMPTS, _LOW_LAYERS = 16, 0.1
 
 
 def stream(
-    session: Session, name: str, split: str, consume: Consumer, progress: Progress, *, keep: Keep | None = None
+    session: Session,
+    name: str,
+    split: str,
+    consume: Consumer,
+    progress: Progress,
+    *,
+    into: Sequence[Tensor | ranks.Merged] | None = None,
+    keep: Keep | None = None,
 ) -> int:
-    """Feed the activations of one part of the prompts where the behaviour is read: at prompts, or over replies."""
+    """Feed the activations of one part of the prompts where the behaviour is read: at prompts, or over replies.
+
+    `into` is all that `consume` and `keep` put numbers into (see `activations.stream_sites`).
+    """
     encoded, read = session.encoded[name, split], session.prompts.behaviour.read
     if read.at == "prompt":
-        return session.stream(encoded, consume, progress, keep=keep)
+        return session.stream(encoded, consume, progress, into=into, keep=keep)
     answered, lengths = _with_replies(session, encoded, read.tokens)
     longest = min(max(lengths), min(map(len, answered.suffixes)))
 
@@ -47,7 +58,7 @@ def stream(
         consume(layer, rows, torch.stack(means)[:, None])
 
     model, blocks, size = session.model, session.blocks, session.size
-    return stream_sites(model, blocks, answered, longest, averaged, size, progress=progress)
+    return stream_sites(model, blocks, answered, longest, averaged, size, into=into, progress=progress)
 
 
 def stream_classes(
@@ -56,13 +67,16 @@ def stream_classes(
     consumers: Mapping[str, Consumer],
     keeps: Mapping[str, Keep] | None,
     progress: Progress,
+    *,
+    into: Mapping[str, Sequence[Tensor | ranks.Merged]],
 ) -> None:
-    """The same for several parts: in the same batches where the behaviour is read at prompts."""
+    """The same for several parts, by part: in the same batches where the behaviour is read at prompts."""
     if session.prompts.behaviour.read.at == "prompt":
-        session.stream_classes(split, consumers, keeps, progress)
+        everything = [one for some in into.values() for one in some]
+        session.stream_classes(split, consumers, keeps, progress, into=everything)
         return
     for name, consume in consumers.items():
-        stream(session, name, split, consume, progress)
+        stream(session, name, split, consume, progress, into=into[name])
 
 
 def _with_replies(session: Session, prompts: Encoded, tokens: int) -> tuple[Encoded, list[int]]:
@@ -208,5 +222,5 @@ def _means(session: Session, prompts: Encoded, state: AbstractContextManager[Non
         sums[layer] += values[:, 0].sum(0)
 
     with state:
-        stream_sites(session.model, session.blocks, prompts, 1, add, session.size)
+        stream_sites(session.model, session.blocks, prompts, 1, add, session.size, into=[sums])
     return sums / len(prompts)

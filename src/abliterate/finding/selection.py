@@ -23,6 +23,7 @@ from abliterate.errors import GateNotMet
 from abliterate.evaluation.probe import Behaving, Probe
 from abliterate.finding.estimate import Separation
 from abliterate.finding.replies import ReplyScorer, cosmic
+from abliterate.monitor import ranks
 from abliterate.record import ControlPart, SelectionPart, SitePart
 
 #: Prompts per class in each stage (None: all), and how many sites go on to the next.
@@ -108,10 +109,10 @@ def select(
     if isinstance(scorer, ReplyScorer):
         tried = best_separating(sites, separation)[:COSMIC_SITES]
         likeness = cosmic(scorer, candidates, tried, progress)
-        likely = sorted(tried, key=lambda site: -likeness[site])
+        likely = _agreed(sorted(tried, key=lambda site: -likeness[site]))
         sites, stages = (likely[:1], START_STAGES[-1:]) if start else (likely[:REPLY_SITES], REPLY_STAGES)
     elif start:
-        sites, stages = best_separating(sites, separation)[:START_SITES], START_STAGES
+        sites, stages = _agreed(best_separating(sites, separation))[:START_SITES], START_STAGES
     scores, best = _screened(scorer, candidates, separation, rule, sites, progress, stages)
     return SelectionPart(
         chosen=best,
@@ -144,7 +145,7 @@ def _screened(
         for score in _score(scorer, candidates, separation, sorted(sites), prompts, progress):
             scores[Site(score.layer, score.position)] = score
         last = prompts is None or prompts >= scorer.rows.most
-        ranked = sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last))
+        ranked = _agreed(sorted(sites, key=lambda site: _order(scores[site], rule, screening=not last)))
         if last:
             break
         sites, waiting = ranked[:keep], ranked[keep:]
@@ -152,8 +153,13 @@ def _screened(
     while not rule.passes(scores[ranked[0]]) and waiting and len(ranked) < _MOST_FINALISTS:
         site = waiting.pop(0)
         (scores[site],) = _score(scorer, candidates, separation, [site], None)
-        ranked = sorted([*ranked, site], key=lambda site: _order(scores[site], rule, screening=False))
+        ranked = _agreed(sorted([*ranked, site], key=lambda site: _order(scores[site], rule, screening=False)))
     return scores, scores[ranked[0]]
+
+
+def _agreed(sites: list[Site]) -> list[Site]:
+    """The same order in all of several processes."""
+    return [Site(*site) for site in ranks.agreed(sites)]
 
 
 def candidate_sites(candidates: Candidates, layers: int, rule: Rule) -> list[Site]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from abliterate.algebra import INDEPENDENT, ZERO_NORM, check_finite, orthonormal
 from abliterate.edit.direction import Candidates
 from abliterate.errors import NumericalError, UsageError
+from abliterate.monitor import ranks
 
 #: k-means finds the nearest of many optima: the best of so many starts is kept.
 RESTARTS = 8
@@ -61,6 +62,12 @@ class Samples:
             self._rows += rows
             # A copy: a view would keep the other positions in memory.
             self._values.append(values[:, -1 - self.position].float().clone())
+
+    def merge(self) -> None:
+        """Take in what its likes in other processes hold, of other prompts."""
+        values = torch.cat(self._values) if self._values else torch.zeros(0, 0)
+        self._rows = ranks.joined(torch.tensor(self._rows, dtype=torch.int64)[:, None])[:, 0].tolist()
+        self._values = [ranks.joined(values)]
 
     def result(self) -> Float[Tensor, "n d"]:
         """The activations in the order of the prompts, however these were batched.

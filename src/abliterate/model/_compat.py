@@ -40,6 +40,23 @@ def computes_with_codes(model: Any) -> bool:
     return bool(getattr(model, "is_quantized", False))
 
 
+def division(skeleton: Any, parts: int) -> dict[str, Any]:
+    """What `from_pretrained` is told so that each of some processes gets a part of the model, by transformers' plan.
+
+    Raises `ModelError` for a model without a plan, or whose heads cannot be dealt out evenly.
+    """
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    name = type(skeleton).__name__
+    if not skeleton.supports_tp_plan:
+        raise ModelError(f"--parallel tensor: transformers has no plan to divide a {name}; give --parallel data")
+    text = skeleton.config.get_text_config()
+    heads = {one: getattr(text, one, None) for one in ("num_attention_heads", "num_key_value_heads")}
+    if odd := [f"{one} {number}" for one, number in heads.items() if isinstance(number, int) and number % parts]:
+        raise ModelError(f"--parallel tensor: expected heads that {parts} processes can share, found {', '.join(odd)}")
+    return {"distributed_config": DistributedConfig(tp_plan="auto")}
+
+
 def attention_kernel(model: Any) -> str | None:
     """The name of the implementation of attention in use."""
     found = getattr(model.config, "_attn_implementation", None)

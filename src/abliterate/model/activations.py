@@ -7,7 +7,7 @@ been seen to give zeros beyond the first device.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from abliterate.errors import NumericalError
 from abliterate.model.anatomy import stream_out
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, forward, hooked, in_batches, last_logits
+from abliterate.monitor import ranks
 
 #: Takes layer, the rows' indices, and their activations [b, k, d] at positions -1, -2 … -k.
 Consumer = Callable[[int, list[int], Float[Tensor, "b k d"]], None]
@@ -63,6 +64,15 @@ class MomentsFitter:
         self._squares[:, layer] += ((batch - mean) ** 2).sum(0) + delta**2 * (old * new / (old + new))
         self._count[layer] = old + new
 
+    def merge(self) -> None:
+        """Take in what its likes in other processes have taken in, of other prompts."""
+        own = torch.tensor(self._count, dtype=torch.float64)
+        count = ranks.summed(own.clone())
+        share = (own / count.clamp_min(1))[:, None]
+        mean = ranks.summed(self._mean * share)
+        self._squares = ranks.summed(self._squares + own[:, None] * (self._mean - mean) ** 2)
+        self._mean, self._count = mean, [int(number) for number in count]
+
     def result(self) -> Moments:
         """Means and unbiased variances of everything taken in."""
         count = self._count[0]
@@ -85,6 +95,10 @@ class ProjectionFitter:
         """Take in one batch of one layer."""
         self.values[rows, :, layer] = torch.einsum("bkd,kd->bk", values.double(), self.units[:, layer].double())
 
+    def merge(self) -> None:
+        """Take in what its likes in other processes have taken in, of other prompts."""
+        ranks.summed(self.values)
+
 
 def stream_sites(
     model: Any,
@@ -94,22 +108,23 @@ def stream_sites(
     consume: Consumer,
     size: BatchSize,
     *,
+    into: Sequence[Tensor | ranks.Merged] | None = None,
     keep: Keep | None = None,
     progress: Progress | None = None,
 ) -> int:
     """Feed the activations of every layer 0..L at the last `positions` tokens of each prompt to `consume`.
 
     Each suffix must have at least `positions` tokens. With `keep`, only prompts whose next-token logits it approves
-    are fed; without it the head is not computed. Returns the number of prompts fed.
+    are fed; without it the head is not computed. `into` is all that `consume` and `keep` put numbers into, where
+    several processes may divide the prompts. Returns the number of prompts fed.
 
     Raises `NumericalError` at the first NaN or infinity, naming layer and prompt.
     """
     shared = SharedPrefix(model, prompts.prefix)
-    fed = 0
+    fed = torch.zeros((), dtype=torch.int64)
 
     def work(rows: list[int]) -> None:
         # The batch is handed on only when it is whole: running out of memory half-way must leave no trace.
-        nonlocal fed
         batch = prompts.take(rows)
         with _captured(blocks, batch, positions) as sites:
             if keep is None:
@@ -123,10 +138,11 @@ def stream_sites(
             _check_finite(values, layer, rows)
             if kept:
                 consume(layer, kept, values.index_select(0, torch.tensor(places)))
-        fed += len(kept)
+        fed.add_(len(kept))
 
-    in_batches([len(s) for s in prompts.suffixes], size, work, done=progress)
-    return fed
+    shares = None if into is None else (fed, *into)
+    in_batches([len(s) for s in prompts.suffixes], size, work, into=shares, done=progress)
+    return int(fed)
 
 
 def _check_finite(values: Float[Tensor, "b k d"], layer: int, rows: list[int]) -> None:

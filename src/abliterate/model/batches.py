@@ -23,6 +23,7 @@ from abliterate.model._compat import cache_name
 from abliterate.model.context import check_fits
 from abliterate.model.offloaded import device_of, is_offloaded
 from abliterate.model.placement import Needs, free_memory, needs_of
+from abliterate.monitor import ranks
 from abliterate.prompts.rendering import common_prefix
 
 _Key = TypeVar("_Key")
@@ -288,6 +289,12 @@ class BatchSize:
         self.halvings += 1
         return True
 
+    def agree(self) -> None:
+        """The smallest that any of several processes has: what is done at once is done by all alike."""
+        if ranks.between_passes():
+            self.rows, self.tokens = ranks.least(self.rows), ranks.least(self.tokens)
+            self.halvings = ranks.largest(self.halvings)
+
 
 def logit_size(model: Any, size: BatchSize, positions: int) -> BatchSize:
     """`size` with so few rows that their float32 logits at `positions` tokens each stay below a bound."""
@@ -341,6 +348,7 @@ def in_batches(
     size: BatchSize,
     work: Callable[[list[int]], None],
     *,
+    into: Sequence[Tensor | ranks.Merged] | None = None,
     done: Callable[[int], None] | None = None,
     equal_lengths: bool = False,
     copies: int = 1,
@@ -348,15 +356,33 @@ def in_batches(
     """Call `work(rows)` on batches of prompts of similar length until all are done, halving when memory runs out.
 
     `work` must have no effect when it fails for lack of memory: it is called again with fewer rows. With
-    `equal_lengths` no batch needs padding. `copies` says how often `work` runs each prompt at once.
+    `equal_lengths` no batch needs padding. `copies` says how often `work` runs each prompt at once. `into` is all that
+    `work` puts its results into, so that several processes can divide the prompts (see `ranks.one_pass`).
     """
-    waiting = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    with ranks.one_pass(order, into) as mine:
+        _in_batches(lengths, list(mine), size, work, done, equal_lengths=equal_lengths, copies=copies)
+    if done is not None and len(mine) < len(order):
+        done(len(order) - len(mine))  # the others' part
+    size.agree()
+
+
+def _in_batches(
+    lengths: Sequence[int],
+    waiting: list[int],
+    size: BatchSize,
+    work: Callable[[list[int]], None],
+    done: Callable[[int], None] | None,
+    *,
+    equal_lengths: bool,
+    copies: int,
+) -> None:
     while waiting:
         rows = waiting[: _fitting(lengths, waiting, size, equal_lengths, copies)]
         try:
             work(rows)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) or len(rows) == 1 or not size.halve():
+            if not is_out_of_memory(error) or ranks.lockstep() or len(rows) == 1 or not size.halve():
                 raise
             error.__traceback__ = None  # its frames hold the tensors that did not fit
             if torch.cuda.is_available():

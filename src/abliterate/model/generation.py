@@ -8,7 +8,7 @@ as what is asked about it is settled.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -36,6 +36,7 @@ from abliterate.model.batches import (
 from abliterate.model.context import check_fits
 from abliterate.model.decoding import GREEDY, Chooser, Decoding, Settled
 from abliterate.model.offloaded import is_spread
+from abliterate.monitor import ranks
 
 #: Ends of turn that some tokenizers do not declare as their end of sequence.
 _END_OF_TURN = (
@@ -92,7 +93,7 @@ def complete(
     shared = SharedPrefix(model, prompts.prefix)
     how = _how_to_step(model, prompts.prefix + prompts.suffixes[0])
     ends = end_tokens(model, tokenizer)
-    replies: list[Reply | None] = [None] * len(prompts)
+    replies = _Replies(tokenizer)
 
     def work(rows: list[int]) -> None:
         suffixes = [prompts.suffixes[row] for row in rows]
@@ -102,17 +103,40 @@ def complete(
         found = batch.run(max_new_tokens, ends, chooser, _watch(tokenizer, rows, decoding.settled))
         for row, tokens, stopped in zip(rows, found.tokens, found.stopped, strict=True):
             kept = tuple(t for t in tokens if t not in ends)
-            replies[row] = Reply(kept, reply_text(tokenizer, kept), len(kept) < len(tokens), stopped)
+            replies.keep(row, kept, ended=len(kept) < len(tokens), stopped=stopped)
 
     # A decoding step costs little per row, so the batch is bounded by rows and not by prompt tokens.
     most = rows_with_cache(model, size, len(prompts.prefix) + max(lengths) + max_new_tokens)
     rows = BatchSize(most, most * max(lengths))
     padded = how is _Steps.PADDED and not decoding.counts_tokens
     equal_lengths = not padded or _padding_matters(model, prompts, max_new_tokens)
-    in_batches(lengths, rows, work, done=progress, equal_lengths=equal_lengths)
+    in_batches(lengths, rows, work, into=[replies], done=progress, equal_lengths=equal_lengths)
     if rows.halvings:
         size.rows = min(size.rows, rows.rows)  # what did not fit will not fit next time either
-    return [reply for reply in replies if reply is not None]
+    return [replies.by_row[row] for row in range(len(prompts))]
+
+
+@dataclass(slots=True)
+class _Replies:
+    """Replies by the row of their prompt."""
+
+    tokenizer: Any
+    by_row: dict[int, Reply] = field(default_factory=dict)
+
+    def keep(self, row: int, tokens: Sequence[int], *, ended: bool, stopped: bool) -> None:
+        """Take in the reply to one prompt, by its tokens without the end of turn."""
+        self.by_row[row] = Reply(tuple(tokens), reply_text(self.tokenizer, tokens), ended, stopped)
+
+    def merge(self) -> None:
+        """Take in the replies that other processes have made."""
+        own, longest = self.by_row, ranks.largest(max((len(reply.tokens) for reply in self.by_row.values()), default=0))
+        table = torch.zeros(len(own), 4 + longest, dtype=torch.int64)
+        for line, (row, reply) in zip(table, own.items(), strict=True):
+            found = (row, reply.ended, reply.stopped, len(reply.tokens), *reply.tokens)
+            line[: len(found)] = torch.tensor(found)
+        for row, ended, stopped, length, *tokens in ranks.joined(table).tolist():
+            if row not in own:
+                self.keep(row, tokens[:length], ended=bool(ended), stopped=bool(stopped))
 
 
 def reply_text(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -38,6 +38,7 @@ from abliterate.files.storage import (
 from abliterate.model._compat import (
     auto_class,
     computes_with_codes,
+    division,
     generation_settings,
     quiet_transformers,
     without_adapter,
@@ -50,10 +51,20 @@ from abliterate.model.gguf_source import gguf_parts
 from abliterate.model.hub import hub_id, no_hub_id, snapshot
 from abliterate.model.offloaded import device_of, is_offloaded
 from abliterate.model.on_disk import ModelOnDisk, adapter_base
-from abliterate.model.placement import QUANTISED, Needs, Placement, Room, needs_of, rooms
+from abliterate.model.placement import (
+    QUANTISED,
+    Needs,
+    Placement,
+    Room,
+    needs_of,
+    own_gpu,
+    place_part,
+    rooms,
+)
 from abliterate.model.placement import place as placed
 from abliterate.model.read_ahead import read_ahead
 from abliterate.model.tokenizer import read_tokenizer
+from abliterate.monitor import ranks
 from abliterate.texts import printable
 
 #: Folders of weights that stay on disk: they go when the process ends.
@@ -92,6 +103,11 @@ class LoadedModel:
     def quantised(self) -> bool:
         """Whether live modules compute with codes: no copy of them in another dtype can be made."""
         return computes_with_codes(self.model)
+
+    @property
+    def partial(self) -> bool:
+        """Whether this process has only a part of each weight, and other processes the others."""
+        return ranks.lockstep()
 
 
 def locate(
@@ -170,29 +186,28 @@ def load(
     most bytes of weights by device, `offload` is a folder: what fits nowhere stays on disk. FP8 and MXFP4 are
     dequantised to `dtype`; weights of other quantisations stay as their own library loads them. `quantization` (one
     of `storage.QUANTIZATIONS`) quantises a model while it is loaded, to measure on less memory. `say` is told before
-    what the model needs and what is free.
+    what the model needs and what is free. Of several processes each loads the whole model onto its own GPU, or, in
+    `ranks.lockstep`, a part of it.
 
     Raises `UsageError`, naming the nearest setting that fits, for a model that does not.
     """
 
-    storage, trust = files.storage, files.trust_remote_code
+    storage = files.storage
     check_quantization(files.name, storage, quantization)
+    device = _own_device(device)
     _check_device(device)
     found = rooms()
     wanted = _dtype(dtype, files.description.config, device, found)
     needs = _needs(files, wanted, quantization)
     quantised = quantization is not None or not storage.editable
-    place = placed(device, needs, found, limits=limits, folder=_folder(offload), quantised=quantised)
+    if ranks.lockstep():
+        _check_divided(files, device, quantised or limits is not None or offload is not None)
+        place = place_part(needs, found)
+    else:
+        place = placed(device, needs, found, limits=limits, folder=_folder(offload), quantised=quantised)
     if place.said:
         say(place.said)
-    with _quiet_loading(everything=not storage.editable):
-        try:
-            tokenizer = read_tokenizer(files.folder, trust_remote_code=trust)
-            model, report = _read(files, wanted, place, quantization)
-        except AbliterateError:
-            raise
-        except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
-            raise unreadable(files.name, "it cannot be loaded", error) from error
+    tokenizer, model, report = _read(files, wanted, place, quantization)
     check_codes_read(files.name, storage, model, report["unexpected_keys"])
     check_report(files.name, report, model)
     if is_offloaded(model):
@@ -200,7 +215,51 @@ def load(
     return LoadedModel(model.eval().requires_grad_(False), tokenizer, files)
 
 
+def _own_device(device: str) -> str:
+    """The device of this process: of several each has its own GPU, and none may be named."""
+    if ranks.count() == 1 or device in ("auto", "cpu", "mps"):
+        return device
+    if device != "cuda":
+        raise UsageError(
+            f"--device {device}: expected auto, cuda or cpu where {ranks.count()} processes have a device each"
+        )
+    return f"cuda:{own_gpu()}"
+
+
+def _check_divided(files: ModelOnDisk, device: str, otherwise: bool) -> None:
+    """Raise `UsageError` for what does not go with a model of which each process has a part."""
+    if otherwise or files.storage.dequantised or files.description.skeleton is None:
+        raise UsageError(
+            "--parallel tensor: expected plain weights that stay where they are computed, found quantised or offloaded "
+            "ones; give --parallel data"
+        )
+    if torch.cuda.is_available() and device == "cpu":
+        raise UsageError("--parallel tensor: expected the GPUs that there are, found --device cpu; leave it out")
+
+
 def _read(
+    files: ModelOnDisk, dtype: torch.dtype, place: Placement, quantization: str | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """The tokenizer, the live model or this process's part of it, and transformers' report on its tensors."""
+    with _quiet_loading(everything=not files.storage.editable):
+        try:
+            tokenizer = read_tokenizer(files.folder, trust_remote_code=files.trust_remote_code)
+            if place.part:
+                return tokenizer, *_read_part(files, dtype)
+            return tokenizer, *_read_whole(files, dtype, place, quantization)
+        except AbliterateError:
+            raise
+        except Exception as error:  # transformers raises OSError, ValueError, KeyError, RuntimeError …
+            raise unreadable(files.name, "it cannot be loaded", error) from error
+
+
+def _read_part(files: ModelOnDisk, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The part of the model that this process has, and transformers' report."""
+    options = division(files.description.skeleton, ranks.count())
+    return _read_folder(files, {"dtype": dtype, "output_loading_info": True, **options})
+
+
+def _read_whole(
     files: ModelOnDisk, dtype: torch.dtype, place: Placement, quantization: str | None
 ) -> tuple[Any, dict[str, Any]]:
     """The live model at `place`, and transformers' report on its tensors."""

@@ -54,7 +54,8 @@ def fetched(module: nn.Module, *, recurse: bool = True) -> Iterator[None]:
 def value_of(model: nn.Module, name: str) -> Tensor:
     """The numbers of a parameter, by its name in the model; those of an offloaded one live as long as the tensor."""
     with fetched(model.get_submodule(name.rpartition(".")[0]), recurse=False):
-        return model.get_parameter(name).detach()
+        found = model.get_parameter(name).detach()
+        return found.full_tensor() if hasattr(found, "full_tensor") else found  # of one that processes share
 
 
 def float_copy(module: nn.Module) -> nn.Module:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from abliterate.errors import UsageError
+from abliterate.monitor import ranks
 
 #: A device as accelerate names it.
 Room = int | str
@@ -57,7 +58,8 @@ class Needs:
 class Placement:
     """Where weights go: all of them to `device`; or spread, each device to its bytes in `limits`, the rest to `folder`.
 
-    `balanced` is spread evenly over all GPUs. `said` is the estimate in a line.
+    `balanced` is spread evenly over all GPUs, `part` of the weights goes to the device and the others elsewhere, `said`
+    is the estimate in a line.
     """
 
     device: str
@@ -65,6 +67,7 @@ class Placement:
     folder: Path | None = None
     balanced: bool = False
     said: str = ""
+    part: bool = False
 
     @property
     def spread(self) -> bool:
@@ -120,6 +123,19 @@ def place(
     return Placement("auto", kept, folder, balanced=device == "balanced", said=said + where)
 
 
+def place_part(needs: Needs, rooms: Mapping[Room, int]) -> Placement:
+    """Where the part of the weights goes that each of several processes has.
+
+    Raises `UsageError` where it does not fit.
+    """
+    room, free = next(iter(rooms.items()))
+    part = needs.times(1 / ranks.count())
+    said = f"in each of {ranks.count()} processes {_estimate(part, {room: free})}"
+    if part.weights > free:
+        raise UsageError(f"the model does not fit: {said}; give more processes")
+    return Placement(_named(room), said=said, part=True)
+
+
 def _asked(device: str, rooms: Mapping[Room, int]) -> list[Room]:
     """The rooms that weights may take, the one asked for first."""
     if device in ("auto", "balanced"):
@@ -153,6 +169,8 @@ def _shares(free: Mapping[Room, int]) -> dict[Room, int]:
 def nearest(device: str, needs: Needs, rooms: Mapping[Room, int], *, quantised: bool = False) -> str:
     """The setting nearest to what was asked for under which the weights fit: more devices, fewer bits, the disk."""
     gpus = {room: size for room, size in rooms.items() if isinstance(room, int)}
+    if ranks.count() > 1 and needs.weights <= ranks.count() * next(iter(rooms.values())):
+        return "give --parallel tensor, by which each process has a part of the model"
     if device not in ("auto", "balanced"):
         if len(gpus) > 1 and needs.weights <= sum(gpus.values()):
             return "give --device balanced"
@@ -201,23 +219,29 @@ def _number(config: Any, name: str, otherwise: int) -> int:
 
 
 def rooms() -> dict[Room, int]:
-    """Bytes that are free on every device here, the fastest first."""
+    """Bytes that are free on every device here, the fastest first; of several processes each has one GPU."""
     found: dict[Room, int] = {}
     if torch.cuda.is_available():
-        found |= {index: free_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count())}
+        indices = range(torch.cuda.device_count()) if ranks.count() == 1 else [own_gpu()]
+        found |= {index: free_memory(torch.device("cuda", index)) for index in indices}
     elif torch.backends.mps.is_available():
         found["mps"] = free_memory(torch.device("mps"))
     return found | {"cpu": free_memory(torch.device("cpu"))}
 
 
+def own_gpu() -> int:
+    """The GPU of this process, where several processes of a machine have one each."""
+    return ranks.place()[0] % max(1, torch.cuda.device_count())
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device now."""
+    """Bytes that can be had on a device now; of a CPU's, the part of one of several processes."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return next(_free_here(), 4 << 30)  # not every system says
+    return next(_free_here(), 4 << 30) // ranks.place()[1]  # not every system says
 
 
 def _free_here() -> Iterator[int]:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 
@@ -13,9 +12,19 @@ from datetime import datetime, tzinfo
 _LOCK = threading.Lock()
 
 
-@functools.cache
+_now: datetime | None = None
+
+
 def _this_moment() -> datetime:
-    return datetime.now()
+    global _now
+    _now = _now or datetime.now()
+    return _now
+
+
+def stand_still(agreed: Callable[[str], str]) -> None:
+    """Let several processes print one time: the one that `agreed` gives for theirs, in ISO 8601."""
+    global _now
+    _now = datetime.fromisoformat(agreed(_this_moment().isoformat()))
 
 
 @dataclass(slots=True)

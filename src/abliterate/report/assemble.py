@@ -25,7 +25,7 @@ from abliterate.files.checkpoint import DIRECTION, FRONT, JOURNAL, sha256
 from abliterate.files.local import seal
 from abliterate.model.anatomy import TOLERANCE, Anatomy
 from abliterate.model.on_disk import ModelOnDisk
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, ranks
 from abliterate.report.card import write_card
 from abliterate.report.html import FILE_NAME as REPORT
 from abliterate.report.html import write_report
@@ -66,6 +66,8 @@ def session_model(session: Session, hashes: SourceHashes | None = None) -> rec.M
     """The model of a session, with the hashes of its files (default: read anew)."""
     loaded = session.loaded
     dtype, device = str(loaded.dtype).removeprefix("torch."), str(loaded.device)
+    if ranks.count() > 1:
+        device = f"{device}, {ranks.count()} processes"
     return model_part(loaded.files, session.model, session.anatomy, dtype=dtype, device=device, hashes=hashes)
 
 

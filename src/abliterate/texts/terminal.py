@@ -156,6 +156,13 @@ def steady_streams() -> tuple[Steady, Steady]:
     return out, err
 
 
+def hushed() -> TextIO:
+    """Let nothing that is printed from now on be seen; gives the stderr that was there."""
+    before = sys.stderr
+    sys.stdout = sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+    return before
+
+
 def _readable(error: UnicodeError) -> tuple[str, int]:
     """Signs as similar ones in ASCII, letters without their accents, anything else as an escape."""
     if not isinstance(error, UnicodeEncodeError):

@@ -50,15 +50,15 @@ def by_letter(
     encoded = encode(model, renderer.encode([letter_prompt(item) for item in items]))
     tokens = letter_tokens(renderer.tokenizer, max(len(item.options) for item in items))
     shared = SharedPrefix(model, encoded.prefix)
-    chosen = [0] * len(items)
+    chosen = torch.zeros(len(items), dtype=torch.int64)
 
     def work(rows: list[int]) -> None:
         scores = letter_scores(last_logits(model, shared, [encoded.suffixes[row] for row in rows]), tokens)
         for row, own in zip(rows, scores, strict=True):
             chosen[row] = int(own[: len(items[row].options)].argmax())
 
-    in_batches([len(suffix) for suffix in encoded.suffixes], size, work, done=progress)
-    return chosen
+    in_batches([len(suffix) for suffix in encoded.suffixes], size, work, into=[chosen], done=progress)
+    return chosen.tolist()
 
 
 def by_text(
@@ -76,7 +76,7 @@ def by_text(
     longest = max(map(len, replies))
     encoded = encode(model, [tokens[:-1] for tokens in whole], keep=longest)  # the last token is only foretold
     shared = SharedPrefix(model, encoded.prefix)
-    scores = [0.0] * len(tried)
+    scores = torch.zeros(len(tried), dtype=torch.float64)
     seen = 0
 
     def work(rows: list[int]) -> None:
@@ -100,8 +100,9 @@ def by_text(
         if progress is not None:
             progress(seen * len(items) // len(tried) - questions)
 
-    in_batches([len(suffix) for suffix in encoded.suffixes], logit_size(model, size, longest), work, done=done)
-    return _likeliest(len(items), tried, scores)
+    size = logit_size(model, size, longest)
+    in_batches([len(suffix) for suffix in encoded.suffixes], size, work, into=[scores], done=done)
+    return _likeliest(len(items), tried, scores.tolist())
 
 
 def _likeliest(items: int, tried: Sequence[tuple[int, int]], scores: Sequence[float]) -> list[int]:

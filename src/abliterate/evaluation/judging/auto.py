@@ -21,7 +21,7 @@ from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.evaluation.judging.shipped import ShippedExchange, clear_exchanges
 from abliterate.evaluation.statistics import Share
 from abliterate.files.cache import DiskCache, digest
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, ranks
 
 if TYPE_CHECKING:
     from abliterate.evaluation.answering import ModelState
@@ -139,7 +139,7 @@ def _own(state: ModelState, best: float, monitor: Monitor) -> tuple[Judge, Measu
             verdicts |= {row.id: verdict for row, verdict in zip(new, called, strict=True)}
             figures = _figures(judge, rows, [verdicts[row.id] for row in rows])
             low, high = figures.ci95
-            if not low <= best <= high or time.perf_counter() > deadline:
+            if ranks.agreed(not low <= best <= high or time.perf_counter() > deadline):
                 break
     assert figures is not None
     _keep(judge, figures)
@@ -171,7 +171,7 @@ def _keep(judge: Judge, figures: Measured) -> None:
 
 def _known(judge: Judge, rows: Sequence[ShippedExchange]) -> Measured | None:
     key = _key(judge, rows)
-    found = _IN_THIS_PROCESS.get(key) or _MEASURED.read(key)
+    found = ranks.agreed(_IN_THIS_PROCESS.get(key) or _MEASURED.read(key))
     if not isinstance(found, list) or len(found) != 4 or not all(isinstance(number, int) for number in found):
         return None
     return Measured(judge.name, Share(*found[:2]), Share(*found[2:]))

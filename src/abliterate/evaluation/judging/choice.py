@@ -14,6 +14,7 @@ from abliterate.evaluation.judging.auto import choose
 from abliterate.evaluation.judging.base import Exchange, Judge, Label, ModelJudge, Verdict
 from abliterate.evaluation.judging.calibration import own_calibrations
 from abliterate.evaluation.judging.learnt import LearntJudge
+from abliterate.evaluation.judging.led import led
 from abliterate.evaluation.judging.rules import RuleJudge
 from abliterate.evaluation.judging.scorers import scorer_of
 from abliterate.monitor import Monitor
@@ -116,7 +117,8 @@ def _asking(question: str, spec: str) -> Judge:
 
     if not (match := re.fullmatch(r"llm:(.+?)@(https?://\S+)", spec)):
         raise UsageError(f"judge '{spec}': expected llm:MODEL@URL (http:// or https://)")
-    return LlmJudge(match[1], match[2], rubric=rubric_of(question))
+    model, url = match[1], match[2]
+    return led(lambda: LlmJudge(model, url, rubric=rubric_of(question)))
 
 
 def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = False) -> Judge:
@@ -144,11 +146,12 @@ def open_judge(spec: str, *, device: str = "auto", trust_remote_code: bool = Fal
     if spec in ("self", "auto"):
         return PendingJudge(spec)
     if kind == "classifier" and rest:
-        return _classifier(PRESETS.get(spec, spec), rest, device, trust_remote_code)
+        return led(lambda: _classifier(PRESETS.get(spec, spec), rest, device, trust_remote_code))
     if kind in ("llm", "strongreject") and (match := re.fullmatch(r"(.+?)@(https?://\S+)", rest)):
         from abliterate.evaluation.judging.llm import RUBRICS, LlmJudge
 
-        return LlmJudge(match[1], match[2], rubric=RUBRICS[kind])
+        model, url = match[1], match[2]
+        return led(lambda: LlmJudge(model, url, rubric=RUBRICS[kind]))
     raise UsageError(
         f"judge '{spec}': expected auto, rules, learnt, self, {', '.join(PRESETS)}, classifier:ID, or llm:MODEL@URL or "
         "strongreject:MODEL@URL (http:// or https://)"

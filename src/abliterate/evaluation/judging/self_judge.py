@@ -32,6 +32,7 @@ from abliterate.files.cache import DiskCache, digest
 from abliterate.model.batches import Encoded, SharedPrefix, in_batches, last_logits, logit_size, share_prefix
 from abliterate.model.decoding import Decoding
 from abliterate.model.meter import changes_nothing
+from abliterate.monitor import ranks
 from abliterate.record import FILE_NAME
 
 #: Of longer texts the judge sees so many characters of the beginning and of the end.
@@ -151,7 +152,7 @@ def _labels(rows: Sequence[ShippedExchange]) -> str:
 
 
 def _kept(key: str | None) -> Scale | None:
-    found = None if key is None else _SCALES.read(key)
+    found = ranks.agreed(None if key is None else _SCALES.read(key))
     return Scale(*map(float, found)) if isinstance(found, list) and len(found) == 2 else None
 
 
@@ -197,7 +198,8 @@ def _leanings(state: ModelState, encoded: Encoded, progress: Any = None) -> list
         yes, no = (logits[:, words[wanted].to(logits.device)].logsumexp(-1) for wanted in (True, False))
         found[rows] = (yes - no).cpu().double()
 
-    in_batches([len(suffix) for suffix in encoded.suffixes], logit_size(model, size, 1), work, done=progress)
+    lengths = [len(suffix) for suffix in encoded.suffixes]
+    in_batches(lengths, logit_size(model, size, 1), work, into=[found], done=progress)
     return found.tolist()
 
 

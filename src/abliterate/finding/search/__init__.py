@@ -5,14 +5,13 @@ and chooses one; `held_out` and `evaluated` add what points do on held-out promp
 """
 
 from abliterate.evaluation.probe import Level
-from abliterate.finding.search.blackbox import Journal
+from abliterate.finding.search.blackbox import trials_in
 from abliterate.finding.search.objectives import OBJECTIVES, Objective, objectives_named
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.search import Search, check_search, evaluated, held_out, method_of, search
 
 __all__ = [
     "OBJECTIVES",
-    "Journal",
     "Level",
     "Objective",
     "Point",
@@ -23,4 +22,5 @@ __all__ = [
     "method_of",
     "objectives_named",
     "search",
+    "trials_in",
 ]

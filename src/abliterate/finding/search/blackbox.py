@@ -14,6 +14,7 @@ import json
 import math
 import os
 import stat
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +27,12 @@ from abliterate.config import SearchSettings
 from abliterate.edit.direction import Direction
 from abliterate.errors import CheckpointError, NumericalError, UsageError
 from abliterate.evaluation.probe import Level
+from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import MB, Kind, check_plain
 from abliterate.files.portable import NO_LINK, NO_WAIT, is_own, lock, open_file
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
+from abliterate.monitor import ranks
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -79,6 +82,27 @@ class Journal:
     path: Path
     resume: bool = False
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def trials_in(path: Path, *, resume: bool) -> Iterator[Journal]:
+    """The trials of a search at `path`, where older ones are gone on with or removed.
+
+    Of several processes the one that leads keeps them there; the others keep theirs for as long as the search lasts.
+    """
+    if ranks.leads():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            path.unlink(missing_ok=True)
+    before = ranks.agreed(_JOURNAL.text(path) if resume and ranks.leads() and ranks.count() > 1 else "")
+    if ranks.leads():
+        yield Journal(path, resume)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        own = Path(folder) / path.name
+        if resume:
+            write_atomically(own, before)
+        yield Journal(own, resume)
 
 
 def optimise(

@@ -44,6 +44,7 @@ from abliterate.finding.replies import own_replies
 from abliterate.finding.search.space import free_and_fixed
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits, logits_at
 from abliterate.model.offloaded import is_offloaded, recomputed
+from abliterate.monitor import ranks
 from abliterate.session import Session
 
 #: Prompts of each class in one step.
@@ -181,10 +182,11 @@ class _Descent:
         lengths = [len(suffix) for suffix in joined.suffixes]
         size = self.session.size
         tokens = max(_TOKENS, size.tokens // 4) if is_offloaded(self.session.model) else _TOKENS
-        in_batches(lengths, BatchSize(size.rows, tokens), work)
+        in_batches(lengths, BatchSize(size.rows, tokens), work, into=sums)
         for parameter, total in zip(wanted, sums, strict=True):
             parameter.grad = total
         self.optimiser.step()
+        ranks.led(*wanted)
 
     def _joined(self, rows: Mapping[str, list[int]]) -> Encoded:
         """What is run in a step."""

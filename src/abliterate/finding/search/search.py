@@ -33,7 +33,7 @@ from abliterate.finding.search.objectives import (
 from abliterate.finding.search.points import Point
 from abliterate.finding.search.space import Space
 from abliterate.model.anatomy import Anatomy
-from abliterate.monitor import Monitor
+from abliterate.monitor import Monitor, ranks
 from abliterate.prompts import Behaviour
 from abliterate.session import Session
 
@@ -309,11 +309,17 @@ def choose_point(result: Search, settings: SearchSettings) -> Search:
 
     Raises `UsageError` when there is no point of that number, `GateNotMet` when none keeps what is asked for.
     """
+    chosen, why = _choice(result, settings)
+    return replace(result, chosen=ranks.agreed(chosen), why=ranks.agreed(why))
+
+
+def _choice(result: Search, settings: SearchSettings) -> tuple[int, str]:
+    """The index of the point that is chosen, and why."""
     if settings.pick is not None and settings.pick != "knee":
         number = int(settings.pick)
         if number > len(result.points):
             raise UsageError(f"--pick {number}: expected a point from 1 to {len(result.points)}")
-        return replace(result, chosen=number - 1, why="picked")
+        return number - 1, "picked"
     feasible = [point for point in result.points if result.feasible(point)]
     wanted = {} if settings.max_refusals is None else {"refusals": settings.max_refusals}
     if not feasible:  # for the sake of its message
@@ -325,7 +331,7 @@ def choose_point(result: Search, settings: SearchSettings) -> Search:
     scores = [
         _values(point.scores, names) if point in feasible else (math.nan,) * len(names) for point in result.points
     ]
-    return replace(result, chosen=pareto.choose_index(scores, names, wanted), why=why)
+    return pareto.choose_index(scores, names, wanted), why
 
 
 def _wanted(result: Search, settings: SearchSettings, feasible: Sequence[Point]) -> tuple[dict[str, float], str]:
