@@ -47,7 +47,7 @@ from abliterate.config import (
     VerifySettings,
     WriterSettings,
 )
-from abliterate.config.natural import as_type
+from abliterate.config.natural import as_type, speaks_python
 from abliterate.edit.direction import Direction
 from abliterate.edit.hooks import ablation, addition, steered
 from abliterate.edit.options import plan_for
@@ -182,6 +182,7 @@ class _Prepared:
     findings: dict[str, Findings]
 
 
+@speaks_python
 class Model:
     """A live model with verbs. `hf_model` and `tokenizer` are those of transformers.
 

@@ -68,8 +68,9 @@ def steer(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Add a direction to the residual stream, or scale, clamp or ablate what it holds along it: replies, and behaviour
-    and damage by coefficient. Nothing is written into the model.
+    """Add a direction to the residual stream, or scale, clamp or ablate it: behaviour and damage by coefficient.
+
+    Nothing is written into the model.
     """
     vectors = along.vectors()
     if prompt:

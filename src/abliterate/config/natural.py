@@ -6,17 +6,18 @@ parameter is annotated with is an error that says so, before anything is begun.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import os
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar
 
-from abliterate.errors import UsageError
+from abliterate.errors import UsageError, in_words_of_python
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -24,7 +25,10 @@ R = TypeVar("R")
 
 @functools.cache
 def natural(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, whose arguments may be of natural types. Raises `UsageError`, naming the parameter, for others."""
+    """The function, whose arguments may be of natural types. Raises `UsageError`, naming the parameter, for others.
+
+    What it raises names options as keywords.
+    """
     signature = inspect.signature(function)
     hints = typing.get_type_hints(inspect.unwrap(function))
     variadic = {name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_POSITIONAL}
@@ -32,13 +36,40 @@ def natural(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def called(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
-        for name, value in bound.arguments.items():
-            what = f"{function.__name__}: {name}"
-            if name in variadic:
-                bound.arguments[name] = tuple(as_type(what, one, hints[name]) for one in value)
-            elif name in hints:
-                bound.arguments[name] = as_type(what, value, hints[name])
-        return function(*bound.args, **bound.kwargs)
+        with in_words_of_python():
+            for name, value in bound.arguments.items():
+                what = f"{function.__name__}: {name}"
+                if name in variadic:
+                    bound.arguments[name] = tuple(as_type(what, one, hints[name]) for one in value)
+                elif name in hints:
+                    bound.arguments[name] = as_type(what, value, hints[name])
+            return function(*bound.args, **bound.kwargs)
+
+    return called
+
+
+def speaks_python(kind: type[R]) -> type[R]:
+    """A class whose public methods raise errors that name options as keywords."""
+    for name, method in vars(kind).copy().items():
+        if inspect.isfunction(method) and not name.startswith("_"):
+            setattr(kind, name, _speaking(method))
+    return kind
+
+
+def _speaking(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method, or one that gives a context manager, which raises when it is entered."""
+    manages = inspect.isgeneratorfunction(inspect.unwrap(method))
+
+    @contextlib.contextmanager
+    def entered(manager: Any) -> Iterator[Any]:
+        with in_words_of_python(), manager as value:
+            yield value
+
+    @functools.wraps(method)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        with in_words_of_python():
+            found = method(*args, **kwargs)
+        return entered(found) if manages else found
 
     return called
 

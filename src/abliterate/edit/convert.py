@@ -52,7 +52,7 @@ def find_tools(gguf_type: str | None) -> Tools:
         raise UsageError(
             f"--as gguf: expected llama.cpp's {missing} in the folder that {FOLDER} names or on the PATH, found none; "
             "install llama.cpp (https://github.com/ggml-org/llama.cpp), or write weights and convert them where it "
-            f"is: python convert_hf_to_gguf.py OUT --outfile model.gguf{more}"
+            f"is: `python convert_hf_to_gguf.py OUT --outfile model.gguf{more}`"
         )
     return Tools(converter, quantiser)
 
