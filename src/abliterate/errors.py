@@ -18,10 +18,6 @@ A message is one line: what, what was expected, what was found, what to do.
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator
-
 from abliterate.texts import printable
 
 #: Characters of a message: it may quote what comes from outside. Of a longer one the beginning and the end are kept.
@@ -37,35 +33,6 @@ class AbliterateError(Exception):
         """With a message, of which what does not print is written as an escape."""
         text = printable(message)
         super().__init__(text if len(text) <= _HEAD + _TAIL else f"{text[:_HEAD]} […] {text[-_TAIL:]}")
-
-
-#: A command in backticks, which stays; or an option, with what stands for its value in capitals.
-_OPTION = re.compile(
-    r"`[^`]*`|(?<![\w/.-])(?:--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)|-o)(?P<value> [A-Z][A-Z_.:@]*\b)?(?![\w-])"
-)
-
-
-def keywords_in(message: str) -> str:
-    """A message that names options as a shell does (`--max-kl`, `-o OUT`), with Python's keywords in their place."""
-
-    def keyword(match: re.Match[str]) -> str:
-        if match[0].startswith("`"):
-            return match[0]
-        name = (match["name"] or "out").replace("-", "_")
-        value = "" if match["value"] is None else f"={match['value'].strip()}"
-        return f"{'as_' if name == 'as' else name}{value}"
-
-    return _OPTION.sub(keyword, message)
-
-
-@contextlib.contextmanager
-def in_words_of_python() -> Iterator[None]:
-    """Errors of this package that leave the `with` name options as keywords: whoever called wrote Python."""
-    try:
-        yield
-    except AbliterateError as error:
-        error.args = (keywords_in(str(error)),)
-        raise
 
 
 class UsageError(AbliterateError):

@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import save_file
 
 import abliterate as ab
-from abliterate.errors import AbliterateError, UsageError, in_words_of_python, keywords_in
+from abliterate.config.natural import in_words_of_python, keywords_in
+from abliterate.errors import AbliterateError, UsageError
 from calling import Cli
 from planted import Planted, plant
 

@@ -1,7 +1,8 @@
 """The types that people have at hand, at the public functions: what a parameter needs is made of them, or named.
 
 A path may be a string, a vector a list or an array, settings a mapping, a site a pair. What cannot become what a
-parameter is annotated with is an error that says so, before anything is begun.
+parameter is annotated with is an error that says so, before anything is begun. Errors of these functions name options
+as keywords, where the command line's name them as flags.
 """
 
 from __future__ import annotations
@@ -11,16 +12,46 @@ import dataclasses
 import functools
 import inspect
 import os
+import re
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ParamSpec, TypeVar
 
-from abliterate.errors import UsageError, in_words_of_python
+from abliterate.errors import AbliterateError, UsageError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+#: A command in backticks, which stays; or an option, with what stands for its value in capitals.
+_OPTION = re.compile(
+    r"`[^`]*`|(?<![\w/.-])(?:--(?P<name>[a-z][a-z0-9]*(?:-[a-z0-9]+)*)|-o)(?P<value> [A-Z][A-Z_.:@]*\b)?(?![\w-])"
+)
+
+
+def keywords_in(message: str) -> str:
+    """A message that names options as a shell does (`--max-kl`, `-o OUT`), with Python's keywords in their place."""
+
+    def keyword(match: re.Match[str]) -> str:
+        if match[0].startswith("`"):
+            return match[0]
+        name = (match["name"] or "out").replace("-", "_")
+        value = "" if match["value"] is None else f"={match['value'].strip()}"
+        return f"{'as_' if name == 'as' else name}{value}"
+
+    return _OPTION.sub(keyword, message)
+
+
+@contextlib.contextmanager
+def in_words_of_python() -> Iterator[None]:
+    """Errors of this package that leave the `with` name options as keywords: whoever called wrote Python."""
+    try:
+        yield
+    except AbliterateError as error:
+        error.args = (keywords_in(str(error)),)
+        raise
 
 
 @functools.cache
