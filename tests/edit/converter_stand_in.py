@@ -44,19 +44,24 @@ def make(folder: Path) -> Path:
 
 def convert(arguments: list[str]) -> None:
     """What convert_hf_to_gguf.py does, as far as it is asked for."""
-    if arguments == ["--print-supported-models"]:
-        print("TEXT models:", *(f"  - {name}" for name in CLASSES), sep="\n", file=sys.stderr)
-        return
     folder = Path(arguments[0])
-    options = dict(argument.removeprefix("--").split("=", 1) for argument in arguments[1:])
+    options = dict(f"{argument.removeprefix('--')}=".split("=", 1) for argument in arguments[1:])
+    options = {name: value.removesuffix("=") for name, value in options.items()}
+    kind = json.loads((folder / "config.json").read_text())["architectures"][0]
     _tell(
-        program="converter",
+        program="vocabulary" if "vocab-only" in options else "converter",
         **options,
         offline=os.environ.get("HF_HUB_OFFLINE"),
         files=sorted(path.name for path in folder.iterdir()),
         config=json.loads((folder / "config.json").read_text()),
     )
+    if kind not in CLASSES:
+        print(f"ERROR:hf-to-gguf:Model {kind} is not supported", file=sys.stderr)
+        sys.exit(1)
     target = Path(options["outfile"])
+    if "vocab-only" in options:
+        target.write_bytes(b"GGUF")
+        return
     _go_wrong(target)
 
     import gguf

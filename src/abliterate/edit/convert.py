@@ -7,11 +7,13 @@ on a folder with code of its own (see `without_code`), which it would run unaske
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +21,7 @@ from pathlib import Path
 from abliterate.errors import ModelError, UsageError
 from abliterate.files.atomic import write_atomically
 from abliterate.files.bounded import open_regular
-from abliterate.files.configuration import DESCRIPTION, read_config
+from abliterate.files.configuration import DESCRIPTION
 
 #: The environment variable that names the folder of llama.cpp.
 FOLDER = "ABLITERATE_LLAMA_CPP"
@@ -27,6 +29,8 @@ FOLDER = "ABLITERATE_LLAMA_CPP"
 _CONVERTER, _QUANTISER = "convert_hf_to_gguf.py", "llama-quantize"
 #: Where they lie in such a folder: a checkout, what cmake builds there, an installed one.
 _INSIDE = ("", "bin", "build/bin", "build/bin/Release")
+#: What describes a model, beside its weights.
+_DESCRIBING = (".json", ".jinja", ".model", ".tiktoken", ".txt", ".py")
 #: How the converter itself can store numbers; everything else is the quantiser's.
 _CONVERTED = ("F32", "F16", "BF16", "Q8_0")
 
@@ -73,20 +77,24 @@ def _folders() -> Iterator[Path]:
     yield from (path for path in map(Path, os.get_exec_path()) if path.is_absolute())
 
 
-def check_converts(tools: Tools, folder: Path) -> None:
-    """Raise, before any work, where the converter does not run or does not know the model in `folder`.
+def check_converts(tools: Tools, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise, before any work, where the converter does not run, or not on the model in `folder`.
 
-    Raises `ModelError` with its last words, or naming the model's class.
+    All but the weights is converted for that: what it imports, the kind of model, the tokenizer. Raises `ModelError`
+    with its last words.
     """
-    known = set(re.findall(r"\w+", _run([sys.executable, tools.converter, "--print-supported-models"])))
-    config = read_config(folder)
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, dict)]
-    classes = [str(name) for part in parts for name in part.get("architectures") or ()]
-    if classes and not known & set(classes):
-        raise ModelError(
-            f"--as gguf: expected a model that llama.cpp's converter knows, found {classes[0]}; write weights instead, "
-            f"or install a newer llama.cpp ({tools.converter})"
-        )
+    with tempfile.TemporaryDirectory(prefix="abliterate-") as place:
+        copy = Path(place, folder.name or "model")
+        copy.mkdir()
+        for path in folder.iterdir():
+            if path.suffix == ".safetensors":  # of these the converter reads names only
+                with contextlib.suppress(OSError):  # systems without links
+                    (copy / path.name).symlink_to(path.resolve())
+            elif path.suffix in _DESCRIBING and path.is_file():
+                shutil.copy(path, copy)
+        if not trust_remote_code:
+            without_code(copy)
+        _run([sys.executable, tools.converter, copy, f"--outfile={place}/vocabulary.gguf", "--vocab-only"])
 
 
 def convert(tools: Tools, folder: Path, target: Path, *, gguf_type: str | None, name: str) -> None:

@@ -166,7 +166,7 @@ def check_realisation(files: ModelOnDisk, output: OutputSettings) -> None:
     files.require_editable()
     needed = bytes_to_write(files.checkpoint)
     if output.realisation == "gguf":
-        check_converts(find_tools(output.gguf_type), files.folder)
+        check_converts(find_tools(output.gguf_type), files.folder, trust_remote_code=files.trust_remote_code)
         needed = _room_for_gguf(needed, output)
     ensure_space(output.out.parent, needed - left_bytes(output.out))
 
