@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -246,6 +247,14 @@ def _start(rank: int, count: int, port: int, job: str, folder: Path) -> None:
     (folder / f"{rank}.json").write_text(json.dumps(result))
 
 
+def _imported() -> None:
+    """What processes that are forked from this one would import, each for itself."""
+    for name in ("torch.distributed.tensor", "transformers.distributed.tensor_parallel", "transformers.generation"):
+        importlib.import_module(name)
+    for name in FAMILIES:
+        importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+
+
 def _world(count: int, job: str, folder: Path, limit: float) -> None:
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     port = free_port()
@@ -263,6 +272,8 @@ def _world(count: int, job: str, folder: Path, limit: float) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     count, jobs, folder = int(arguments[0]), arguments[1].split(","), Path(arguments[2])
+    if "families" in jobs:
+        _imported()
     for job in jobs:
         own = folder / job
         own.mkdir(parents=True, exist_ok=True)
