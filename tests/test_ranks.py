@@ -187,6 +187,7 @@ def test_torchrun_does_a_run_as_one_process_does(planted: Planted, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert cli(*settings(planted, alone)).code == 0
     assert done.stdout.count("Took ") == done.stderr.count("load model") == 1
+    assert "2 processes: each has the model, and runs a part of the prompts" in done.stderr
     expected, found = (json.loads((out / "abliteration.json").read_text()) for out in (alone, several))
     assert found["model"]["device"] == "cpu, 2 processes"
     for part in ("selection", "separation", "plan", "evaluation"):

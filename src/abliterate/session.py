@@ -265,6 +265,9 @@ def open_model(model: str | ModelOnDisk, loading: ModelSettings, monitor: Monito
             say=monitor.note,
         )
     warn_of_files(files, monitor)
+    if ranks.count() > 1:
+        what = "a part of the model" if loaded.partial else "the model, and runs a part of the prompts"
+        monitor.note(f"{ranks.count()} processes: each has {what}")
     return opened_model(loaded, loading, monitor)
 
 
