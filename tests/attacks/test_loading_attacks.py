@@ -666,7 +666,7 @@ def test_copies_of_the_weights_on_the_hub_are_not_fetched(monkeypatch: pytest.Mo
     ]
     fetched: list[str] = []
 
-    def snapshot_download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+    def snapshot_download(_: str, *, allow_patterns: list[str], ignore_patterns: list[str], tqdm_class: type) -> str:
         found = filter_repo_objects([*held, *copies], allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
         fetched.extend(found)
         return str(made)

@@ -148,6 +148,7 @@ def test_run_is_measured_through_hooks_and_names_what_to_do_next(
     result = cli("run", planted.folder, *prompts, "-o", out, "--as", "gguf", "--gguf-type", "q8_0", *settings, "-q")
     assert result.code == 0, result
     assert f"llama-cli -m {out}/model-Q8_0.gguf" in result.out
+    assert "That was measured before the numbers were stored" in " ".join(result.out.split())
     evaluation = abliterate.read_record(out).evaluation
     assert evaluation is not None
     assert evaluation.after is not None

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -57,7 +58,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, folder: Path) -> SimpleNamespace:
     seen = SimpleNamespace(asked=[], error=None)
 
     def snapshot_download(
-        identifier: str, *, allow_patterns: list[str], ignore_patterns: list[str], revision: str | None = None
+        identifier: str,
+        *,
+        allow_patterns: list[str],
+        ignore_patterns: list[str],
+        revision: str | None = None,
+        tqdm_class: type,
     ) -> str:
         seen.left_out, seen.revision = ignore_patterns, revision
         seen.asked.append((identifier, allow_patterns))
@@ -160,6 +166,22 @@ def test_gguf_is_dequantised_once_per_file_and_dtype(
     os.utime(file, ns=(1, 1))
     assert locate(str(file)).folder != first.folder, "another file of the same name"
     assert made == [torch.bfloat16, torch.float32, torch.bfloat16]
+
+
+def test_a_gguf_file_in_a_folder_beside_is_a_file_and_no_hub_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`out/model.gguf` could be an owner and a name."""
+    monkeypatch.setenv("ABLITERATE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.gguf").write_bytes(b"GGUF and nothing")
+    with pytest.raises(ModelError, match=r"out/model\.gguf': it cannot be dequantised"):
+        locate("out/model.gguf")
+    fetch = mock.Mock(side_effect=RuntimeError("asked"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    with pytest.raises(ModelError, match=r"cannot be fetched from the hub \(.*asked\)"):
+        locate("owner/model.gguf")
 
 
 def test_damaged_gguf_is_one_line_and_leaves_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def locate(
     a revision of what is no hub id, `CheckpointError` when its files are damaged.
     """
     path = Path(os.path.expanduser(spec))
-    if path.suffix.lower() == ".gguf" and hub_id(spec) is None:
+    if path.suffix.lower() == ".gguf" and (path.is_file() or hub_id(spec) is None):
         if not path.is_file():
             raise ModelError(f"model '{spec}': expected a GGUF file, found no such file")
         files = ModelOnDisk(spec, "gguf", _dequantised(path, dtype))

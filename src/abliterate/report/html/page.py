@@ -93,6 +93,8 @@ def answer(record: Record) -> Iterator[str]:
                 f"Its answers to {words('harmless')} prompts moved by {shift.kl_first_token:.3f} "
                 f"{between(shift.kl_first_token_ci95)} nats at the first token (KL)."
             )
+        if record.plan is not None and record.plan.realisation == "gguf":
+            yield "That was measured before the numbers were stored as they are in the file."
     elif search is not None and (point := search.point) is not None:
         held, base = point.held_out or point.scores, search.base_held_out or search.base
         where = "held-out" if point.held_out else "validation"
