@@ -109,6 +109,14 @@ def test_the_loading_table_stacks_experts_and_leaves_the_rest() -> None:
     assert not fuses_experts(BY_NAME["llama"].model())
 
 
+def test_a_model_can_be_divided_among_processes_by_a_plan_of_its_own() -> None:
+    live = BY_NAME["llama"].model(num_key_value_heads=4)
+    (options,) = _compat.division(live, 2).items()
+    assert options[0] == "distributed_config"
+    assert (options[1].tp_plan, live.supports_tp_plan) == ("auto", True)
+    assert not BY_NAME["gpt2"].model().supports_tp_plan
+
+
 def test_numbers_in_names_are_sorted_as_numbers() -> None:
     names = [f"layers.{block}.experts.{expert}.w" for block in (10, 2) for expert in (11, 1)] + ["layers.x", "head"]
     assert sorted(names, key=natural_key) == [
