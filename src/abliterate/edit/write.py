@@ -36,6 +36,7 @@ from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.edit.weights import Surgery, edit_checkpoint, planned_parameters, refusal
 from abliterate.errors import UsageError
+from abliterate.files.atomic import write_atomically
 from abliterate.files.checkpoint import (
     CARD,
     Changes,
@@ -287,7 +288,7 @@ def _gguf(plan: Plan, target: EditTarget, staging: Staging, output: OutputSettin
     shutil.rmtree(edited)
     os.replace(made, staging.folder / name)
     content = modelfile(name, load_tokenizer(files)[0])
-    (staging.folder / MODELFILE).write_text(content, encoding="utf-8", newline="\n")
+    write_atomically(staging.folder / MODELFILE, content)
     return Realised((name, MODELFILE), residuals=residuals)
 
 
