@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from abliterate.record import Record
+from abliterate.record import BehaviourPart, EvaluationPart, Record
 from abliterate.report.html.cost import cost, replies
 from abliterate.report.html.finding import direction_found, separated
 from abliterate.report.html.inspected import brittleness, changed_back, inspected, spread
@@ -69,32 +69,36 @@ def _kind(record: Record) -> str:
     }[record.plan.realisation]
 
 
+def _measured(record: Record, evaluation: EvaluationPart, edited: BehaviourPart) -> Iterator[str]:
+    """What the edit did to replies."""
+    words = words_of_record(record)
+    before, after = evaluation.before.harmful, edited.harmful
+    random = ""
+    if evaluation.control is not None:
+        control = evaluation.control.behaviour.harmful
+        random = f"; with a random direction in its place {control.refusals} of {control.n}"
+    counted = (
+        f"Of {after.n} harmful prompts the model refused {before.refusals} before the edit and {after.refusals}"
+        if evaluation.behaviour is None
+        else f"Of {after.n} replies to {words('harmful')} prompts {before.refusals} {words.shown} before the edit "
+        f"and {after.refusals}"
+    )
+    yield (f"{counted} after it ({number(percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random}).")
+    if evaluation.shift is not None and evaluation.shift.kl_first_token is not None:
+        shift = evaluation.shift
+        yield (
+            f"Its answers to {words('harmless')} prompts moved by {shift.kl_first_token:.3f} "
+            f"{between(shift.kl_first_token_ci95)} nats at the first token (KL)."
+        )
+    if record.plan is not None and record.plan.realisation == "gguf":
+        yield "That was measured before the numbers were stored as they are in the file."
+
+
 def answer(record: Record) -> Iterator[str]:
     """What came out, in a sentence or two."""
-    evaluation, search, words = record.evaluation, record.search, words_of_record(record)
+    evaluation, search = record.evaluation, record.search
     if evaluation is not None and evaluation.after is not None:
-        before, after = evaluation.before.harmful, evaluation.after.harmful
-        random = ""
-        if evaluation.control is not None:
-            control = evaluation.control.behaviour.harmful
-            random = f"; with a random direction in its place {control.refusals} of {control.n}"
-        counted = (
-            f"Of {after.n} harmful prompts the model refused {before.refusals} before the edit and {after.refusals}"
-            if evaluation.behaviour is None
-            else f"Of {after.n} replies to {words('harmful')} prompts {before.refusals} {words.shown} before the edit "
-            f"and {after.refusals}"
-        )
-        yield (
-            f"{counted} after it ({number(percent(after.rate), '.0f')} % {between(after.ci95, 100, '.0f')}{random})."
-        )
-        if evaluation.shift is not None and evaluation.shift.kl_first_token is not None:
-            shift = evaluation.shift
-            yield (
-                f"Its answers to {words('harmless')} prompts moved by {shift.kl_first_token:.3f} "
-                f"{between(shift.kl_first_token_ci95)} nats at the first token (KL)."
-            )
-        if record.plan is not None and record.plan.realisation == "gguf":
-            yield "That was measured before the numbers were stored as they are in the file."
+        yield from _measured(record, evaluation, evaluation.after)
     elif search is not None and (point := search.point) is not None:
         held, base = point.held_out or point.scores, search.base_held_out or search.base
         where = "held-out" if point.held_out else "validation"
