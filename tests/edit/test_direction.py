@@ -373,6 +373,11 @@ BAD: dict[str, tuple[type[AbliterateError], str, dict[str, Tensor]]] = {
         "expected finite 'reader'",
         {"basis": torch.eye(1, D), "reader": torch.full((1, D), torch.nan)},
     ),
+    "edits of writers without names": (
+        UsageError,
+        "expected 'writers.basis', 'writers.reader' and the 'writers' that they are for, found not all of them",
+        {"basis": torch.eye(1, D), "writers.basis": torch.ones(2, 1, D), "writers.reader": torch.ones(2, 1, D)},
+    ),
     "oblique rows with NaN": (
         NumericalError,
         "NaN, infinity or zero",
@@ -405,6 +410,31 @@ def test_unusable_file_is_explained_in_one_line(
 ) -> None:
     save_file(tensors, tmp_path / "x.safetensors")
     with pytest.raises(kind) as caught:
+        load_direction(tmp_path / "x.safetensors", D)
+    assert part in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("names", "left", "reader", "part"),
+    [
+        (["a", "b"], torch.ones(2, 1, D), torch.ones(1, 1, D), "[2, k, 16], found [2, 1, 16] and [1, 1, 16]"),
+        (["a"], torch.ones(2, 1, D), torch.ones(2, 1, D), "[1, k, 16], found [2, 1, 16] and [2, 1, 16]"),
+        (["a"], torch.ones(1, D), torch.ones(1, D), "[1, k, 16], found [1, 16]"),
+        (["a"], torch.ones(1, 1, 8), torch.ones(1, 1, 8), "found [1, 1, 8]"),
+        (["a"], torch.ones(1, 1, D), torch.full((1, 1, D), torch.nan), "expected finite 'writers.basis'"),
+        (["a", "a"], torch.ones(2, 1, D), torch.ones(2, 1, D), "found not all of them"),
+        (["a", 1], torch.ones(2, 1, D), torch.ones(2, 1, D), "found not all of them"),
+        ("ab", torch.ones(2, 1, D), torch.ones(2, 1, D), "found not all of them"),
+        (["a"], None, torch.ones(1, 1, D), "found not all of them"),
+    ],
+)
+def test_edits_of_writers_that_do_not_fit_are_explained_in_one_line(
+    tmp_path: Path, names: object, left: Tensor | None, reader: Tensor, part: str
+) -> None:
+    held = {"basis": torch.eye(1, D), "writers.reader": reader} | ({} if left is None else {"writers.basis": left})
+    save_file(held, tmp_path / "x.safetensors", metadata={"abliterate": json.dumps({"writers": names})})
+    with pytest.raises(UsageError) as caught:
         load_direction(tmp_path / "x.safetensors", D)
     assert part in str(caught.value)
     assert str(caught.value).isprintable()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from abliterate.algebra import orthonormal
 from abliterate.config import EditSettings
-from abliterate.edit.direction import Candidates, Direction, Site
+from abliterate.edit.direction import Candidates, Direction, PerWriter, Site
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Edit, Plan, Variant, make_plan
 from abliterate.errors import NumericalError, UsageError
@@ -285,6 +285,34 @@ def test_oblique_edits_keep_their_rows_and_are_refused_before_a_norm() -> None:
     norms = anatomy(EMBEDDING, *BLOCKS[:2], *map(behind_norm, BLOCKS[2:]))
     assert "writer 'h.1.attn.o_proj': an oblique edit (LEACE)" in refusal(norms, made_of)
     assert plan_for(norms, made_of, EditSettings(layers="0")).edits
+
+
+def test_writers_own_edits_come_before_all_else_and_before_a_norm() -> None:
+    norms = anatomy(EMBEDDING, *map(behind_norm, BLOCKS))
+    name = norms.writers[2].name
+    own = PerWriter((name,), random(1, 2, D, seed=3), random(1, 2, D, seed=4))
+    edits = {edit.writer.name: edit for edit in plan_for(norms, replace(direction(), per_writer=own)).edits}
+    assert torch.equal(edits[name].basis, own.basis[0])
+    assert torch.equal(edits[name].reads, own.reader[0])
+    others = {edit.writer.name: edit for edit in plan_for(norms, direction()).edits}
+    assert all(torch.equal(edit.basis, others[other].basis) for other, edit in edits.items() if other != name)
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "said"),
+    [
+        (PerWriter(("h.9.x",), random(1, 1, D), random(1, 1, D)), {}, "'h.9.x', expected a writer of this model"),
+        (PerWriter((LLAMA.writers[1].name,), random(1, 1, 8), random(1, 1, 8)), {}, "width 12, found 8"),
+        (
+            PerWriter((LLAMA.writers[1].name,), random(1, 1, D), random(1, 1, D)),
+            {"biprojected": True},
+            "own edits of 1",
+        ),
+        (PerWriter((LLAMA.writers[1].name,), random(1, 1, D), random(1, 1, D)), {"affine": True}, "own edits of 1"),
+    ],
+)
+def test_writers_own_edits_that_do_not_fit_are_refused(own: PerWriter, settings: dict[str, bool], said: str) -> None:
+    assert said in refusal(LLAMA, replace(direction(), per_writer=own), **settings)
 
 
 # --- the constant of an affine edit

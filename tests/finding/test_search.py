@@ -26,12 +26,14 @@ from abliterate.edit.hooks import ablation
 from abliterate.edit.plan import Plan
 from abliterate.errors import GateNotMet, ModelError, UsageError
 from abliterate.evaluation.examine import random_direction
+from abliterate.evaluation.first_tokens import first_tokens
 from abliterate.evaluation.judging import RuleJudge
 from abliterate.evaluation.probe import Probe
 from abliterate.finding.find import Findings, best_separated
 from abliterate.finding.search import Level, Point, Search, held_out, method_of, search
 from abliterate.finding.search.gradient import descend, frozen, legs
 from abliterate.finding.search.objectives import OBJECTIVES, limits_of, objectives_named, values
+from abliterate.finding.search.readers import RIDGE, begun, written_by
 from abliterate.finding.search.search import choose_point
 from abliterate.model.batches import SharedPrefix, last_logits
 from abliterate.record import read_record
@@ -85,13 +87,60 @@ def test_the_gradient_stops_refusal_from_a_bad_start(session: Session, findings:
     assert after < 0.1
 
 
-def test_every_site_has_its_own_direction(session: Session, findings: Findings, start: Direction) -> None:
+def test_every_writer_has_its_own_edit(session: Session, findings: Findings, start: Direction, tmp_path: Path) -> None:
     (found,) = descend(session, findings.ids, start, EditSettings(), legs(1, 4))
-    assert found.per_site is not None
-    assert found.per_site.shape == (session.anatomy.layers + 1, 1, session.anatomy.d_model)
-    torch.testing.assert_close(found.per_site.norm(dim=-1), torch.ones(session.anatomy.layers + 1, 1))
-    bases = {edit.writer.block: edit.basis for edit in session.plan(found).edits}
-    assert not torch.allclose(bases[2], bases[4], atol=1e-3)
+    own, plan = found.per_writer, session.plan(found)
+    assert own is not None
+    assert found.recipe is not None
+    assert set(own.names) == set(found.recipe.strengths) == {edit.writer.name for edit in plan.edits}
+    torch.testing.assert_close(own.basis.norm(dim=-1), torch.ones(len(own.names), 1))
+    left = {edit.writer.name: edit.basis for edit in plan.edits}
+    assert not torch.allclose(left[own.names[-1]], left[own.names[-2]], atol=1e-3)
+    save_direction(tmp_path / "point.safetensors", found)
+    back = load_direction(tmp_path / "point.safetensors")
+    assert back == found
+    assert torch.equal(logits(session, session.plan(back)), logits(session, plan))
+    assert "writers" not in back.facts
+
+
+def test_readers_hardly_read_what_harmless_prompts_make_writers_write(session: Session, start: Direction) -> None:
+    """The control's reader is the direction itself; both read one of the direction."""
+    writers = [writer for writer in session.anatomy.writers if writer.block is not None]
+    prompts = session.encoded["harmless", "train"]
+    with written_by(session.model, {writer.name: writer.module for writer in writers}) as written:
+        first_tokens(session.model, prompts, [0], session.size)
+    readers, rows = begun(start.basis.expand(len(writers), *start.basis.shape), list(written.values()))
+    found = readers(rows)
+    torch.testing.assert_close((found @ start.basis.T).flatten(), torch.ones(len(writers)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(readers(3 * rows), found)
+    for reader, squares in zip(found, written.values(), strict=True):
+        assert reader @ squares @ reader.T < 0.5 * start.basis @ squares @ start.basis.T
+
+
+def test_what_writers_write_is_summed_over_the_prompts_own_tokens(session: Session) -> None:
+    """Against each prompt run by itself, without padding."""
+    prompts = session.encoded["harmless", "train"].take(range(5))
+    assert len({len(suffix) for suffix in prompts.suffixes}) > 1, "the control: there is padding"
+    writer = session.anatomy.writers[-1]
+    with written_by(session.model, {writer.name: writer.module}) as together:
+        first_tokens(session.model, prompts, [0], session.size)
+    alone = torch.zeros_like(together[writer.name])
+    for row in range(5):
+        with written_by(session.model, {writer.name: writer.module}) as one:
+            first_tokens(session.model, prompts.take([row]), [0], session.size)
+        alone += one[writer.name]
+    torch.testing.assert_close(together[writer.name], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_readers_solve_the_ridge_regression_that_they_say() -> None:
+    generator = torch.Generator().manual_seed(7)
+    left, written = (torch.randn(*shape, generator=generator) for shape in ((1, 2, 12), (30, 12)))
+    readers, rows = begun(left, [written.T @ written])
+    inverse = torch.linalg.inv(torch.eye(12) + written.T @ written / (30 * RIDGE * written.square().mean()))
+    expected = torch.linalg.inv(left[0] @ inverse @ left[0].T) @ left[0] @ inverse
+    torch.testing.assert_close(readers(rows)[0], expected, rtol=1e-3, atol=1e-4)
+    unknown, rows = begun(left, [None])
+    torch.testing.assert_close(unknown(rows)[0], torch.linalg.pinv(left[0]).T)
 
 
 def test_more_weight_on_kl_costs_less_and_refuses_more(session: Session, findings: Findings, start: Direction) -> None:

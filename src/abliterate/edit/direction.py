@@ -27,7 +27,7 @@ from abliterate.prompts.contrastive import fingerprint
 ROUNDING = 1e-6
 
 #: The tensors of a direction file, and how large they may be together: candidates of the largest models take a tenth.
-_TENSORS = ("basis", "candidates", "harmless_mean", "reader", "mean", "per_site")
+_TENSORS = ("basis", "candidates", "harmless_mean", "reader", "mean", "per_site", "writers.basis", "writers.reader")
 _MOST_BYTES = 4 * 10**9
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -83,6 +83,33 @@ class Candidates(TensorValue):
         return 0 <= site.layer < sites and -positions <= site.position < 0
 
 
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class PerWriter(TensorValue):
+    """What is taken out of single writers, and what reads there how much of it: an oblique edit of each.
+
+    `names` are writers by parameter, as in a recipe; `basis` holds L and `reader` R of `plan.Edit` for each, both
+    [w, k, d], as the writer writes: before its post-norm.
+    """
+
+    names: tuple[str, ...]
+    basis: Float[Tensor, "w k d"]
+    reader: Float[Tensor, "w k d"]
+
+    def __post_init__(self) -> None:
+        """Lists and arrays of numbers become tensors. Raises `UsageError`, naming the field, for anything else."""
+        object.__setattr__(self, "names", tuple(self.names))
+        tensors(self, {"basis": 3, "reader": 3})
+        if self.reader.shape != self.basis.shape or len(self.names) != len(self.basis):
+            raise UsageError(
+                f"PerWriter: expected a basis and a reader for each of {len(self.names)} writers, found "
+                f"{list(self.basis.shape)} and {list(self.reader.shape)}"
+            )
+
+    def by_name(self) -> dict[str, tuple[Float[Tensor, "k d"], Float[Tensor, "k d"]]]:
+        """L and R of each writer."""
+        return dict(zip(self.names, zip(self.basis, self.reader, strict=True), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """How a direction that was searched for is taken out: from which writers (by parameter) and how strongly.
@@ -102,7 +129,8 @@ class Direction(TensorValue):
 
     Rows are orthonormal unless there is a `reader` [k, d] (an oblique edit, see `plan.Edit`). `mean` [d] is what an
     affine edit puts back. A `recipe` says how it is taken out; without one it is taken out of every writer. `per_site`
-    [L+1, k, d] holds other directions for what is written at each site (see `plan.Variant`).
+    [L+1, k, d] holds other directions for what is written at each site (see `plan.Variant`), `per_writer` oblique
+    edits of single writers, which come before both.
 
     `site` is where it was measured, `model` the name of the model that it was measured on, `learnt_from` holds the
     fingerprints of the prompts that it was made of and chosen by. `facts` is what its file says beside (hashes,
@@ -119,6 +147,7 @@ class Direction(TensorValue):
     model: str | None = None
     learnt_from: frozenset[str] = frozenset()
     facts: Mapping[str, Any] = field(default_factory=dict)
+    per_writer: PerWriter | None = None
 
     def __post_init__(self) -> None:
         """Lists and arrays of numbers become tensors, one vector a basis of one row, a pair a site.
@@ -227,6 +256,8 @@ def save_direction(path: Path, direction: Direction) -> None:
         "reader": direction.reader,
         "mean": direction.mean,
         "per_site": direction.per_site,
+        "writers.basis": None if direction.per_writer is None else direction.per_writer.basis,
+        "writers.reader": None if direction.per_writer is None else direction.per_writer.reader,
     }
     tensors = {name: tensor.float().contiguous() for name, tensor in held.items() if tensor is not None}
     # One key: the library writes several in random order, and equal runs shall leave equal bytes.
@@ -245,6 +276,8 @@ def _said(direction: Direction) -> dict[str, Any]:
         said["learnt_from"] = sorted(direction.learnt_from)
     if direction.recipe is not None:
         said["recipe"] = asdict(direction.recipe)
+    if direction.per_writer is not None:
+        said["writers"] = list(direction.per_writer.names)
     return said
 
 
@@ -284,7 +317,9 @@ def load_direction(path: Path, d_model: int | None = None) -> Direction:
             f"direction file '{path}': expected finite 'per_site' [sites, {len(basis)}, {basis.shape[1]}], found "
             f"{list(per_site.shape)}"
         )
-    direction = Direction(rows, _candidates(path, tensors, basis), reader, put_back, _recipe(path, metadata), per_site)
+    recipe, per_writer = _recipe(path, metadata), _per_writer(path, tensors, metadata, basis.shape[1])
+    candidates = _candidates(path, tensors, basis)
+    direction = Direction(rows, candidates, reader, put_back, recipe, per_site, per_writer=per_writer)
     return _with_origin(direction, metadata)
 
 
@@ -371,6 +406,27 @@ def _oblique(path: Path, tensors: Mapping[str, Tensor], basis: Tensor) -> tuple[
                 f"direction file '{path}': expected finite '{name}' {list(shape)}, found {list(tensor.shape)}"
             )
     return reader, mean
+
+
+def _per_writer(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any], width: int) -> PerWriter | None:
+    """The edits of single writers that the file holds; their names are taken out of the rest of the metadata."""
+    names = metadata.pop("writers", None)
+    basis, reader = tensors.get("writers.basis"), tensors.get("writers.reader")
+    if basis is None and reader is None and names is None:
+        return None
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names) and len(set(names)) == len(names)
+    if not named or basis is None or reader is None:
+        raise UsageError(
+            f"direction file '{path}': expected 'writers.basis', 'writers.reader' and the 'writers' that they are for, "
+            "found not all of them; was it made by a newer version?"
+        )
+    fits = basis.dim() == 3 and basis.shape == reader.shape and basis.shape[::2] == (len(names), width)
+    if not fits or not bool((basis + reader).isfinite().all()):
+        raise UsageError(
+            f"direction file '{path}': expected finite 'writers.basis' and 'writers.reader' "
+            f"[{len(names)}, k, {width}], found {list(basis.shape)} and {list(reader.shape)}"
+        )
+    return PerWriter(tuple(names), basis.float(), reader.float())
 
 
 def _recipe(path: Path, metadata: dict[str, Any]) -> Recipe | None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from abliterate.algebra import INDEPENDENT, check_finite, project_out
 from abliterate.config import EditSettings, as_natural
-from abliterate.edit.direction import Direction, Recipe
+from abliterate.edit.direction import Direction, PerWriter, Recipe
 from abliterate.edit.plan import Plan, Profile, Variant, make_plan
 from abliterate.errors import NumericalError, UsageError
 from abliterate.model.anatomy import Anatomy, Kind, Writer
@@ -33,9 +33,14 @@ def plan_for(
     biprojected = editing.biprojected or (recipe is not None and recipe.biprojected)
     if editing.affine and biprojected:
         raise UsageError("--affine --biprojected: expected one of them, found both")
+    own = {} if direction.per_writer is None else _per_writer(direction.per_writer, anatomy)
+    if own and (editing.affine or biprojected):
+        option = "--affine" if editing.affine else "--biprojected"
+        raise UsageError(f"{option}: expected one direction for all writers, found own edits of {len(own)} of them")
     variant = Variant(
         profile=profile(editing, strength, anatomy, recipe),
         per_site=_biprojected(direction, anatomy) if biprojected else _own(direction, anatomy),
+        per_writer=own,
         reader=direction.reader,
         mean=_mean(direction) if editing.affine else None,
         norm_preserving=editing.norm_preserving or (recipe is not None and recipe.norm_preserving),
@@ -74,6 +79,17 @@ def _own(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites k d"] |
             f"direction: expected one for each of the model's {anatomy.layers + 1} sites, found {len(found)}"
         )
     return found
+
+
+def _per_writer(own: PerWriter, anatomy: Anatomy) -> dict[str, tuple[Float[Tensor, "k d"], Float[Tensor, "k d"]]]:
+    """What is taken out of single writers, by name. Raises `UsageError` for another model's."""
+    if foreign := set(own.names) - {writer.name for writer in anatomy.writers}:
+        raise UsageError(f"direction: it has an edit of '{min(foreign)}', expected a writer of this model")
+    if own.basis.shape[2] != anatomy.d_model:
+        raise UsageError(
+            f"direction: expected vectors of the model's width {anatomy.d_model}, found {own.basis.shape[2]}"
+        )
+    return own.by_name()
 
 
 def _biprojected(direction: Direction, anatomy: Anatomy) -> Float[Tensor, "sites 1 d"]:

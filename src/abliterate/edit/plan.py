@@ -7,8 +7,8 @@ exactly refuses it by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -85,12 +85,14 @@ class Variant:
     """How a direction becomes a plan.
 
     `profile` gives each writer its strength. `per_site` [L+1, k, d] replaces the direction for each target: a block
-    l is edited with entry l + 1, the embedding with entry 0. `reader` [k, d] makes the edit oblique. `mean` [d] makes
-    it affine: what is taken out is put back as in `mean`, x − s V Vᵀ (x − μ).
+    l is edited with entry l + 1, the embedding with entry 0. `per_writer` gives L and R of single writers, by name and
+    before their post-norms. `reader` [k, d] makes the edit oblique. `mean` [d] makes it affine: what is taken out is
+    put back as in `mean`, x − s V Vᵀ (x − μ).
     """
 
     profile: Profile | None = None
     per_site: Float[Tensor, "sites k d"] | None = None
+    per_writer: Mapping[str, tuple[Float[Tensor, "k d"], Float[Tensor, "k d"]]] = field(default_factory=dict)
     reader: Float[Tensor, "k d"] | None = None
     mean: Float[Tensor, " d"] | None = None
     norm_preserving: bool = False
@@ -188,6 +190,9 @@ def _reason(writer: Writer, strength: float | None, variant: Variant) -> str | N
 
 
 def _edit(writer: Writer, basis: Float[Tensor, "k d"], strength: float, variant: Variant) -> Edit:
+    keep = variant.norm_preserving and writer.weight is not None
+    if (own := variant.per_writer.get(writer.name)) is not None:
+        return Edit(writer, own[0], strength, own[1], keep)
     if variant.per_site is not None:
         site = 0 if writer.block is None else writer.block + 1
         try:
@@ -200,7 +205,6 @@ def _edit(writer: Writer, basis: Float[Tensor, "k d"], strength: float, variant:
             raise UsageError(f"writer '{writer.module}': an oblique edit (LEACE) cannot be moved before its post-norm")
         gain = writer.gain.to(basis.device).clone()  # it was learnt in inference mode, which gradients do not take
         basis = before_norm(basis, gain, centred=writer.centred)
-    keep = variant.norm_preserving and writer.weight is not None
     return Edit(writer, basis, strength, reader, keep)
 
 

@@ -206,6 +206,12 @@ def predicting(hidden: Float[Tensor, "b s d"]) -> Bool[Tensor, "b s 1"]:
     return (torch.arange(width, device=hidden.device) >= start.to(hidden.device)[:, None])[..., None]
 
 
+def ends(rows: int, width: int) -> Int[Tensor, " b"] | None:
+    """The last token of each row's prompt in the pass under way; None where it is before or after it (a prefix)."""
+    start = _REPLIES.get()
+    return start if start is not None and len(start) == rows and bool((start < width).all()) else None
+
+
 @contextlib.contextmanager
 def cut_head(model: Any, index: Int[Tensor, "b p"], start: Int[Tensor, " b"] | None = None) -> Iterator[None]:
     """Let the head see only the tokens at `index`; the first of them, or `start`, is the first that predicts a reply.

@@ -1,18 +1,22 @@
 """Search by gradient: strengths and direction are optimised through the hooks; no weight of the model is trained.
 
-A plan is differentiable in its strengths and its basis, and so are the first tokens of answers. The loss is
+A plan is differentiable in its strengths, bases and readers, and so are the first tokens of answers. The loss is
 
     mean over harmful prompts of softplus(refusal score − mean refusal score of harmless prompts) + λ · mean KL
 
-where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every site that is
-written to has its own direction, which starts as its own difference of means without the part along the harmless mean.
+where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every writer has an
+oblique edit of its own: what is taken out of it starts as the difference of means of its site without the part along
+the harmless mean, and what reads how much of it as what hardly reads harmless prompts (see `readers`).
+
 Of a behaviour that is found by the same prompts under two instructions, whole replies take the place of the first
 token: with prompts asked plainly, the model's own replies under the one instruction
 are to become as unlikely, and those under the other as likely, as they are under the other. The loss is then
 
     mean over prompts of softplus(k (l₊ − t₊)) + softplus(k (t₋ − l₋)) + λ · mean KL
 
-with l the mean log-likelihood of a token of the reply, t what it is under the other instruction, and k = `SLOPE`.
+with l the mean log-likelihood of a token of the reply, t what it is under the other instruction, and k = `SLOPE`. There
+every site that is written to has a direction, taken out of all that writes to it: both sides are the same prompts, so
+there are none that are not to be read.
 
 Each point of the front has its own λ, and starts where the one before it ended (a homotopy along λ), so it needs few
 steps.
@@ -33,7 +37,7 @@ from torch.nn.functional import softplus
 
 from abliterate.algebra import ZERO_NORM, orthonormal, project_out
 from abliterate.config import EditSettings
-from abliterate.edit.direction import Direction, Recipe
+from abliterate.edit.direction import Direction, PerWriter, Recipe
 from abliterate.edit.hooks import ablation
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
@@ -41,6 +45,7 @@ from abliterate.errors import UsageError
 from abliterate.evaluation.first_tokens import first_tokens
 from abliterate.evaluation.scores import kl_divergence, log_likelihood, refusal_score
 from abliterate.finding.replies import own_replies
+from abliterate.finding.search.readers import Readers, begun, written_by
 from abliterate.finding.search.space import free_and_fixed
 from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits, logits_at
 from abliterate.model.offloaded import is_offloaded, recomputed
@@ -77,7 +82,7 @@ class Leg:
 
 #: Weights of KL at the ends of the front. Lighter ones guide whole replies, and where a behaviour is to stay somewhere:
 #: prompts that show it are then among those that must not move, and tell far more against an edit.
-WEIGHTS, LIGHT_WEIGHTS = (40.0, 320.0), (2.5, 40.0)
+WEIGHTS, LIGHT_WEIGHTS = (80.0, 640.0), (2.5, 40.0)
 
 
 def legs(points: int, steps: int, *, weights: tuple[float, float] = WEIGHTS) -> list[Leg]:
@@ -102,7 +107,7 @@ def descend(
 
     `start` says where directions begin, `tokens` are the refusal tokens. `editing` chooses writers and variant; a
     strength that it fixes stays as it is. Without `refine` there is one direction, which stays as it is, too; there is
-    one for all sites also where it is bi-projected or a subspace. Each result is the mean over the second half of its
+    one for all writers also where it is bi-projected. Each result is the mean over the second half of its
     leg (Polyak and Juditsky 1992).
 
     Raises `UsageError` for edits that cannot be optimised: affine and oblique ones.
@@ -119,10 +124,11 @@ def descend(
 class _Descent:
     """The state of the optimisation; `split` are the prompts that it learns from.
 
-    `strengths` [w] has one per free writer. `directions` are rows of length √d, [k, d] for all sites or [L+1, k, d].
+    `strengths` [w] has one per free writer. `vectors` are rows of length √d: L and R of each edited writer, [w, k, d]
+    both, where each has its own (`own_edits`); else one direction for all sites, [k, d], or for each, [L+1, k, d].
     """
 
-    split, harmful_rows = "train", BATCH
+    split, harmful_rows, own_edits = "train", BATCH, True
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
@@ -130,45 +136,62 @@ class _Descent:
         self.session, self.tokens, self.start, self.editing = session, tokens, start, editing
         free, self.fixed = free_and_fixed(session.anatomy, editing)
         self.free = [writer.name for writers in free.values() for writer in writers]
-        basis = _beginning(start) if refine and not editing.biprojected else start.basis.float()
-        self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
-        self.directions = (basis * basis.shape[-1] ** 0.5).requires_grad_(refine)
-        groups = [
-            {"params": [parameter], "lr": rate, "rate": rate}
-            for parameter, rate in ((self.strengths, STRENGTH_RATE), (self.directions, DIRECTION_RATE))
-            if parameter.requires_grad
-        ]
-        if not groups:
-            raise UsageError("--method gradient: strengths and direction are both fixed; there is nothing to search")
-        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
         self.prompts = {name: session.encoded[name, self.split] for name in ("harmful", "harmless")}
         self.kept = range(len(self.prompts["harmless"]), len(self.prompts["harmless"]))
         if (stays := session.encoded.get(("keep", "train"))) is not None:  # what is to stay is to stay as it is
             self.kept = range(self.kept.stop, self.kept.stop + len(stays))
             self.prompts["harmless"] = self.prompts["harmless"] + stays
+        turned = refine and not editing.biprojected
         self.base, self.target, answered = self._unedited()
         rows = {"harmful": range(len(self.prompts["harmful"])), "harmless": answered}
         self.draw = {name: _shuffled(chosen, session.seed) for name, chosen in rows.items()}
+        self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
+        self.readers: Readers | None = None
+        self.writers: tuple[str, ...] = ()
+        basis = _beginning(start) if turned else start.basis.float()
+        self.vectors = self._begin(basis, answered) if turned and self.own_edits else [_long(basis)]
+        for rows in self.vectors:
+            rows.requires_grad_(refine)
+        groups = [
+            {"params": [parameter], "lr": rate, "rate": rate}
+            for parameter, rate in ((self.strengths, STRENGTH_RATE), *((one, DIRECTION_RATE) for one in self.vectors))
+            if parameter.requires_grad
+        ]
+        if not groups:
+            raise UsageError("--method gradient: strengths and direction are both fixed; there is nothing to search")
+        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+
+    def _begin(self, basis: Float[Tensor, "*sites k d"], answered: list[int]) -> list[Float[Tensor, "w k d"]]:
+        """L and R of each writer: what the plan of `basis` takes out there, and what hardly reads prompts answered."""
+        session, names = self.session, {*self.free, *self.fixed}
+        modules = {writer.name: writer.module for writer in session.anatomy.writers if writer.name in names}
+        with written_by(session.model, modules) as written:
+            first_tokens(session.model, self.prompts["harmless"].take(answered), self.tokens, session.size)
+        plan = plan_for(session.anatomy, self._direction([basis], dict.fromkeys(modules, START)))
+        left = torch.stack([edit.basis for edit in plan.edits])
+        self.readers, right = begun(left, [written.get(name) for name in modules])
+        self.writers = tuple(modules)
+        return [_long(left), _long(right)]
 
     def leg(self, leg: Leg, progress: Callable[[int], None] | None) -> Direction:
         """Some steps at one weight."""
-        kept: list[tuple[Tensor, Tensor]] = []
+        kept: list[list[Tensor]] = []
         for step in range(leg.steps):
             for group in self.optimiser.param_groups:
                 group["lr"] = group["rate"] * (1 - (1 - LAST) * step / leg.steps)
             self._step(leg.weight)
             if step >= leg.steps // 2:
-                kept.append((self.directions.detach().clone(), self.strengths.detach().clone()))
+                kept.append([values.detach().clone() for values in (self.strengths, *self.vectors)])
             if progress is not None:
                 progress(1)
-        directions, strengths = (torch.stack(values).mean(0) for values in zip(*kept, strict=True))
-        return self._result(directions, strengths)
+        strengths, *vectors = (torch.stack(values).mean(0) for values in zip(*kept, strict=True))
+        return self._result(vectors, strengths)
 
     def _step(self, weight: float) -> None:
         counts = {"harmful": self.harmful_rows, "harmless": BATCH}
         rows = {name: [next(draw) for _ in range(counts[name])] for name, draw in self.draw.items()}
         joined = self._joined(rows)
-        wanted = [p for p in (self.strengths, self.directions) if p.requires_grad]
+        wanted = [p for p in (self.strengths, *self.vectors) if p.requires_grad]
         sums = [torch.zeros_like(p) for p in wanted]
 
         def work(chosen: list[int]) -> None:
@@ -209,13 +232,20 @@ class _Descent:
     def _plan(self) -> Plan:
         """The plan of the parameters as they are, differentiable in them."""
         values = dict(zip(self.free, self.strengths, strict=True))
-        return plan_for(self.session.anatomy, self._direction(self.directions, values))
+        return plan_for(self.session.anatomy, self._direction(self.vectors, values))
 
-    def _direction(self, directions: Float[Tensor, "*sites k d"], strengths: Any) -> Direction:
+    def _direction(self, vectors: Sequence[Float[Tensor, "*any k d"]], strengths: Any) -> Direction:
         recipe = self._recipe(strengths)
-        if directions.dim() == 2:
-            return replace(self.start, basis=orthonormal(directions), recipe=recipe)
-        return replace(self.start, recipe=recipe, per_site=directions / directions.norm(dim=-1, keepdim=True))
+        first = vectors[0]
+        unit = first / first.norm(dim=-1, keepdim=True)
+        if self.readers is not None:
+            rows = [row for row, name in enumerate(self.writers) if name in recipe.strengths]
+            names = tuple(self.writers[row] for row in rows)
+            own = PerWriter(names, unit[rows], self.readers(vectors[1])[rows])
+            return replace(self.start, recipe=recipe, per_writer=own)
+        if first.dim() == 2:
+            return replace(self.start, basis=orthonormal(first), recipe=recipe)
+        return replace(self.start, recipe=recipe, per_site=unit)
 
     def _recipe(self, strengths: Any) -> Recipe:
         """Tensors stand for strengths while they are optimised."""
@@ -224,9 +254,9 @@ class _Descent:
         tied = any(writer.tied and writer.name in strengths for writer in self.session.anatomy.writers)
         return Recipe(strengths, editing.norm_preserving, editing.biprojected, editing.untie and tied)
 
-    def _result(self, directions: Float[Tensor, "*sites k d"], strengths: Float[Tensor, " w"]) -> Direction:
+    def _result(self, vectors: Sequence[Float[Tensor, "*any k d"]], strengths: Float[Tensor, " w"]) -> Direction:
         values = {name: round(float(s), 6) for name, s in zip(self.free, strengths, strict=True)}
-        return self._direction(directions, {n: s for n, s in values.items() if abs(s) >= LEAST})
+        return self._direction(vectors, {n: s for n, s in values.items() if abs(s) >= LEAST})
 
     def _unedited(self) -> tuple[Float[Tensor, "n vocab"], float, list[int]]:
         """The first tokens of answers to harmless prompts: their distributions in the model's own precision, the mean
@@ -242,7 +272,7 @@ class _Descent:
 class _Lesson(_Descent):
     """The same, guided by whole replies: see the module."""
 
-    split, harmful_rows = "plain train", PAIRS
+    split, harmful_rows, own_edits = "plain train", PAIRS, False
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
@@ -311,6 +341,11 @@ class _Lesson(_Descent):
             for one, reply in zip(logits, replies, strict=True)
         ]
         return torch.stack(means)
+
+
+def _long(rows: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
+    """Rows of length √d: entries of about one."""
+    return rows * rows.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True)
 
 
 def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:
