@@ -318,24 +318,28 @@ def test_a_run_writes_the_chosen_point_and_any_other_can_be_applied(planted: Pla
     assert abliterate.verify_files(tmp_path / "out").intact
 
 
-def test_what_the_evaluation_says_of_the_chosen_point_is_what_hooks_say_of_it(planted: Planted, tmp_path: Path) -> None:
+def test_what_the_evaluation_says_of_the_chosen_point_is_what_hooks_say_of_it(
+    planted: Planted, session: Session, findings: Findings, tmp_path: Path
+) -> None:
     objectives = "refusals,kl,over-refusals,kl-reply,length"
-    asked = job(planted, tmp_path / "run", objectives=objectives)
-    written = pipeline.run(asked)
+    written = pipeline.run(job(planted, tmp_path / "run", objectives=objectives))
     assert written.search is not None
-    hooked = pipeline.search(job(planted, tmp_path / "search", objectives=objectives, pick=str(written.search.chosen)))
-    assert hooked.search is not None
     assert written.evaluation is not None
     assert written.evaluation.after is not None
-    one, other = written.search.point, hooked.search.point
+    one = written.search.point
     assert one is not None
-    assert other is not None
     assert one.held_out is not None
-    assert one.held_out == pytest.approx(other.held_out, rel=1e-3, abs=1e-6)
-    assert one.intervals.keys() == other.intervals.keys()
-    assert written.search.base_held_out == hooked.search.base_held_out
-    assert one.held_out["refusals"] == written.evaluation.after.harmful.rate
+    probe = Probe(session, findings.ids, "test", RuleJudge(), EvalSettings(max_new_tokens=6))
+    plan = session.plan(load_direction(tmp_path / "run" / "direction.safetensors"))
+    hooked, base = (
+        values(probe.measure(edit, level), objectives_named(objectives))
+        for edit, level in ((plan, Level.SHIFT), (None, Level.REPLIES))
+    )
+    assert hooked["kl"] > 1e-7, "the control: the edit does something"
+    assert one.held_out == pytest.approx(hooked, rel=1e-2, abs=1e-8)
     assert written.search.base_held_out is not None
+    assert {name: written.search.base_held_out[name] for name in hooked} == pytest.approx(base)
+    assert one.held_out["refusals"] == written.evaluation.after.harmful.rate
     assert written.search.base_held_out["over-refusals"] == written.evaluation.before.harmless.rate
     assert "measure points on held-out prompts" not in written.timings_s
 

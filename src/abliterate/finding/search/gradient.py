@@ -59,7 +59,7 @@ STRENGTH_RATE, DIRECTION_RATE = 0.08, 0.16
 #: By the end of each leg steps have shrunk to this share.
 LAST = 0.1
 #: Strength of every writer at the start.
-START = 0.5
+START = 0.35
 #: A writer whose strength ends below this is left alone: it holds nothing worth a changed file.
 LEAST = 0.02
 #: How steep the loss of replies is, per nat of a token's mean log-likelihood; and how many tokens of them count.
