@@ -150,8 +150,8 @@ class _Descent:
         self.writers: tuple[str, ...] = ()
         basis = _beginning(start) if turned else start.basis.float()
         self.vectors = self._begin(basis, answered) if turned and self.own_edits else [_long(basis)]
-        for rows in self.vectors:
-            rows.requires_grad_(refine)
+        for vectors in self.vectors:
+            vectors.requires_grad_(refine)
         groups = [
             {"params": [parameter], "lr": rate, "rate": rate}
             for parameter, rate in ((self.strengths, STRENGTH_RATE), *((one, DIRECTION_RATE) for one in self.vectors))
@@ -345,7 +345,8 @@ class _Lesson(_Descent):
 
 def _long(rows: Float[Tensor, "*any d"]) -> Float[Tensor, "*any d"]:
     """Rows of length √d: entries of about one."""
-    return rows * rows.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True)
+    long: Tensor = rows * rows.shape[-1] ** 0.5 / rows.norm(dim=-1, keepdim=True)
+    return long
 
 
 def _beginning(start: Direction) -> Float[Tensor, "*sites k d"]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,7 +29,7 @@ RIDGE = 0.01
 
 
 @contextlib.contextmanager
-def written_by(model: nn.Module, modules: Mapping[str, str]) -> Iterator[dict[str, Float[Tensor, "d d"]]]:
+def written_by(model: Any, modules: Mapping[str, str]) -> Iterator[dict[str, Float[Tensor, "d d"]]]:
     """Sum y yᵀ over what modules give for the prompts that are run inside, by the keys of `modules`.
 
     A prefix that all share is left out. Modules that do not give one vector for each token (experts that see only the
