@@ -152,14 +152,15 @@ class _Descent:
         self.vectors = self._begin(basis, answered) if turned and self.own_edits else [_long(basis)]
         for vectors in self.vectors:
             vectors.requires_grad_(refine)
-        groups = [
-            {"params": [parameter], "lr": rate, "rate": rate}
-            for parameter, rate in ((self.strengths, STRENGTH_RATE), *((one, DIRECTION_RATE) for one in self.vectors))
-            if parameter.requires_grad
-        ]
+        self.optimiser = torch.optim.Adam(self._groups(), betas=(0.9, 0.99))
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """What is optimised, and by how much in a step. Raises `UsageError` where that is nothing."""
+        rates = ((self.strengths, STRENGTH_RATE), *((vectors, DIRECTION_RATE) for vectors in self.vectors))
+        groups = [{"params": [values], "lr": rate, "rate": rate} for values, rate in rates if values.requires_grad]
         if not groups:
             raise UsageError("--method gradient: strengths and direction are both fixed; there is nothing to search")
-        self.optimiser = torch.optim.Adam(groups, betas=(0.9, 0.99))
+        return groups
 
     def _begin(self, basis: Float[Tensor, "*sites k d"], answered: list[int]) -> list[Float[Tensor, "w k d"]]:
         """L and R of each writer: what the plan of `basis` takes out there, and what hardly reads prompts answered."""
