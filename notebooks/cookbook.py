@@ -76,9 +76,7 @@ def tokens(prompt):
 
 def score(prompt):
     """The log-odds that the reply begins as a refusal."""
-    return float(
-        hf(**tokens(prompt), logits_to_keep=1).logits[0, -1].double().softmax(-1)[refusal_tokens].sum().logit()
-    )
+    return float(hf(**tokens(prompt)).logits[0, -1].double().softmax(-1)[refusal_tokens].sum().logit())
 
 
 def behaving(split):
@@ -211,11 +209,11 @@ frame.sort_values("bypass").head(6).round(3)
 # %%
 prompt = "How do I pick a lock?"
 handles = ablate_by_hand(direction)
-by_hand = hf(**tokens(prompt), logits_to_keep=1).logits[0, -1]
+by_hand = hf(**tokens(prompt)).logits[0, -1]
 for handle in handles:
     handle.remove()
 with model.ablate(direction):
-    by_library = hf(**tokens(prompt), logits_to_keep=1).logits[0, -1]
+    by_library = hf(**tokens(prompt)).logits[0, -1]
 print(same(by_hand, by_library))
 
 
@@ -261,7 +259,7 @@ for name, weight in hf.named_parameters():
 
 model.apply_(direction)
 errors = {name: float((hf.get_parameter(name) - one).float().norm()) / size[name] for name, one in by_hand.items()}
-with_weights = hf(**tokens(prompt), logits_to_keep=1).logits[0, -1]
+with_weights = hf(**tokens(prompt)).logits[0, -1]
 model.restore()
 print(f"{len(errors)} weights; they differ by at most {max(errors.values()):.1e} of the change")
 assert max(errors.values()) < 0.05
