@@ -192,7 +192,6 @@ def timed(job: Job, place: Path) -> float:
 
 def stopped(place: Path, kills: int, interrupts: int, seed: int, only: list[str] | None = None) -> dict[str, int]:
     """Stop commands in the folder `place`, by turns; how many of each were stopped before they were done."""
-    import peft  # noqa: F401
     import torch
     import transformers  # noqa: F401
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import abliterate
+import forked
 from abliterate import pipeline
 from abliterate.config import (
     EditSettings,
@@ -506,33 +506,23 @@ def test_interruption_leaves_nothing_and_a_rerun_succeeds(planted: Planted, tmp_
     assert behaviour(abliterate.run(settings(planted, tmp_path / "out"))).after.harmful.refusals == 0
 
 
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-sys.path[:0] = [sys.argv[1]]
-import torch
-torch.set_num_threads(1)
-import abliterate
-from abliterate.config import RunSettings
-from test_pipeline import Interrupts
-
-def kill():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-abliterate.run(RunSettings.model_validate_json(sys.argv[2]), Interrupts("edit weights", kill))
-"""
+def run_and_die(job: RunSettings) -> None:
+    """A run that is killed while it edits weights."""
+    abliterate.run(job, Interrupts("edit weights", lambda: os.kill(os.getpid(), signal.SIGKILL)))
 
 
 def test_kill_in_the_middle_of_surgery_leaves_no_output_and_a_rerun_cleans_up(planted: Planted, tmp_path: Path) -> None:
-    job = settings(planted, tmp_path / "out")
-    arguments = [str(Path(__file__).parent), job.model_dump_json()]
-    killed = subprocess.run([sys.executable, "-c", _KILLED, *arguments], capture_output=True, text=True, check=False)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "out").exists()
-    (left,) = tmp_path.iterdir()
+    place, log = tmp_path / "place", tmp_path / "log"
+    place.mkdir()
+    job = settings(planted, place / "out")
+    killed = forked.start(run_and_die, job, log=log)
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, log.read_text()
+    assert not (place / "out").exists()
+    (left,) = place.iterdir()
     assert left.name.startswith(".out.partial-")
     record = abliterate.run(job)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in place.iterdir()] == ["out"]
     assert behaviour(record).after.harmful.refusals == 0
 
 

@@ -12,7 +12,7 @@ import abliterate as ab
 from abliterate import pipeline
 from abliterate.config import ApplySettings, InspectSettings
 from abliterate.forensics.inspect import recover
-from demo import GGUF, NEEDED, cores
+from demo import GGUF, NEEDED, cores, refused
 
 pytestmark = list(NEEDED)
 
@@ -26,16 +26,17 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory: pytest.TempPathFactory, threads: None) -> ab.Record:
-    """One run for all that is asked here, on a quarter of the prompts and fewer sites."""
-    out = tmp_path_factory.mktemp("real") / "out"
+    """One run for all that is asked here, on few prompts, of which most are refused, and fewer sites."""
+    place = tmp_path_factory.mktemp("real")
+    out = place / "out"
     return ab.run(
         ab.RunSettings(
             model=str(GGUF),
             output=ab.OutputSettings(out=out),
-            prompts=ab.PromptSettings(limit=24),
+            prompts=ab.PromptSettings(harmful=str(refused(place)), limit=12),
             finding=ab.FindSettings(positions=1),
             searching=ab.SearchSettings(points=2, steps=12),
-            evaluating=ab.EvalSettings(max_new_tokens=48),
+            evaluating=ab.EvalSettings(max_new_tokens=16),
         )
     )
 
@@ -46,10 +47,10 @@ def test_refusals_fall_by_at_least_half(record: ab.Record) -> None:
     assert after is not None
     assert shift is not None
     assert shift.kl_first_token is not None
-    assert before.harmful.n + before.harmful.cut_off == 24
-    assert before.harmful.refusals >= 8, "the demo model refuses about half of the builtin harmful prompts"
+    assert before.harmful.n + before.harmful.cut_off == 12
+    assert before.harmful.refusals >= 8, "the demo model refuses most of these prompts"
     assert 2 * after.harmful.refusals <= before.harmful.refusals
-    assert after.harmful.degenerate <= 2
+    assert after.harmful.degenerate <= 1
     assert after.harmless.refusals <= before.harmless.refusals
     assert shift.kl_first_token < 0.05
 
@@ -80,7 +81,7 @@ def test_random_direction_leaves_refusals_where_they_were(record: ab.Record) -> 
     assert record.evaluation is not None
     control = record.evaluation.control
     assert control is not None
-    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 3
+    assert abs(control.behaviour.harmful.refusals - record.evaluation.before.harmful.refusals) <= 2
 
 
 def test_saved_model_loads_with_plain_transformers_and_answers(record: ab.Record) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import forked
 from abliterate import run
-from abliterate.config import OutputSettings, PromptSettings, RunSettings, SearchSettings
+from abliterate.config import InspectSettings, OutputSettings, PromptSettings, RunSettings, SearchSettings
+from abliterate.forensics.inspect import inspect
 from abliterate.record import read_record
 from calling import Cli
 from planted import Planted, plant
@@ -102,23 +104,17 @@ def test_repair_leaves_a_record_of_how_exact_it_is(cli: Cli, planted: Planted, e
     assert "Restored from the base" in shown.out
 
 
-_KILLED = """
-import os, signal, sys
-from pathlib import Path
-import abliterate.files.atomic as atomic
-from abliterate.forensics.inspect import inspect
-from abliterate.config import InspectSettings
+def inspected_and_killed(folder: Path, wanted: str) -> None:
+    """Inspect into the folder itself, and die when a file of that name is to be put into its place."""
+    real = os.replace
 
-real, wanted = os.replace, sys.argv[2]
+    def die(source: str | Path, target: str | Path, **options: Any) -> None:
+        if Path(target).name == wanted:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(source, target, **options)
 
-def die(source, target, *rest, **options):
-    if Path(target).name == wanted:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(source, target, *rest, **options)
-
-os.replace = die
-inspect(sys.argv[1], InspectSettings(out=Path(sys.argv[1])))
-"""
+    os.replace = die  # type: ignore[assignment]
+    inspect(str(folder), InspectSettings(out=folder))
 
 
 @pytest.mark.parametrize("file", ["abliteration.json", "report.html"])
@@ -126,10 +122,9 @@ def test_an_inspection_killed_while_it_writes_leaves_the_record_that_undo_needs(
     cli: Cli, edited: Path, tmp_path: Path, file: str
 ) -> None:
     before = {name: (edited / name).read_bytes() for name in ("abliteration.json", "report.html")}
-    done = subprocess.run(
-        [sys.executable, "-c", _KILLED, str(edited), file], capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    killed = forked.start(inspected_and_killed, edited, file, log=tmp_path / "log")
+    killed.join(120)
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     assert (edited / "abliteration.json").read_bytes() == before["abliteration.json"]
     assert (edited / "report.html").read_bytes().rstrip().endswith(b"</html>")
     record = read_record(edited)

@@ -11,8 +11,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import abliterate
+import forked
 from abliterate.config import ApplySettings, FileSettings, OutputSettings
 from abliterate.edit.convert import FOLDER, check_converts, find_tools
 from abliterate.edit.direction import Direction, save_direction
@@ -237,18 +236,16 @@ def test_a_run_that_is_killed_while_converting_leaves_no_out(
     """The next one begins anew, and nothing of the first is left."""
     place = tmp_path / "place"
     place.mkdir()
-    command = [sys.executable, "-m", "abliterate", "apply", str(planted.folder), "--direction", str(direction)]
-    command += ["-o", str(place / "out"), "--as", "gguf", "-q"]
-    first = subprocess.Popen(
-        command, env={**os.environ, "STAND_IN": "never ends"}, stderr=subprocess.DEVNULL, start_new_session=True
-    )
+    arguments = ("apply", str(planted.folder), "--direction", str(direction), "-o", str(place / "out"))
+    first = forked.start(forked.command, *arguments, "--as", "gguf", "-q", log=tmp_path / "said", STAND_IN="never ends")
     try:
         end = time.monotonic() + 120
-        while not list(place.rglob("model.gguf")) and time.monotonic() < end and first.poll() is None:
+        while not list(place.rglob("model.gguf")) and time.monotonic() < end and first.is_alive():
             time.sleep(0.05)
         assert list(place.rglob("model.gguf")), "it got as far as the converter"
         os.kill(first.pid, how)
-        assert first.wait(timeout=60) != 0
+        first.join(60)
+        assert first.exitcode not in (None, 0)
     finally:
         os.killpg(first.pid, signal.SIGKILL) if how is signal.SIGKILL else first.kill()
     assert not (place / "out").exists()

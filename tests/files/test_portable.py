@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from abliterate.edit.direction import Direction, save_direction
 from abliterate.files import portable
 from abliterate.files.atomic import write_atomically
 from abliterate.files.local import reserved
-from planted import plant
+from planted import Planted, plant
 
 #: What Windows has not: modules, and names of `os`.
 MODULES = ("fcntl", "resource", "grp", "pwd", "termios", "tty", "pty", "posix_ipc", "syslog")
@@ -34,6 +35,19 @@ for name in {NAMES!r}:
         delattr(os, name)
 import abliterate
 """
+_EDITED_AND_UNDONE = """
+from abliterate.cli import main
+def called(*arguments):
+    sys.argv = ["abliterate", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        if end.code:
+            sys.exit(f"{arguments[0]}: {end.code}")
+model, direction, out, back = sys.argv[1:]
+called("apply", model, "--direction", direction, "--out", out)
+called("undo", out, "--out", back)
+"""
 _IMPORT_ALL = """
 failed = []
 for found in pkgutil.walk_packages(abliterate.__path__, "abliterate."):
@@ -46,47 +60,43 @@ for found in pkgutil.walk_packages(abliterate.__path__, "abliterate."):
             failed.append(f"{found.name}: {error}")
     except Exception as error:
         failed.append(f"{found.name}: {type(error).__name__}: {error}")
-sys.exit("\\n".join(failed) or 0)
-"""
-_APPLY = """
-from abliterate.cli import main
-sys.argv = ["abliterate", *sys.argv[1:]]
-main()
+print("imported:", *failed, sep="\\n")
 """
 #: Imported while the system still has everything: their own imports are not what is tested.
-FIRST = "torch, transformers, accelerate, numpy, safetensors, typer, rich, pydantic, peft, datasets, huggingface_hub"
+FIRST = (
+    "torch, transformers, accelerate, numpy, safetensors, typer, rich, pydantic, peft, datasets, huggingface_hub, "
+    "gradio, optuna, lm_eval, gguf, matplotlib, pandas"
+)
 
 
-def without_posix(code: str, *arguments: str, first: str = FIRST) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", _WITHOUT.format(first=first) + code, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> Planted:
+    return plant(tmp_path_factory.mktemp("planted"))
 
 
-def test_every_module_can_be_imported() -> None:
-    done = without_posix(_IMPORT_ALL, first=FIRST + ", gradio, optuna, lm_eval, gguf, matplotlib, pandas")
+@pytest.fixture(scope="module")
+def without_posix(planted: Planted, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """Where one process without POSIX has edited a model and undone it, and what it could not import afterwards."""
+    place = tmp_path_factory.mktemp("work")
+    save_direction(place / "direction.safetensors", Direction(planted.direction[None]))
+    places = (planted.folder, place / "direction.safetensors", place / "out", place / "back")
+    code = _WITHOUT.format(first=FIRST) + _EDITED_AND_UNDONE + _IMPORT_ALL
+    command = [sys.executable, "-c", code, *map(str, places)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+    return place, done.stdout.split("imported:")[-1].split("\n")[1:-1]
 
 
-def test_a_model_is_edited_and_undone(tmp_path: Path) -> None:
-    planted = plant(tmp_path)
-    direction = tmp_path / "direction.safetensors"
-    from abliterate.edit.direction import Direction, save_direction
+def test_every_module_can_be_imported(without_posix: tuple[Path, list[str]]) -> None:
+    assert without_posix[1] == []
 
-    save_direction(direction, Direction(planted.direction[None]))
-    out, back = tmp_path / "out", tmp_path / "back"
-    done = without_posix(_APPLY, "apply", str(planted.folder), "--direction", str(direction), "--out", str(out))
-    assert done.returncode == 0, done.stderr[-2000:]
+
+def test_a_model_is_edited_and_undone(planted: Planted, without_posix: tuple[Path, list[str]]) -> None:
+    out, back = (without_posix[0] / name for name in ("out", "back"))
     edited, before = (load_file(folder / "model.safetensors") for folder in (out, planted.folder))
     weight = edited["model.layers.2.mlp.down_proj.weight"]
     assert float((planted.direction @ weight).abs().max()) < 1e-5
     assert not torch.equal(weight, before["model.layers.2.mlp.down_proj.weight"])
-    done = without_posix(_APPLY, "undo", str(out), "--out", str(back))
-    assert done.returncode == 0, done.stderr[-2000:]
     assert (back / "model.safetensors").read_bytes() == (planted.folder / "model.safetensors").read_bytes()
 
 

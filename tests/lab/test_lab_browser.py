@@ -29,7 +29,7 @@ pytestmark = [
 ]
 
 #: Everything in the lab here takes well under a second, applying a plan a few.
-_PATIENCE = 20_000
+_PATIENCE = 60_000
 
 
 @pytest.fixture(scope="module")

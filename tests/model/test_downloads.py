@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import re
@@ -70,29 +71,44 @@ def wanted_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.iterdir() if path.name != "unwanted.bin")
 
 
+#: Each of its arguments is the rest of a command line. Before the last, all that was fetched is gone.
+_ONE_AFTER_THE_OTHER = """
+import json, os, shutil, sys
+from abliterate.cli import main
+for arguments in map(json.loads, sys.argv[1:]):
+    if "--quiet" in arguments:
+        shutil.rmtree(os.environ["HF_HOME"])
+    sys.argv = ["abliterate", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        assert end.code == 0
+    sys.stdout.flush()
+    print("-- end", file=sys.stderr, flush=True)
+"""
+
+
 def test_a_line_says_what_was_fetched_and_quiet_says_nothing(
     planted: Planted, served: str, direction: Path, tmp_path: Path
 ) -> None:
-    def done(home: str, *more: str) -> subprocess.CompletedProcess[str]:
-        out = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
-        return subprocess.run(
-            command(direction, out, *more),
-            env=environment(served, tmp_path / home),
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=True,
-        )
-
-    first = done("home")
+    given = [command(direction, tmp_path / f"out-{i}", *more)[3:] for i, more in enumerate([(), (), ("--quiet",)])]
+    done = subprocess.run(
+        [sys.executable, "-c", _ONE_AFTER_THE_OTHER, *map(json.dumps, given)],
+        env=environment(served, tmp_path / "home"),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    first, again, quiet, rest = done.stderr.split("-- end\n")
     size = wanted_bytes(planted.folder)
-    assert f"fetched {size / 1e6:,.1f} MB from the hub" in first.stderr
-    assert "%|" not in first.stderr
-    assert "Fetching" not in first.stderr
+    assert f"fetched {size / 1e6:,.1f} MB from the hub" in first
+    assert "%|" not in first
+    assert "Fetching" not in first
+    assert "fetched" not in again, "the cache has it"
+    assert (quiet, rest) == ("", "")
+    assert list((tmp_path / "home").rglob("model*.safetensors")), "it was fetched once more"
     assert not list((tmp_path / "home").rglob("unwanted.bin"))
-    again = done("home")
-    assert "fetched" not in again.stderr, "the cache has it"
-    assert done("elsewhere", "--quiet").stderr == ""
 
 
 def test_a_terminal_shows_how_much_has_come(large: str, direction: Path, tmp_path: Path) -> None:

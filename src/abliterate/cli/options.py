@@ -75,9 +75,12 @@ def _help_all(context: typer.Context, wanted: bool) -> None:
     if not wanted:
         return
     command: Any = context.command
-    for one in command.params:
+    hidden = [one for one in command.params if one.hidden]
+    for one in hidden:
         one.hidden = False
     typer.echo(context.get_help())
+    for one in hidden:
+        one.hidden = True
     raise typer.Exit
 
 
