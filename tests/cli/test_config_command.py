@@ -62,6 +62,14 @@ def test_the_written_file_has_every_option_of_a_run_with_its_default() -> None:
                 assert values[flag] in (field.default, str(field.default))
 
 
+@pytest.mark.parametrize(
+    ("key", "flag"), [("as", "--as"), ("realisation", "--as"), ("search", "--method"), ("method", "--method")]
+)
+def test_a_file_calls_an_option_as_the_command_line_or_the_settings_do(key: str, flag: str, tmp_path: Path) -> None:
+    run("m", "--config", file(tmp_path, f'{key} = "nothing"'), "-o", "x").failed(f"{flag} nothing: input should be")
+    run("m", "--config", file(tmp_path, 'az = "nothing"'), "-o", "x").failed("'az' is no option of run")
+
+
 def test_a_file_takes_the_place_of_options_and_what_is_typed_comes_first(planted: Planted, tmp_path: Path) -> None:
     config = file(tmp_path, options(planted))
     assert run("--config", config, "-o", str(tmp_path / "out"), "--max-new-tokens", "6").code == 0

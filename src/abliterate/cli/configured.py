@@ -63,9 +63,11 @@ def recorded(path: Path) -> Record:
 def _take(context: typer.Context, values: Mapping[str, Any], where: str) -> None:
     command: Any = context.command
     known = {one.name: one for one in command.params if one.name not in ("config", "from_record", "help", "help_all")}
+    called = {flag.removeprefix("--").replace("-", "_"): name for name, one in known.items() for flag in one.opts}
     found = dict(context.default_map or {})
     for key, value in values.items():
-        name = _FIELDS.get(key, key).replace("-", "_")
+        name = key.replace("-", "_")
+        name = name if name in known else called.get(name, name)
         if name not in known:
             like = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {like[0].replace('_', '-')}?" if like else ""
@@ -74,10 +76,6 @@ def _take(context: typer.Context, values: Mapping[str, Any], where: str) -> None
             raise UsageError(f"{where}: {key}: no file may say so; give it on the command line")
         found[name] = _typed(key, value, known[name], where)
     context.default_map = found
-
-
-#: Options that are not called like their field.
-_FIELDS = {"as": "realisation"}
 
 
 def _typed(key: str, value: Any, parameter: Any, where: str) -> Any:
