@@ -13,6 +13,7 @@ from unittest import mock
 import pytest
 import torch
 import typer.main
+from hypothesis import settings
 from transformers.utils import logging
 
 from abliterate.config import cache_folder
@@ -22,6 +23,9 @@ pytest_plugins = ["calling"]
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background shells ignore it, and so would what tests start
 logging.disable_progress_bar()
+# Beside another busy process what takes milliseconds may take a second.
+settings.register_profile("beside others", deadline=None)
+settings.load_profile("beside others")
 
 #: Files that take longest, the longest first; and those after which other libraries are not as they were.
 LONG = ("test_notebooks.py", "test_real_model.py", "test_pipeline.py", "test_zoo.py", "test_zoo_adapters.py")
