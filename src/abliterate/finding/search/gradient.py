@@ -6,7 +6,8 @@ A plan is differentiable in its strengths, bases and readers, and so are the fir
 
 where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every writer has an
 oblique edit of its own: what is taken out of it starts as the difference of means of its site without the part along
-the harmless mean, and what reads how much of it as what hardly reads harmless prompts (see `readers`).
+the harmless mean, and what reads how much of it as what hardly reads harmless prompts (see `readers`). Where a
+behaviour is to stay on some prompts there is one direction for each site instead: the other way was not measured.
 
 Of a behaviour that is found by the same prompts under two instructions, whole replies take the place of the first
 token: with prompts asked plainly, the model's own replies under the one instruction
@@ -58,8 +59,8 @@ BATCH = 12
 STRENGTH_RATE, DIRECTION_RATE = 0.08, 0.16
 #: By the end of each leg steps have shrunk to this share.
 LAST = 0.1
-#: Strength of every writer at the start.
-START = 0.35
+#: Strength of every writer at the start; and where each has an edit of its own.
+START, OWN_START = 0.5, 0.35
 #: A writer whose strength ends below this is left alone: it holds nothing worth a changed file.
 LEAST = 0.02
 #: How steep the loss of replies is, per nat of a token's mean log-likelihood; and how many tokens of them count.
@@ -145,11 +146,11 @@ class _Descent:
         self.base, self.target, answered = self._unedited()
         rows = {"harmful": range(len(self.prompts["harmful"])), "harmless": answered}
         self.draw = {name: _shuffled(chosen, session.seed) for name, chosen in rows.items()}
-        self.strengths = torch.full((len(self.free),), START, requires_grad=bool(self.free))
         self.readers: Readers | None = None
         self.writers: tuple[str, ...] = ()
-        basis = _beginning(start) if turned else start.basis.float()
-        self.vectors = self._begin(basis, answered) if turned and self.own_edits else [_long(basis)]
+        basis, own = _beginning(start) if turned else start.basis.float(), turned and self.own_edits and not self.kept
+        self.vectors = self._begin(basis, answered) if own else [_long(basis)]
+        self.strengths = torch.full((len(self.free),), OWN_START if own else START, requires_grad=bool(self.free))
         for vectors in self.vectors:
             vectors.requires_grad_(refine)
         self.optimiser = torch.optim.Adam(self._groups(), betas=(0.9, 0.99))
