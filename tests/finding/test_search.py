@@ -107,7 +107,8 @@ def test_readers_hardly_read_what_harmless_prompts_make_writers_write(session: S
     """The control's reader is the direction itself; both read one of the direction."""
     writers = [writer for writer in session.anatomy.writers if writer.block is not None]
     prompts = session.encoded["harmless", "train"]
-    with written_by(session.model, {writer.name: writer.module for writer in writers}) as written:
+    modules = {writer.name: writer.module for writer in writers}
+    with written_by(session.model, modules, session.anatomy.d_model) as written:
         first_tokens(session.model, prompts, [0], session.size)
     readers, rows = begun(start.basis.expand(len(writers), *start.basis.shape), list(written.values()))
     found = readers(rows)
@@ -122,11 +123,12 @@ def test_what_writers_write_is_summed_over_the_prompts_own_tokens(session: Sessi
     prompts = session.encoded["harmless", "train"].take(range(5))
     assert len({len(suffix) for suffix in prompts.suffixes}) > 1, "the control: there is padding"
     writer = session.anatomy.writers[-1]
-    with written_by(session.model, {writer.name: writer.module}) as together:
+    module, width = {writer.name: writer.module}, session.anatomy.d_model
+    with written_by(session.model, module, width) as together:
         first_tokens(session.model, prompts, [0], session.size)
     alone = torch.zeros_like(together[writer.name])
     for row in range(5):
-        with written_by(session.model, {writer.name: writer.module}) as one:
+        with written_by(session.model, module, width) as one:
             first_tokens(session.model, prompts.take([row]), [0], session.size)
         alone += one[writer.name]
     torch.testing.assert_close(together[writer.name], alone, rtol=1e-4, atol=1e-5)
@@ -139,7 +141,7 @@ def test_readers_solve_the_ridge_regression_that_they_say() -> None:
     inverse = torch.linalg.inv(torch.eye(12) + written.T @ written / (30 * RIDGE * written.square().mean()))
     expected = torch.linalg.inv(left[0] @ inverse @ left[0].T) @ left[0] @ inverse
     torch.testing.assert_close(readers(rows)[0], expected, rtol=1e-3, atol=1e-4)
-    unknown, rows = begun(left, [None])
+    unknown, rows = begun(left, [torch.zeros(12, 12)])
     torch.testing.assert_close(unknown(rows)[0], torch.linalg.pinv(left[0]).T)
 
 

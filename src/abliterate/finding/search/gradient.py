@@ -43,7 +43,7 @@ from abliterate.edit.hooks import ablation
 from abliterate.edit.options import plan_for
 from abliterate.edit.plan import Plan
 from abliterate.errors import UsageError
-from abliterate.evaluation.first_tokens import first_tokens
+from abliterate.evaluation.first_tokens import first_tokens, for_each_first_token
 from abliterate.evaluation.scores import kl_divergence, log_likelihood, refusal_score
 from abliterate.finding.replies import own_replies
 from abliterate.finding.search.readers import Readers, begun, written_by
@@ -167,11 +167,12 @@ class _Descent:
         """L and R of each writer: what the plan of `basis` takes out there, and what hardly reads prompts answered."""
         session, names = self.session, {*self.free, *self.fixed}
         modules = {writer.name: writer.module for writer in session.anatomy.writers if writer.name in names}
-        with written_by(session.model, modules) as written:
-            first_tokens(session.model, self.prompts["harmless"].take(answered), self.tokens, session.size)
+        prompts = self.prompts["harmless"].take(answered)
+        with written_by(session.model, modules, session.anatomy.d_model) as written:
+            for_each_first_token(session.model, prompts, session.size, lambda *_: None, into=list(written.values()))
         plan = plan_for(session.anatomy, self._direction([basis], dict.fromkeys(modules, START)))
         left = torch.stack([edit.basis for edit in plan.edits])
-        self.readers, right = begun(left, [written.get(name) for name in modules])
+        self.readers, right = begun(left, list(written.values()))
         self.writers = tuple(modules)
         return [_long(left), _long(right)]
 

@@ -29,27 +29,26 @@ RIDGE = 0.01
 
 
 @contextlib.contextmanager
-def written_by(model: Any, modules: Mapping[str, str]) -> Iterator[dict[str, Float[Tensor, "d d"]]]:
+def written_by(model: Any, modules: Mapping[str, str], width: int) -> Iterator[dict[str, Float[Tensor, "d d"]]]:
     """Sum y yᵀ over what modules give for the prompts that are run inside, by the keys of `modules`.
 
-    A prefix that all share is left out. Modules that do not give one vector for each token (experts that see only the
-    tokens routed to them) are not among what is found.
+    A prefix that all share is left out. Zero remains of modules that do not give a vector of this width for each token
+    (experts that see only the tokens routed to them).
     """
-    found: dict[str, Tensor] = {}
+    found = {key: torch.zeros(width, width) for key in modules}
     shape = [0, 0]
 
     def begin(_: nn.Module, args: tuple[Tensor, ...]) -> None:
         shape[:] = args[0].shape[:2]
 
     def look(key: str, output: object) -> None:
-        y, (rows, width) = stream_out(output).detach(), shape
-        last = ends(rows, width)
-        if last is None or y.numel() != rows * width * y.shape[-1]:
+        y, (rows, tokens) = stream_out(output).detach(), shape
+        last = ends(rows, tokens)
+        if last is None or y.numel() != rows * tokens * width or y.shape[-1] != width:
             return
-        prompt = torch.arange(width, device=y.device) <= last.to(y.device)[:, None]
-        own = y.reshape(rows, width, -1)[prompt].float()
-        total = (own.T @ own).cpu()
-        found[key] = found[key] + total if key in found else total
+        prompt = torch.arange(tokens, device=y.device) <= last.to(y.device)[:, None]
+        own = y.reshape(rows, tokens, width)[prompt].float()
+        found[key] += (own.T @ own).cpu()
 
     handles = [model.get_input_embeddings().register_forward_pre_hook(begin)] if modules else []
     for key, name in modules.items():
@@ -75,15 +74,15 @@ class Readers:
 
 
 def begun(
-    basis: Float[Tensor, "w k d"], written: Sequence[Float[Tensor, "d d"] | None]
+    basis: Float[Tensor, "w k d"], written: Sequence[Float[Tensor, "d d"]]
 ) -> tuple[Readers, Float[Tensor, "w k d"]]:
     """Readers of writers of which `basis` is taken out, and the rows to begin with (see the module).
 
-    `written` is the sum of y yᵀ over what each writes at the end of harmless prompts; where it is not known, R = L.
+    `written` is the sum of y yᵀ over what each writes for harmless prompts; where that is nothing, R = A⁻¹ L.
     """
     roots, rows = [], []
     for out, squares in zip(basis, written, strict=True):
-        roots.append(None if squares is None else _root(squares))
+        roots.append(_root(squares))
         white = out if roots[-1] is None else torch.linalg.solve_triangular(roots[-1], out.T, upper=False).T
         rows.append(torch.linalg.solve(white @ white.T, white))
     first = torch.stack(rows)
