@@ -36,7 +36,7 @@ def about(record: Record) -> str:
     asked, day = record.settings["evaluating"], f"{record.created:.10}"
     return (
         f"`make demo` of version {record.versions['abliterate']} on {day}: replies of at most "
-        f"{asked['max_new_tokens']} tokens, judge {asked['judge']}, {record.model.device}."
+        f"{asked['max_new_tokens']} tokens, judge {asked['judge'] or 'rules'}, {record.model.device}."
     )
 
 
