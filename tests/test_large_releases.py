@@ -188,5 +188,5 @@ def test_a_large_release_goes_all_the_way(twin: Twin, prompts: PromptSettings, t
     ours = logits_of(load(locate(str(out)), dtype="float32", device="cpu").model)
     torch.testing.assert_close(ours, written, rtol=1e-4, atol=1e-4)
     size = float((hooked - before).norm())
-    assert size > 0.05 * float(before.norm()), "the edit does something"
+    assert size > 0.02 * float(before.norm()), "the edit does something"
     assert float((written - hooked).norm()) < max(twin.close * size, 1e-4 * float(before.norm()))

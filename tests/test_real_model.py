@@ -108,7 +108,7 @@ def test_apply_without_loading_writes_the_same_weights(record: ab.Record, tmp_pa
 def test_an_inspection_tells_what_was_done_to_it(record: ab.Record, tmp_path: Path) -> None:
     assert record.output is not None
     beside, found = recover(record.output, InspectSettings(base=str(GGUF)))
-    assert beside.verdict == "altered"
+    assert beside.verdict == "altered", "of few prompts a search makes edits that are projections"
     assert beside.kind == "ablation"
     assert beside.others == 0
     assert found is not None

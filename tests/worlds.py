@@ -117,10 +117,13 @@ def measured(model: Path, prompts: Path, parallel: str = "data") -> dict[str, An
 
 
 def _told(direction: Direction) -> list[Any]:
-    """Strengths by writer, and the direction of every site."""
+    """Strengths by writer, and the directions of every site or writer."""
     assert direction.recipe is not None
-    assert direction.per_site is not None
-    return [dict(direction.recipe.strengths), direction.per_site.tolist()]
+    own, vectors = direction.per_writer, direction.per_site
+    if own is not None:
+        vectors = torch.stack([own.basis, own.reader])
+    assert vectors is not None
+    return [dict(direction.recipe.strengths), vectors.tolist()]
 
 
 def _families(folder: Path) -> dict[str, Any]:

@@ -601,7 +601,8 @@ class PowerPart(_Part):
 class InspectionPart(_Part):
     """Whether directions were taken out of a checkpoint (see docs/forensics.md).
 
-    `verdict` is, beside `base`: altered, identical (no tensor differs), no ablation, or inconclusive (another model);
+    `verdict` is, beside `base`: altered, identical (no tensor differs), no ablation, or inconclusive (another
+    model, or an update of low rank of nothing but writers);
     alone: altered, no trace, or inconclusive. `decided` says whether one may rely on it: "no trace" only where a
     strength was to be ruled out and `power` reaches it. `probability` is at even odds beforehand, as on what it was
     `calibrated_on`. `evidence` are depths of dips in the spectrum. `kind` is what a comparison with `base` found,

@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from abliterate import record as rec
 from abliterate.cli.app import app
+from abliterate.config import InspectSettings
 from abliterate.errors import CheckpointError
 from abliterate.forensics import difference
 from abliterate.forensics import single as lone
-from abliterate.forensics.inspect import _notched
+from abliterate.forensics.inspect import _notched, recover
 from abliterate.forensics.notches import Notch, Notches, directions_of, notches_along
 from abliterate.forensics.reading import InspectedModel, open_inspected
 from abliterate.forensics.spectra import dips, gram, levelled, lowest
@@ -217,6 +218,28 @@ def test_a_difference_tells_an_ablation_from_what_else_is_done(name: str, tmp_pa
     assert found.verdict == verdict
     assert (found.variant or "").startswith(variant or "")
     assert (found.variant is None) is (variant is None)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_oblique_edits_of_writers_are_not_cleared_by_the_base(elsewhere: bool, tmp_path: Path) -> None:
+    """They look as an adapter does, and may take refusal out; a change of what writes nothing tells the adapter."""
+    generator = torch.Generator().manual_seed(4)
+
+    def oblique(matrix: Tensor) -> Tensor:
+        left, reader = (torch.randn(1, D, generator=generator) / D**0.5 for _ in range(2))
+        taken: Tensor = 0.5 * left.T @ (reader @ matrix)
+        return matrix - taken
+
+    base = weights() | {"model.layers.0.self_attn.q_proj.weight": torch.randn(64, D, generator=generator)}
+    edited = {name: m if "q_proj" in name else oblique(m) for name, m in base.items()}
+    if elsewhere:
+        edited["model.layers.0.self_attn.q_proj.weight"] = base["model.layers.0.self_attn.q_proj.weight"] + 0.01
+    subject(tmp_path, base, name="base", dtype=torch.float32)
+    subject(tmp_path, edited, name="edited", dtype=torch.float32)
+    asked = InspectSettings(base=str(tmp_path / "base.safetensors"))
+    found = recover(str(tmp_path / "edited.safetensors"), asked)[0]
+    assert found.kind == "low-rank update"
+    assert (found.verdict, found.decided) == (("no ablation", True) if elsewhere else ("inconclusive", False))
 
 
 def test_an_ablation_is_seen_under_four_bits_and_other_tensors_are_counted(tmp_path: Path) -> None:

@@ -200,7 +200,8 @@ def _word(found: difference.Difference) -> tuple[Literal["altered", "identical",
     """The verdict on a difference, and the probability that directions were taken out."""
     if found.verdict == "ablation":
         return "altered", judge_difference(True)
-    if found.verdict == "another model":
+    of_writers_alone = found.verdict == "low-rank update" and not found.others  # as oblique edits are
+    if found.verdict == "another model" or of_writers_alone:
         return "inconclusive", 0.5
     if found.verdict == "identical" and not (found.missing or found.added):
         return "identical", 0.0

@@ -258,7 +258,7 @@ _KINDS = {
     "identical": "No number differs.",
     "ablation": "What was taken out of the writers is what they used to put along the direction: an ablation.",
     "re-quantisation": "The differences spread evenly over the spectrum: re-quantisation, pruning or noise.",
-    "low-rank update": "The differences are of low rank, but do not read what they write: an adapter merged in.",
+    "low-rank update": "The differences are of low rank, and do not read what they write: an adapter or oblique edits.",
     "fine-tune or merge": "The differences have structure, but are no projection: a fine-tune or a merge.",
     "another model": "Most of the weights differ by as much as their size: this is not the model it was made from.",
 }
@@ -272,6 +272,8 @@ def headline(part: InspectionPart) -> str:
         return f"Identical to {part.base}: no tensor differs."
     if part.verdict == "no ablation":
         return f"No direction was taken out, beside {part.base} (probability of one {_chance(part.probability)})."
+    if part.verdict == "inconclusive" and part.kind == "low-rank update":
+        return f"Inconclusive: only writers differ from {part.base}, by low rank: oblique edits, or an adapter."
     if part.verdict == "inconclusive" and part.base is not None:
         return f"Inconclusive: {part.base} is another model; give the one that it was made from."
     if part.verdict == "inconclusive":

@@ -7,7 +7,8 @@ A plan is differentiable in its strengths, bases and readers, and so are the fir
 where KL is that of the first token of answers to harmless prompts that the unedited model answers. Every writer has an
 oblique edit of its own: what is taken out of it starts as the difference of means of its site without the part along
 the harmless mean, and what reads how much of it as what hardly reads harmless prompts (see `readers`). Where a
-behaviour is to stay on some prompts there is one direction for each site instead: the other way was not measured.
+behaviour is to stay on some prompts, or prompts have too few tokens to know what writers write (see `readers`), there
+is one direction for each site instead.
 
 Of a behaviour that is found by the same prompts under two instructions, whole replies take the place of the first
 token: with prompts asked plainly, the model's own replies under the one instruction
@@ -46,9 +47,9 @@ from abliterate.errors import UsageError
 from abliterate.evaluation.first_tokens import first_tokens, for_each_first_token
 from abliterate.evaluation.scores import kl_divergence, log_likelihood, refusal_score
 from abliterate.finding.replies import own_replies
-from abliterate.finding.search.readers import Readers, begun, written_by
+from abliterate.finding.search.readers import ENOUGH_TOKENS, Readers, begun, written_by
 from abliterate.finding.search.space import free_and_fixed
-from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits, logits_at
+from abliterate.model.batches import BatchSize, Encoded, SharedPrefix, in_batches, last_logits, logits_at, share_prefix
 from abliterate.model.offloaded import is_offloaded, recomputed
 from abliterate.monitor import ranks
 from abliterate.session import Session
@@ -83,7 +84,9 @@ class Leg:
 
 #: Weights of KL at the ends of the front. Lighter ones guide whole replies, and where a behaviour is to stay somewhere:
 #: prompts that show it are then among those that must not move, and tell far more against an edit.
-WEIGHTS, LIGHT_WEIGHTS = (80.0, 640.0), (2.5, 40.0)
+WEIGHTS, LIGHT_WEIGHTS = (40.0, 320.0), (2.5, 40.0)
+#: The same where each writer has an edit of its own, which costs less.
+OWN_WEIGHTS = (80.0, 640.0)
 
 
 def legs(points: int, steps: int, *, weights: tuple[float, float] = WEIGHTS) -> list[Leg]:
@@ -122,14 +125,28 @@ def descend(
             return [descent.leg(leg, progress) for leg in way]
 
 
+def has_own_edits(session: Session, editing: EditSettings, *, refine: bool = True) -> bool:
+    """Whether a search by gradient gives each writer an edit of its own (see the module)."""
+    if not refine or editing.biprojected or session.prompts.behaviour.paired or ("keep", "train") in session.encoded:
+        return False
+    prompts = session.encoded["harmless", "train"]
+    tokens = sum(map(len, prompts.suffixes)) - len(prompts) * _shared(prompts)
+    return tokens >= ENOUGH_TOKENS * session.anatomy.d_model
+
+
+def _shared(prompts: Encoded) -> int:
+    """Tokens that all prompts begin with, beside their prefix."""
+    return len(share_prefix(prompts.suffixes).prefix)
+
+
 class _Descent:
     """The state of the optimisation; `split` are the prompts that it learns from.
 
     `strengths` [w] has one per free writer. `vectors` are rows of length √d: L and R of each edited writer, [w, k, d]
-    both, where each has its own (`own_edits`); else one direction for all sites, [k, d], or for each, [L+1, k, d].
+    both, where each has its own (`has_own_edits`); else one direction for all sites, [k, d], or for each, [L+1, k, d].
     """
 
-    split, harmful_rows, own_edits = "train", BATCH, True
+    split, harmful_rows = "train", BATCH
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool
@@ -148,7 +165,8 @@ class _Descent:
         self.draw = {name: _shuffled(chosen, session.seed) for name, chosen in rows.items()}
         self.readers: Readers | None = None
         self.writers: tuple[str, ...] = ()
-        basis, own = _beginning(start) if turned else start.basis.float(), turned and self.own_edits and not self.kept
+        basis = _beginning(start) if turned else start.basis.float()
+        own = has_own_edits(session, editing, refine=refine)
         self.vectors = self._begin(basis, answered) if own else [_long(basis)]
         self.strengths = torch.full((len(self.free),), OWN_START if own else START, requires_grad=bool(self.free))
         for vectors in self.vectors:
@@ -168,7 +186,8 @@ class _Descent:
         session, names = self.session, {*self.free, *self.fixed}
         modules = {writer.name: writer.module for writer in session.anatomy.writers if writer.name in names}
         prompts = self.prompts["harmless"].take(answered)
-        with written_by(session.model, modules, session.anatomy.d_model) as written:
+        width, skip = session.anatomy.d_model, _shared(self.prompts["harmless"])
+        with written_by(session.model, modules, width, skip=skip) as written:
             for_each_first_token(session.model, prompts, session.size, lambda *_: None, into=list(written.values()))
         plan = plan_for(session.anatomy, self._direction([basis], dict.fromkeys(modules, START)))
         left = torch.stack([edit.basis for edit in plan.edits])
@@ -275,7 +294,7 @@ class _Descent:
 class _Lesson(_Descent):
     """The same, guided by whole replies: see the module."""
 
-    split, harmful_rows, own_edits = "plain train", PAIRS, False
+    split, harmful_rows = "plain train", PAIRS
 
     def __init__(
         self, session: Session, tokens: list[int], start: Direction, editing: EditSettings, refine: bool

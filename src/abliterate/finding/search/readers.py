@@ -26,14 +26,18 @@ from abliterate.model.batches import ends, hooked
 
 #: What is written counts from this share of the mean square on.
 RIDGE = 0.01
+#: Tokens for each number of an activation from which C is known well enough: of fewer, readers learn the sample.
+ENOUGH_TOKENS = 2
 
 
 @contextlib.contextmanager
-def written_by(model: Any, modules: Mapping[str, str], width: int) -> Iterator[dict[str, Float[Tensor, "d d"]]]:
+def written_by(
+    model: Any, modules: Mapping[str, str], width: int, *, skip: int = 0
+) -> Iterator[dict[str, Float[Tensor, "d d"]]]:
     """Sum y yᵀ over what modules give for the prompts that are run inside, by the keys of `modules`.
 
-    A prefix that all share is left out. Zero remains of modules that do not give a vector of this width for each token
-    (experts that see only the tokens routed to them).
+    The first `skip` tokens of each prompt, those that all share, are left out. Zero remains of modules that do not give
+    a vector of this width for each token (experts that see only the tokens routed to them).
     """
     found = {key: torch.zeros(width, width) for key in modules}
     shape = [0, 0]
@@ -46,7 +50,8 @@ def written_by(model: Any, modules: Mapping[str, str], width: int) -> Iterator[d
         last = ends(rows, tokens)
         if last is None or y.numel() != rows * tokens * width or y.shape[-1] != width:
             return
-        prompt = torch.arange(tokens, device=y.device) <= last.to(y.device)[:, None]
+        places = torch.arange(tokens, device=y.device)
+        prompt = (places <= last.to(y.device)[:, None]) & (places >= skip)
         own = y.reshape(rows, tokens, width)[prompt].float()
         found[key] += (own.T @ own).cpu()
 

@@ -232,7 +232,9 @@ class _Attempt:
         searching = self.settings.searching
         prompts = self.session.prompts
         light = prompts.keep is not None or prompts.behaviour.paired
-        weights = gradient.LIGHT_WEIGHTS if light else gradient.WEIGHTS
+        refine = not searching.keep_direction
+        own = gradient.has_own_edits(self.session, self.editing, refine=refine)
+        weights = gradient.LIGHT_WEIGHTS if light else gradient.OWN_WEIGHTS if own else gradient.WEIGHTS
         way = gradient.legs(searching.points, searching.steps, weights=weights)
         with self.session.monitor.phase("descend the gradient", sum(leg.steps for leg in way)) as advance:
             directions = gradient.descend(
@@ -241,7 +243,7 @@ class _Attempt:
                 self.start,
                 self.editing,
                 way,
-                refine=not searching.keep_direction,
+                refine=refine,
                 progress=advance,
             )
         pairs = zip(directions, way, strict=True)
