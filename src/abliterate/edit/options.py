@@ -85,10 +85,6 @@ def _per_writer(own: PerWriter, anatomy: Anatomy) -> dict[str, tuple[Float[Tenso
     """What is taken out of single writers, by name. Raises `UsageError` for another model's."""
     if foreign := set(own.names) - {writer.name for writer in anatomy.writers}:
         raise UsageError(f"direction: it has an edit of '{min(foreign)}', expected a writer of this model")
-    if own.basis.shape[2] != anatomy.d_model:
-        raise UsageError(
-            f"direction: expected vectors of the model's width {anatomy.d_model}, found {own.basis.shape[2]}"
-        )
     return own.by_name()
 
 

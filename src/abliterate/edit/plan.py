@@ -116,10 +116,9 @@ def make_plan(
     Raises `UsageError` when the direction's width is not the model's, the strength not finite, or the variant does
     not fit the model.
     """
-    if direction.shape[1] != anatomy.d_model:
-        raise UsageError(
-            f"direction: expected vectors of the model's width {anatomy.d_model}, found {direction.shape[1]}"
-        )
+    for width in (direction.shape[1], *(left.shape[1] for left, _ in variant.per_writer.values())):
+        if width != anatomy.d_model:
+            raise UsageError(f"direction: expected vectors of the model's width {anatomy.d_model}, found {width}")
     _check_strength(strength)
     basis = orthonormal(direction.float()) if variant.reader is None else direction.float()
     edits: list[Edit] = []

@@ -127,11 +127,23 @@ def descend(
 
 def has_own_edits(session: Session, editing: EditSettings, *, refine: bool = True) -> bool:
     """Whether a search by gradient gives each writer an edit of its own (see the module)."""
-    if not refine or editing.biprojected or session.prompts.behaviour.paired or ("keep", "train") in session.encoded:
+    if not refine or editing.biprojected or _light(session):
         return False
     prompts = session.encoded["harmless", "train"]
     tokens = sum(map(len, prompts.suffixes)) - len(prompts) * _shared(prompts)
     return tokens >= ENOUGH_TOKENS * session.anatomy.d_model
+
+
+def weights_for(session: Session, editing: EditSettings, *, refine: bool = True) -> tuple[float, float]:
+    """Weights of KL at the ends of the front."""
+    if _light(session):
+        return LIGHT_WEIGHTS
+    return OWN_WEIGHTS if has_own_edits(session, editing, refine=refine) else WEIGHTS
+
+
+def _light(session: Session) -> bool:
+    """Whether whole replies guide the search, or the behaviour is to stay somewhere."""
+    return session.prompts.behaviour.paired or session.prompts.keep is not None
 
 
 def _shared(prompts: Encoded) -> int:

@@ -230,11 +230,8 @@ class _Attempt:
 
     def _descend(self) -> list[tuple[Direction, str]]:
         searching = self.settings.searching
-        prompts = self.session.prompts
-        light = prompts.keep is not None or prompts.behaviour.paired
         refine = not searching.keep_direction
-        own = gradient.has_own_edits(self.session, self.editing, refine=refine)
-        weights = gradient.LIGHT_WEIGHTS if light else gradient.OWN_WEIGHTS if own else gradient.WEIGHTS
+        weights = gradient.weights_for(self.session, self.editing, refine=refine)
         way = gradient.legs(searching.points, searching.steps, weights=weights)
         with self.session.monitor.phase("descend the gradient", sum(leg.steps for leg in way)) as advance:
             directions = gradient.descend(

@@ -140,8 +140,8 @@ class Space:
         else:
             found = self.extra[self.sources.index(source) - 1]
             found = replace(found, candidates=found.candidates or self.candidates)
-            biprojected &= len(found.basis) == 1 and found.site is not None and found.per_site is None
-            biprojected &= found.per_writer is None
+            alike = found.per_site is None and found.per_writer is None
+            biprojected &= len(found.basis) == 1 and found.site is not None and alike
         return replace(found, recipe=Recipe(strengths, norms, biprojected, self._editing.untie))
 
     def direction_at(self, layer: float, position: int, *, projected: bool = False) -> Float[Tensor, " d"]:
